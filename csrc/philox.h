@@ -1,0 +1,38 @@
+// The dropout bits, the same on every backend: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SMATTN_HOST_DEVICE __host__ __device__
+#else
+#define SMATTN_HOST_DEVICE
+#endif
+
+namespace smattn {
+
+struct PhiloxBlock {
+  uint32_t word[4];
+};
+
+SMATTN_HOST_DEVICE constexpr PhiloxBlock philox4x32_10(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
+    counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(product1),
+                static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(product0)}};
+    key0 += 0x9E3779B9u;  // the keys' Weyl sequences
+    key1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+// Words below this one are dropped: floor(p * 2^32), 0 <= p < 1.
+SMATTN_HOST_DEVICE constexpr uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
+
+// Whether element (b, h, i, j) of the probabilities is kept; bh = b * H + h.
+SMATTN_HOST_DEVICE constexpr bool dropout_keeps(uint64_t seed, uint32_t bh, uint32_t i, uint32_t j, uint32_t threshold) {
+  return philox4x32_10({{j, i, bh, 0}}, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)).word[0] >= threshold;
+}
+
+}  // namespace smattn

@@ -1,0 +1,72 @@
+"""The package map, and a build_ext that hands the work to CMake. Sources and flags live in CMakeLists.txt alone."""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Tools that pip put beside this interpreter come first, whether or not the environment is activated.
+SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def find(*names: str) -> str | None:
+    return next(filter(None, (shutil.which(name, path=SEARCH_PATH) for name in names)), None)
+
+
+def missing_tools() -> list[str]:
+    """The two absences that an installation forgives: what cannot be built is then not there, and smattn.backends() says so."""
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    needed = {f"a C++ compiler ({', '.join(compilers)})": compilers, "CMake (cmake)": ["cmake"]}
+    return [what for what, names in needed.items() if find(*names) is None]
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        missing = missing_tools()
+        if missing:
+            self.warn(f"the C++ extension of smattn is NOT built, not found: {', '.join(missing)}. All else is installed.")
+            (ROOT / "smattn" / "_C.so").unlink(missing_ok=True)  # an older build would not match the sources
+            self.extensions = []
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake, generator = str(find("cmake")), "Ninja" if find("ninja") else "Unix Makefiles"
+        torch = importlib.util.find_spec("torch")
+        if torch is None or torch.origin is None:
+            raise ModuleNotFoundError("building smattn needs torch: install it, then smattn with --no-build-isolation")
+        build = ROOT / "build" / generator.replace(" ", "-").lower()  # kept, so that a later build compiles only what changed
+        configure = ["-S", str(ROOT), "-B", str(build), "-G", generator, f"-DTORCH_ROOT={Path(torch.origin).parent}"]
+        options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        environment = {**os.environ, "PATH": SEARCH_PATH}
+        for arguments in (
+            [*configure, "-DCMAKE_BUILD_TYPE=Release", *options],
+            ["--build", str(build), "--parallel", str(os.cpu_count() or 1)],
+            ["--install", str(build), "--prefix", str(package)],
+        ):
+            subprocess.run([cmake, *arguments], check=True, env=environment)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no Python version in the name: it holds no Python symbol
+
+
+class AnyPythonWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=["smattn", "smattn.kernels"],
+    package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
+    package_data={"smattn": ["py.typed"]},
+    ext_modules=[Extension("smattn._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+)
