@@ -1,0 +1,107 @@
+"""The compiled extension: which symbols it takes from torch, and the dropout bits, checked against Philox written in numpy."""
+
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from smattn import native
+
+# Random123's known answers for philox4x32 with 10 rounds: counter, key, block.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+SEEDS = [0, 1, -1, 0x299F31D0A4093822, -(2**63)]
+
+
+def philox(counter: tuple, key: tuple[int, int]) -> list[np.ndarray]:
+    """Philox4x32-10 of four broadcastable uint64 arrays holding 32-bit words."""
+    low = np.uint64(0xFFFFFFFF)
+    x = [np.asarray(word, dtype=np.uint64) for word in counter]
+    k0, k1 = key
+    for _ in range(10):
+        a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [(b >> np.uint64(32)) ^ x[1] ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ x[3] ^ np.uint64(k1), a & low]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return x
+
+
+def words(seed: int, B: int, H: int, Nq: int, Nk: int) -> np.ndarray:
+    """Word 0 of every element's block, (B, H, Nq, Nk)."""
+    bh, i, j = np.arange(B * H)[:, None, None], np.arange(Nq)[:, None], np.arange(Nk)
+    return philox((j, i, bh, 0), (seed % 2**32, (seed >> 32) % 2**32))[0].reshape(B, H, Nq, Nk)
+
+
+@pytest.fixture(scope="module")
+def dropout_keep():
+    assert native.reasons() == []
+    return torch.ops.smattn_native.dropout_keep
+
+
+@pytest.mark.parametrize("counter, key, block", KNOWN_ANSWERS)
+def test_the_numpy_philox_gives_the_published_answers(counter, key, block):
+    assert tuple(int(word) for word in philox(counter, key)) == block
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dropout_compares_exactly_the_philox_word_with_p(dropout_keep, seed):
+    expected = words(seed, 2, 3, 5, 7)
+    for b, h, i, j in [(0, 0, 0, 0), (1, 2, 4, 6), (0, 2, 3, 1), (1, 0, 0, 5)]:
+        word = int(expected[b, h, i, j])
+        at, above = (dropout_keep(torch.tensor([seed]), 2, 3, 5, 7, w / 2**32)[b, h, i, j].item() for w in (word, word + 1))
+        assert (at, above) == (True, False)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 8, 13, 1000), (3, 1, 700, 33)])
+def test_dropout_bits_do_not_depend_on_the_threads(dropout_keep, shape, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        keep = dropout_keep(torch.tensor([SEEDS[3]]), *shape, 0.3)
+    finally:
+        torch.set_num_threads(before)
+    assert keep.dtype == torch.bool
+    np.testing.assert_array_equal(keep.numpy(), words(SEEDS[3], *shape) >= int(0.3 * 2**32))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 7), (2, 3, 0, 7), (2, 3, 5, 0)])
+def test_dropout_bits_of_nothing_are_nothing(dropout_keep, shape):
+    assert dropout_keep(torch.tensor([0]), *shape, 0.5).shape == shape
+
+
+@pytest.mark.parametrize(
+    "seed, shape, p, message",
+    [
+        (torch.tensor([0]), (1, 1, 1, 1), 1.0, "expected 0 <= p < 1, got 1"),
+        (torch.tensor([0]), (1, 1, 1, 1), -0.1, "expected 0 <= p < 1"),
+        (torch.tensor([0]), (1, 1, 1, 1), float("nan"), "expected 0 <= p < 1"),
+        (torch.tensor([0.0]), (1, 1, 1, 1), 0.5, "seed: expected one int64 element"),
+        (torch.tensor([0, 1]), (1, 1, 1, 1), 0.5, "seed: expected one int64 element"),
+        (torch.tensor([0]), (1, 1, -1, 1), 0.5, "expected none below 0"),
+    ],
+)
+def test_dropout_refuses(dropout_keep, seed, shape, p, message):
+    with pytest.raises(RuntimeError, match=message):
+        dropout_keep(seed, *shape, p)
+
+
+def test_only_the_stable_abi_of_torch_is_imported():
+    imported = subprocess.run(["nm", "-DC", "--undefined-only", native.LIBRARY], check=True, capture_output=True, text=True).stdout
+    names = [line.split(maxsplit=1)[1] for line in imported.splitlines()]
+    assert [name for name in names if re.search(r"\b(at|c10|torch|caffe2)::", name)] == []
+    assert [name for name in names if "torch" in name and not re.fullmatch(r"(aoti_)?torch_\w+", name)] == []
+    assert "torch_parallel_for" in names and "aoti_torch_library_def" in names  # nm did read the table
+
+
+def test_the_extension_belongs_to_no_python_version():
+    imported = subprocess.run(["nm", "-D", "--undefined-only", native.LIBRARY], check=True, capture_output=True, text=True).stdout
+    assert re.findall(r"\b_?Py[A-Z_]\w*", imported) == []
