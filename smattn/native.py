@@ -11,12 +11,19 @@ from pathlib import Path
 
 import torch
 
+from .problem import Problem
+
 LIBRARY = Path(__file__).with_name("_C.so")
 
 
 def reasons() -> list[str]:
     """Why the compiled extension cannot be used here, one sentence each; empty when its ops, `torch.ops.smattn_native`, are loaded."""
     return list(_load())
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why the native kernels cannot run this call; empty when they can."""
+    return reasons()
 
 
 @functools.cache

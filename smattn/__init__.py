@@ -1,0 +1,9 @@
+"""Soft-masked attention for PyTorch: softmax(scale * Q K^T + alpha_h * M) V, differentiable in Q, K, V, M and alpha."""
+
+from importlib.metadata import version
+
+from .attention import attention_map, soft_masked_attention
+from .backends import backends
+
+__all__ = ["attention_map", "backends", "soft_masked_attention", "__version__"]
+__version__ = version("smattn")

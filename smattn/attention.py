@@ -1,0 +1,166 @@
+"""The public functions: validate, bring the arguments into canonical form, call the operation."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .autograd import AttentionMap, SoftMaskedAttention
+from .problem import acc_dtype, validate
+
+
+@overload
+def soft_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = ..., alpha: float | Tensor | None = ..., *,
+    mask_logits: Tensor | None = ..., scale: float | None = ..., dropout_p: float = ..., key_padding_mask: Tensor | None = ...,
+    enable_gqa: bool = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def soft_masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = ..., alpha: float | Tensor | None = ..., *,
+    mask_logits: Tensor | None = ..., scale: float | None = ..., dropout_p: float = ..., key_padding_mask: Tensor | None = ...,
+    enable_gqa: bool = ..., return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def soft_masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    alpha: float | Tensor | None = None,
+    *,
+    mask_logits: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention under a continuous mask, softmax(scale * Q K^T + alpha_h * M) V, differentiable in Q, K, V, M and alpha.
+
+    Soft-masked attention of arXiv 2206.00182 (section 3); equations (1)-(8) of smattn/reference.py.
+
+    Args:
+        query: (B, H, Nq, D), float16, bfloat16, float32 or float64.
+        key: (B, Hkv, Nk, D), query's dtype. H % Hkv == 0.
+        value: (B, Hkv, Nk, Dv), query's dtype. Dv may differ from D.
+        mask: soft mask M, usually in [0, 1] (not checked): (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk); any floating
+            dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask gets an expanded gradient.
+            Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
+        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when mask is.
+            Pass a tensor for what changes: torch.compile makes a new graph for each float.
+        mask_logits: reserved for M = sigmoid(mask_logits); not supported yet.
+        scale: factor on Q K^T, 1/sqrt(D) unless given.
+        dropout_p: probability, in [0, 1), of dropping an attention weight; the others are scaled by 1/(1 - dropout_p).
+        key_padding_mask: bool (B, Nk), True = padding, not attended (nn.MultiheadAttention's convention). Padded keys may hold NaN;
+            a query with no key left gives zeros, lse = -inf and zero gradients.
+        enable_gqa: allow fewer heads in key and value than in query.
+        return_lse: also return the logsumexp of the scores.
+        backend: "triton", "cuda", "cpu" or "reference", which is then used or refused, never replaced; None takes the best that can run the call.
+
+    Returns:
+        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, float32 (float64 for float64 inputs), differentiable.
+        Under autocast q, k, v that are floating and not float64 are cast to the autocast dtype, the output's dtype; mask and alpha are not.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above (the message names it), or the backend asked for cannot run the call.
+        NotImplementedError: mask_logits, second derivatives, forward-mode differentiation.
+
+    Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
+    """
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    validate(
+        query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
+    )  # fmt: skip
+    alpha_h = _per_head(alpha, query)
+    # what backward wants beside out and lse is saved only for a gradient that reads it
+    grad = torch.is_grad_enabled()
+    save_mbar = grad and alpha_h is not None and alpha_h.requires_grad
+    save_out = save_mbar or grad and any(t is not None and t.requires_grad for t in (query, key, mask))
+    out, lse = SoftMaskedAttention.apply(
+        query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
+        draw_seed(query.device) if dropout_p > 0 else None,
+        query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
+        _allow_tf32(query), save_out, save_mbar, backend or "",
+    )[:2]  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    alpha: float | Tensor | None = None,
+    *,
+    mask_logits: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """The attention probabilities summed over heads with weights, differentiable in every float input; equations (9), (10) of smattn/reference.py.
+
+    Pass only the query rows you want (a ViT's class tokens, say): the result is (B, Nq, Nk), whatever the number of heads.
+
+    Args:
+        query, key, mask, alpha, mask_logits, scale, key_padding_mask, enable_gqa, backend: as in soft_masked_attention.
+        head_weights: (H,), floating, any sign; 1/H each unless given.
+
+    Returns:
+        (B, Nq, Nk) float32 (float64 for float64 inputs), zero at padded keys; never autocast.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as soft_masked_attention.
+    """
+    query, key = _autocast(query), _autocast(key)
+    validate(
+        query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
+        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
+    )  # fmt: skip
+    H = query.shape[1]
+    weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
+    result: Tensor = AttentionMap.apply(
+        query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
+        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "",
+    )[0]  # fmt: skip
+    return result
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """The dropout seed of one call, int64 (1,), from torch's generator: a tensor, so that compile, checkpointing and CUDA graphs replay it."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        device_type = tensor.device.type
+        if torch.is_autocast_enabled(device_type):
+            return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor
+
+
+def _four_axes(mask: Tensor | None) -> Tensor | None:
+    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+
+
+def _per_head(scalars: float | Tensor | None, query: Tensor) -> Tensor | None:
+    """alpha or head_weights as (H,) in the accumulation dtype."""
+    if scalars is None:
+        return None
+    acc = acc_dtype(query.dtype)
+    if not isinstance(scalars, Tensor):
+        return torch.full((query.shape[1],), scalars, dtype=acc, device=query.device)
+    return scalars.to(acc).expand(query.shape[1])
+
+
+def _allow_tf32(query: Tensor) -> bool:
+    """Whether torch's CUDA matmul precision allows TF32 now: read once a call, backward uses forward's."""
+    return query.device.type == "cuda" and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32

@@ -1,0 +1,168 @@
+"""First derivatives over the ops, composable with torch.func and torch.compile; anything beyond the first is refused.
+
+Backward calls its op directly while a compiler traces (there nothing can differentiate it again), else through a second Function whose
+own backward refuses: `once_differentiable` guards .backward() only, and a gradient penalty by torch.autograd.grad would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+
+_SECOND = "smattn: second derivatives of soft-masked attention are not implemented"
+
+
+class SoftMaskedAttention(Function):
+    """(out, lse, out_acc, mbar) of ops.forward, the first two differentiable."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.forward(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, scale, dropout_p, allow_tf32, save_out, _, backend = inputs
+        out, lse, out_acc, mbar = output
+        ctx.mark_non_differentiable(out_acc, mbar)
+        ctx.set_materialize_grads(False)
+        # out_acc was asked for and is not empty: out was rounded
+        unrounded = out_acc if save_out and out_acc.dtype != out.dtype else out
+        ctx.save_for_backward(*tensors, unrounded, lse, mbar)
+        ctx.call = (scale, dropout_p, allow_tf32)
+        ctx.backend = backend
+        ctx.out_dtype = out.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 14
+        query, key, value, mask, mask_logits, alpha, *_rest, out, _lse, _mbar = saved = ctx.saved_tensors
+        if dout is None:
+            dout = out.new_zeros((), dtype=ctx.out_dtype).expand(out.shape)
+        wanted = ctx.needs_input_grad
+        needs = [wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4], wanted[5]]
+        dquery, dkey, dvalue, dmask, dalpha = _run(_AttentionBackward, ops.backward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)
+        dmask, dlogits = (dmask, None) if mask_logits is None else (None, dmask)
+        grads = (dquery, dkey, dvalue, dmask, dlogits, dalpha)
+        return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 8
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _vmap(SoftMaskedAttention.apply, info.batch_size, in_dims, args, (3, 4), needs=())
+
+
+class AttentionMap(Function):
+    """(map, lse) of ops.attention_map, the first differentiable."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.attention_map(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, scale, allow_tf32, backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.call = (scale, allow_tf32)
+        ctx.backend = backend
+
+    @staticmethod
+    def backward(ctx: Any, dmap: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        needs = [wanted[0], wanted[1], wanted[2] or wanted[3], wanted[4], wanted[5]]
+        grads = _run(_AttentionMapBackward, ops.attention_map_backward, dmap, *saved, *ctx.call, needs, ctx.backend)
+        dquery, dkey, dmask, dalpha, dweights = grads
+        dmask, dlogits = (dmask, None) if saved[3] is None else (None, dmask)
+        grads = (dquery, dkey, dmask, dlogits, dalpha, dweights)
+        return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _vmap(AttentionMap.apply, info.batch_size, in_dims, args, (2, 3), needs=())
+
+
+class _AttentionBackward(Function):
+    """ops.backward, refusing to be differentiated."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.backward(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(_SECOND)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _vmap(_AttentionBackward.apply, info.batch_size, in_dims, args, (5, 6), needs=args[-2][4:])
+
+
+class _AttentionMapBackward(Function):
+    """ops.attention_map_backward, refusing to be differentiated."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.attention_map_backward(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(_SECOND)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _vmap(_AttentionMapBackward.apply, info.batch_size, in_dims, args, (3, 4), needs=args[-2][3:])
+
+
+def _run(function: type[Function], op: Callable[..., Any], *args: Any) -> Any:
+    return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+
+def _vmap(
+    apply: Callable[..., Any], n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int, int], needs: Sequence[bool]
+) -> tuple[Any, Any]:
+    """The vmap rule of all four: n calls become one of n*B batch elements where that is possible, else a loop.
+
+    `masks` are the positions of mask and mask_logits; `needs` says which gradients of 1-D inputs (alpha, head weights) are asked for:
+    those are sums over the batch, which a folded call cannot tell apart.
+    """
+    folded = None if any(needs) else _fold(n, in_dims, args, masks)
+    if folded is not None:
+        outputs = apply(*folded)
+        out_dims = tuple(None if output.dim() == 1 else 0 for output in outputs)  # 1-D: the empty ones
+        return tuple(o if dim is None else o.unflatten(0, (n, -1)) for o, dim in zip(outputs, out_dims, strict=True)), out_dims
+    pairs = list(zip(args, in_dims, strict=True))
+    calls = [apply(*(a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in pairs)) for i in range(n)]
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _fold(n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int, int]) -> list[Any] | None:
+    """The arguments with the mapped axis folded into B, or None where a 1-D tensor is mapped, bits depend on b, or a mask would be copied."""
+    B = args[0].movedim(in_dims[0] or 0, 0).shape[in_dims[0] is not None]  # the first argument is query, dout or dmap
+    folded = list(args)
+    for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
+        if not isinstance(arg, Tensor):
+            continue
+        if arg.dim() - (dim is not None) == 1:  # alpha, head weights, an empty tensor, or the int64 dropout seed
+            if dim is not None or not arg.is_floating_point():
+                return None
+            continue
+        rows = arg.expand(n, *arg.shape) if dim is None else arg.movedim(dim, 0)
+        if i in masks and (rows.shape[1] != B or dim is None and B > 1):
+            return None
+        folded[i] = rows.flatten(0, 1)
+    return folded

@@ -1,0 +1,107 @@
+"""The one table of backends: which exist, what each cannot do, and which one runs a call.
+
+A backend is a module of functions on canonical tensors, `forward`, `backward`, `attention_map` and `attention_map_backward` as in
+reference.py, and `unsupported_reasons(problem)`. It is imported when it is first considered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .problem import Problem
+
+
+class Status(NamedTuple):
+    """Whether a backend can run on this machine, and if not, every reason why."""
+
+    available: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device_types: tuple[str, ...]
+    module: str | None  # None: named in the public signature, not part of this version
+    default_on: tuple[str, ...]  # device types on which backend=None considers it
+
+    def load(self) -> ModuleType:
+        assert self.module is not None
+        return importlib.import_module(self.module)
+
+    def unsupported_reasons(self, problem: Problem, operation: str) -> list[str]:
+        """Why this backend cannot run `operation` ("forward" or "attention_map") on such a call; empty when it can."""
+        if self.module is None:
+            return ["it is not part of this version"]
+        if problem.device_type not in self.device_types:
+            return [f"it does not run on device type {problem.device_type!r}, only on {', '.join(self.device_types)}"]
+        try:
+            module = self.load()
+        except ImportError as error:
+            return [f"it could not be imported: {error}"]
+        if not hasattr(module, operation):
+            return [f"it has no {operation}"]
+        reasons: list[str] = module.unsupported_reasons(problem)
+        return reasons
+
+
+TABLE = (
+    Backend("triton", ("cuda", "cpu"), "smattn.kernels.backend", default_on=("cuda",)),
+    Backend("cuda", ("cuda",), None, default_on=("cuda",)),
+    Backend("cpu", ("cpu",), "smattn.native", default_on=("cpu",)),
+    Backend("reference", ("cuda", "cpu"), "smattn.reference", default_on=("cuda", "cpu")),
+)
+
+
+def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
+    """The module that runs this call: the one named, or for "" the first of the table that can.
+
+    Raises ValueError with every reason when the one named cannot; warns once when only the reference can.
+    """
+    if name:
+        chosen = next(row for row in TABLE if row.name == name)
+        reasons = chosen.unsupported_reasons(problem, operation)
+        if reasons:
+            raise ValueError(f"backend={name!r} cannot run this call: {'; '.join(reasons)}")
+        return chosen.load()
+    refused = []
+    for row in TABLE:
+        if problem.device_type not in row.default_on:
+            continue
+        reasons = row.unsupported_reasons(problem, operation)
+        if not reasons:
+            if row.name == "reference":
+                _warn_once(f"smattn runs on the reference, which is slow and holds whole score tensors: {'; '.join(refused)}")
+            return row.load()
+        refused.append(f"{row.name}: {', '.join(reasons)}")
+    raise ValueError(f"no backend runs this call on device type {problem.device_type!r}: {'; '.join(refused)}")
+
+
+def backends() -> dict[str, Status]:
+    """What this machine can run: backend name -> Status(available, reasons why not).
+
+    A backend is available when it runs a small float32 call on one of the machine's devices.
+    """
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    table = {}
+    for row in TABLE:
+        reasons = {device: row.unsupported_reasons(_probe(device), "forward") for device in devices}
+        available = not all(reasons.values())
+        table[row.name] = Status(available, () if available else tuple(dict.fromkeys(sum(reasons.values(), []))))
+    return table
+
+
+def _probe(device_type: str) -> Problem:
+    return Problem(1, 1, 1, 1, 1, 32, 32, torch.float32, None, None, device_type)
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,202 @@
+"""One call, described and checked: every refusal of the public functions is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, softmax, alpha, lse and every accumulation: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes, dtypes and flags of one call: all that a backend needs to say whether it can run it, and how."""
+
+    B: int
+    H: int
+    Hkv: int
+    Nq: int
+    Nk: int
+    D: int
+    Dv: int  # attention_map has no value: Dv = D
+    dtype: torch.dtype
+    mask_dtype: torch.dtype | None
+    mask_shape: tuple[int, int, int, int] | None  # (B|1, H|1, Nq|1, Nk)
+    device_type: str
+    has_padding: bool = False
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    allow_tf32: bool = False
+    mask_is_logits: bool = False
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return acc_dtype(self.dtype)
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    allow_tf32: bool,
+) -> Problem:
+    """The Problem of canonical tensors: mask 4-D, everything validated."""
+    B, H, Nq, D = query.shape
+    _, Hkv, Nk, _ = key.shape
+    soft = mask if mask is not None else mask_logits
+    return Problem(
+        B=B,
+        H=H,
+        Hkv=Hkv,
+        Nq=Nq,
+        Nk=Nk,
+        D=D,
+        Dv=D if value is None else value.shape[3],
+        dtype=query.dtype,
+        mask_dtype=None if soft is None else soft.dtype,
+        mask_shape=None if soft is None else (soft.shape[0], soft.shape[1], soft.shape[2], soft.shape[3]),
+        device_type=query.device.type,
+        has_padding=key_padding_mask is not None,
+        scale=scale,
+        dropout_p=dropout_p,
+        allow_tf32=allow_tf32,
+        mask_is_logits=mask_logits is not None,
+    )
+
+
+def validate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    alpha: float | Tensor | None,
+    *,
+    mask_logits: Tensor | None,
+    head_weights: Tensor | None = None,
+    scale: float | None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None,
+    enable_gqa: bool,
+    backend: str | None,
+) -> None:
+    """Refuse a call that is not well formed, naming the argument, what was expected and what came.
+
+    Raises TypeError for a wrong type, ValueError for anything else, NotImplementedError for mask_logits.
+    """
+    _check_qkv(query, key, value, enable_gqa)
+    B, H, Nq, _ = query.shape
+    Nk = key.shape[2]
+    if mask_logits is not None:
+        if mask is not None:
+            _refuse("mask_logits", "None when mask is given", "both")
+        raise NotImplementedError("mask_logits: not supported yet; pass mask=torch.sigmoid(mask_logits)")
+    _check_mask(mask, alpha, query, Nk)
+    if head_weights is not None:
+        _check_floating("head_weights", head_weights, query)
+        if head_weights.dim() != 1 or head_weights.shape[0] != H:
+            _refuse("head_weights", f"shape (H,) = ({H},)", _shape(head_weights))
+    if key_padding_mask is not None:
+        _check_tensor("key_padding_mask", key_padding_mask, query)
+        if key_padding_mask.dtype != torch.bool:
+            _refuse("key_padding_mask", "dtype torch.bool, True = padding", str(key_padding_mask.dtype))
+        if key_padding_mask.dim() != 2 or key_padding_mask.shape[0] != B or key_padding_mask.shape[1] != Nk:
+            _refuse("key_padding_mask", f"shape (B, Nk) = ({B}, {Nk})", _shape(key_padding_mask))
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt))):
+        _wrong_type("scale", "a float or None", scale)
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat, torch.SymInt)):
+        _wrong_type("dropout_p", "a float", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        _refuse("dropout_p", "a probability in [0, 1)", str(dropout_p))
+    if backend is not None and backend not in BACKENDS:
+        _refuse("backend", f"None or one of {BACKENDS}", repr(backend))
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
+    tensors = {"query": (query, "(B, H, Nq, D)"), "key": (key, "(B, Hkv, Nk, D)")}
+    if value is not None:
+        tensors["value"] = (value, "(B, Hkv, Nk, Dv)")
+    for name, (tensor, form) in tensors.items():
+        _check_tensor(name, tensor, query)
+        if tensor.dim() != 4:
+            _refuse(name, f"a 4-D tensor {form}", f"shape {_shape(tensor)}")
+        if tensor.dtype not in DTYPES:
+            _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
+        if tensor.dtype != query.dtype:
+            _refuse(name, f"query's dtype {query.dtype}", str(tensor.dtype))
+        if tensor.shape[1] < 1 or tensor.shape[3] < 1:
+            _refuse(name, "at least one head and a head size of at least 1", f"shape {_shape(tensor)}")
+    B, H, _, D = query.shape
+    Hkv = key.shape[1]
+    if key.shape[0] != B or key.shape[3] != D:
+        _refuse("key", f"shape (B, Hkv, Nk, D) with B = {B} and D = {D}", _shape(key))
+    if value is not None and (value.shape[0] != B or value.shape[1] != Hkv or value.shape[2] != key.shape[2]):
+        _refuse("value", f"shape (B, Hkv, Nk, Dv) with (B, Hkv, Nk) = ({B}, {Hkv}, {key.shape[2]})", _shape(value))
+    if Hkv != H and not enable_gqa:
+        _refuse("key", f"as many heads as query, {H} (fewer need enable_gqa=True)", str(Hkv))
+    if H % Hkv != 0:
+        _refuse("key", f"a number of heads that divides query's {H}", str(Hkv))
+
+
+def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor, Nk: int) -> None:
+    B, H, Nq, _ = query.shape
+    if mask is None:
+        if alpha is not None:
+            _refuse("alpha", "None when there is no mask", "an alpha")
+        return
+    _check_floating("mask", mask, query)
+    if mask.dim() == 3:
+        fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, Nq) and mask.shape[2] == Nk
+    elif mask.dim() == 4:
+        fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, H) and mask.shape[2] in (1, Nq) and mask.shape[3] == Nk
+    else:
+        fits = False
+    if not fits:
+        sizes = f"B = {B}, H = {H}, Nq = {Nq}, Nk = {Nk}"
+        _refuse("mask", f"shape (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk) with {sizes}", _shape(mask))
+    if alpha is None:
+        _refuse("alpha", "a float or a tensor of shape () or (H,), since a mask is given", "None")
+    if isinstance(alpha, Tensor):
+        _check_floating("alpha", alpha, query)
+        if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != H):
+            _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
+    elif isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
+        _wrong_type("alpha", "a float or a tensor", alpha)
+
+
+def _check_tensor(name: str, tensor: Any, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        _wrong_type(name, "a torch.Tensor", tensor)
+    if tensor.device != query.device:
+        _refuse(name, f"query's device {query.device}", str(tensor.device))
+
+
+def _check_floating(name: str, tensor: Any, query: Tensor) -> None:
+    _check_tensor(name, tensor, query)
+    if tensor.dtype not in DTYPES:
+        _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _refuse(argument: str, expected: str, got: str) -> NoReturn:
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _wrong_type(argument: str, expected: str, got: Any) -> NoReturn:
+    raise TypeError(f"{argument}: expected {expected}, got {type(got).__name__}")

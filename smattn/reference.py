@@ -1,0 +1,232 @@
+"""The maths, written down once, and the slow exact implementation every backend is compared with.
+
+Batch b, query head h, query i, key j, kv head g = h // (H / Hkv); alpha_h is a learned scalar per head, M a soft mask.
+
+    (1)  S   = scale * <q_bhi, k_bgj> + alpha_h * M_bhij
+    (2)  P   = softmax over the keys that are not padding         P = exp(S - L)
+    (3)  O_i = sum_j P_ij C_ij/(1-p) v_bgj                        C = keep mask of dropout, only when p > 0
+    (4)  L_i = logsumexp_j S_ij over the same keys                natural logarithm
+
+Backward, given dO, and dL when the caller uses L:
+
+    (5)  delta_i = <dO_i, O_i> - dL_i                             from the unrounded O
+    (6)  dP = (dO V^T) * C/(1-p)          dS = P * (dP - delta)
+    (7)  dV = (P*C/(1-p))^T dO            dQ = scale * dS K       dK = scale * dS^T Q     (dK, dV summed over the heads of a kv head)
+    (8)  dM = sum over M's size-1 axes of alpha_h * dS
+         dalpha_h = sum_bij dS * (M - mbar_i) + sum_bi mbar_i * dL_i,   mbar_i = sum_j P_ij M_ij
+
+Attention map with head weights w:
+
+    (9)  A_bij = sum_h w_h P_bhij
+    (10) eta_bhi = sum_j dA_bij P_bhij    dS_bhij = w_h P_bhij (dA_bij - eta_bhi)    dw_h = sum_bi eta_bhi;   dQ, dK, dM, dalpha as in (7), (8)
+
+dalpha is centred by mbar because a row of dS sums to dL_i only up to rounding: the uncentred sum cancels.
+Soft-masked attention is arXiv 2206.00182, section 3; its code writes S - alpha*(1 - M), a constant per row away from (1).
+
+Everything here runs on a whole (B, H, Nq, Nk) score tensor in float32 (float64 for float64 inputs), and `forward` and `attention_map`
+are themselves differentiable by autograd, which is how the explicit backward is checked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+_LOW32 = 0xFFFFFFFF
+Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
+
+
+class _Scores(NamedTuple):
+    """Inputs in the accumulation dtype with padding selected out, and the rows computed from them."""
+
+    query: Tensor  # (B, H, Nq, D)
+    key: Tensor  # (B, H, Nk, D): repeated over each group of query heads
+    mask: Tensor | None  # broadcastable to (B, H, Nq, Nk)
+    alpha: Tensor | None  # (H, 1, 1)
+    dead: Tensor  # (B, 1, 1, 1) bool: no key to attend to
+    p: Tensor  # (B, H, Nq, Nk)
+    lse: Tensor  # (B, H, Nq)
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why this backend cannot run the call; the reference runs everything but mask_logits."""
+    return ["mask_logits is not supported yet"] if problem.mask_is_logits else []
+
+
+def forward(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    *,
+    save_out: bool,
+    save_mbar: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(1)-(4): out (B, H, Nq, Dv), lse (B, H, Nq), the unrounded out if asked for, mbar (B, H, Nq) if asked for."""
+    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
+    weights = t.p * _dropout(problem, seed) if seed is not None else t.p
+    out_acc = weights @ _per_query_head(_attended(value, key_padding_mask), problem)  # (3)
+    empty = out_acc.new_empty(0)
+    out = out_acc.to(problem.dtype)
+    mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else empty
+    return out, t.lse, out_acc if save_out and out_acc.dtype != problem.dtype else empty, mbar
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mbar: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """(5)-(8), with P rebuilt from the inputs (out, lse and mbar are what the fused backends rebuild it from)."""
+    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
+    v = _per_query_head(_attended(value, key_padding_mask), problem)
+    do = dout.to(t.p.dtype).masked_fill(t.dead, 0)
+    dl = torch.zeros_like(t.lse) if dlse is None else dlse.masked_fill(t.dead[..., 0], 0)
+    keep = _dropout(problem, seed) if seed is not None else None
+    dp = do @ v.mT  # (6)
+    weights = t.p
+    if keep is not None:
+        dp, weights = dp * keep, weights * keep
+    delta = (t.p * dp).sum(-1) - dl  # (5), summed as P*dP
+    ds = t.p * (dp - delta[..., None])  # (6)
+    dvalue = _to_kv_heads(weights.mT @ do, problem).to(problem.dtype) if needs[2] else None  # (7)
+    dquery, dkey, dmask, dalpha = _score_gradients(problem, t, ds, dl, mask, (needs[0], needs[1], needs[3], needs[4]))
+    return dquery, dkey, dvalue, dmask, dalpha
+
+
+def attention_map(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype; head_weights (H,) in that dtype."""
+    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
+    return (head_weights[:, None, None] * t.p).sum(1), t.lse
+
+
+def attention_map_backward(
+    problem: Problem,
+    dmap: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+    lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """(10): gradients of query, key, mask, alpha and head_weights."""
+    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
+    da = dmap[:, None].to(t.p.dtype).masked_fill(t.dead, 0)
+    if key_padding_mask is not None:
+        da = da.masked_fill(key_padding_mask[:, None, None, :], 0)
+    eta = (da * t.p).sum(-1)
+    ds = head_weights[:, None, None] * t.p * (da - eta[..., None])
+    dquery, dkey, dmask, dalpha = _score_gradients(problem, t, ds, torch.zeros_like(eta), mask, needs[:4])
+    return dquery, dkey, dmask, dalpha, eta.sum((0, 2)) if needs[4] else None
+
+
+def _softmax(
+    problem: Problem, query: Tensor, key: Tensor, mask: Tensor | None, alpha: Tensor | None, key_padding_mask: Tensor | None
+) -> _Scores:
+    """(1), (2), (4). Padded keys are selected out before any product, so that NaN or inf there reaches nothing."""
+    acc = problem.acc_dtype
+    q, k = query.to(acc), _per_query_head(_attended(key, key_padding_mask), problem)
+    s = (q @ k.mT) * problem.scale  # (1)
+    m = a = None
+    if mask is not None and alpha is not None:
+        m, a = mask.to(acc), alpha[:, None, None]
+        if key_padding_mask is not None:
+            m = torch.where(key_padding_mask[:, None, None, :], 0, m)
+        s = s + a * m
+    dead = torch.full((problem.B, 1, 1, 1), problem.Nk == 0, device=query.device)
+    if key_padding_mask is not None and problem.Nk > 0:
+        padding = key_padding_mask[:, None, None, :]
+        dead = padding.all(-1, keepdim=True)
+        # a dead row is softmaxed over zeros and then zeroed: over -inf its gradient would be NaN
+        s = s.masked_fill(padding, float("-inf")).masked_fill(dead, 0)
+        p = torch.softmax(s, -1).masked_fill(padding, 0)  # (2)
+    else:
+        p = torch.softmax(s, -1)
+    lse = torch.logsumexp(s, -1).masked_fill(dead[..., 0], float("-inf"))  # (4)
+    return _Scores(q, k, m, a, dead, p, lse)
+
+
+def _score_gradients(
+    problem: Problem, t: _Scores, ds: Tensor, dl: Tensor, mask: Tensor | None, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha."""
+    dquery = ((ds @ t.key) * problem.scale).to(problem.dtype) if needs[0] else None
+    dkey = _to_kv_heads((ds.mT @ t.query) * problem.scale, problem).to(problem.dtype) if needs[1] else None
+    dmask = dalpha = None
+    if mask is not None and t.mask is not None and t.alpha is not None:
+        if needs[2]:
+            dmask = (t.alpha * ds).sum_to_size(mask.shape).to(mask.dtype)
+        if needs[3]:
+            mbar = (t.p * t.mask).sum(-1)
+            dalpha = (ds * (t.mask - mbar[..., None])).sum((0, 2, 3)) + (mbar * dl).sum((0, 2))
+    return dquery, dkey, dmask, dalpha
+
+
+def _attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """Key or value rows (B, Hkv, Nk, D) with those of padded keys replaced by zeros."""
+    return rows if key_padding_mask is None else rows.masked_fill(key_padding_mask[:, None, :, None], 0)
+
+
+def _per_query_head(rows: Tensor, problem: Problem) -> Tensor:
+    return rows.to(problem.acc_dtype).repeat_interleave(problem.H // problem.Hkv, 1)
+
+
+def _to_kv_heads(rows: Tensor, problem: Problem) -> Tensor:
+    return rows.unflatten(1, (problem.Hkv, problem.H // problem.Hkv)).sum(2)
+
+
+def _dropout(problem: Problem, seed: Tensor) -> Tensor:
+    """C/(1-p) of (3), in the accumulation dtype."""
+    keep = dropout_keep(seed, problem.B, problem.H, problem.Nq, problem.Nk, problem.dropout_p)
+    return keep.to(problem.acc_dtype) / (1 - problem.dropout_p)
+
+
+def dropout_keep(seed: Tensor, B: int, H: int, Nq: int, Nk: int, p: float) -> Tensor:
+    """The keep mask C of (3), bool (B, H, Nq, Nk): the same bits on every backend.
+
+    Element (b, h, i, j) is dropped iff word 0 of Philox4x32-10 (Salmon et al., SC'11), key = seed (int64, shape (1,)),
+    counter = (j, i, b*H + h, 0), is below floor(p * 2^32).
+    """
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, device=seed.device)
+
+    x = torch.broadcast_tensors(count(Nk), count(Nq)[:, None], count(B * H)[:, None, None], count(1))
+    c0, c1, c2, c3 = x
+    key0, key1 = seed & _LOW32, (seed >> 32) & _LOW32
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps, the 64 bits are right
+        c0, c2 = ((product1 >> 32) & _LOW32) ^ c1 ^ key0, ((product0 >> 32) & _LOW32) ^ c3 ^ key1
+        c1, c3 = product1 & _LOW32, product0 & _LOW32
+        key0, key1 = (key0 + 0x9E3779B9) & _LOW32, (key1 + 0xBB67AE85) & _LOW32
+    return (c0 >= int(p * 2**32)).view(B, H, Nq, Nk)
