@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -64,7 +64,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["smattn", "smattn.kernels"],
+    packages=["smattn", "smattn.testing", "smattn.kernels"],
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
     package_data={"smattn": ["py.typed"]},
     ext_modules=[Extension("smattn._C", sources=[])],

@@ -51,7 +51,7 @@ def soft_masked_attention(
         key: (B, Hkv, Nk, D), query's dtype. H % Hkv == 0.
         value: (B, Hkv, Nk, Dv), query's dtype. Dv may differ from D.
         mask: soft mask M, usually in [0, 1] (not checked): (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk); any floating
-            dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask gets an expanded gradient.
+            dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask has an expanded one.
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
         alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when mask is.
             Pass a tensor for what changes: torch.compile makes a new graph for each float.
@@ -62,10 +62,11 @@ def soft_masked_attention(
             a query with no key left gives zeros, lse = -inf and zero gradients.
         enable_gqa: allow fewer heads in key and value than in query.
         return_lse: also return the logsumexp of the scores.
-        backend: "triton", "cuda", "cpu" or "reference", which is then used or refused, never replaced; None takes the best that can run the call.
+        backend: "triton", "cuda", "cpu" or "reference", used or refused, never replaced; None takes the best that can run the call.
 
     Returns:
-        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, float32 (float64 for float64 inputs), differentiable.
+        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, differentiable, float32 (float64 for
+        float64 inputs).
         Under autocast q, k, v that are floating and not float64 are cast to the autocast dtype, the output's dtype; mask and alpha are not.
 
     Raises:
@@ -106,7 +107,9 @@ def attention_map(
     enable_gqa: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The attention probabilities summed over heads with weights, differentiable in every float input; equations (9), (10) of smattn/reference.py.
+    """The attention probabilities summed over heads with weights, differentiable in every float input.
+
+    Equations (9), (10) of smattn/reference.py; the class-token maps of arXiv 2507.06848 are its rows.
 
     Pass only the query rows you want (a ViT's class tokens, say): the result is (B, Nq, Nk), whatever the number of heads.
 
@@ -135,7 +138,7 @@ def attention_map(
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """The dropout seed of one call, int64 (1,), from torch's generator: a tensor, so that compile, checkpointing and CUDA graphs replay it."""
+    """One call's dropout seed, int64 (1,), from torch's generator: a tensor, so that compile, checkpointing and CUDA graphs replay it."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 

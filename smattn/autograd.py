@@ -151,7 +151,7 @@ def _vmap(
 
 
 def _fold(n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int, int]) -> list[Any] | None:
-    """The arguments with the mapped axis folded into B, or None where a 1-D tensor is mapped, bits depend on b, or a mask would be copied."""
+    """The arguments with the mapped axis folded into B; None where a 1-D tensor is mapped, bits depend on b or a mask would be copied."""
     B = args[0].movedim(in_dims[0] or 0, 0).shape[in_dims[0] is not None]  # the first argument is query, dout or dmap
     folded = list(args)
     for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):

@@ -1,6 +1,7 @@
 """The torch.library ops: one schema, one fake and one implementation for each, the backend chosen inside.
 
-`backend` is "" for the best one on the tensors' device, so a compiled or exported program moved to another device calls what that device has.
+`backend` is "" for the best one on the tensors' device, so a compiled or exported program moved to another device calls what
+that device has.
 Outputs that were not asked for are empty tensors of shape (0,). Tensors are canonical: mask 4-D, alpha (H,) in the accumulation dtype.
 """
 
@@ -55,9 +56,7 @@ def _forward(
     chosen = backends.resolve(problem, backend, "forward")
     soft = mask if mask_logits is None else mask_logits
     with _inside_an_op(query.device):
-        return chosen.forward(
-            problem, query, key, value, soft, alpha, key_padding_mask, seed, save_out=save_out, save_mbar=save_mbar
-        )
+        return chosen.forward(problem, query, key, value, soft, alpha, key_padding_mask, seed, save_out=save_out, save_mbar=save_mbar)
 
 
 def _forward_fake(
@@ -79,9 +78,7 @@ def _backward(
     chosen = backends.resolve(problem, backend, "backward")
     soft = mask if mask_logits is None else mask_logits
     with _inside_an_op(query.device):
-        grads = chosen.backward(
-            problem, dout, dlse, query, key, value, soft, alpha, key_padding_mask, seed, out, lse, mbar, tuple(needs)
-        )
+        grads = chosen.backward(problem, dout, dlse, query, key, value, soft, alpha, key_padding_mask, seed, out, lse, mbar, tuple(needs))
         return _or_empty(grads, query)
 
 
@@ -114,9 +111,7 @@ def _attention_map_backward(
     chosen = backends.resolve(problem, backend, "attention_map_backward")
     soft = mask if mask_logits is None else mask_logits
     with _inside_an_op(query.device):
-        grads = chosen.attention_map_backward(
-            problem, dmap, query, key, soft, alpha, head_weights, key_padding_mask, lse, tuple(needs)
-        )
+        grads = chosen.attention_map_backward(problem, dmap, query, key, soft, alpha, head_weights, key_padding_mask, lse, tuple(needs))
         return _or_empty(grads, query)
 
 

@@ -18,7 +18,8 @@ Backward, given dO, and dL when the caller uses L:
 Attention map with head weights w:
 
     (9)  A_bij = sum_h w_h P_bhij
-    (10) eta_bhi = sum_j dA_bij P_bhij    dS_bhij = w_h P_bhij (dA_bij - eta_bhi)    dw_h = sum_bi eta_bhi;   dQ, dK, dM, dalpha as in (7), (8)
+    (10) eta_bhi = sum_j dA_bij P_bhij    dS_bhij = w_h P_bhij (dA_bij - eta_bhi)
+         dw_h = sum_bi eta_bhi                dQ, dK, dM, dalpha as in (7), (8)
 
 dalpha is centred by mbar because a row of dS sums to dL_i only up to rounding: the uncentred sum cancels.
 Soft-masked attention is arXiv 2206.00182, section 3; its code writes S - alpha*(1 - M), a constant per row away from (1).
@@ -40,7 +41,7 @@ _LOW32 = 0xFFFFFFFF
 Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     """Inputs in the accumulation dtype with padding selected out, and the rows computed from them."""
 
     query: Tensor  # (B, H, Nq, D)
@@ -48,6 +49,7 @@ class _Scores(NamedTuple):
     mask: Tensor | None  # broadcastable to (B, H, Nq, Nk)
     alpha: Tensor | None  # (H, 1, 1)
     dead: Tensor  # (B, 1, 1, 1) bool: no key to attend to
+    s: Tensor  # (B, H, Nq, Nk), -inf at padded keys, 0 in dead rows
     p: Tensor  # (B, H, Nq, Nk)
     lse: Tensor  # (B, H, Nq)
 
@@ -71,9 +73,9 @@ def forward(
     save_mbar: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(1)-(4): out (B, H, Nq, Dv), lse (B, H, Nq), the unrounded out if asked for, mbar (B, H, Nq) if asked for."""
-    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
-    weights = t.p * _dropout(problem, seed) if seed is not None else t.p
-    out_acc = weights @ _per_query_head(_attended(value, key_padding_mask), problem)  # (3)
+    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
+    weights = t.p * dropout_factor(problem, seed) if seed is not None else t.p
+    out_acc = weights @ per_query_head(attended(value, key_padding_mask), problem)  # (3)
     empty = out_acc.new_empty(0)
     out = out_acc.to(problem.dtype)
     mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else empty
@@ -97,19 +99,19 @@ def backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
     """(5)-(8), with P rebuilt from the inputs (out, lse and mbar are what the fused backends rebuild it from)."""
-    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
-    v = _per_query_head(_attended(value, key_padding_mask), problem)
+    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
+    v = per_query_head(attended(value, key_padding_mask), problem)
     do = dout.to(t.p.dtype).masked_fill(t.dead, 0)
     dl = torch.zeros_like(t.lse) if dlse is None else dlse.masked_fill(t.dead[..., 0], 0)
-    keep = _dropout(problem, seed) if seed is not None else None
+    keep = dropout_factor(problem, seed) if seed is not None else None
     dp = do @ v.mT  # (6)
     weights = t.p
     if keep is not None:
         dp, weights = dp * keep, weights * keep
     delta = (t.p * dp).sum(-1) - dl  # (5), summed as P*dP
     ds = t.p * (dp - delta[..., None])  # (6)
-    dvalue = _to_kv_heads(weights.mT @ do, problem).to(problem.dtype) if needs[2] else None  # (7)
-    dquery, dkey, dmask, dalpha = _score_gradients(problem, t, ds, dl, mask, (needs[0], needs[1], needs[3], needs[4]))
+    dvalue = to_kv_heads(weights.mT @ do, problem).to(problem.dtype) if needs[2] else None  # (7)
+    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, dl, mask, (needs[0], needs[1], needs[3], needs[4]))
     return dquery, dkey, dvalue, dmask, dalpha
 
 
@@ -123,7 +125,7 @@ def attention_map(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype; head_weights (H,) in that dtype."""
-    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
+    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
     return (head_weights[:, None, None] * t.p).sum(1), t.lse
 
 
@@ -140,22 +142,22 @@ def attention_map_backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
     """(10): gradients of query, key, mask, alpha and head_weights."""
-    t = _softmax(problem, query, key, mask, alpha, key_padding_mask)
+    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
     da = dmap[:, None].to(t.p.dtype).masked_fill(t.dead, 0)
     if key_padding_mask is not None:
         da = da.masked_fill(key_padding_mask[:, None, None, :], 0)
     eta = (da * t.p).sum(-1)
     ds = head_weights[:, None, None] * t.p * (da - eta[..., None])
-    dquery, dkey, dmask, dalpha = _score_gradients(problem, t, ds, torch.zeros_like(eta), mask, needs[:4])
+    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, torch.zeros_like(eta), mask, needs[:4])
     return dquery, dkey, dmask, dalpha, eta.sum((0, 2)) if needs[4] else None
 
 
-def _softmax(
+def softmax(
     problem: Problem, query: Tensor, key: Tensor, mask: Tensor | None, alpha: Tensor | None, key_padding_mask: Tensor | None
-) -> _Scores:
+) -> Scores:
     """(1), (2), (4). Padded keys are selected out before any product, so that NaN or inf there reaches nothing."""
     acc = problem.acc_dtype
-    q, k = query.to(acc), _per_query_head(_attended(key, key_padding_mask), problem)
+    q, k = query.to(acc), per_query_head(attended(key, key_padding_mask), problem)
     s = (q @ k.mT) * problem.scale  # (1)
     m = a = None
     if mask is not None and alpha is not None:
@@ -173,15 +175,15 @@ def _softmax(
     else:
         p = torch.softmax(s, -1)
     lse = torch.logsumexp(s, -1).masked_fill(dead[..., 0], float("-inf"))  # (4)
-    return _Scores(q, k, m, a, dead, p, lse)
+    return Scores(q, k, m, a, dead, s, p, lse)
 
 
-def _score_gradients(
-    problem: Problem, t: _Scores, ds: Tensor, dl: Tensor, mask: Tensor | None, needs: tuple[bool, bool, bool, bool]
+def score_gradients(
+    problem: Problem, t: Scores, ds: Tensor, dl: Tensor, mask: Tensor | None, needs: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha."""
     dquery = ((ds @ t.key) * problem.scale).to(problem.dtype) if needs[0] else None
-    dkey = _to_kv_heads((ds.mT @ t.query) * problem.scale, problem).to(problem.dtype) if needs[1] else None
+    dkey = to_kv_heads((ds.mT @ t.query) * problem.scale, problem).to(problem.dtype) if needs[1] else None
     dmask = dalpha = None
     if mask is not None and t.mask is not None and t.alpha is not None:
         if needs[2]:
@@ -192,20 +194,20 @@ def _score_gradients(
     return dquery, dkey, dmask, dalpha
 
 
-def _attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+def attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """Key or value rows (B, Hkv, Nk, D) with those of padded keys replaced by zeros."""
     return rows if key_padding_mask is None else rows.masked_fill(key_padding_mask[:, None, :, None], 0)
 
 
-def _per_query_head(rows: Tensor, problem: Problem) -> Tensor:
+def per_query_head(rows: Tensor, problem: Problem) -> Tensor:
     return rows.to(problem.acc_dtype).repeat_interleave(problem.H // problem.Hkv, 1)
 
 
-def _to_kv_heads(rows: Tensor, problem: Problem) -> Tensor:
+def to_kv_heads(rows: Tensor, problem: Problem) -> Tensor:
     return rows.unflatten(1, (problem.Hkv, problem.H // problem.Hkv)).sum(2)
 
 
-def _dropout(problem: Problem, seed: Tensor) -> Tensor:
+def dropout_factor(problem: Problem, seed: Tensor) -> Tensor:
     """C/(1-p) of (3), in the accumulation dtype."""
     keep = dropout_keep(seed, problem.B, problem.H, problem.Nq, problem.Nk, problem.dropout_p)
     return keep.to(problem.acc_dtype) / (1 - problem.dropout_p)

@@ -1,0 +1,265 @@
+"""Named workloads, seeded inputs, and what the public call and plain PyTorch make of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..attention import attention_map, draw_seed, soft_masked_attention
+from ..problem import Problem, acc_dtype, describe
+
+Results = dict[str, Tensor]  # "out", "lse" or "map", and "dquery", "dkey", "dvalue", "dmask", "dalpha", "dhead_weights"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named shape; mask (B, Nq, Nk), Dv = D, as many key heads as query heads."""
+
+    name: str
+    B: int
+    H: int
+    Nq: int
+    Nk: int
+    D: int
+    what: str
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("hodor_train", 2, 8, 13, 9504, 32, "descriptors attend to stride-8 pixels, 480p training clip"),
+        Workload("hodor_infer", 1, 8, 13, 7424, 32, "the same at inference"),
+        Workload("queries100", 4, 8, 100, 16384, 32, "Mask2Former-like decoder, 128x128 features"),
+        Workload("queries100_b1", 1, 8, 100, 16384, 32, "the same, one image"),
+        Workload("self1k", 1, 8, 1024, 1024, 64, "self-attention, small"),
+        Workload("video64k", 1, 8, 128, 65536, 64, "descriptors over a whole clip"),
+        Workload("self4k", 4, 8, 4096, 4096, 64, "self-attention among pixels under a full mask"),
+        Workload("self4k_d128", 4, 8, 4096, 4096, 128, "the same, wide heads"),
+        Workload("vit_cls", 4, 12, 1045, 1045, 64, "20 class tokens + 1024 patches + 1 register, 512 px / 16"),
+        Workload("vit_cls_d48", 4, 16, 1045, 1045, 48, "the head size of the token-masking paper's ViT"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of soft_masked_attention, or of attention_map when head_weights is given, with the gradients fed to its backward."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    alpha: float | Tensor | None
+    dout: Tensor  # output's shape and dtype
+    dlse: Tensor | None = None  # None: lse is not asked for
+    head_weights: Tensor | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    rng: int = 0  # torch.manual_seed before the call: fixes the dropout bits
+    key_padding_mask: Tensor | None = None
+    enable_gqa: bool = False
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The tensors that have a gradient, by argument name."""
+        names = ("query", "key", "mask", "alpha", "head_weights") if self.is_map else ("query", "key", "value", "mask", "alpha")
+        return {name: tensor for name in names if isinstance(tensor := getattr(self, name), Tensor)}
+
+    @property
+    def is_map(self) -> bool:
+        return self.head_weights is not None
+
+    def problem(self) -> Problem:
+        mask = four_axes(self.mask)
+        scale = self.query.shape[3] ** -0.5 if self.scale is None else self.scale
+        return describe(self.query, self.key, self.value, mask, None, self.key_padding_mask, scale, self.dropout_p, False)
+
+    def seed(self) -> Tensor | None:
+        """The dropout seed that the call will draw."""
+        if self.dropout_p == 0:
+            return None
+        with _forked_rng(self):
+            return draw_seed(self.query.device)
+
+
+def default_alpha(H: int) -> Tensor:
+    """[32, 32, 16, 16, 8, 8, 4, 4] repeated to H heads, float32."""
+    return torch.tensor([32.0, 32.0, 16.0, 16.0, 8.0, 8.0, 4.0, 4.0]).repeat(math.ceil(H / 8))[:H]
+
+
+def blob_mask(B: int, Nq: int, Nk: int, generator: torch.Generator) -> Tensor:
+    """Masks as real ones are, float32 (B, Nq, Nk): a Gaussian bump a query on a square key grid, above 0.5 at a tenth of the keys."""
+    side = math.ceil(math.sqrt(Nk))
+    j = torch.arange(Nk)
+    grid = torch.stack((j // side, j % side), -1).float()
+    centre = torch.rand(B, Nq, 1, 2, generator=generator) * side
+    r2 = (grid - centre).square().sum(-1)
+    at_half = r2.kthvalue(max(1, round(0.1 * Nk)), -1, keepdim=True).values.clamp_min(0.25)
+    return torch.exp(-math.log(2) * r2 / at_half)
+
+
+def make_case(
+    B: int,
+    H: int,
+    Nq: int,
+    Nk: int,
+    D: int,
+    *,
+    Dv: int | None = None,
+    Hkv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    mask: str | None = "uniform",
+    mask_shape: Sequence[int] | None = None,
+    mask_dtype: torch.dtype = torch.float32,
+    with_lse: bool = False,
+    as_map: bool = False,
+    dropout_p: float = 0.0,
+    padded: float = 0.0,
+    device: str | torch.device = "cpu",
+    rng: int = 0,
+) -> Case:
+    """A seeded case: normal q, k, v and dO, alpha by default_alpha, mask "uniform" in [0, 1], "blob" or None.
+
+    mask_shape (B, Nq, Nk) unless given ("uniform" only); padded: the share of keys that is padding, drawn at random.
+    """
+    g = torch.Generator().manual_seed(rng)
+    Hkv, Dv, acc = Hkv or H, Dv or D, acc_dtype(dtype)
+
+    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=acc).to(device, to)
+
+    m = None
+    if mask == "blob":
+        m = blob_mask(B, Nq, Nk, g).to(device, mask_dtype)
+    elif mask == "uniform":
+        m = torch.rand(*(mask_shape or (B, Nq, Nk)), generator=g, dtype=acc).to(device, mask_dtype)
+    return Case(
+        query=normal(B, H, Nq, D),
+        key=normal(B, Hkv, Nk, D),
+        value=normal(B, Hkv, Nk, Dv),
+        mask=m,
+        alpha=None if m is None else default_alpha(H).to(device, acc),
+        dout=normal(B, Nq, Nk, to=acc) if as_map else normal(B, H, Nq, Dv),
+        dlse=normal(B, H, Nq, to=acc) if with_lse and not as_map else None,
+        head_weights=normal(H, to=acc) if as_map else None,
+        dropout_p=dropout_p,
+        rng=rng,
+        key_padding_mask=(torch.rand(B, Nk, generator=g) < padded).to(device) if padded else None,
+        enable_gqa=Hkv != H,
+    )
+
+
+def workload_case(name: str, *, mask: str = "uniform", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Case:
+    """The case of a named workload, its mask in the workload's dtype."""
+    w = WORKLOADS[name]
+    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
+
+
+def run(case: Case, backend: str | None = None, needs: Sequence[str] | None = None) -> Results:
+    """The public call on a case, and the gradients of the inputs named in needs (all unless given)."""
+    leaves = {name: t.detach().requires_grad_(needs is None or name in needs) for name, t in case.inputs().items()}
+    c = replace(case, **leaves)
+    common = dict(scale=c.scale, key_padding_mask=c.key_padding_mask, enable_gqa=c.enable_gqa, backend=backend)
+    with _forked_rng(c):
+        if c.is_map:
+            outputs = {"map": attention_map(c.query, c.key, c.mask, c.alpha, head_weights=c.head_weights, **common)}  # type: ignore[arg-type]
+        else:
+            out, lse = soft_masked_attention(c.query, c.key, c.value, c.mask, c.alpha, dropout_p=c.dropout_p, return_lse=True, **common)  # type: ignore[call-overload]
+            outputs = {"out": out} if c.dlse is None else {"out": out, "lse": lse}
+    return _with_gradients(outputs, leaves, c)
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    alpha: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft-masked attention as one writes it in plain PyTorch, by its promotion rules: out, lse and P. The yardstick, and a peer to time.
+
+    Shapes as soft_masked_attention, heads repeated by the caller, mask 4-D, alpha (H,), keep the dropout factor.
+    """
+    s = (query @ key.mT) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if mask is not None and alpha is not None:
+        s = s + alpha[:, None, None].to(mask.dtype) * mask
+    if key_padding_mask is not None:
+        s = s.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
+    p = torch.softmax(s, -1)
+    return (p if keep is None else p * keep).to(value.dtype) @ value, torch.logsumexp(s, -1), p
+
+
+def run_plain(case: Case) -> Results:
+    """plain() on a case and its gradients by autograd. Padded keys are zeroed first; dead batch elements get no gradient."""
+    leaves = {name: t.detach().requires_grad_() for name, t in case.inputs().items()}
+    c = replace(case, **leaves)
+    problem = c.problem()
+    padding, dead = _padding(c)
+    groups = problem.H // problem.Hkv
+    k = c.key.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
+    v = c.value.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
+    mask = four_axes(c.mask)
+    if mask is not None:
+        mask = torch.where(padding[:, None, None, :], torch.zeros((), dtype=mask.dtype, device=mask.device), mask)
+    alive_padding = padding & ~dead[:, None]
+    seed = c.seed()
+    keep = None if seed is None else reference.dropout_factor(problem, seed)
+    out, lse, p = plain(c.query, k, v, mask, per_head(c), scale=c.scale, key_padding_mask=alive_padding, keep=keep)
+    if c.head_weights is not None:
+        amap = (c.head_weights.to(problem.acc_dtype)[:, None, None] * p).sum(1).masked_fill(padding[:, None, :], 0)
+        return _with_gradients({"map": amap}, leaves, c)
+    outputs = {"out": out.masked_fill(dead[:, None, None, None], 0)}
+    if c.dlse is not None:
+        outputs["lse"] = lse.to(problem.acc_dtype).masked_fill(dead[:, None, None], float("-inf"))
+    alive = replace(c, dout=c.dout.masked_fill(dead[:, None, None, None], 0))
+    if c.dlse is not None:
+        alive = replace(alive, dlse=c.dlse.masked_fill(dead[:, None, None], 0))
+    return _with_gradients(outputs, leaves, alive)
+
+
+def _with_gradients(outputs: Results, leaves: Results, case: Case) -> Results:
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    results = {name: tensor.detach() for name, tensor in outputs.items()}
+    if wanted:
+        incoming = [case.dlse if name == "lse" else case.dout for name in outputs]
+        grads = torch.autograd.grad(list(outputs.values()), list(wanted.values()), incoming, allow_unused=True)
+        results |= {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+    return results
+
+
+def _padding(case: Case) -> tuple[Tensor, Tensor]:
+    """key_padding_mask, all False when there is none, and the batch elements that have no key, (B,)."""
+    B, Nk = case.key.shape[0], case.key.shape[2]
+    padding = case.key_padding_mask
+    if padding is None:
+        padding = torch.zeros(B, Nk, dtype=torch.bool, device=case.key.device)
+    return padding, padding.all(1)
+
+
+def four_axes(mask: Tensor | None) -> Tensor | None:
+    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+
+
+def per_head(case: Case) -> Tensor | None:
+    if case.alpha is None:
+        return None
+    H, acc = case.query.shape[1], acc_dtype(case.query.dtype)
+    return torch.as_tensor(case.alpha, dtype=acc, device=case.query.device).expand(H)
+
+
+@contextmanager
+def _forked_rng(case: Case) -> Iterator[None]:
+    """The case's generator state inside, the caller's again after."""
+    device = case.query.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(case.rng)
+        yield
