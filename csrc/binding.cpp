@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 
 // torch's own threads, so that torch.set_num_threads rules here too.
 void torch_threads(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, items, grain, body, context));
+  torch::stable::parallel_for(0, items, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 // dropout_keep: seed int64 (1,) on the CPU -> bool (B, H, Nq, Nk), true where the element is kept.

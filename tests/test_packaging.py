@@ -51,7 +51,7 @@ def test_the_wheel_holds_the_package_and_works(source, tmp_path):
     wheel = only_wheel(source)
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {f"smattn/{path.relative_to(ROOT / 'smattn')}" for path in (ROOT / "smattn").glob("*.py")}
+    modules = {f"smattn/{path.relative_to(ROOT / 'smattn')}" for path in (ROOT / "smattn").rglob("*.py")}
     modules |= {f"smattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert names == modules | {"smattn/_C.so", "smattn/py.typed"}
     code = "import smattn, smattn.native; print(smattn.native.reasons(), smattn.__file__)"
