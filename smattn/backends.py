@@ -71,7 +71,7 @@ def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
         if reasons:
             raise ValueError(f"backend={name!r} cannot run this call: {'; '.join(reasons)}")
         return chosen.load()
-    refused = []
+    refused: list[str] = []
     for row in TABLE:
         if problem.device_type not in row.default_on:
             continue

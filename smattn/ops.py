@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,76 +51,155 @@ def _inside_an_op(device: torch.device) -> Iterator[None]:
 
 
 def _forward(
-    query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, scale, dropout_p, allow_tf32, save_out, save_mbar, backend
-):  # type: ignore[no-untyped-def]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    allow_tf32: bool,
+    save_out: bool,
+    save_mbar: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "forward")
-    soft = mask if mask_logits is None else mask_logits
+    inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
     with _inside_an_op(query.device):
-        return chosen.forward(problem, query, key, value, soft, alpha, key_padding_mask, seed, save_out=save_out, save_mbar=save_mbar)
+        return chosen.forward(problem, *inputs, save_out=save_out, save_mbar=save_mbar)
 
 
 def _forward_fake(
-    query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, scale, dropout_p, allow_tf32, save_out, save_mbar, backend
-):  # type: ignore[no-untyped-def]
-    acc = acc_dtype(query.dtype)
-    rows = query.shape[:3]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    allow_tf32: bool,
+    save_out: bool,
+    save_mbar: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    acc, rows = acc_dtype(query.dtype), query.shape[:3]
     out = query.new_empty((*rows, value.shape[3]))
-    lse = query.new_empty(rows, dtype=acc)
     out_acc = query.new_empty(out.shape if save_out and acc != query.dtype else (0,), dtype=acc)
-    return out, lse, out_acc, query.new_empty(rows if save_mbar and alpha is not None else (0,), dtype=acc)
+    mbar = query.new_empty(rows if save_mbar and alpha is not None else (0,), dtype=acc)
+    return out, query.new_empty(rows, dtype=acc), out_acc, mbar
 
 
 def _backward(
-    dout, dlse, query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, lse, mbar,
-    scale, dropout_p, allow_tf32, needs, backend,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    mbar: Tensor,
+    scale: float,
+    dropout_p: float,
+    allow_tf32: bool,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "backward")
-    soft = mask if mask_logits is None else mask_logits
+    inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
     with _inside_an_op(query.device):
-        grads = chosen.backward(problem, dout, dlse, query, key, value, soft, alpha, key_padding_mask, seed, out, lse, mbar, tuple(needs))
-        return _or_empty(grads, query)
+        return _or_empty(chosen.backward(problem, dout, dlse, *inputs, out, lse, mbar, tuple(needs)), query)
 
 
 def _backward_fake(
-    dout, dlse, query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, lse, mbar,
-    scale, dropout_p, allow_tf32, needs, backend,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    soft = mask if mask_logits is None else mask_logits
-    return _gradients_fake((query, key, value, soft, alpha), needs)
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, needs, _backend = rest
+    return _gradients_fake((query, key, value, _soft(mask, mask_logits), alpha), needs)
 
 
-def _attention_map(query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, scale, allow_tf32, backend):  # type: ignore[no-untyped-def]
+def _attention_map(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    allow_tf32: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
     chosen = backends.resolve(problem, backend, "attention_map")
-    soft = mask if mask_logits is None else mask_logits
     with _inside_an_op(query.device):
-        return chosen.attention_map(problem, query, key, soft, alpha, head_weights, key_padding_mask)
+        return chosen.attention_map(problem, query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
 
 
-def _attention_map_fake(query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, scale, allow_tf32, backend):  # type: ignore[no-untyped-def]
-    acc = acc_dtype(query.dtype)
-    B, _, Nq, _ = query.shape
+def _attention_map_fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    acc, (B, _H, Nq, _D) = acc_dtype(query.dtype), query.shape
     return query.new_empty((B, Nq, key.shape[2]), dtype=acc), query.new_empty(query.shape[:3], dtype=acc)
 
 
 def _attention_map_backward(
-    dmap, query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, lse, scale, allow_tf32, needs, backend
-):  # type: ignore[no-untyped-def]
+    dmap: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    allow_tf32: bool,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
     problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
     chosen = backends.resolve(problem, backend, "attention_map_backward")
-    soft = mask if mask_logits is None else mask_logits
+    inputs = (query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
     with _inside_an_op(query.device):
-        grads = chosen.attention_map_backward(problem, dmap, query, key, soft, alpha, head_weights, key_padding_mask, lse, tuple(needs))
-        return _or_empty(grads, query)
+        return _or_empty(chosen.attention_map_backward(problem, dmap, *inputs, lse, tuple(needs)), query)
 
 
 def _attention_map_backward_fake(
-    dmap, query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, lse, scale, allow_tf32, needs, backend
-):  # type: ignore[no-untyped-def]
-    soft = mask if mask_logits is None else mask_logits
-    return _gradients_fake((query, key, soft, alpha, head_weights), needs)
+    dmap: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    mask_logits: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, needs, _backend = rest
+    return _gradients_fake((query, key, _soft(mask, mask_logits), alpha, head_weights), needs)
+
+
+def _soft(mask: Tensor | None, mask_logits: Tensor | None) -> Tensor | None:
+    """The one of the two that is given; problem.mask_is_logits says which."""
+    return mask if mask_logits is None else mask_logits
 
 
 def _gradients_fake(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

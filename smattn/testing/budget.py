@@ -23,7 +23,7 @@ class Exact(NamedTuple):
 
 def run_exact(case: Case) -> Exact:
     """A case's outputs and gradients in float64 by reference.py, named as in `run`."""
-    c = replace(case, **{name: t.detach().double() for name, t in case.inputs().items()}, dout=case.dout.double())
+    c = replace(case.with_inputs({name: t.detach().double() for name, t in case.inputs().items()}), dout=case.dout.double())
     problem, mask, alpha = c.problem(), four_axes(c.mask), per_head(c)
     t = reference.softmax(problem, c.query, c.key, mask, alpha, c.key_padding_mask)
     largest = t.s.masked_fill(t.s == float("-inf"), 0).abs().max().item() if t.s.numel() else 0.0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,9 @@ class Case:
         """The tensors that have a gradient, by argument name."""
         names = ("query", "key", "mask", "alpha", "head_weights") if self.is_map else ("query", "key", "value", "mask", "alpha")
         return {name: tensor for name in names if isinstance(tensor := getattr(self, name), Tensor)}
+
+    def with_inputs(self, tensors: dict[str, Any]) -> Case:
+        return replace(self, **tensors)
 
     @property
     def is_map(self) -> bool:
@@ -163,7 +167,7 @@ def workload_case(name: str, *, mask: str = "uniform", dtype: torch.dtype = torc
 def run(case: Case, backend: str | None = None, needs: Sequence[str] | None = None) -> Results:
     """The public call on a case, and the gradients of the inputs named in needs (all unless given)."""
     leaves = {name: t.detach().requires_grad_(needs is None or name in needs) for name, t in case.inputs().items()}
-    c = replace(case, **leaves)
+    c = case.with_inputs(leaves)
     common = dict(scale=c.scale, key_padding_mask=c.key_padding_mask, enable_gqa=c.enable_gqa, backend=backend)
     with _forked_rng(c):
         if c.is_map:
@@ -185,7 +189,7 @@ def plain(
     key_padding_mask: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Soft-masked attention as one writes it in plain PyTorch, by its promotion rules: out, lse and P. The yardstick, and a peer to time.
+    """Soft-masked attention as one writes it in plain PyTorch, by its promotion rules: out, S and P. The yardstick, and a peer to time.
 
     Shapes as soft_masked_attention, heads repeated by the caller, mask 4-D, alpha (H,), keep the dropout factor.
     """
@@ -195,13 +199,13 @@ def plain(
     if key_padding_mask is not None:
         s = s.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
     p = torch.softmax(s, -1)
-    return (p if keep is None else p * keep).to(value.dtype) @ value, torch.logsumexp(s, -1), p
+    return (p if keep is None else p * keep).to(value.dtype) @ value, s, p
 
 
 def run_plain(case: Case) -> Results:
     """plain() on a case and its gradients by autograd. Padded keys are zeroed first; dead batch elements get no gradient."""
     leaves = {name: t.detach().requires_grad_() for name, t in case.inputs().items()}
-    c = replace(case, **leaves)
+    c = case.with_inputs(leaves)
     problem = c.problem()
     padding, dead = _padding(c)
     groups = problem.H // problem.Hkv
@@ -213,13 +217,13 @@ def run_plain(case: Case) -> Results:
     alive_padding = padding & ~dead[:, None]
     seed = c.seed()
     keep = None if seed is None else reference.dropout_factor(problem, seed)
-    out, lse, p = plain(c.query, k, v, mask, per_head(c), scale=c.scale, key_padding_mask=alive_padding, keep=keep)
+    out, s, p = plain(c.query, k, v, mask, per_head(c), scale=c.scale, key_padding_mask=alive_padding, keep=keep)
     if c.head_weights is not None:
         amap = (c.head_weights.to(problem.acc_dtype)[:, None, None] * p).sum(1).masked_fill(padding[:, None, :], 0)
         return _with_gradients({"map": amap}, leaves, c)
     outputs = {"out": out.masked_fill(dead[:, None, None, None], 0)}
     if c.dlse is not None:
-        outputs["lse"] = lse.to(problem.acc_dtype).masked_fill(dead[:, None, None], float("-inf"))
+        outputs["lse"] = torch.logsumexp(s, -1).to(problem.acc_dtype).masked_fill(dead[:, None, None], float("-inf"))
     alive = replace(c, dout=c.dout.masked_fill(dead[:, None, None, None], 0))
     if c.dlse is not None:
         alive = replace(alive, dlse=c.dlse.masked_fill(dead[:, None, None], 0))
