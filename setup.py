@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -33,7 +33,8 @@ class CMakeBuild(build_ext):
         missing = missing_tools()
         if missing:
             self.warn(f"the C++ extension of smattn is NOT built, not found: {', '.join(missing)}. All else is installed.")
-            (ROOT / "smattn" / "_C.so").unlink(missing_ok=True)  # an older build would not match the sources
+            if self.inplace:  # an older build would not match the sources
+                Path(self.get_ext_fullpath("smattn._C")).unlink(missing_ok=True)
             self.extensions = []
         super().run()
 
