@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import AttentionMap, SoftMaskedAttention
+from .autograd import AttentionMap, SoftMaskedAttention, what_backward_reads
 from .problem import acc_dtype, validate
 
 
@@ -81,15 +81,11 @@ def soft_masked_attention(
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
     )  # fmt: skip
     alpha_h = _per_head(alpha, query)
-    # what backward wants beside out and lse is saved only for a gradient that reads it
-    grad = torch.is_grad_enabled()
-    save_mbar = grad and alpha_h is not None and alpha_h.requires_grad
-    save_out = save_mbar or grad and any(t is not None and t.requires_grad for t in (query, key, mask))
     out, lse = SoftMaskedAttention.apply(
         query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
         draw_seed(query.device) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
-        _allow_tf32(query), save_out, save_mbar, backend or "",
+        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "",
     )[:2]  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -165,5 +161,12 @@ def _per_head(scalars: float | Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _allow_tf32(query: Tensor) -> bool:
-    """Whether torch's CUDA matmul precision allows TF32 now: read once a call, backward uses forward's."""
-    return query.device.type == "cuda" and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """Whether float32 products may be TF32: read once a call, backward uses forward's."""
+    return query.device.type == "cuda" and query.dtype == torch.float32 and _torch_allows_tf32()
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace the getter, but guards on what it reads
+def _torch_allows_tf32() -> bool:
+    # not allow_tf32: that one raises once the setting was made by its newer name, fp32_precision
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"

@@ -18,12 +18,36 @@ from . import ops
 _SECOND = "smattn: second derivatives of soft-masked attention are not implemented"
 
 
+def what_backward_reads(
+    query: Tensor, key: Tensor, mask: Tensor | None, mask_logits: Tensor | None, alpha: Tensor | None
+) -> tuple[bool, bool]:
+    """save_out and save_mbar of ops.forward: what some gradient will read."""
+    alpha_grad, *others = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (alpha, query, key, mask, mask_logits))
+    return alpha_grad or any(others), alpha_grad
+
+
 class SoftMaskedAttention(Function):
     """(out, lse, out_acc, mbar) of ops.forward, the first two differentiable."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.forward(*args))
+    def forward(  # Dynamo counts these parameters to know that there is no ctx
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        mask_logits: Tensor | None,
+        alpha: Tensor | None,
+        key_padding_mask: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        allow_tf32: bool,
+        save_out: bool,
+        save_mbar: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        inputs = (query, key, value, mask, mask_logits, alpha, key_padding_mask, seed)
+        return tuple(ops.forward(*inputs, scale, dropout_p, allow_tf32, save_out, save_mbar, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -54,6 +78,9 @@ class SoftMaskedAttention(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        # a batched tensor hides that the one inside wants a gradient: ask again
+        query, key, _, mask, mask_logits, alpha, *rest = args
+        args = (*args[:11], *what_backward_reads(query, key, mask, mask_logits, alpha), rest[-1])
         return _vmap(SoftMaskedAttention.apply, info.batch_size, in_dims, args, (3, 4), needs=())
 
 
@@ -61,8 +88,20 @@ class AttentionMap(Function):
     """(map, lse) of ops.attention_map, the first differentiable."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.attention_map(*args))
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        mask_logits: Tensor | None,
+        alpha: Tensor | None,
+        head_weights: Tensor,
+        key_padding_mask: Tensor | None,
+        scale: float,
+        allow_tf32: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        inputs = (query, key, mask, mask_logits, alpha, head_weights, key_padding_mask)
+        return tuple(ops.attention_map(*inputs, scale, allow_tf32, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -46,10 +46,8 @@ class Backend:
             module = self.load()
         except ImportError as error:
             return [f"it could not be imported: {error}"]
-        if not hasattr(module, operation):
-            return [f"it has no {operation}"]
         reasons: list[str] = module.unsupported_reasons(problem)
-        return reasons
+        return reasons if hasattr(module, operation) else [*reasons, f"it has no {operation}"]
 
 
 TABLE = (
