@@ -1,0 +1,220 @@
+"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90] [--full]`.
+
+The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
+specialisation, same tiles as there. Prints registers, spills and shared memory, and fails when a kernel does not compile or wants more
+shared memory than its chip has. Must run without TRITON_INTERPRET, under which there is no compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..problem import Problem
+from . import backend, launch
+from .configs import TileConfig
+
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
+HEAD_SIZES = (32, 48, 64, 128)
+FEW, MANY = (13, 100), (1045,)  # lengths that are not multiples of any block
+
+
+class Variant(NamedTuple):
+    """What of the call is on, beside sizes and dtype."""
+
+    name: str
+    mask: tuple[int, int, int] | None = (2, 1, 2)  # M's batch, head and query axes: 1 broadcasts
+    padding: bool = False
+    dropout: bool = False
+    group: int = 1
+    dlse: bool = False
+    tf32: bool = False
+    needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
+
+
+PLAIN = Variant("mask")
+FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
+OTHERS = (
+    Variant("no mask", mask=None),
+    Variant("mask shared by the batch", mask=(1, 1, 2), padding=True),
+    Variant("mask per head", mask=(2, 2, 2), dropout=True),
+    Variant("mask per head, shared by the batch", mask=(1, 2, 2), group=2),
+    Variant("key-only mask", mask=(2, 1, 1), padding=True, dlse=True),
+    Variant("mask and alpha only", needs=(False, False, False, True, True)),
+    Variant("alpha only", needs=(False, False, False, False, True)),
+    Variant("query only", needs=(True, False, False, False, False)),
+)
+
+
+class Job(NamedTuple):
+    arch: int
+    dtype: torch.dtype
+    D: int
+    Nq: int
+    variant: Variant
+
+
+class Row(NamedTuple):
+    """One compiled kernel."""
+
+    kernel: str
+    job: Job
+    tile: TileConfig
+    registers: int
+    spill_bytes: int
+    shared: int
+    error: str
+
+    def failure(self) -> str:
+        if self.error:
+            return self.error
+        limit = SHARED_MEMORY[self.job.arch]
+        return f"{self.shared} bytes of shared memory, the chip has {limit}" if self.shared > limit else ""
+
+    def text(self) -> str:
+        j, t = self.job, self.tile
+        tile = f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages}"
+        where = f"sm_{j.arch} {str(j.dtype)[6:]:9}D={j.D:<4}Nq={j.Nq:<5}{j.variant.name:35}"
+        return f"{self.kernel:14}{where}{tile:17}{self.registers:3} regs {self.spill_bytes:6} spill {self.shared:7} shared {self.failure()}"
+
+
+def jobs(archs: list[int], full: bool) -> Iterator[Job]:
+    """Every kernel, dtype and head size with the plain mask, then each variant once on the last chip. `full`: all products, and D = 256."""
+    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), *OTHERS)
+    if full:
+        for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, 256), (*FEW, *MANY), everything):
+            if dtype == torch.float32 or not variant.tf32:
+                yield Job(arch, dtype, D, Nq, variant)
+        return
+    for arch, dtype in product(archs, DTYPES):
+        for D, Nq in product(HEAD_SIZES, (FEW[0], *MANY)):
+            yield Job(arch, dtype, D, Nq, PLAIN)
+        yield Job(arch, dtype, 64, FEW[1], PLAIN)
+    for Nq in (FEW[0], *MANY):
+        yield Job(archs[-1], torch.float16, 64, Nq, FEATURES)
+        yield Job(archs[-1], torch.float32, 64, Nq, PLAIN._replace(name="tf32", tf32=True))
+        for variant in OTHERS:
+            yield Job(archs[-1], torch.bfloat16, 32, Nq, variant)
+
+
+def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
+    """The launches of one forward and backward."""
+    v, B, H, Nk = job.variant, 2, 4, 4096
+
+    def tensor(*sizes: int, dtype: torch.dtype = job.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    mask = None
+    if v.mask is not None:
+        axes = [n if axis > 1 else 1 for axis, n in zip(v.mask, (B, H, job.Nq), strict=True)]
+        mask = tensor(*axes, Nk, dtype=torch.float32)
+    problem = Problem(
+        B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=job.D, dtype=job.dtype,
+        mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
+        device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
+    )  # fmt: skip
+    query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
+    rest = (
+        query, key, key, mask, None if mask is None else tensor(H, dtype=torch.float32),
+        tensor(B, Nk, dtype=torch.bool) if v.padding else None, tensor(1, dtype=torch.int64) if v.dropout else None,
+    )  # fmt: skip
+    recorder = launch.Recorder(job.arch)
+    launch.record(recorder)
+    try:
+        out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=True, save_mbar=True)
+        dlse = torch.empty_like(lse) if v.dlse else None
+        backend.backward(problem, query, dlse, *rest, out_acc if out_acc.numel() else out, lse, mbar, v.needs)
+    finally:
+        launch.record(None)
+    return recorder.launches
+
+
+def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+    """The specialisation that Triton would make for these arguments: 1 and None are constants, multiples of 16 are known to be so."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        signature[parameter.name] = _type_of(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + POINTERS[value.dtype]
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def compile_job(job: Job) -> list[Row]:
+    rows = []
+    for kernel, arguments, tile in record(job):
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        try:
+            compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", job.arch, 32), options=tile.options())
+        except Exception as error:  # whatever the compiler throws belongs in the table
+            rows.append(Row(name, job, tile, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
+            continue
+        registers, spill_bytes = _resources(compiled.asm["cubin"])
+        rows.append(Row(name, job, tile, registers, spill_bytes, compiled.metadata.shared, ""))
+    return rows
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory: the spills."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers = re.search(r"REG:(\d+)", usage)
+    stack, local = re.search(r"STACK:(\d+)", usage), re.search(r"LOCAL:(\d+)", usage)
+    assert registers and stack and local, usage
+    return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--full", action="store_true", help="every product of dtype, head size, regime and variant")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: there is no compiler under it")
+    failed = compiled = 0
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(compile_job, jobs(options.arch, options.full)):
+            for row in rows:
+                print(row.text(), flush=True)
+                compiled += 1
+                failed += bool(row.failure())
+    print(f"{compiled} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""First step of every backward: each query row's lse in base 2 and delta, reference.py (5), side by side in one buffer.
+
+Dead rows get lse = +inf and delta = 0, which makes P and dS exactly 0 there. The row term of dalpha, sum_i mbar_i dL_i in (8), is
+summed here too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import TileConfig, block_of
+from .launch import launch, strides
+from .primitives import LOG2E, load_tile
+
+TILE = TileConfig(block_m=16, block_n=1, num_warps=4, num_stages=1)  # 16 rows a program
+
+
+@triton.jit(do_not_specialize=["Nq"])
+def _delta_kernel(
+    out_ptr, do_ptr, lse_ptr, dl_ptr, mbar_ptr, rows_ptr, dalpha_ptr,
+    stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
+    H, Nq,
+    DV: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    m_block = pid % m_blocks
+    h = (pid // m_blocks % H).to(tl.int64)
+    b = (pid // m_blocks // H).to(tl.int64)
+    bh = b * H + h
+    offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = offs_m < Nq
+    dv_ok = offs_dv < DV
+    out = load_tile(out_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, dv_ok).to(tl.float32)
+    do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, dv_ok).to(tl.float32)
+    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
+    # a row whose live scores are all -inf has lse = -inf too, but NaN for output: its gradients are NaN, not 0
+    dead = (lse == float("-inf")) & (tl.sum(out * out, 1) == 0.0)
+    delta = tl.sum(out * do, 1)
+    if HAS_DLSE:
+        dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
+        delta -= dl
+    tl.store(rows_ptr + 2 * (bh * Nq + offs_m), tl.where(dead, float("inf"), lse * LOG2E), mask=row_ok)
+    tl.store(rows_ptr + 2 * (bh * Nq + offs_m) + 1, tl.where(dead, 0.0, delta), mask=row_ok)
+    if NEED_DALPHA:
+        mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
+        tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh, tl.sum(tl.where(dead, 0.0, mbar * dl), 0))
+
+
+def partials(queries: int) -> int:
+    """How many rows of dalpha partials `run` fills."""
+    return triton.cdiv(queries, TILE.block_m)
+
+
+def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (partials(Nq), B, H), which only dlse can make other than 0."""
+    B, H, Nq, Dv = out.shape
+    arguments = dict(
+        out_ptr=out, do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
+        **strides("do", "bhmd", dout), **strides("dl", "bhm", dlse), H=H, Nq=Nq,
+        DV=Dv, HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None, BLOCK_M=TILE.block_m, BLOCK_DV=block_of(Dv),
+    )  # fmt: skip
+    launch(_delta_kernel, B * H * triton.cdiv(Nq, TILE.block_m), arguments, TILE)

@@ -1,0 +1,99 @@
+"""dK and dV with many queries: one program per (batch, kv head, key block) goes over the queries of its group's heads, reference.py (7).
+
+Tiles are transposed, [BLOCK_N, BLOCK_M], which is how the products want them. The gradient of a mask that broadcasts over queries is a sum
+over the columns of these tiles: a row of partials per head.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Inputs, launch, strides
+from .primitives import (
+    dot,
+    dropout_keep,
+    gradient_tile,
+    live_keys,
+    load_alpha,
+    load_mask,
+    load_queries,
+    load_tile,
+    matmul,
+    score_tile,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["Nq", "drop_threshold"])
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ah, stride_pb, stride_pn,
+    stride_dob, stride_doh, stride_dom, stride_dod,
+    H, Nq, Nk, scale, drop_threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    Hkv = H // GROUP
+    g = pid % Hkv
+    n_blocks = tl.cdiv(Nk, BLOCK_N)
+    offs_n = (pid // Hkv % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = (pid // Hkv // n_blocks).to(tl.int64)
+    bg = b * Hkv + g
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+    k = load_tile(k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+    v = load_tile(v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for r in range(0, GROUP):
+        h = (g * GROUP + r).to(tl.int64)
+        bh = b * H + h
+        alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+        dm = tl.zeros([BLOCK_N], tl.float32)
+        for start_m in range(0, Nq, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q, do, lse_log2, delta = load_queries(
+                q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
+                offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
+            )  # fmt: skip
+            mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
+            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, live, offs_m < Nq, HAS_MASK)
+            qk = matmul(k, tl.trans(q), BLOCK_N, BLOCK_M, ALLOW_TF32)
+            s = score_tile(qk, m, live[:, None], scale, alpha, HAS_MASK)  # [BLOCK_N, BLOCK_M]
+            dp = matmul(v, tl.trans(do), BLOCK_N, BLOCK_M, ALLOW_TF32)
+            keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
+            p, ds = gradient_tile(s, dp, lse_log2[None, :], delta[None, :], keep, keep_scale, HAS_DROPOUT)
+            if NEED_DV:
+                dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)
+            if NEED_DK:
+                dk = dot(ds.to(q.dtype), q, dk, ALLOW_TF32)
+            if NEED_DMASK:
+                dm += tl.sum(ds, 1)
+        if NEED_DMASK:
+            tl.store(dmask_ptr + bh * Nk + offs_n, tl.where(live, alpha * dm, 0.0), mask=offs_n < Nk)
+    # a padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN
+    if NEED_DK:
+        store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
+    if NEED_DV:
+        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
+
+
+def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
+    """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and the float32 partials (B, H, Nk) of a key-only mask."""
+    t, tile = inputs.problem, inputs.tile("dkdv")
+    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
+        do_ptr=dout, rows_ptr=rows, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
+        NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
+    )  # fmt: skip
+    launch(_dkdv_kernel, t.B * t.Hkv * triton.cdiv(t.Nk, tile.block_n), arguments, tile)

@@ -1,0 +1,101 @@
+"""Tile sizes, one static table: a kernel's tile follows from chip, dtype and shape alone, so results repeat bit for bit.
+
+`python -m smattn.kernels.aot` compiles every row and reports its registers, spills and shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from ..problem import Problem
+
+FEW_QUERIES = 128  # up to here the queries fit one tile
+# A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.
+SPLIT_PROGRAMS = 264
+INTERPRETER = 0  # the arch of TRITON_INTERPRET=1
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One kernel's tile of queries by keys, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int | bool]:
+        """For the compiler. Contraction to fused multiply-adds is Triton's default, which 3.9 wants to hear said."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+T = TileConfig
+# (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
+TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
+    ("forward", 80, 2): (T(128, 64, 4, 3), T(128, 64, 4, 3), T(128, 64, 8, 2), T(64, 32, 8, 2)),
+    ("forward", 80, 4): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+    ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 2)),
+    ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
+    ("split_32", 80, 2): (T(32, 128, 4, 3), T(32, 128, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2)),
+    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 1), T(32, 32, 8, 1)),
+    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 64, 4, 3), T(64, 64, 4, 2), T(64, 32, 8, 2)),
+    ("split_64", 80, 4): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 32, 8, 1), T(32, 32, 8, 1)),
+    ("few_16", 80, 2): (T(16, 128, 4, 2), T(16, 128, 4, 1), T(16, 64, 4, 1), T(16, 64, 8, 1)),
+    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 4, 1), T(16, 32, 4, 1), T(16, 16, 8, 1)),
+    ("few_32", 80, 2): (T(32, 128, 4, 2), T(32, 128, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1)),
+    ("few_32", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("few_64", 80, 2): (T(64, 128, 8, 1), T(64, 64, 8, 1), T(64, 64, 8, 1), T(64, 32, 8, 1)),
+    ("few_64", 80, 4): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 16, 8, 1)),
+    ("few_128", 80, 2): (T(128, 64, 8, 1), T(128, 64, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1)),
+    ("few_128", 80, 4): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), T(128, 16, 16, 1)),
+    ("dkdv", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 1)),
+    ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
+    ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 1)),
+    ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("dmask", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 80, 4): (T(64, 64, 8, 1), T(64, 64, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+}
+HEAD_SIZES = (32, 64, 128, 256)
+
+
+def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
+    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER; a chip without rows of its own takes an older one's."""
+    head = max(problem.D, problem.Dv)
+    size = problem.dtype.itemsize
+    return _tile(kernel, bucket(problem.Nq), arch, size, head)
+
+
+@cache
+def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileConfig:
+    if kernel in ("split", "few"):
+        queries = min(queries, 64) if kernel == "split" else queries
+        kernel = f"{kernel}_{queries}"
+    if arch == INTERPRETER:  # small, so that small shapes have several tiles
+        return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
+    known = max((row[1] for row in TABLE if row[1] <= arch), default=80)
+    return TABLE[kernel, known, size][next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+
+
+def bucket(queries: int) -> int:
+    """The block that holds all of a few queries: 16, 32, 64 or 128."""
+    return max(16, min(FEW_QUERIES, triton.next_power_of_2(queries)))
+
+
+def block_of(head: int) -> int:
+    """The padded size of a head in a tile; a matrix product wants at least 16."""
+    return max(16, triton.next_power_of_2(head))
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability of the device as 80, 90, ...; INTERPRETER under TRITON_INTERPRET=1."""
+    return INTERPRETER if triton.knobs.runtime.interpret else _capability(device)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,68 @@
+"""Forward with many queries: one program per (batch, head, query block) attends to all keys, reference.py (1)-(4).
+
+Heads are the fastest grid index, so the heads that share a tile of M run at the same time and read it from the cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Inputs, launch
+from .primitives import attend, load_alpha, load_tile, softmax_finish, store_tile
+
+
+@triton.jit(do_not_specialize=["Nq", "drop_threshold"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ah, stride_pb, stride_pn,
+    H, Nq, Nk, scale, drop_threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    h = pid % H
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = (pid // H // m_blocks).to(tl.int64)
+    bh = b * H + h
+    g = h // GROUP
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = offs_m < Nq
+    q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    acc, mbar, m_i, l_i = attend(
+        q,
+        k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
+        v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
+        mask_ptr + b * stride_mb + h.to(tl.int64) * stride_mh if HAS_MASK else None,
+        pad_ptr + b * stride_pb if HAS_PADDING else None,
+        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
+        stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
+        offs_m, bh.to(tl.int32), 0, Nk, Nq, scale, drop_threshold, keep_scale,
+        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i)
+    store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
+    if SAVE_OUT:
+        store_tile(out_acc_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
+    tl.store(lse_ptr + bh * Nq + offs_m, lse, mask=row_ok)
+    if SAVE_MBAR:
+        tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
+
+
+def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
+    t, tile = inputs.problem, inputs.tile("forward")
+    arguments = inputs.arguments(tile) | dict(
+        out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
+    )
+    launch(_forward_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)

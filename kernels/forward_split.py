@@ -1,0 +1,123 @@
+"""Forward with few queries: the keys are split over programs, whose partial softmaxes a second kernel merges in a fixed order.
+
+One program per (batch, split, query block, head), heads fastest; the number of splits follows from the shape alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import SPLIT_PROGRAMS, TileConfig, block_of
+from .launch import Inputs, launch
+from .primitives import attend, load_alpha, load_tile, softmax_finish, store_tile
+
+PARTIALS_BYTES = 6 << 20  # the partial outputs never take more, whatever the shape
+MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
+
+
+def splits_of(inputs: Inputs) -> int:
+    """How many parts the keys are cut into; 1: not worth it."""
+    t, tile = inputs.problem, inputs.tile("split")
+    rows = t.B * t.H * t.Nq
+    wanted = SPLIT_PROGRAMS // (t.B * t.H * triton.cdiv(t.Nq, tile.block_m))
+    affordable = PARTIALS_BYTES // (4 * rows * (t.Dv + 3))
+    most = triton.cdiv(t.Nk, 2 * tile.block_n)
+    return max(1, min(wanted, affordable, most))
+
+
+@triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_keys"])
+def _partial_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, acc_ptr, rows_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ah, stride_pb, stride_pn,
+    H, Nq, Nk, n_splits, split_keys, n_rows, scale, drop_threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    SAVE_MBAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    h = pid % H
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = pid // H // m_blocks % n_splits
+    b = (pid // H // m_blocks // n_splits).to(tl.int64)
+    bh = b * H + h
+    g = h // GROUP
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = offs_m < Nq
+    q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    acc, mbar, m_i, l_i = attend(
+        q,
+        k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
+        v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
+        mask_ptr + b * stride_mb + h.to(tl.int64) * stride_mh if HAS_MASK else None,
+        pad_ptr + b * stride_pb if HAS_PADDING else None,
+        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
+        stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
+        offs_m, bh.to(tl.int32), split * split_keys, tl.minimum(Nk, (split + 1) * split_keys), Nq, scale, drop_threshold, keep_scale,
+        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]
+    store_tile(acc_ptr + row * DV, acc, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
+    rows = rows_ptr + 3 * row
+    tl.store(rows + 3 * offs_m, m_i, mask=row_ok)
+    tl.store(rows + 3 * offs_m + 1, l_i, mask=row_ok)
+    tl.store(rows + 3 * offs_m + 2, mbar, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["n_splits"])
+def _merge_kernel(
+    acc_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows,
+    DV: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = offs_m < n_rows
+    dv_ok = offs_dv < DV
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in range(0, n_splits):
+        m_i = tl.maximum(m_i, tl.load(rows_ptr + 3 * (split * n_rows + offs_m), mask=row_ok, other=0.0))
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    mbar = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for split in range(0, n_splits):
+        rows = rows_ptr + 3 * (split * n_rows + offs_m)
+        m_split = tl.load(rows, mask=row_ok, other=0.0)
+        weight = tl.where(m_split == m_i, 1.0, tl.exp2(m_split - m_i))  # 1 where both are -inf
+        l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
+        mbar += weight * tl.load(rows + 2, mask=row_ok, other=0.0)
+        acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
+    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i)
+    store_tile(out_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
+    if SAVE_OUT:
+        store_tile(out_acc_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
+    tl.store(lse_ptr + offs_m, lse, mask=row_ok)
+    if SAVE_MBAR:
+        tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
+
+
+def run(inputs: Inputs, splits: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
+    t, tile = inputs.problem, inputs.tile("split")
+    split_keys = tile.block_n * triton.cdiv(t.Nk, splits * tile.block_n)
+    splits = triton.cdiv(t.Nk, split_keys)
+    n_rows = t.B * t.H * t.Nq
+    acc = inputs.accumulator(splits, n_rows, t.Dv)
+    rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
+    partial = inputs.arguments(tile) | dict(
+        acc_ptr=acc, rows_ptr=rows, n_splits=splits, split_keys=split_keys, n_rows=n_rows, SAVE_MBAR=mbar is not None
+    )
+    launch(_partial_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, partial, tile)
+    merge = dict(
+        acc_ptr=acc, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, n_splits=splits, n_rows=n_rows,
+        DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None, BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
+    )  # fmt: skip
+    launch(_merge_kernel, triton.cdiv(n_rows, MERGE.block_m), merge, MERGE)

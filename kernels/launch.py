@@ -1,0 +1,87 @@
+"""Where every kernel is started, and the arguments that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from . import configs
+from .configs import TileConfig
+
+
+@dataclass
+class Recorder:
+    """Collects launches instead of running them, for ahead-of-time compilation: (kernel, arguments, tile)."""
+
+    arch: int
+    launches: list[tuple[Any, dict[str, Any], TileConfig]] = field(default_factory=list)
+
+
+_recorder: Recorder | None = None
+
+
+def record(recorder: Recorder | None) -> None:
+    """From now on hand every launch to `recorder`; None: run them again."""
+    global _recorder
+    _recorder = recorder
+
+
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: TileConfig) -> None:
+    """Start `programs` programs of a kernel on the current stream."""
+    if _recorder is not None:
+        _recorder.launches.append((kernel, arguments, tile))
+    else:
+        kernel[(programs,)](**arguments, **tile.options())
+
+
+def arch_of(device: torch.device) -> int:
+    return configs.arch_of(device) if _recorder is None else _recorder.arch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The canonical tensors of one call."""
+
+    problem: Problem
+    query: Tensor  # (B, H, Nq, D)
+    key: Tensor  # (B, Hkv, Nk, D)
+    value: Tensor  # (B, Hkv, Nk, Dv)
+    mask: Tensor | None  # (B|1, H|1, Nq|1, Nk), any strides, any floating dtype
+    alpha: Tensor | None  # (H,) float32
+    key_padding_mask: Tensor | None  # (B, Nk) bool
+    seed: Tensor | None  # (1,) int64
+
+    def tile(self, kernel: str) -> TileConfig:
+        return configs.tile(kernel, self.problem, arch_of(self.query.device))
+
+    def accumulator(self, *sizes: int) -> Tensor:
+        """Uninitialised float32 buffer."""
+        return torch.empty(sizes, dtype=torch.float32, device=self.query.device)
+
+    def arguments(self, tile: TileConfig) -> dict[str, Any]:
+        """What every attention kernel takes: pointers, strides (0 along broadcast axes), sizes, scalars, flags and blocks."""
+        t = self.problem
+        pad = None if self.key_padding_mask is None else self.key_padding_mask.view(torch.uint8)
+        threshold = int(t.dropout_p * 2**32)
+        return dict(
+            q_ptr=self.query, k_ptr=self.key, v_ptr=self.value, mask_ptr=self.mask, alpha_ptr=self.alpha, pad_ptr=pad, seed_ptr=self.seed,
+            **strides("q", "bhmd", self.query), **strides("k", "bhnd", self.key), **strides("v", "bhnd", self.value),
+            **strides("m", "bhmn", self.mask), **strides("a", "h", self.alpha), **strides("p", "bn", pad),
+            H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale,
+            drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # the bits of a uint32 in an int32
+            keep_scale=1.0 / (1.0 - t.dropout_p),
+            GROUP=t.H // t.Hkv, D=t.D, DV=t.Dv,
+            HAS_MASK=self.mask is not None, HAS_PADDING=pad is not None, HAS_DROPOUT=self.seed is not None, ALLOW_TF32=t.allow_tf32,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D), BLOCK_DV=configs.block_of(t.Dv),
+        )  # fmt: skip
+
+
+def strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
+    """Arguments stride_{name}{axis}, 0 along axes of one element, so that these broadcast."""
+    sizes, strides = ((1,) * len(axes), (0,) * len(axes)) if tensor is None else (tensor.shape, tensor.stride())
+    return {f"stride_{name}{axis}": 0 if n == 1 else stride for axis, n, stride in zip(axes, sizes, strides, strict=True)}
+

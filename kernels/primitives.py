@@ -1,0 +1,183 @@
+"""Pure Triton helpers that several kernels share: tiles in, tiles out, no stores.
+
+The formulas are cited by their numbers in smattn/reference.py. Scores live in base 2 inside a kernel (a factor
+log2(e) is folded into the scale and into alpha), everything that leaves a kernel is in natural units.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def dot(a, b, acc, ALLOW_TF32: tl.constexpr):
+    """acc + a @ b in float32. float32 operands keep their 24 bits unless ALLOW_TF32."""
+    if INTERPRETED:  # the interpreter holds bfloat16 as integers and would multiply those; products of 16-bit floats are exact in float32
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if ALLOW_TF32:
+        return tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def matmul(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, ALLOW_TF32: tl.constexpr):
+    """a @ b in float32, [ROWS, COLS]."""
+    return dot(a, b, tl.zeros([ROWS, COLS], tl.float32), ALLOW_TF32)
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, stride_row, stride_col, row_ok, col_ok):
+    """[rows, cols] of a strided matrix; 0 where a row or a column is not ok, and nothing is read there."""
+    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+    return tl.load(ptr + offsets, mask=row_ok[:, None] & col_ok[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
+    """Store a tile to a contiguous matrix of n_cols columns, rounded once to its dtype."""
+    offsets = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+
+
+@triton.jit
+def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
+    """[BLOCK_N]: the key lies before `end` and is not padding."""
+    live = offs_n < end
+    if HAS_PADDING:
+        live &= tl.load(pad_ptr + offs_n.to(tl.int64) * stride_pn, mask=live, other=1) == 0
+    return live
+
+
+@triton.jit
+def load_mask(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok, HAS_MASK: tl.constexpr):
+    """Tile of M in float32, whatever its dtype; 0 where not ok, and the scalar 0 without a mask."""
+    if HAS_MASK:
+        return load_tile(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_alpha(alpha_ptr, h, stride_ah, HAS_MASK: tl.constexpr):
+    """alpha_h, 0 without a mask."""
+    if HAS_MASK:
+        return tl.load(alpha_ptr + h.to(tl.int64) * stride_ah)
+    else:
+        return 0.0
+
+
+@triton.jit
+def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
+    """Scores in base 2, reference.py (1); -inf where the key is not live. m is the mask tile, unused without a mask."""
+    s = qk * (scale * LOG2E)
+    if HAS_MASK:
+        s += (alpha * LOG2E) * m
+    return tl.where(live, s, float("-inf"))
+
+
+@triton.jit
+def softmax_step(s, m_i, l_i):
+    """One step of the online softmax, reference.py (2): p [BLOCK_M, BLOCK_N], the factor for what is already summed, m_i and l_i."""
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    rescale = tl.exp2(m_i - m_finite)
+    p = tl.exp2(s - m_finite[:, None])
+    return p, rescale, m_new, l_i * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def softmax_finish(acc, mbar, m_i, l_i):
+    """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4).
+
+    l_i is 0 in a row without any live key: its output is 0 and its logsumexp -inf. A row whose live scores are
+    all -inf (m_i = -inf, l_i > 0) is NaN, with logsumexp -inf, as it is in plain torch.
+    """
+    dead = l_i == 0.0
+    lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
+    l_i = tl.where((m_i == float("-inf")) & (l_i > 0.0), float("nan"), l_i)
+    out = tl.where(dead[:, None], 0.0, acc / l_i[:, None])
+    return out, tl.where(dead, 0.0, mbar / l_i), lse
+
+
+@triton.jit
+def attend(
+    q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
+    stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
+    offs_m, bh, lo, hi, Nq, scale, drop_threshold, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_MBAR: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
+
+    Not yet divided by l_i; m_i is in base 2. Where every live score is -inf, l_i says 1 and where no key is live, 0.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = offs_m < Nq
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    mbar = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    any_live = tl.zeros([BLOCK_N], tl.int32)
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        live = live_keys(pad_ptr, offs_n, hi, stride_pn, HAS_PADDING)
+        any_live |= live.to(tl.int32)
+        k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+        s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
+        p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
+        if SAVE_MBAR:
+            mbar = mbar * rescale + tl.sum(p * m, 1)
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
+            p = tl.where(keep, p * keep_scale, 0.0)
+        v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+        acc = dot(p.to(v.dtype), v, acc * rescale[:, None], ALLOW_TF32)
+    l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
+    return acc, mbar, m_i, l_i
+
+
+@triton.jit
+def load_queries(q_ptr, do_ptr, rows_ptr, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
+                 D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
+    """What a backward pass reads of a query block: q, dO, lse in base 2 and delta.
+
+    lse is +inf past the end and in dead rows, so that P is 0 there, and dO is selected out: it may hold anything.
+    """
+    row_ok = offs_m < Nq
+    lse_log2 = tl.load(rows_ptr + 2 * offs_m, mask=row_ok, other=float("inf"))
+    delta = tl.load(rows_ptr + 2 * offs_m + 1, mask=row_ok, other=0.0)
+    q = load_tile(q_ptr, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    if HAS_PADDING:  # without padding no row is dead
+        row_ok &= lse_log2 != float("inf")
+    do = load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
+    return q, do, lse_log2, delta
+
+
+@triton.jit
+def dropout_keep(seed, i, j, bh, threshold):
+    """Word 0 of Philox4x32-10 under key `seed` and counter (j, i, bh, 0) is at least `threshold`: the weight is kept."""
+    word, _, _, _ = tl.philox(seed, j, i, bh, 0)
+    return word >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def gradient_tile(s, dp, lse_log2, delta, keep, keep_scale, HAS_DROPOUT: tl.constexpr):
+    """P D/(1-p) and dS of one tile from its scores and dO V^T, reference.py (6). lse and delta come shaped to broadcast."""
+    p = tl.exp2(s - lse_log2)
+    p_kept = p
+    if HAS_DROPOUT:
+        p_kept = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p_kept, p * (dp - delta)
