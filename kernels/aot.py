@@ -33,7 +33,8 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 HEAD_SIZES = (32, 48, 64, 128)
-FEW, MANY = (13, 100), (1045,)  # lengths that are not multiples of any block
+WIDEST = 256
+FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
 
 
 class Variant(NamedTuple):
@@ -99,15 +100,19 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
     """Every kernel, dtype and head size with the plain mask, then each variant once on the last chip. `full`: all products, and D = 256."""
     everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), *OTHERS)
     if full:
-        for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, 256), (*FEW, *MANY), everything):
+        for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
             if dtype == torch.float32 or not variant.tf32:
                 yield Job(arch, dtype, D, Nq, variant)
         return
     for arch, dtype in product(archs, DTYPES):
-        for D, Nq in product(HEAD_SIZES, (FEW[0], *MANY)):
+        for D, Nq in product(HEAD_SIZES, (FEW[0], MANY)):
             yield Job(arch, dtype, D, Nq, PLAIN)
-        yield Job(arch, dtype, 64, FEW[1], PLAIN)
-    for Nq in (FEW[0], *MANY):
+        for Nq in FEW[1:]:
+            yield Job(arch, dtype, 64, Nq, PLAIN)
+        if dtype != torch.bfloat16:  # same tiles as float16
+            for Nq in (FEW[0], MANY):
+                yield Job(arch, dtype, WIDEST, Nq, PLAIN)
+    for Nq in (FEW[0], MANY):
         yield Job(archs[-1], torch.float16, 64, Nq, FEATURES)
         yield Job(archs[-1], torch.float32, 64, Nq, PLAIN._replace(name="tf32", tf32=True))
         for variant in OTHERS:

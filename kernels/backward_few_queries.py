@@ -2,7 +2,7 @@
 
 The queries fit one tile, so dK and dV are stored once, and dM once after its sum over heads (and over the batch, where M is shared by it)
 in registers. dQ is summed per split of the keys in a float32 buffer, which a second kernel adds up in a fixed order; dalpha leaves one
-partial per key block. Tiles are transposed, [BLOCK_N, BLOCK_M].
+partial per key block.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ REDUCE = TileConfig(block_m=1, block_n=256, num_warps=4, num_stages=1)
 
 
 def serves(inputs: Inputs, need_dmask: bool) -> bool:
-    """All but one case: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch at once."""
+    """Few queries, but for one case: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch."""
     t = inputs.problem
-    if t.Nq > configs.FEW_QUERIES:
+    if not configs.one_tile(t):
         return False
     return not (need_dmask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
 
@@ -76,13 +76,13 @@ def _few_queries_kernel(
     for n_block in range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N))):
         offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         started = row_ok & (tl.full([BLOCK_M], n_block, tl.int32) > first_block)  # this split's dQ already holds a sum
-        dm = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for batch in range(b_lo, b_hi):
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + b * stride_mb if HAS_MASK else None
             if not MASK_PER_HEAD:
-                m = load_mask(mask_batch, offs_n, offs_m, stride_mn, stride_mm, live, row_ok, HAS_MASK)
+                m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
             for group in range(g_lo, g_hi):
                 g = tl.cast(group, tl.int64)
                 k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
@@ -98,29 +98,29 @@ def _few_queries_kernel(
                         offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
                     )  # fmt: skip
                     if MASK_PER_HEAD:
-                        m = load_mask(mask_batch + h * stride_mh, offs_n, offs_m, stride_mn, stride_mm, live, row_ok, HAS_MASK)
-                    qk = matmul(k, tl.trans(q), BLOCK_N, BLOCK_M, ALLOW_TF32)
-                    s = score_tile(qk, m, live[:, None], scale, alpha, HAS_MASK)  # [BLOCK_N, BLOCK_M]
-                    dp = matmul(v, tl.trans(do), BLOCK_N, BLOCK_M, ALLOW_TF32)
-                    keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-                    p, ds = gradient_tile(s, dp, lse_log2[None, :], delta[None, :], keep, keep_scale, HAS_DROPOUT)
+                        m = load_mask(mask_batch + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+                    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+                    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
+                    dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
+                    keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
+                    p, ds = gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
                     if NEED_DV:
-                        dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)
+                        dv = dot(tl.trans(p.to(do.dtype)), do, dv, ALLOW_TF32)
                     if NEED_DK:
-                        dk = dot(ds.to(q.dtype), q, dk, ALLOW_TF32)
+                        dk = dot(tl.trans(ds.to(q.dtype)), q, dk, ALLOW_TF32)
                     if NEED_DQ:
-                        dq = matmul(tl.trans(ds.to(k.dtype)), k, BLOCK_M, BLOCK_D, ALLOW_TF32)
+                        dq = matmul(ds.to(k.dtype), k, BLOCK_M, BLOCK_D, ALLOW_TF32)
                         partial = dq_ptr + ((split * B + b) * H + h) * Nq * D + offs_m[:, None] * D + offs_d[None, :]
                         dq += tl.load(partial, mask=started[:, None] & (offs_d < D)[None, :], other=0.0)
                         tl.store(partial, dq, mask=row_ok[:, None] & (offs_d < D)[None, :])
                     if NEED_DALPHA:
                         mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-                        tl.store(dalpha_ptr + tl.cast(n_block, tl.int64) * B * H + bh, tl.sum(tl.sum(ds * (m - mbar[None, :]), 1), 0))
+                        tl.store(dalpha_ptr + tl.cast(n_block, tl.int64) * B * H + bh, tl.sum(tl.sum(ds * (m - mbar[:, None]), 1), 0))
                     if NEED_DMASK:
-                        dm += tl.where(live[:, None], alpha * ds, 0.0)
+                        dm += tl.where(live[None, :], alpha * ds, 0.0)
                         if DMASK_EACH_HEAD:
                             _store_dmask(dmask_ptr, dm, bh, offs_n, offs_m, Nq, Nk, MASK_PER_QUERY)
-                            dm = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                            dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 # a padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN
                 bg = b * (H // GROUP) + g
                 if NEED_DK:
@@ -138,13 +138,11 @@ def _few_queries_kernel(
 
 @triton.jit
 def _store_dmask(dmask_ptr, dm, mask_bh, offs_n, offs_m, Nq, Nk, MASK_PER_QUERY: tl.constexpr):
-    """Store a finished [BLOCK_N, BLOCK_M] tile of dM, or its sum over queries where M has no query axis."""
+    """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis."""
     if MASK_PER_QUERY:
-        offsets = offs_m.to(tl.int64)[None, :] * Nk + offs_n[:, None]
-        ok = (offs_m < Nq)[None, :] & (offs_n < Nk)[:, None]
-        tl.store(dmask_ptr + mask_bh * Nq * Nk + offsets, dm.to(dmask_ptr.dtype.element_ty), mask=ok)
+        store_tile(dmask_ptr + mask_bh * Nq * Nk, dm, offs_m, offs_n, Nk, offs_m < Nq, offs_n < Nk)
     else:
-        tl.store(dmask_ptr + mask_bh * Nk + offs_n, tl.sum(dm, 1).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+        tl.store(dmask_ptr + mask_bh * Nk + offs_n, tl.sum(dm, 0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
 
 
 @triton.jit(do_not_specialize=["n_splits"])

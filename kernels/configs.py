@@ -34,30 +34,31 @@ class TileConfig:
 
 
 T = TileConfig
+NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
-    ("forward", 80, 2): (T(128, 64, 4, 3), T(128, 64, 4, 3), T(128, 64, 8, 2), T(64, 32, 8, 2)),
-    ("forward", 80, 4): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2)),
+    ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("split_32", 80, 2): (T(32, 128, 4, 3), T(32, 128, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2)),
-    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 1), T(32, 32, 8, 1)),
+    ("split_32", 80, 2): (T(32, 128, 4, 3), T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2)),
+    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 2), T(32, 64, 8, 1), T(32, 32, 8, 1)),
     ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 64, 4, 3), T(64, 64, 4, 2), T(64, 32, 8, 2)),
-    ("split_64", 80, 4): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(64, 32, 8, 1), T(32, 32, 8, 1)),
-    ("few_16", 80, 2): (T(16, 128, 4, 2), T(16, 128, 4, 1), T(16, 64, 4, 1), T(16, 64, 8, 1)),
-    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 4, 1), T(16, 32, 4, 1), T(16, 16, 8, 1)),
-    ("few_32", 80, 2): (T(32, 128, 4, 2), T(32, 128, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1)),
-    ("few_32", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("few_64", 80, 2): (T(64, 128, 8, 1), T(64, 64, 8, 1), T(64, 64, 8, 1), T(64, 32, 8, 1)),
-    ("few_64", 80, 4): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 16, 8, 1)),
-    ("few_128", 80, 2): (T(128, 64, 8, 1), T(128, 64, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1)),
-    ("few_128", 80, 4): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), T(128, 16, 16, 1)),
-    ("dkdv", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 1)),
+    ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 1), T(32, 32, 8, 1)),
+    ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
+    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1), T(16, 16, 8, 1), T(16, 16, 16, 1)),
+    ("few_32", 80, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
+    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1), T(32, 16, 16, 1)),
+    ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1)),
+    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 32, 16, 1), T(64, 16, 16, 1), NONE),
+    ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), NONE),
+    ("few_128", 80, 4): (T(128, 32, 16, 1), T(128, 16, 16, 1), NONE, NONE),
+    ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
-    ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 1)),
+    ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("dmask", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
-    ("dmask", 80, 4): (T(64, 64, 8, 1), T(64, 64, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+    ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(32, 32, 8, 1)),
+    ("dmask", 80, 4): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
 
@@ -76,13 +77,19 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    known = max((row[1] for row in TABLE if row[1] <= arch), default=80)
+    known = max((row[1] for row in TABLE if row[0] == kernel and row[2] == size and row[1] <= arch), default=80)
     return TABLE[kernel, known, size][next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
 def bucket(queries: int) -> int:
     """The block that holds all of a few queries: 16, 32, 64 or 128."""
     return max(16, min(FEW_QUERIES, triton.next_power_of_2(queries)))
+
+
+def one_tile(problem: Problem) -> bool:
+    """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to leave room for the rest."""
+    tile_bytes = bucket(problem.Nq) * block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize
+    return problem.Nq <= FEW_QUERIES and tile_bytes < 64 << 10
 
 
 def block_of(head: int) -> int:
