@@ -1,0 +1,55 @@
+"""The examples learn what they claim to, and by the way they claim."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import smattn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def disc() -> tuple[torch.Tensor, torch.Tensor]:
+    """A noisy orange disc on a noisy dark ground, (32, 40, 3), and where it is."""
+    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij")
+    inside = (row - 14).square() + (column - 22).square() < 81
+    noise = torch.randn(32, 40, 3, generator=torch.Generator().manual_seed(0)) * 0.05
+    ground, orange = torch.tensor([0.1, 0.3, 0.3]), torch.tensor([0.9, 0.6, 0.3])
+    return (torch.where(inside[..., None], orange, ground) + noise).clamp(0, 1), inside
+
+
+def overlap(mask: torch.Tensor, inside: torch.Tensor) -> float:
+    """Intersection over union of soft mask and object."""
+    return (torch.minimum(mask, inside.float()).sum() / torch.maximum(mask, inside.float()).sum()).item()
+
+
+def test_quickstart_mask_learns_to_cover_the_object(quickstart):
+    photo, inside = disc()
+    first, last = quickstart.learn_mask(photo, click=(14, 22), steps=150)
+    assert overlap(first, inside) < 0.3
+    assert overlap(last, inside) > 0.9
+
+
+def test_quickstart_mask_learns_through_the_attention_alone(quickstart, monkeypatch):
+    attention = smattn.soft_masked_attention
+    monkeypatch.setattr(smattn, "soft_masked_attention", lambda q, k, v, mask, alpha: attention(q, k, v, mask.detach(), alpha))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        quickstart.learn_mask(disc()[0], click=(14, 22), steps=1)
+
+
+def test_quickstart_is_deterministic(quickstart):
+    photo, _ = disc()
+    one, two = (quickstart.learn_mask(photo, click=(14, 22), steps=10)[1] for _ in range(2))
+    assert torch.equal(one, two)
