@@ -86,7 +86,7 @@ def _dkdv_kernel(
     if NEED_DK:
         store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
     if NEED_DV:
-        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
+        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv * keep_scale, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:

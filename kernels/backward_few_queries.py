@@ -127,7 +127,7 @@ def _few_queries_kernel(
                     dk = tl.where(live[:, None], dk * scale, 0.0)
                     store_tile(dk_ptr + bg * Nk * D, dk, offs_n, offs_d, D, offs_n < Nk, offs_d < D)
                 if NEED_DV:
-                    dv = tl.where(live[:, None], dv, 0.0)
+                    dv = tl.where(live[:, None], dv * keep_scale, 0.0)
                     store_tile(dv_ptr + bg * Nk * DV, dv, offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
         if NEED_DMASK and not DMASK_EACH_HEAD:
             mask_bh = b_lo * groups + g_lo if MASK_PER_HEAD else b_lo

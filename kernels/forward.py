@@ -46,11 +46,11 @@ def _forward_kernel(
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-        offs_m, bh.to(tl.int32), 0, Nk, Nq, scale, drop_threshold, keep_scale,
-        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
+        offs_m, bh.to(tl.int32), 0, Nk, Nq, scale, drop_threshold,
+        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i)
+    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, keep_scale)
     store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     if SAVE_OUT:
         store_tile(out_acc_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)

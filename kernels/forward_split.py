@@ -38,7 +38,7 @@ def _partial_kernel(
     H, Nq, Nk, n_splits, split_keys, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SAVE_MBAR: tl.constexpr,
+    SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -61,8 +61,8 @@ def _partial_kernel(
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-        offs_m, bh.to(tl.int32), split * split_keys, tl.minimum(Nk, (split + 1) * split_keys), Nq, scale, drop_threshold, keep_scale,
-        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
+        offs_m, bh.to(tl.int32), split * split_keys, tl.minimum(Nk, (split + 1) * split_keys), Nq, scale, drop_threshold,
+        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]
@@ -75,7 +75,7 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=["n_splits"])
 def _merge_kernel(
-    acc_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows,
+    acc_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
     DV: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -95,7 +95,7 @@ def _merge_kernel(
         l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
         mbar += weight * tl.load(rows + 2, mask=row_ok, other=0.0)
         acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
-    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i)
+    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, keep_scale)
     store_tile(out_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
     if SAVE_OUT:
         store_tile(out_acc_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
@@ -113,11 +113,13 @@ def run(inputs: Inputs, splits: int, out: Tensor, lse: Tensor, out_acc: Tensor |
     acc = inputs.accumulator(splits, n_rows, t.Dv)
     rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
     partial = inputs.arguments(tile) | dict(
-        acc_ptr=acc, rows_ptr=rows, n_splits=splits, split_keys=split_keys, n_rows=n_rows, SAVE_MBAR=mbar is not None
+        acc_ptr=acc, rows_ptr=rows, n_splits=splits, split_keys=split_keys, n_rows=n_rows,
+        SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )
     launch(_partial_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
         acc_ptr=acc, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, n_splits=splits, n_rows=n_rows,
-        DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None, BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
+        keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
+        BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip
     launch(_merge_kernel, triton.cdiv(n_rows, MERGE.block_m), merge, MERGE)

@@ -93,16 +93,18 @@ def softmax_step(s, m_i, l_i):
 
 
 @triton.jit
-def softmax_finish(acc, mbar, m_i, l_i):
+def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
     """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4).
 
+    keep_scale is 1/(1-p) of dropout. It comes here, in float32: on P it would add a rounding to 16 bits that dP in backward has not, and
+    delta would no longer cancel dP where few keys are left.
     l_i is 0 in a row without any live key: its output is 0 and its logsumexp -inf. A row whose live scores are
     all -inf (m_i = -inf, l_i > 0) is NaN, with logsumexp -inf, as it is in plain torch.
     """
     dead = l_i == 0.0
     lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
     l_i = tl.where((m_i == float("-inf")) & (l_i > 0.0), float("nan"), l_i)
-    out = tl.where(dead[:, None], 0.0, acc / l_i[:, None])
+    out = tl.where(dead[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
     return out, tl.where(dead, 0.0, mbar / l_i), lse
 
 
@@ -110,14 +112,16 @@ def softmax_finish(acc, mbar, m_i, l_i):
 def attend(
     q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-    offs_m, bh, lo, hi, Nq, scale, drop_threshold, keep_scale,
+    offs_m, bh, lo, hi, Nq, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_MBAR: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    ALLOW_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
 
-    Not yet divided by l_i; m_i is in base 2. Where every live score is -inf, l_i says 1 and where no key is live, 0.
+    acc and mbar are not yet divided by l_i, nor acc by 1-p of dropout; m_i is in base 2. Where every live score is -inf, l_i says 1, and
+    where no key is live, 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -141,9 +145,12 @@ def attend(
             mbar = mbar * rescale + tl.sum(p * m, 1)
         if HAS_DROPOUT:
             keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
-            p = tl.where(keep, p * keep_scale, 0.0)
+            p = tl.where(keep, p, 0.0)
         v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-        acc = dot(p.to(v.dtype), v, acc * rescale[:, None], ALLOW_TF32)
+        p_rounded = p.to(v.dtype)
+        acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
+        if SAVE_OUT:  # backward takes delta from this output and P in float32: what 16 bits left of P must not be lost between the two
+            acc = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, acc, ALLOW_TF32)
     l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
     return acc, mbar, m_i, l_i
 
@@ -174,10 +181,10 @@ def dropout_keep(seed, i, j, bh, threshold):
 
 @triton.jit
 def gradient_tile(s, dp, lse_log2, delta, keep, keep_scale, HAS_DROPOUT: tl.constexpr):
-    """P D/(1-p) and dS of one tile from its scores and dO V^T, reference.py (6). lse and delta come shaped to broadcast."""
+    """P where kept, without the 1/(1-p), and dS of a tile, from its scores and dO V^T, reference.py (6). lse, delta shaped to broadcast."""
     p = tl.exp2(s - lse_log2)
     p_kept = p
     if HAS_DROPOUT:
-        p_kept = tl.where(keep, p * keep_scale, 0.0)
+        p_kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return p_kept, p * (dp - delta)
