@@ -1,0 +1,67 @@
+"""One suite over every backend of expected.py, and a count of what was skipped and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: before anything of smattn runs
+
+import hypothesis
+import numpy
+from expected import BACKENDS, DEVICE, INTERPRETED, names
+
+# the same examples in every run; a test gives their number
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=False)
+hypothesis.settings.load_profile("suite")
+
+torch.set_num_threads(1)  # tensors are tiny
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")  # log2(0) and the like, masked out after
+    config.addinivalue_line("filterwarnings", "ignore:smattn runs on the reference:UserWarning")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, those in {
+        "backend": names(),
+        "map_backend": names(attention_map=True),
+        "fused_backend": names(fused=True),
+    }.items():
+        if fixture not in metafunc.fixturenames:
+            continue
+        if "dtype" in metafunc.fixturenames:
+            pairs = [(name, dtype) for name in those for dtype in BACKENDS[name].dtypes]
+            metafunc.parametrize((fixture, "dtype"), pairs, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in pairs])
+        else:
+            metafunc.parametrize(fixture, those)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_works(request: pytest.FixtureRequest) -> None:
+    """Where Triton's interpreter is known to break, say why instead of letting each test find out."""
+    callspec = getattr(request.node, "callspec", None)
+    if not INTERPRETED or callspec is None or "triton" not in callspec.params.values():
+        return
+    import triton
+
+    if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.fail(f"the interpreter of Triton {triton.__version__} breaks with numpy {numpy.__version__}: pip install 'numpy<2.4'")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    terminalreporter.section("skipped, by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4}  {reason}")
+    terminalreporter.line(f"{sum(reasons.values())} skipped on {DEVICE}, where {', '.join(BACKENDS)} must run")

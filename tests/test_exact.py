@@ -1,0 +1,126 @@
+"""Exact: every backend within the error budget, forward and all gradients, whatever the call."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import cases
+
+from smattn.testing import assert_within_budget, make_case, run, workload_case
+
+MANY, FEW = 60, 10  # random calls per dtype; interpreted kernels get few
+no_check = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+GRADIENTS = {"dquery", "dkey", "dvalue", "dmask", "dalpha"}
+
+
+def hypothesize(backend, dtype, device, examples, **kw):
+    @settings(no_check, max_examples=examples)
+    @given(st.data())
+    def within_budget(data):
+        case = data.draw(cases(dtype, device, **kw))
+        assert_within_budget(run(case, backend), case)
+
+    within_budget()
+    return True
+
+
+def test_random_calls(backend, dtype, device):
+    assert hypothesize(backend, dtype, device, FEW if backend == "triton" and device == "cpu" else MANY)
+
+
+def test_random_maps(map_backend, dtype, device):
+    assert hypothesize(map_backend, dtype, device, FEW if map_backend == "triton" and device == "cpu" else MANY, as_map=True)
+
+
+@pytest.mark.slow
+def test_more_random_calls(backend, dtype, device):
+    interpreted = backend == "triton" and device == "cpu"
+    assert hypothesize(backend, dtype, device, 60 if interpreted else 300, largest=100 if interpreted else 300)
+
+
+def test_all_five_gradients_come_back(backend, dtype, device):
+    case = make_case(2, 4, 5, 33, 8, dtype=dtype, with_lse=True, device=device)
+    results = run(case, backend)
+    assert set(results) == {"out", "lse"} | GRADIENTS
+    assert {name: t.dtype for name, t in results.items()} == {
+        **dict.fromkeys(("out", "dquery", "dkey", "dvalue"), dtype),
+        **dict.fromkeys(("lse", "dalpha"), torch.promote_types(dtype, torch.float32)),
+        "dmask": torch.float32,
+    }  # fmt: skip
+    assert_within_budget(results, case)
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 17, 32, 48, 64, 72, 128, 200, 256])
+def test_head_sizes(backend, device, D):
+    case = make_case(1, 2, 5, 40, D, Dv=257 - D, with_lse=True, device=device)
+    assert_within_budget(run(case, backend), case)
+
+
+@pytest.mark.parametrize("Nq, Nk", [(1, 1), (1, 2), (7, 1), (1, 97), (16, 32), (17, 33), (31, 64), (128, 16), (129, 16), (130, 33)])
+def test_lengths(backend, device, Nq, Nk):
+    """One key gives gradients that are exactly 0; the others lie at and beside the edges of tiles and of the few-queries regime."""
+    case = make_case(1, 2, Nq, Nk, 8, mask_shape=(1, 2, Nq, Nk), with_lse=True, device=device)
+    assert_within_budget(run(case, backend), case)
+
+
+MASK_SHAPES = [*product((1, 2), repeat=3), *product((1, 2), repeat=2)]
+
+
+@pytest.mark.parametrize("Nq", [5, 131])
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_mask_broadcasts(backend, device, shape, Nq):
+    """shape: batch, head (left out in a 3-D mask) and query axes, 2 for full."""
+    sizes = (*shape[:-1], Nq if shape[-1] == 2 else 1, 35)
+    case = make_case(2, 2, Nq, 35, 8, Hkv=1, mask_shape=sizes, device=device)
+    assert_within_budget(run(case, backend), case)
+
+
+@pytest.mark.parametrize("Nq", [5, 131])
+@pytest.mark.parametrize("option", ["no mask", "dropout", "padding", "lse", "gqa", "blob", "all"])
+def test_options(backend, dtype, device, Nq, option):
+    chosen = {
+        "no mask": dict(mask=None), "dropout": dict(dropout_p=0.4), "padding": dict(padded=0.4), "lse": dict(with_lse=True),
+        "gqa": dict(Hkv=1), "blob": dict(mask="blob"),
+        "all": dict(dropout_p=0.2, padded=0.3, with_lse=True, Hkv=1, mask_dtype=torch.bfloat16),
+    }[option]  # fmt: skip
+    case = make_case(2, 2, Nq, 35, 8, dtype=dtype, device=device, rng=3, **chosen)
+    assert_within_budget(run(case, backend), case)
+
+
+@pytest.mark.parametrize("size", [1e-30, 30.0, 1000.0])
+def test_masks_out_of_their_usual_range(backend, device, size):
+    case = make_case(2, 2, 5, 35, 8, with_lse=True, device=device)
+    case = replace(case, mask=(case.mask - 0.5) * size)
+    assert_within_budget(run(case, backend), case)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -7.5, 1000.0])
+def test_a_float_alpha(backend, device, alpha):
+    case = replace(make_case(2, 2, 5, 35, 8, device=device), alpha=alpha)
+    results = run(case, backend)
+    assert "dalpha" not in results
+    assert_within_budget(results, case)
+
+
+def test_a_nan_that_is_attended_to_comes_out_where_plain_torch_has_it(backend, device):
+    case = make_case(2, 2, 3, 35, 8, device=device)
+    case.key[0, 1, 20] = float("nan")
+    case.mask[1, 2, 4] = float("nan")
+    expected = torch.zeros(2, 2, 3, dtype=torch.bool, device=device)
+    expected[0, 1] = expected[1, :, 2] = True
+    assert torch.equal(run(case, backend)["out"].isnan(), expected[..., None].expand(2, 2, 3, 8))
+
+
+@pytest.mark.parametrize("mask", ["uniform", "blob"])
+@pytest.mark.parametrize("name", ["hodor_infer", "hodor_train", "vit_cls"])
+@pytest.mark.slow
+def test_named_workloads(backend, device, name, mask):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("interpreted Triton takes minutes at this size")
+    if name == "vit_cls" and device == "cpu" and backend == "reference":
+        pytest.skip("the float64 reference of vit_cls takes minutes on a CPU")
+    case = workload_case(name, mask=mask, device=device)
+    assert_within_budget(run(case, backend), case)
