@@ -1,0 +1,197 @@
+"""Measure contestants side by side: interleaved medians, and the peak of extra memory each in a fresh process.
+
+Time. Every contestant is called in turn, round after round, after a warm-up of its own, so that a disturbance of the machine meets them
+all. A contestant stays in the rounds until it has used its time budget, and for MIN_REPS calls at least, or SLOW_REPS when those already
+take three budgets. No sample is dropped.
+
+Memory. What the process grows by at its highest point during one call, less the outputs and gradients the call returns: whatever a call
+needs besides its inputs and results, scratch that it keeps for the next call included. On a GPU that is torch.cuda.max_memory_allocated.
+On a CPU it is the kernel's own high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs), read in a process that
+has run nothing but a small call of the same contestant, so that code pages and thread stacks are not counted. A compiled contestant
+warms up on the very shape, or the compiler's memory would be counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+
+import torch
+from peers import Attend, Contestant
+from rows import FORWARD
+from torch import Tensor
+
+from smattn.testing import Case, Workload, make_case
+
+SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
+WARM_UP_SECONDS = 1.0  # a warm-up is two calls, or one that took this long
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What all contestants are given: a shape, a kind of mask (in the inputs' dtype), a dtype, a device and a direction."""
+
+    workload: Workload
+    mask: str
+    dtype: torch.dtype
+    device: str
+    direction: str
+
+    def case(self) -> Case:
+        w = self.workload
+        return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=self.dtype, mask=self.mask, mask_dtype=self.dtype, device=self.device)
+
+    def smaller(self) -> Cell:
+        w = self.workload
+        return replace(self, workload=replace(w, B=1, Nq=min(w.Nq, 16), Nk=min(w.Nk, 64)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        w = self.workload
+        return (w.B, w.H, w.Nq, w.Nk, w.D)
+
+    @property
+    def flops(self) -> int:
+        """Two matmuls forward; with backward 3.5 times that, whatever a contestant recomputes."""
+        w = self.workload
+        forward = 4 * w.B * w.H * w.Nq * w.Nk * w.D
+        return forward if self.direction == FORWARD else forward * 7 // 2
+
+    @property
+    def io_bytes(self) -> int:
+        """Inputs and output; with backward the incoming gradient and the five outgoing ones as well."""
+        w = self.workload
+        inputs = (w.B * w.H * (w.Nq + 2 * w.Nk) * w.D + w.B * w.Nq * w.Nk) * self.dtype.itemsize + 4 * w.H
+        output = w.B * w.H * w.Nq * w.D * self.dtype.itemsize
+        return inputs + output if self.direction == FORWARD else 2 * (inputs + output)
+
+
+def bind(attend: Attend, case: Case, direction: str) -> Step:
+    """One call: the output, and with BOTH the gradients of query, key, value, mask and alpha."""
+    assert case.mask is not None and isinstance(case.alpha, Tensor)
+    inputs = (case.query, case.key, case.value, case.mask[:, None], case.alpha)
+    if direction == FORWARD:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (attend(*inputs),)
+
+        return forward
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        out = attend(*leaves)
+        return (out, *torch.autograd.grad(out, leaves, case.dout))
+
+    return forward_and_backward
+
+
+@dataclass(frozen=True)
+class Timing:
+    median_ms: float
+    p10: float
+    p90: float
+    reps: int
+
+
+def timing(samples: list[float]) -> Timing:
+    """Samples in ms."""
+    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
+    return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+
+
+def once(call: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call, on the device's own clock."""
+    if torch.device(device).type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
+
+
+def warm_up(call: Callable[[], object], device: str) -> None:
+    if once(call, device) < WARM_UP_SECONDS * 1e3:
+        call()
+
+
+def time_interleaved(calls: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    while running := [name for name, taken in samples.items() if _goes_on(len(taken), sum(taken) / 1e3, seconds)]:
+        for name in running:
+            samples[name].append(once(calls[name], device))
+    return samples
+
+
+def _goes_on(reps: int, used: float, seconds: float) -> bool:
+    return reps < SLOW_REPS or reps < MIN_REPS and used < 3 * seconds or reps < MAX_REPS and used < seconds
+
+
+def extra_bytes(contestant: Contestant, cell: Cell) -> int:
+    """Peak memory of one call beyond inputs, outputs and gradients. RuntimeError when it could not be measured."""
+    if torch.device(cell.device).type == "cuda":
+        return _extra_on_cuda(contestant, cell)
+    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch and run nothing
+    context.set_forkserver_preload(["torch", "smattn.testing"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_extra_on_cpu, args=(sender, contestant, cell, torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measuring process ended with exit code {process.exitcode}") from None
+    process.join()
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    assert isinstance(answer, int)
+    return answer
+
+
+def _extra_on_cpu(sender: Connection, contestant: Contestant, cell: Cell, threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        attend, case = contestant.ready(), cell.case()
+        call = bind(attend, case, cell.direction)
+        warm = call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction)
+        warm()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")
+        before = _status("VmRSS")
+        results = call()
+        sender.send(_status("VmHWM") - before - sum(tensor.nbytes for tensor in results))
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, bytes."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def _extra_on_cuda(contestant: Contestant, cell: Cell) -> int:
+    call = bind(contestant.ready(), cell.case(), cell.direction)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(tensor.nbytes for tensor in results)

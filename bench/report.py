@@ -1,0 +1,176 @@
+"""A report from a result file: Markdown tables and two plots beside it. `python bench/report.py bench/results/FILE.jsonl`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rows import MATMUL, OURS, Row, read
+from tables import Key, cells, contestants, duels, markdown, mib, ms
+
+from smattn.testing import WORKLOADS
+
+
+def summary(rows: list[Row]) -> str:
+    """A line a cell, for the terminal."""
+    lines = [f"{'':44}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
+    for key, duel in duels(rows).items():
+        peer, small = duel.fastest, duel.smallest
+        lines.append(
+            f"{' '.join(key):44}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
+            f"{f'{duel.speedup:.2f}x' if duel.speedup else '–':>8}{mib(duel.ours.extra_bytes):>11}"
+            f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}"
+        )
+    return "\n".join(lines)
+
+
+def write_report(path: Path) -> Path:
+    """Write FILE.md, FILE-time.png and FILE-memory.png for FILE.jsonl."""
+    rows = read(path)
+    timed = [row for row in rows if row.median_ms is not None]
+    plot(timed, "time", path.with_name(f"{path.stem}-time.png"))
+    plot(timed, "memory", path.with_name(f"{path.stem}-memory.png"))
+    about, names = rows[0], contestants(rows)
+    versions = ", ".join(f"{name} {version}" for name, version in about.versions.items())
+    text = f"""# {about.device}
+
+{versions}, commit {about.commit}, {about.threads} threads, by `{about.command}`. Every row is in [{path.name}]({path.name}).
+
+## Time
+
+Medians in ms, every contestant called in turn in one run; forward+backward has all five gradients. In brackets GFLOP/s, forward counted as
+two matmuls, forward+backward as 3.5 times that, whatever a contestant recomputes. Bold: the backend smattn takes when none is named.
+
+![Time]({path.stem}-time.png)
+
+{markdown(["workload", *names, "best peer / smattn"], time_body(rows, names))}
+
+{calibration(rows)}
+
+## Extra peak memory
+
+MiB beyond inputs, outputs and gradients (given in the second column) at the highest point of a call, scratch included.
+
+![Memory]({path.stem}-memory.png)
+
+{markdown(["workload", "inputs, outputs, gradients", *names], memory_body(rows, names))}
+
+## Errors against float64
+
+Largest error of each tensor, plain PyTorch's, and the share of the error budget used (smattn/testing/budget.py; the worse norm).
+
+{markdown(["backend, workload, dtype, mask, B H Nq Nk D", *TENSORS], error_body(rows))}
+
+## Not measured
+
+{skipped(rows)}
+"""
+    report = path.with_suffix(".md")
+    report.write_text(text)
+    return report
+
+
+TENSORS = ("out", "dquery", "dkey", "dvalue", "dmask", "dalpha")
+
+
+def label(key: Key) -> str:
+    workload, dtype, mask, direction = key
+    return f"{workload} {dtype} {mask}, {direction}"
+
+
+def time_body(rows: list[Row], names: list[str]) -> list[list[str]]:
+    body, speedups = [], {key: duel.speedup for key, duel in duels(rows).items()}
+    for key, group in cells(rows).items():
+        by_name = {row.backend: row for row in group}
+        speedup = speedups.get(key)
+        body.append([label(key), *(_time(by_name.get(name)) for name in names), f"{speedup:.2f}" if speedup else "–"])
+    return body
+
+
+def _time(row: Row | None) -> str:
+    if row is None or row.median_ms is None:
+        return "–"
+    mark = "**" if row.default else ""
+    return f"{mark}{ms(row.median_ms)}{mark} ({row.flops / row.median_ms / 1e6:.0f})"
+
+
+def memory_body(rows: list[Row], names: list[str]) -> list[list[str]]:
+    body = []
+    for key, group in cells(rows).items():
+        by_name = {row.backend: row.extra_bytes for row in group}
+        body.append([label(key), mib(group[0].io_bytes), *(mib(by_name.get(name)) for name in names)])
+    return body
+
+
+def error_body(rows: list[Row]) -> list[list[str]]:
+    checked = {(e["backend"], e["workload"], e["dtype"], e["mask"]): e for row in rows if (e := row.errors)}
+    body = []
+    for key, e in checked.items():
+        line = []
+        for name in TENSORS:
+            t = e["tensors"][name]
+            share = max(error / allowed if error else 0.0 for error, allowed in zip(t["error"], t["allowed"], strict=True))
+            line.append(f"{t['error'][0]:.0e} / {t['plain'][0]:.0e}, {share:.0%}")
+        body.append([f"{' '.join(key)}, {' '.join(map(str, e['shape']))}", *line])
+    return body
+
+
+def calibration(rows: list[Row]) -> str:
+    """How fast, and how steady, torch.mm was during the run."""
+    lines = []
+    for row in (row for row in rows if row.workload == MATMUL and row.median_ms):
+        low, rate, high = (row.flops / time / 1e6 for time in (row.p90, row.median_ms, row.p10) if time)
+        lines.append(
+            f"torch.mm, {row.dtype}, 2048³, in the same run: {rate:.0f} GFLOP/s (10th to 90th percentile {low:.0f} to {high:.0f})."
+        )
+    return "\n".join(lines)
+
+
+def skipped(rows: list[Row]) -> str:
+    lines = [f"- {row.backend}, {row.workload} {row.dtype} {row.mask}, {row.direction}: {row.skipped}" for row in rows if row.skipped]
+    absent = [name for name in WORKLOADS if name not in {row.workload for row in rows}]
+    return "\n".join(lines + [f"- {name}: not in this run" for name in absent]) or "Nothing."
+
+
+def plot(rows: list[Row], what: str, path: Path) -> None:
+    """Bars on a logarithmic axis: a group a cell, a colour a contestant, forward above forward+backward."""
+    table, names = cells(rows), contestants(rows)
+    directions = list(dict.fromkeys(key[3] for key in table))
+    figure, axes = plt.subplots(len(directions), 1, figsize=(9, 3 * len(directions)), squeeze=False, layout="constrained")
+    for axis, direction in zip(axes[:, 0], directions, strict=True):
+        keys = [key for key in table if key[3] == direction]
+        width = 0.8 / len(names)
+        for n, name in enumerate(names):
+            values = [next((_value(row, what) for row in table[key] if row.backend == name), np.nan) for key in keys]
+            axis.bar(np.arange(len(keys)) + (n - (len(names) - 1) / 2) * width, values, width, label=name, color=_colour(name, names))
+        axis.set(yscale="log", title=direction, ylabel="median ms" if what == "time" else "extra peak MiB")
+        several = len({key[1:3] for key in keys}) > 1
+        axis.set_xticks(range(len(keys)), ["\n".join(key[:3]) if several else key[0] for key in keys], fontsize=7 if several else 9)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(ncols=len(names), fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.35))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _value(row: Row, what: str) -> float:
+    if what == "time":
+        return row.median_ms or np.nan
+    return np.nan if row.extra_bytes is None else max(row.extra_bytes / 2**20, 0.1)  # a logarithmic axis has no zero
+
+
+def _colour(name: str, names: list[str]) -> str:
+    """smattn in greens, peers in greys and blues."""
+    same = [other for other in names if other.startswith(OURS) == name.startswith(OURS)]
+    palette = ("#1b7837", "#7fbf7b", "#c7e9c0") if name.startswith(OURS) else ("#555555", "#999999", "#4393c3", "#92c5de")
+    return palette[same.index(name) % len(palette)]
+
+
+if __name__ == "__main__":
+    print(write_report(Path(sys.argv[1])))

@@ -1,0 +1,66 @@
+"""The Markdown tables of a result file, shared by the report and the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from rows import MATMUL, Row
+
+Key = tuple[str, str, str, str]  # workload, dtype, mask, direction
+
+
+class Duel(NamedTuple):
+    """smattn's default backend in one cell, and the fastest and the smallest of the peers there."""
+
+    ours: Row
+    fastest: Row | None
+    smallest: Row | None
+
+    @property
+    def speedup(self) -> float | None:
+        if self.ours.median_ms is None or self.fastest is None or self.fastest.median_ms is None:
+            return None
+        return self.fastest.median_ms / self.ours.median_ms
+
+
+def cells(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """The timed rows of each cell, in the order measured; the calibration left out."""
+    table: dict[Key, list[Row]] = {}
+    for row in rows:
+        if row.workload != MATMUL and row.median_ms is not None:
+            table.setdefault((row.workload, row.dtype, row.mask, row.direction), []).append(row)
+    return table
+
+
+def duels(rows: Iterable[Row]) -> dict[Key, Duel]:
+    table = {}
+    for key, group in cells(rows).items():
+        ours = next((row for row in group if row.default), None)
+        peers = [row for row in group if not row.ours]
+        if ours is not None:
+            table[key] = Duel(ours, _least(peers, lambda row: row.median_ms), _least(peers, lambda row: row.extra_bytes))
+    return table
+
+
+def markdown(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """First column to the left, the others to the right."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def mib(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**20:.0f}" if value >= 10 * 2**20 else f"{value / 2**20:.1f}"
+
+
+def contestants(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row.backend for group in cells(rows).values() for row in group))
+
+
+def _least(rows: list[Row], of: Callable[[Row], float | None]) -> Row | None:
+    return min((row for row in rows if of(row) is not None), key=lambda row: of(row) or 0.0, default=None)
