@@ -35,6 +35,7 @@ class Session:
     command: str
     validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
     rows: list[Row] = field(default_factory=list)
+    matmul_ms: float | None = None  # around the cell being measured
 
     def __post_init__(self) -> None:
         self.about: dict[str, Any] = {
@@ -51,7 +52,8 @@ class Session:
             Row(
                 **_times(taken), **self.about, workload=cell.workload.name, shape=cell.shape, mask=cell.mask, dtype=_name(cell.dtype),
                 direction=cell.direction, backend=backend, default=backend == OURS + default_backend(cell), extra_bytes=extra,
-                io_bytes=cell.io_bytes, flops=cell.flops, errors=asdict(validation) if validation else None, skipped=skipped,
+                io_bytes=cell.io_bytes, flops=cell.flops, matmul_ms=self.matmul_ms, skipped=skipped,
+                errors=asdict(validation) if validation else None,
             )
         )  # fmt: skip
 
@@ -60,25 +62,27 @@ class Session:
             Row(
                 **_times(taken), **self.about, workload=MATMUL, shape=(SIDE,) * 3, mask="none", dtype=_name(dtype), direction=FORWARD,
                 backend="torch.mm", default=False, extra_bytes=None, io_bytes=3 * SIDE**2 * dtype.itemsize, flops=2 * SIDE**3,
-                errors=None, skipped=None,
+                matmul_ms=None, errors=None, skipped=None,
             )
         )  # fmt: skip
 
 
 def measure(session: Session, cells: list[Cell], contestants: list[Contestant]) -> None:
-    """Every contestant in every cell, and torch.mm before each cell: its spread says how quiet the machine was."""
+    """Every contestant in every cell, and torch.mm around each cell: its spread says how quiet the machine was."""
     matmuls = {dtype: _matmul(dtype, session.device) for dtype in {cell.dtype: None for cell in cells}}
     calibration: dict[torch.dtype, list[float]] = {dtype: [] for dtype in matmuls}
     with tqdm(total=len(cells) * len(contestants), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
         for cell in cells:
             bar.set_postfix_str(f"{cell.workload.name} {_name(cell.dtype)} {cell.mask} {cell.direction}")
-            calibration[cell.dtype] += time_interleaved({"mm": matmuls[cell.dtype]}, session.device, session.seconds / 4)["mm"]
-            measure_cell(session, cell, contestants, lambda: bar.update())
+            calibration[cell.dtype] += measure_cell(session, cell, contestants, matmuls[cell.dtype], bar.update)
     for dtype, taken in calibration.items():
         session.add_matmul(dtype, taken)
 
 
-def measure_cell(session: Session, cell: Cell, contestants: list[Contestant], done: Callable[[], object]) -> None:
+def measure_cell(
+    session: Session, cell: Cell, contestants: list[Contestant], matmul: Callable[[], object], done: Callable[[], object]
+) -> list[float]:
+    """Add the cell's rows; the milliseconds of the calibration around it."""
     torch.compiler.reset()
     case, calls, refused = cell.case(), dict[str, Step](), dict[str, str]()
     for contestant in contestants:
@@ -90,7 +94,10 @@ def measure_cell(session: Session, cell: Cell, contestants: list[Contestant], do
             calls[contestant.name] = call
         except Exception as error:  # a peer that cannot run the cell is reported, and the others are measured
             refused[contestant.name] = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+    quiet = time_interleaved({"mm": matmul}, session.device, session.seconds / 4)["mm"]
     samples = time_interleaved(calls, session.device, session.seconds)
+    quiet += time_interleaved({"mm": matmul}, session.device, session.seconds / 4)["mm"]
+    session.matmul_ms = timing(quiet).median_ms
     for contestant in contestants:
         name, extra = contestant.name, None
         reason = refused.get(name)
@@ -101,6 +108,7 @@ def measure_cell(session: Session, cell: Cell, contestants: list[Contestant], do
                 reason = f"memory not measured: {error}"
         session.add(cell, name, samples.get(name), extra, reason)
         done()
+    return quiet
 
 
 def why_not(contestant: Contestant, cell: Cell) -> str | None:

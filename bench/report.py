@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from rows import MATMUL, OURS, Row, read
-from tables import Key, cells, contestants, duels, markdown, mib, ms
+from tables import DISTURBED, Key, cells, contestants, disturbed, duels, markdown, mib, ms
 
 from smattn.testing import WORKLOADS
 
@@ -24,7 +24,7 @@ def summary(rows: list[Row]) -> str:
         lines.append(
             f"{' '.join(key):44}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
             f"{f'{duel.speedup:.2f}x' if duel.speedup else '–':>8}{mib(duel.ours.extra_bytes):>11}"
-            f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}"
+            f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}{'   disturbed' if key in disturbed(rows) else ''}"
         )
     return "\n".join(lines)
 
@@ -88,7 +88,8 @@ def time_body(rows: list[Row], names: list[str]) -> list[list[str]]:
     for key, group in cells(rows).items():
         by_name = {row.backend: row for row in group}
         speedup = speedups.get(key)
-        body.append([label(key), *(_time(by_name.get(name)) for name in names), f"{speedup:.2f}" if speedup else "–"])
+        mark = " †" if key in disturbed(rows) else ""
+        body.append([label(key) + mark, *(_time(by_name.get(name)) for name in names), f"{speedup:.2f}" if speedup else "–"])
     return body
 
 
@@ -128,6 +129,8 @@ def calibration(rows: list[Row]) -> str:
         lines.append(
             f"torch.mm, {row.dtype}, 2048³, in the same run: {rate:.0f} GFLOP/s (10th to 90th percentile {low:.0f} to {high:.0f})."
         )
+    if disturbed(rows):
+        lines.append(f"† torch.mm was over {DISTURBED} times slower around this cell than at its best: something else had the machine.")
     return "\n".join(lines)
 
 
@@ -154,7 +157,7 @@ def plot(rows: list[Row], what: str, path: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(ncols=len(names), fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.35))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(names), fontsize=8, frameon=False, loc="outside upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -29,6 +29,7 @@ class Row:
     extra_bytes: int | None  # peak memory beyond io_bytes; None: not measured
     io_bytes: int  # inputs and outputs, and with BOTH the incoming and outgoing gradients
     flops: int
+    matmul_ms: float | None  # torch.mm at 2048^3 just before and after this cell: how quiet the machine was
     errors: dict[str, Any] | None  # validate.Errors: what float64 says of this backend
     skipped: str | None
     device: str

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import re
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def _keep(session: Session, validation: Validation) -> None:
 
 
 def main() -> None:
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every named workload, uniform and blob masks, float32 and bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +68,7 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16) if args.full else (torch.float32,) if args.device == "cpu" else (torch.bfloat16,)
     cells = [Cell(WORKLOADS[w], m, t, args.device, d) for w, t, m, d in product(workloads, dtypes, masks, (FORWARD, BOTH))]
 
-    session = Session(args.device, args.seconds, "python bench/run.py " + " ".join(sys.argv[1:]))
+    session = Session(args.device, args.seconds, " ".join(["python bench/run.py", *sys.argv[1:]]))
     print(f"{session.about['device']}; {session.about['versions']}; commit {session.about['commit']}")
     for name, status in smattn.backends().items():
         print(f"{name:10} {'available' if status.available else 'not available: ' + '; '.join(status.reasons)}")
@@ -84,7 +86,7 @@ def main() -> None:
     path = RESULTS / f"{datetime.date.today()}-{slug}{'-full' if args.full else ''}.jsonl"
     write(session.rows, path)
     print("\n" + summary(session.rows))
-    print(f"\nwrote {path} and {write_report(path)}")
+    print(f"\nwrote {path} and {write_report(path)} after {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rows import MATMUL, Row
 
+DISTURBED = 1.2
 Key = tuple[str, str, str, str]  # workload, dtype, mask, direction
 
 
@@ -56,6 +57,15 @@ def ms(value: float | None) -> str:
 
 def mib(value: int | None) -> str:
     return "–" if value is None else f"{value / 2**20:.0f}" if value >= 10 * 2**20 else f"{value / 2**20:.1f}"
+
+
+def disturbed(rows: list[Row]) -> set[Key]:
+    """The cells around which torch.mm was over DISTURBED times slower than at its best: something else had the machine."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row.matmul_ms is not None:
+            best[row.dtype] = min(row.matmul_ms, best.get(row.dtype, row.matmul_ms))
+    return {key for key, group in cells(rows).items() for row in group if row.matmul_ms and row.matmul_ms > DISTURBED * best[row.dtype]}
 
 
 def contestants(rows: Iterable[Row]) -> list[str]:
