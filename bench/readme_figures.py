@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from rows import BOTH, FORWARD, MATMUL, read
-from tables import Duel, duels, markdown, mib, ms
+from tables import DISTURBED, Duel, disturbed, duels, markdown, mib, ms
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?<=<!-- figures: begin -->\n).*?(?=<!-- figures: end -->)", re.DOTALL)
@@ -32,25 +32,28 @@ def section(file: str) -> str:
     about = rows[0]
     duel_of = duels(rows)
     pairs = dict.fromkeys(key[:3] for key in duel_of)
-    header = ["", "forward, ms", "best peer", "", "forward+backward, ms", "best peer", "", "extra MiB", "least peer"]
-    body = [line([*pair], duel_of.get((*pair, FORWARD)), duel_of.get((*pair, BOTH))) for pair in pairs]
+    header = ["", "forward, ms", "best peer", "speedup", "both, ms", "best peer", "speedup", "extra MiB", "least peer"]
+    busy = {key[:3] for key in disturbed(rows)}
+    body = [line([*pair, *["†"] * (pair in busy)], duel_of.get((*pair, FORWARD)), duel_of.get((*pair, BOTH))) for pair in pairs]
+    note = f"† The machine was busy: torch.mm was over {DISTURBED} times slower around this cell than at its best.\n\n" if busy else ""
+    ours = ", ".join(dict.fromkeys(duel.ours.backend for duel in duel_of.values()))
     rates = ", ".join(f"{row.flops / row.median_ms / 1e6:.0f} {row.dtype}" for row in rows if row.workload == MATMUL and row.median_ms)
     return f"""**{about.device}**, torch {about.versions["torch"]}; torch.mm in the same run: {rates} GFLOP/s.
-Medians; forward+backward has all five gradients; the memory is its peak beyond inputs, outputs and gradients.
+Medians of {ours}; "both" is forward and backward with all five gradients, and the memory its peak beyond inputs, outputs and gradients.
 
 {markdown(header, body)}
 
-![Time of every contestant]({stem}-time.png)
+{note}![Time of every contestant]({stem}-time.png)
 
 Peers: plain PyTorch eager and compiled, SDPA with the materialised bias, compiled FlexAttention (on a CPU forward only).
 By `{about.command}` at commit {about.commit}; [report]({stem}.md); rows: [{Path(file).name}]({file}).
 """
 
 
-def line(pair: list[str], forward: Duel | None, both: Duel | None) -> list[str]:
+def line(label: list[str], forward: Duel | None, both: Duel | None) -> list[str]:
     smallest = both.smallest if both else None
     memory = [mib(both.ours.extra_bytes) if both else "–", f"{mib(smallest.extra_bytes)} {smallest.backend}" if smallest else "–"]
-    return [" ".join(pair), *times(forward), *times(both), *memory]
+    return [" ".join(label), *times(forward), *times(both), *memory]
 
 
 def times(duel: Duel | None) -> list[str]:
