@@ -78,9 +78,10 @@ class SoftMaskedAttention(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        # a batched tensor hides that the one inside wants a gradient: ask again
-        query, key, _, mask, mask_logits, alpha, *rest = args
-        args = (*args[:11], *what_backward_reads(query, key, mask, mask_logits, alpha), rest[-1])
+        # a batched tensor hides that the one inside wants a gradient: ask again, and keep what was asked for outside
+        query, key, _, mask, mask_logits, alpha, *_rest, save_out, save_mbar, backend = args
+        inner_out, inner_mbar = what_backward_reads(query, key, mask, mask_logits, alpha)
+        args = (*args[:11], save_out or inner_out, save_mbar or inner_mbar, backend)
         return _vmap(SoftMaskedAttention.apply, info.batch_size, in_dims, args, (3, 4), needs=())
 
 

@@ -76,10 +76,9 @@ def forward(
     t = softmax(problem, query, key, mask, alpha, key_padding_mask)
     weights = t.p * dropout_factor(problem, seed) if seed is not None else t.p
     out_acc = weights @ per_query_head(attended(value, key_padding_mask), problem)  # (3)
-    empty = out_acc.new_empty(0)
     out = out_acc.to(problem.dtype)
-    mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else empty
-    return out, t.lse, out_acc if save_out and out_acc.dtype != problem.dtype else empty, mbar
+    mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else out_acc.new_empty(0)
+    return out, t.lse, out_acc if save_out and out_acc.dtype != problem.dtype else out_acc.new_empty(0), mbar
 
 
 def backward(
