@@ -1,0 +1,114 @@
+#include "inputs.h"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+
+namespace smattn::driver {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+Dense draw(const Shape& size, const std::function<double()>& number) {
+  Dense dense(size);
+  std::generate(dense.values.begin(), dense.values.end(), number);
+  return dense;
+}
+
+// NaN in row j of axis `axis` wherever poisoned(b, j), for every b that the tensor's first axis serves.
+void poison(Dense& dense, size_t axis, const std::function<bool(int64_t, int64_t)>& poisoned) {
+  for (int64_t b = 0; b < dense.size[0]; ++b)
+    for (int64_t h = 0; h < dense.size[1]; ++h)
+      for (int64_t i = 0; i < dense.size[2]; ++i)
+        for (int64_t j = 0; j < dense.size[3]; ++j)
+          if (poisoned(b, axis == 2 ? i : j)) dense.at(b, h, i, j) = kNaN;
+}
+
+bool padded_at(const Problem& p, Random& random, int64_t b, int64_t j) {
+  switch (p.padding) {
+    case Padding::kNone: return false;
+    case Padding::kRandom: return random.chance(0.3);
+    case Padding::kTail: return j >= p.size.Nk - (p.size.Nk * (b + 1)) / (p.size.B + 2);
+    case Padding::kAllButLast: return j != p.size.Nk - 1;
+    case Padding::kDeadBatch: return b == 0 || random.chance(0.3);
+  }
+  return false;
+}
+
+void draw_padding(const Problem& p, Random& random, Inputs& in) {
+  const auto [B, Nk] = std::array{p.size.B, p.size.Nk};
+  in.padded.resize(static_cast<size_t>(B * Nk));
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t j = 0; j < Nk; ++j) in.padded[static_cast<size_t>(b * Nk + j)] = padded_at(p, random, b, j);
+    const auto first = in.padded.begin() + b * Nk;
+    in.dead.push_back(std::all_of(first, first + Nk, [](bool x) { return x; }));
+  }
+  if (p.padding == Padding::kNone) return;
+  in.padding_stride[0] = p.padding_transposed ? 1 : Nk;
+  in.padding_stride[1] = p.padding_transposed ? B : 1;
+  in.padding = Guarded(B * Nk);
+  for (int64_t k = 0; k < B * Nk; ++k) {
+    static_cast<bool*>(in.padding.data())[k / Nk * in.padding_stride[0] + k % Nk * in.padding_stride[1]] = in.padded[static_cast<size_t>(k)];
+  }
+  in.padding.seal();
+}
+
+void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded, Inputs& in) {
+  const DType acc = accumulator_of(p.dtype);
+  Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}, [&] { return random.uniform(); });
+  if (p.oddity != Oddity::kNone) {
+    const double odd = p.oddity == Oddity::kNaNInMask ? kNaN : -std::numeric_limits<double>::infinity();
+    const double often = p.oddity == Oddity::kNaNInMask ? 3.0 / static_cast<double>(mask.values.size() + 1) : 0.2;
+    for (double& m : mask.values) m = random.chance(often) ? odd : m;
+    if (p.oddity == Oddity::kMinusInfInMask) {  // some key of each row stays: a row of -inf alone has no softmax
+      for (size_t k = 0; k < mask.values.size(); ++k) {
+        const auto j = static_cast<int64_t>(k) % p.size.Nk;
+        if (j == p.size.Nk - 1 || p.mask.expanded[3]) mask.values[k] = 0.5;
+      }
+    }
+  }
+  const bool own_batch = p.mask_size[0] == p.size.B && !p.mask.expanded[0];
+  const auto unseen = [&](int64_t b, int64_t j) {  // padded wherever this element is used
+    const int64_t first = own_batch ? b : 0, last = own_batch ? b + 1 : p.size.B;
+    for (int64_t k = first; k < last; ++k) {
+      if (!padded[static_cast<size_t>(k * p.size.Nk + j)]) return false;
+    }
+    return first < last && !p.mask.expanded[3];
+  };
+  poison(mask, 3, unseen);
+  in.mask = Array(p.mask_dtype, mask, p.mask);
+  Layout layout;
+  layout.expanded[3] = p.alpha_shared;
+  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return random.pick<double>({32.0, 16.0, 4.0, 1.0, -2.0}); }), layout);
+}
+
+}  // namespace
+
+Inputs make_inputs(const Problem& p) {
+  Random random(static_cast<uint64_t>(p.index) * 2 + 1);
+  const auto normal = [&] { return random.normal(); };
+  const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
+  const DType acc = accumulator_of(p.dtype);
+  Inputs in;
+  in.seed = random.bits();
+  draw_padding(p, random, in);
+  const auto padded = [&](int64_t b, int64_t j) { return bool{in.padded[static_cast<size_t>(b * p.size.Nk + j)]}; };
+  const auto dead = [&](int64_t b, int64_t) { return bool{in.dead[static_cast<size_t>(b)]}; };
+
+  Dense key = draw({B, Hkv, Nk, D}, normal), value = draw({B, Hkv, Nk, Dv}, normal);
+  Dense dout = draw({B, H, Nq, Dv}, normal), dmap = draw({B, 1, Nq, Nk}, normal), dlse = draw({B, 1, H, Nq}, normal);
+  poison(key, 2, padded), poison(value, 2, padded), poison(dout, 3, dead), poison(dlse, 3, dead);
+  poison(dmap, 3, [&](int64_t b, int64_t j) { return dead(b, j) || (padded(b, j) && !p.dmap.expanded[3]); });
+
+  in.query = Array(p.dtype, draw({B, H, Nq, D}, normal), p.query);
+  in.key = Array(p.dtype, key, p.key);
+  in.value = Array(p.dtype, value, p.value);
+  in.dout = Array(p.dtype, dout, p.dout);
+  in.dmap = Array(acc, dmap, p.dmap);
+  if (p.has_mask) draw_mask(p, random, in.padded, in);
+  if (p.has_dlse) in.dlse = Array(acc, dlse);
+  in.head_weights = Array(acc, draw({1, 1, 1, H}, normal));
+  return in;
+}
+
+}  // namespace smattn::driver

@@ -1,0 +1,90 @@
+// The kernels without torch and without Python, for the sanitizers and for machines that are only emulated: odd problems through every
+// instruction set this machine has, on one thread and on several, against naive loops in double.
+//
+//     smattn_driver [first [last]]    problems first..last - 1; each prints alike wherever it is run
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "inputs.h"
+#include "kernels.h"
+#include "oracle.h"
+#include "problem.h"
+#include "run.h"
+
+namespace smattn::driver {
+namespace {
+
+// As small pieces as allowed, to whoever comes first.
+template <int Threads>
+void run_on(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t piece = Threads == 1 ? items : std::max<int64_t>(grain, 1);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    // Relaxed: the counter must not order what two pieces do, or ThreadSanitizer would miss their races.
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < items;) body(begin, std::min(items, begin + piece), context);
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < Threads; ++t) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+struct Tally {
+  int64_t passed = 0, failed = 0;
+  std::map<std::string, double> share;  // by output, the worst of all problems
+};
+
+bool report(const char* level, const char* threads, const std::string& what) {
+  std::printf("  FAILED on %s, %s: %s\n", level, threads, what.c_str());
+  return false;
+}
+
+bool check(const std::vector<Output>& outputs, const Answers& answers, const char* level, const char* threads, Tally& tally) {
+  bool good = true;
+  for (const Output& output : outputs) {
+    const Comparison worst = compare(output, answers.band);
+    double& share = tally.share[output.name];
+    share = std::max(share, worst.share);
+    if (worst.share > 1.0) good = report(level, threads, worst.where + ", error / allowed " + std::to_string(worst.share));
+    if (!output.array.front_intact()) good = report(level, threads, output.name + ": written before its first byte");
+  }
+  return good;
+}
+
+void run_problem(int64_t index, Tally& tally) {
+  const Problem problem = problem_at(index);
+  std::printf("%s\n", describe(problem).c_str());
+  std::fflush(stdout);  // the line that a crash leaves behind
+  const Inputs inputs = make_inputs(problem);
+  const Answers answers = solve(problem, inputs);
+  for (const Level& level : levels()) {
+    force(level);
+    const std::vector<Output> alone = run_kernels(problem, inputs, answers, run_on<1>), shared = run_kernels(problem, inputs, answers, run_on<3>);
+    bool good = check(alone, answers, level.name, "1 thread", tally);
+    good = check(shared, answers, level.name, "3 threads", tally) && good;
+    for (size_t k = 0; k < alone.size(); ++k) {
+      if (!alone[k].array.same_bytes(shared[k].array)) good = report(level.name, "1 and 3 threads", alone[k].name + ": other bits");
+    }
+    ++(good ? tally.passed : tally.failed);
+  }
+}
+
+}  // namespace
+}  // namespace smattn::driver
+
+int main(int argc, char** argv) {
+  using namespace smattn::driver;
+  const int64_t first = argc > 1 ? std::atoll(argv[1]) : 0, last = argc > 2 ? std::atoll(argv[2]) : argc > 1 ? first + 1 : 200;
+  Tally tally;
+  for (int64_t index = first; index < last; ++index) run_problem(index, tally);
+  std::printf("worst error / allowed:\n");
+  for (const auto& [name, share] : tally.share) std::printf("  %-16s %.3f\n", name.c_str(), share);
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(tally.passed), static_cast<long long>(tally.failed));
+  return tally.failed != 0 || tally.passed == 0 ? 1 : 0;
+}

@@ -1,0 +1,130 @@
+#include "run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+
+#include "kernels.h"
+
+namespace smattn::driver {
+namespace {
+
+// The outputs of one problem, made when a kernel is to write them.
+class Outputs {
+ public:
+  void* make(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected) {
+    outputs_.push_back({name, asked ? Array(dtype, size) : Array(), &expected});
+    return outputs_.back().array.data();
+  }
+  std::vector<Output> take() { return std::move(outputs_); }
+
+ private:
+  std::vector<Output> outputs_;
+};
+
+Scores scores_of(const Problem& p, const Inputs& in) {
+  Scores s{};
+  s.size = p.size;
+  s.dtype = p.dtype;
+  s.query = in.query.tensor(), s.key = in.key.tensor(), s.mask = in.mask.tensor();
+  std::copy_n(p.mask_size, 3, s.mask_size);
+  s.alpha = in.alpha.data();
+  s.alpha_stride = in.alpha.stride(3);
+  s.padding = static_cast<const bool*>(in.padding.data());
+  std::copy_n(in.padding_stride, 2, s.padding_stride);
+  s.scale = p.scale;
+  return s;
+}
+
+Shape mask_shape(const Problem& p) { return {p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}; }
+
+void run_attention(const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
+  const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
+  const DType acc = accumulator_of(p.dtype);
+  ForwardParams f{};
+  f.scores = scores_of(p, in);
+  f.value = in.value.tensor();
+  f.dropout = {p.dropout_p, in.seed};
+  const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
+  const bool saved = p.out_saved && acc != p.dtype;
+  f.out = make.make(true, "out", p.dtype, out_size, a.out);
+  f.lse = make.make(true, "lse", acc, row_size, a.lse);
+  f.out_acc = make.make(saved, "out_acc", acc, out_size, a.out);
+  f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar);
+  forward(f, threads);
+
+  BackwardParams g{};
+  g.scores = f.scores, g.value = f.value, g.dropout = f.dropout;
+  g.dout = in.dout.tensor();
+  g.out = {saved ? f.out_acc : f.out, saved ? acc : p.dtype, {H * Nq * Dv, Nq * Dv, Dv, 1}};
+  g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar;
+  g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery);
+  g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey);
+  g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue);
+  g.dmask = make.make(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask);
+  g.dalpha = make.make(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha);
+  backward(g, threads);
+}
+
+void run_map(const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
+  const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
+  const DType acc = accumulator_of(p.dtype);
+  MapParams f{};
+  f.scores = scores_of(p, in);
+  f.head_weights = in.head_weights.data();
+  f.map = make.make(true, "map", acc, {B, 1, Nq, Nk}, a.map);
+  f.lse = make.make(true, "map's lse", acc, {B, H, Nq, 1}, a.lse);
+  attention_map(f, threads);
+
+  MapBackwardParams g{};
+  g.scores = f.scores, g.head_weights = f.head_weights, g.lse = f.lse;
+  g.dmap = in.dmap.tensor();
+  g.dquery = make.make(p.needs.query, "map's dquery", p.dtype, {B, H, Nq, D}, a.map_dquery);
+  g.dkey = make.make(p.needs.key, "map's dkey", p.dtype, {B, Hkv, Nk, D}, a.map_dkey);
+  g.dmask = make.make(p.needs.mask, "map's dmask", p.mask_dtype, mask_shape(p), a.map_dmask);
+  g.dalpha = make.make(p.needs.alpha, "map's dalpha", acc, {1, H, 1, 1}, a.map_dalpha);
+  g.dhead_weights = make.make(p.needs.head_weights, "dhead_weights", acc, {1, H, 1, 1}, a.map_dhead_weights);
+  attention_map_backward(g, threads);
+}
+
+// Numbers below what a kernel's arithmetic holds become 0 on the way, and the last rounding has a smallest step of its own.
+double floor_of(DType dtype) {
+  constexpr double kSmallest[] = {0x1p-100, 0x1p-1000, 0x1p-24, 0x1p-100};  // float16's subnormals are in reach
+  return kSmallest[static_cast<int>(dtype)];
+}
+
+}  // namespace
+
+std::vector<Output> run_kernels(const Problem& problem, const Inputs& inputs, const Answers& answers, ParallelFor threads) {
+  Outputs outputs;
+  run_attention(problem, inputs, answers, threads, outputs);
+  run_map(problem, inputs, answers, threads, outputs);
+  return outputs.take();
+}
+
+Comparison compare(const Output& output, double band) {
+  Comparison worst;
+  if (!output.array.present()) return worst;
+  const Dense actual = output.array.values();
+  const Dense &exact = output.expected->value, &magnitude = output.expected->magnitude;
+  const double epsilon = epsilon_of(output.array.dtype()), floor = floor_of(output.array.dtype());
+  for (size_t k = 0; k < actual.values.size(); ++k) {
+    const double x = actual.values[k], y = exact.values[k], a = magnitude.values[k];
+    const bool same = std::isnan(y) ? std::isnan(x) : x == y;
+    if (same) continue;
+    double share = std::numeric_limits<double>::infinity();
+    if (std::isfinite(x) && std::isfinite(y) && a > 0.0) share = std::fabs(x - y) / (epsilon / 2 * std::fabs(y) + band * a + floor);
+    if (share <= worst.share) continue;
+    const auto [n1, n2, n3] = std::array{actual.size[1], actual.size[2], actual.size[3]};
+    const auto n = static_cast<int64_t>(k);
+    std::ostringstream text;
+    text.precision(9);
+    text << output.name << "[" << n / (n1 * n2 * n3) << ", " << n / (n2 * n3) % n1 << ", " << n / n3 % n2 << ", " << n % n3 << "] is " << x
+         << ", not " << y << " (A " << a << ")";
+    worst = {share, text.str()};
+  }
+  return worst;
+}
+
+}  // namespace smattn::driver
