@@ -83,7 +83,7 @@ def main() -> None:
     from report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 
     slug = re.sub(r"[^a-z0-9]+", "-", describe_device(args.device).lower()).strip("-")
-    path = RESULTS / f"{datetime.date.today()}-{slug}{'-full' if args.full else ''}.jsonl"
+    path = RESULTS / f"{datetime.date.today()}-{slug}{'-full' if args.full else ''}{'-part' if args.workloads else ''}.jsonl"
     write(session.rows, path)
     print("\n" + summary(session.rows))
     print(f"\nwrote {path} and {write_report(path)} after {time.perf_counter() - began:.0f} s")
