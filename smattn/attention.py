@@ -141,7 +141,7 @@ def draw_seed(device: torch.device) -> Tensor:
 def _autocast(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
         device_type = tensor.device.type
-        if torch.is_autocast_enabled(device_type):
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
 
@@ -165,8 +165,12 @@ def _allow_tf32(query: Tensor) -> bool:
     return query.device.type == "cuda" and query.dtype == torch.float32 and _torch_allows_tf32()
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace the getter, but guards on what it reads
 def _torch_allows_tf32() -> bool:
     # not allow_tf32: that one raises once the setting was made by its newer name, fp32_precision
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision == "tf32"
+
+
+# Dynamo cannot trace the getter, but guards on what it reads. The mark is what torch.compiler.assume_constant_result sets; that
+# would import Dynamo, and Triton with it, wherever smattn is imported.
+_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import cases
 
+from smattn import soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run, workload_case
 
 MANY, FEW = 60, 10  # random calls per dtype; interpreted kernels get few
@@ -51,6 +52,16 @@ def test_all_five_gradients_come_back(backend, dtype, device):
         "dmask": torch.float32,
     }  # fmt: skip
     assert_within_budget(results, case)
+
+
+def test_a_gradient_through_lse_alone(backend, dtype, device):
+    case = make_case(2, 4, 5, 33, 8, dtype=dtype, with_lse=True, device=device)
+    case = replace(case, dout=torch.zeros_like(case.dout))
+    leaves = {name: t.clone().requires_grad_() for name, t in case.inputs().items()}
+    _, lse = soft_masked_attention(**leaves, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(lse, list(leaves.values()), case.dlse)
+    assert_within_budget({"lse": lse.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}, case)
+    assert not grads[2].any()
 
 
 @pytest.mark.parametrize("D", [1, 2, 3, 17, 32, 48, 64, 72, 128, 200, 256])

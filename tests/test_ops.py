@@ -1,0 +1,126 @@
+"""The registered ops: schema, fake and implementation agree (torch.library.opcheck), and only what is asked for is computed."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smattn import ops
+from smattn.testing import assert_within_budget, make_case, run
+from smattn.testing.cases import four_axes, per_head
+
+# the autograd.Function lies above the ops, not inside them
+pytestmark = pytest.mark.filterwarnings("ignore:smattn.*an autograd kernel was not registered:UserWarning")
+
+OPTIONS = [
+    {},
+    {"mask": None},
+    {"dropout_p": 0.3, "padded": 0.4, "with_lse": True},
+    {"dtype": torch.float16, "Hkv": 1},
+    {"mask_shape": (1, 2, 1, 9), "mask_dtype": torch.bfloat16},
+]
+GRADIENTS = ("query", "key", "value", "mask", "alpha")
+MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
+
+
+def canonical(case):
+    return (case.query, case.key, case.value, four_axes(case.mask), None, per_head(case), case.key_padding_mask, case.seed())
+
+
+def call_of(case):
+    return case.problem().scale, case.dropout_p, False
+
+
+def forward(case, backend, save=True):
+    return ops.forward(*canonical(case), *call_of(case), save, save and case.mask is not None, backend)
+
+
+def requiring_grad(arguments):
+    return tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("save", [True, False])
+def test_opcheck_forward(backend, device, options, save):
+    case = make_case(2, 2, 3, 9, 4, Dv=5, device=device, **options)
+    arguments = (*canonical(case), *call_of(case), save, save, backend)
+    report = torch.library.opcheck(ops.forward, requiring_grad(arguments))
+    assert set(report.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("needs", [(True,) * 5, (False, False, False, True, True), (True, False, False, False, False)], ids=str)
+def test_opcheck_backward(backend, device, options, needs):
+    case = make_case(2, 2, 3, 9, 4, Dv=5, device=device, **options)
+    if case.mask is None:
+        needs = (*needs[:3], False, False)
+    out, lse, out_acc, mbar = forward(case, backend)
+    saved = (out_acc if out_acc.numel() else out, lse, mbar)
+    arguments = (case.dout, case.dlse, *canonical(case), *saved, *call_of(case), list(needs), backend)
+    report = torch.library.opcheck(ops.backward, requiring_grad(arguments))
+    assert set(report.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": None}, {"padded": 0.4, "Hkv": 1}], ids=str)
+def test_opcheck_maps(map_backend, device, options):
+    case = make_case(2, 2, 3, 9, 4, as_map=True, device=device, **options)
+    inputs = (case.query, case.key, four_axes(case.mask), None, per_head(case), case.head_weights, case.key_padding_mask)
+    scale = case.problem().scale
+    report = torch.library.opcheck(ops.attention_map, requiring_grad((*inputs, scale, False, map_backend)))
+    assert set(report.values()) == {"SUCCESS"}
+    lse = ops.attention_map(*inputs, scale, False, map_backend)[1]
+    needs = [True, True, case.mask is not None, case.mask is not None, True]
+    report = torch.library.opcheck(ops.attention_map_backward, requiring_grad((case.dout, *inputs, lse, scale, False, needs, map_backend)))
+    assert set(report.values()) == {"SUCCESS"}
+
+
+class Calls(TorchDispatchMode):
+    """Every call of an op of smattn: its name, arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "smattn":
+            self.seen.append((func._schema.name.removeprefix("smattn::"), args, result))
+        return result
+
+
+NEEDS = [("mask", "alpha"), ("mask",), ("alpha",), ("query",), ("key", "value"), ("value",)]
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.parametrize("Nq", [5, 131])
+def test_only_the_gradients_asked_for(backend, device, needs, Nq):
+    case = make_case(2, 2, Nq, 35, 8, Hkv=1, with_lse=True, device=device)
+    with Calls() as calls:
+        some = run(case, backend, needs=needs)
+    (_, args, grads) = calls.seen[-1]
+    assert [name for name, *_ in calls.seen] == ["forward", "backward"]
+    assert args[-2] == [name in needs for name in GRADIENTS]
+    assert [name for name, grad in zip(GRADIENTS, grads, strict=True) if grad.numel()] == [n for n in GRADIENTS if n in needs]
+    assert set(some) == {"out", "lse"} | {f"d{name}" for name in needs}
+    assert_within_budget(some, case)
+
+
+@pytest.mark.parametrize("needs", [("mask", "alpha"), ("head_weights",), ("key",)], ids=str)
+def test_only_the_map_gradients_asked_for(map_backend, device, needs):
+    case = make_case(2, 2, 5, 35, 8, as_map=True, device=device)
+    with Calls() as calls:
+        some = run(case, map_backend, needs=needs)
+    (name, args, grads) = calls.seen[-1]
+    assert name == "attention_map_backward" and args[-2] == [name in needs for name in MAP_GRADIENTS]
+    assert [name for name, grad in zip(MAP_GRADIENTS, grads, strict=True) if grad.numel()] == [n for n in MAP_GRADIENTS if n in needs]
+    assert_within_budget(some, case)
+
+
+def test_nothing_is_saved_that_no_gradient_reads(backend, device):
+    case = make_case(2, 2, 5, 35, 8, dtype=torch.float16, device=device)
+    with Calls() as calls:
+        run(case, backend, needs=[])
+        run(case, backend, needs=["query"])
+        run(case, backend, needs=["alpha"])
+    forwards = [result for name, _, result in calls.seen if name == "forward"]
+    saved = [(out_acc.numel() > 0, mbar.numel() > 0) for _, _, out_acc, mbar in forwards]
+    assert saved == [(False, False), (True, False), (True, True)]

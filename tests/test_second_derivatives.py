@@ -1,0 +1,119 @@
+"""Second derivatives and forward mode are refused on every route, never a silently wrong number."""
+
+from itertools import product
+
+import pytest
+import torch
+from expected import names
+
+from smattn import attention_map, soft_masked_attention
+from smattn.testing import make_case
+
+NOT_IMPLEMENTED = "second derivatives of soft-masked attention are not implemented"
+
+
+CALLS = [*product(["out", "lse"], names()), *product(["map"], names(attention_map=True))]
+
+
+@pytest.fixture(params=CALLS, ids="-".join)
+def function(request, device):
+    """A scalar function of the mask, differentiable once; and a mask."""
+    what, backend = request.param
+    case = make_case(1, 2, 3, 7, 4, device=device)
+
+    def call(mask):
+        if what == "map":
+            return attention_map(case.query, case.key, mask, case.alpha, backend=backend).square().sum()
+        out, lse = soft_masked_attention(case.query, case.key, case.value, mask, case.alpha, return_lse=True, backend=backend)
+        return (out if what == "out" else lse).square().sum()
+
+    return call, case.mask
+
+
+def test_a_gradient_penalty_by_autograd_grad(function):
+    call, mask = function
+    mask.requires_grad_()
+    (gradient,) = torch.autograd.grad(call(mask), mask, create_graph=True)
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.autograd.grad(gradient.square().sum(), mask)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_gradient_penalty_by_backward(function):
+    call, mask = function
+    mask.requires_grad_()
+    call(mask).backward(create_graph=True)
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        mask.grad.square().sum().backward()
+    mask.grad = None
+
+
+def test_the_derivative_with_respect_to_the_incoming_gradient(function):
+    call, mask = function
+    mask.requires_grad_()
+    weight = torch.ones((), device=mask.device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(call(mask) * weight, mask, create_graph=True)
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.autograd.grad(gradient.sum(), weight)
+
+
+def test_func_grad_of_grad(function):
+    call, mask = function
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.func.grad(lambda m: torch.func.grad(call)(m).square().sum())(mask)
+
+
+def test_func_jacrev_of_grad(function):
+    call, mask = function
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.func.jacrev(torch.func.grad(call))(mask)
+
+
+def test_hessians(function):
+    call, mask = function
+    with pytest.raises(NotImplementedError):
+        torch.func.hessian(call)(mask)
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.autograd.functional.hessian(call, mask)
+
+
+def test_forward_mode(function):
+    call, mask = function
+    with pytest.raises(NotImplementedError, match="(?i)jvp|forward"):
+        torch.func.jvp(call, (mask,), (torch.ones_like(mask),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="(?i)jvp|forward"):
+        call(torch.autograd.forward_ad.make_dual(mask, torch.ones_like(mask)))
+
+
+def test_a_compiled_gradient_penalty(function):
+    call, mask = function
+    torch._dynamo.reset()
+    mask.requires_grad_()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(mask), mask, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward|not implemented"):
+        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), mask)
+
+
+def test_a_penalty_inside_a_compiled_function(function):
+    call, mask = function
+    torch._dynamo.reset()
+    mask.requires_grad_()
+
+    def penalty(mask):
+        (gradient,) = torch.autograd.grad(call(mask), mask, create_graph=True)
+        return gradient.square().sum()
+
+    with pytest.raises(RuntimeError):  # NotImplementedError is one, and so are Dynamo's own refusals
+        torch.autograd.grad(torch.compile(penalty, backend="aot_eager")(mask), mask)
+
+
+def test_checkpointing_does_not_open_a_way(function):
+    call, mask = function
+    mask.requires_grad_()
+    value = torch.utils.checkpoint.checkpoint(call, mask, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(value, mask, create_graph=True)
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.autograd.grad(gradient.sum(), mask)
