@@ -15,7 +15,7 @@ DEAD = 1  # the batch element that has no key
 
 def padded_case(Nq, dtype, device, as_map=False):
     """Batch element 0 loses some keys, DEAD all, 2 none."""
-    case = make_case(3, 2, Nq, 35, 8, dtype=dtype, with_lse=True, as_map=as_map, device=device)
+    case = make_case(3, 1 if Nq == MANY else 2, Nq, 35, 8, dtype=dtype, with_lse=True, as_map=as_map, device=device)
     padding = torch.zeros(3, 35, dtype=torch.bool, device=device)
     padding[0, [0, 3, 33, 34]] = padding[DEAD] = True
     return replace(case, key_padding_mask=padding)
