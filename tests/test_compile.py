@@ -114,7 +114,8 @@ def test_autocast_in_one_graph(backend, device):
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     for got, want in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # not torch.equal: dalpha was once off in its last bits, cause not found
+        # not torch.equal: dalpha was once off in its last bits, cause not found
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_compiled_call_sees_when_the_matmul_precision_changes():
