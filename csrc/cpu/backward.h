@@ -1,0 +1,342 @@
+// Backward, (5)-(8): P is rebuilt from lse, tile by tile; see backward_plan.h for who sums what.
+#pragma once
+
+#include "cpu/backward_plan.h"
+#include "cpu/backward_step.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// What items leave for each other: their sums, added up in the order of the splits when all are done.
+template <class T>
+struct BackwardParts {
+  Buffer<T> sums;    // [split][B, H, query block][dQ] or [split][B, Hkv, key block][dK, dV]
+  Buffer<T> dmask;   // [dmask_parts][B, H, Nk], of an M without the queries' extent
+  Buffer<T> dalpha;  // [split][B, H]
+  int64_t sums_size, dmask_size, dalpha_size;  // of one split
+
+  BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
+      : sums(plan.splits * plan.part_size()),
+        dmask(t.dmask != nullptr && !plan.tile_dmask ? plan.dmask_parts() * plan.n.B * plan.n.H * plan.n.Nk : 0),
+        dalpha(plan.splits * plan.n.B * plan.n.H),
+        sums_size(plan.part_size()),
+        dmask_size(plan.n.B * plan.n.H * plan.n.Nk),
+        dalpha_size(plan.n.B * plan.n.H) {}
+};
+
+// dQ of one pair and query block, [D][lanes], to its rows.
+template <class T>
+inline void store_dquery(const BackwardTask<T>& t, int64_t b, int64_t h, const QueryBlock& q, const T* dquery, T* rows) {
+  const Sizes& n = t.scores.size;
+  const int64_t stride = round_up(n.D, kLanes<T>);
+  transpose_block<T>(dquery, q.lanes, stride, q.lanes, rows, stride);
+  const T scale = static_cast<T>(t.scores.scale);
+  for (int64_t i = 0; i < q.count * stride; ++i) rows[i] *= scale;
+  write_rows<T>(rows, stride, q.count, n.D, t.dquery, t.scores.dtype, ((b * n.H + h) * n.Nq + q.first) * n.D, n.D);
+}
+
+// dK and dV of one (batch, kv head) and key block, to their rows; a padded key's are 0, whatever NaN met it.
+template <class T>
+inline void store_dkv(const BackwardTask<T>& t, int64_t b, int64_t g, const KeyBlock& k, int64_t keys, T* dkv) {
+  const Sizes& n = t.scores.size;
+  const int64_t stride = round_up(n.D, kLanes<T>), value_stride = round_up(n.Dv, kLanes<T>);
+  T *dkey = dkv, *dvalue = dkv + keys * stride;
+  const T scale = static_cast<T>(t.scores.scale);
+  for (int64_t j = 0; j < k.count; ++j) {
+    for (int64_t d = 0; d < stride; ++d) dkey[j * stride + d] = k.padded[j] ? T(0) : scale * dkey[j * stride + d];
+    if (k.padded[j]) fill<T>(dvalue + j * value_stride, value_stride, T(0));
+  }
+  const int64_t row = (b * n.Hkv + g) * n.Nk + k.first;
+  if (t.dkey != nullptr) write_rows<T>(dkey, stride, k.count, n.D, t.dkey, t.scores.dtype, row * n.D, n.D);
+  if (t.dvalue != nullptr) write_rows<T>(dvalue, value_stride, k.count, n.Dv, t.dvalue, t.scores.dtype, row * n.Dv, n.Dv);
+}
+
+template <class T>
+class Backward {
+ public:
+  Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
+      : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(task), step_(task),
+        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
+        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
+        dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
+        rows_(kQueries * larger_of(kKeys, larger_of(round_up(n_.D, kLanes<T>), round_up(n_.Dv, kLanes<T>)))),
+        keys_(kKeys * round_up(n_.D, kLanes<T>)), values_(kKeys * round_up(n_.Dv, kLanes<T>)) {}
+
+  void run(int64_t group, int64_t split) {
+    plan_.list(group, pairs_);
+    fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
+    const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
+    clear_own_part(split);
+    for (int64_t o = outer * split / plan_.splits; o < outer * (split + 1) / plan_.splits; ++o) {
+      if (plan_.pairs_innermost) {
+        for (int64_t i = 0; i < inner; ++i) {
+          for (int64_t pair = 0; pair < plan_.pairs; ++pair) visit(split, o, i, pair);
+        }
+      } else {
+        for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
+          for (int64_t i = 0; i < inner; ++i) visit(split, o, i, pair);
+        }
+      }
+    }
+    for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
+      T sum = 0;
+      for (int64_t lane = 0; lane < kQueries; ++lane) sum += dalpha_[pair * kQueries + lane];
+      parts_.dalpha[split * parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
+    }
+  }
+
+  // The splits' sums for one (pair, query block) or (batch, kv head, key block), added up and stored.
+  void reduce(int64_t item) {
+    const int64_t size = plan_.outer_keys ? plan_.dquery_size() : plan_.dkv_size();
+    const int64_t blocks = plan_.outer_keys ? plan_.blocking.query_blocks : plan_.blocking.key_blocks;
+    T* sum = parts_.sums + item * size;
+    for (int64_t s = 1; s < plan_.splits; ++s) {
+      const T* from = parts_.sums + s * parts_.sums_size + item * size;
+      for (int64_t i = 0; i < size; ++i) sum[i] += from[i];
+    }
+    const int64_t heads = plan_.outer_keys ? n_.H : n_.Hkv, head = item / blocks % heads, b = item / (blocks * heads);
+    if (plan_.outer_keys) {
+      store_dquery<T>(t_, b, head, query_block(plan_.blocking, item % blocks), sum, rows_);
+    } else {
+      store_dkv<T>(t_, b, head, key_block(t_.scores, plan_.blocking, b, item % blocks), plan_.blocking.keys, sum);
+    }
+  }
+
+ private:
+  void visit(int64_t split, int64_t o, int64_t i, int64_t pair_index) {
+    const Pair& pair = pairs_[pair_index];
+    const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o, g = kv_head(n_, pair.h);
+    const QueryBlock q = query_block(plan_.blocking, qb);
+    const KeyBlock k = key_block(t_.scores, plan_.blocking, pair.b, kb);
+    const Sums<T> sums = begin(split, i, pair_index, kb, qb);
+    if (k.attended > 0) {
+      const T* mask = read_inputs(pair, g, kb, qb, q, k);
+      step_.run(pair.h, q, k, tiles_, key_, value_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, sums);
+    } else if (sums.dmask != nullptr && sums.dmask_is_new) {
+      fill<T>(sums.dmask, k.count * q.lanes, T(0));
+    }
+    if (sums.dmask != nullptr) finish_dmask(split, pair, q, k, sums.dmask);
+    const bool last_inner = i == plan_.inner_blocks() - 1;
+    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv()) {
+      store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, kv_slot(pair.kv));
+    }
+    if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery, rows_);
+  }
+
+  bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
+  T* kv_slot(int64_t kv) { return sums_ + (plan_.pairs_innermost ? kv : 0) * plan_.dkv_size(); }
+  T* query_slot(int64_t pair) { return sums_ + (plan_.pairs_innermost ? pair : 0) * plan_.dquery_size(); }
+
+  // Where this visit's sums go, those that begin with it cleared.
+  Sums<T> begin(int64_t split, int64_t i, int64_t pair_index, int64_t kb, int64_t qb) {
+    const Pair& pair = pairs_[pair_index];
+    const int64_t g = kv_head(n_, pair.h);
+    T *dquery, *dkv;
+    if (plan_.outer_keys) {
+      dquery = parts_.sums + split * parts_.sums_size + ((pair.b * n_.H + pair.h) * plan_.blocking.query_blocks + qb) * plan_.dquery_size();
+      dkv = kv_slot(pair.kv);
+      if (i == 0 && pair.first_of_kv) fill<T>(dkv, plan_.dkv_size(), T(0));
+    } else {
+      dquery = query_slot(pair_index);
+      dkv = parts_.sums + split * parts_.sums_size + ((pair.b * n_.Hkv + g) * plan_.blocking.key_blocks + kb) * plan_.dkv_size();
+      if (i == 0) fill<T>(dquery, plan_.dquery_size(), T(0));
+    }
+    const bool tile = plan_.tile_dmask;
+    return {.dquery = t_.dquery != nullptr ? dquery : nullptr,
+            .dkey = t_.dkey != nullptr ? dkv : nullptr,
+            .dvalue = t_.dvalue != nullptr ? dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>) : nullptr,
+            .dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0),
+            .dmask_is_new = !tile || pair.first_of_mask,
+            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kQueries : nullptr};
+  }
+
+  // Fills the tiles of this visit, those that are not there from the last one; returns M's.
+  const T* read_inputs(const Pair& pair, int64_t g, int64_t kb, int64_t qb, const QueryBlock& q, const KeyBlock& k) {
+    tiles_.read(pair.b, pair.h, q);
+    if (kv_read_.differs(pair.b, g, kb, 0)) {
+      key_ = read_keys<T>(t_.scores.key, pair.b, g, k, n_.D, keys_);
+      if (t_.value.data != nullptr) value_ = read_keys<T>(t_.value, pair.b, g, k, n_.Dv, values_);
+    }
+    if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);
+    if (t_.scores.mask.data == nullptr) return nullptr;
+    const int64_t mask_b = t_.scores.mask_size[0] == 1 && t_.scores.padding == nullptr ? 0 : pair.b;  // each batch selects its own out
+    if (mask_read_.differs(mask_b, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
+      read_tile<T>(t_.scores.mask, pair.b, pair.h, q, k, rows_, mask_);
+    }
+    return mask_;
+  }
+
+  void finish_dmask(int64_t split, const Pair& pair, const QueryBlock& q, const KeyBlock& k, const T* tile) {
+    const int64_t* size = t_.scores.mask_size;
+    if (!plan_.tile_dmask) {
+      T* row = parts_.dmask + (plan_.outer_keys ? 0 : split) * parts_.dmask_size + (pair.b * n_.H + pair.h) * n_.Nk + k.first;
+      const int64_t first_block = plan_.outer_keys ? 0 : plan_.outer_blocks() * split / plan_.splits;
+      const bool first = q.first == query_block(plan_.blocking, first_block).first;
+      for (int64_t j = 0; j < k.count; ++j) {
+        Vec<T> sum{};
+        for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) sum += load(tile + j * q.lanes + lane);
+        row[j] = (first ? T(0) : row[j]) + sum_lanes<T>(sum);
+      }
+      return;
+    }
+    if (!pair.last_of_mask) return;
+    const int64_t stride = round_up(k.count, kLanes<T>);
+    transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
+    const int64_t b = size[0] == 1 ? 0 : pair.b, h = size[1] == 1 ? 0 : pair.h;
+    const int64_t offset = ((b * size[1] + h) * n_.Nq + q.first) * n_.Nk + k.first;
+    write_rows<T>(rows_, stride, q.count, k.count, t_.dmask, t_.scores.mask.dtype, offset, n_.Nk);
+  }
+
+  void clear_own_part(int64_t split) {
+    if (!plan_.wants_parts) return;
+    for (int64_t i = 0; i < plan_.pairs; ++i) {
+      const Pair& pair = pairs_[i];
+      if (plan_.outer_keys) {
+        const int64_t size = plan_.blocking.query_blocks * plan_.dquery_size();
+        fill<T>(parts_.sums + split * parts_.sums_size + (pair.b * n_.H + pair.h) * size, size, T(0));
+      } else if (pair.first_of_kv) {
+        const int64_t size = plan_.blocking.key_blocks * plan_.dkv_size();
+        fill<T>(parts_.sums + split * parts_.sums_size + (pair.b * n_.Hkv + kv_head(n_, pair.h)) * size, size, T(0));
+      }
+    }
+  }
+
+  // What a tile holds, so that it is not read again.
+  struct Held {
+    int64_t a = -1, b = -1, c = -1, d = -1;
+    bool differs(int64_t a1, int64_t b1, int64_t c1, int64_t d1) {
+      if (a == a1 && b == b1 && c == c1 && d == d1) return false;
+      a = a1, b = b1, c = c1, d = d1;
+      return true;
+    }
+  };
+
+  const BackwardTask<T>& t_;
+  const Sizes& n_;
+  const BackwardPlan<T>& plan_;
+  BackwardParts<T>& parts_;
+  Buffer<Pair> pairs_;
+  QueryTiles<T> tiles_;
+  BackwardStep<T> step_;
+  Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
+  Buffer<T> dmask_;   // [inner block or one][key][lane]
+  Buffer<T> dalpha_;  // [pair][lane]
+  Buffer<T> mask_, dmap_, rows_;
+  Buffer<T> keys_, values_;
+  RowMajor<T> key_{}, value_{};
+  Held kv_read_, mask_read_, dmap_read_;
+};
+
+// dM of an M without the queries' extent, from the sums of each (batch, head).
+template <class T>
+inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, ParallelFor threads) {
+  const Sizes& n = plan.n;
+  const int64_t* size = t.scores.mask_size;
+  constexpr int64_t kChunk = 1024;
+  const int64_t chunks = blocks_of(n.Nk, kChunk);
+  parallel_for(threads, size[0] * size[1] * chunks, 1, [&](int64_t begin, int64_t end) {
+    T sum[kChunk];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % chunks * kChunk, count = smaller_of(kChunk, n.Nk - first), row = item / chunks;
+      const int64_t b = row / size[1], h = row % size[1];
+      fill<T>(sum, count, T(0));
+      for (int64_t split = 0; split < plan.dmask_parts(); ++split) {
+        for (int64_t bi = size[0] == 1 ? 0 : b; bi < (size[0] == 1 ? n.B : b + 1); ++bi) {
+          for (int64_t hi = size[1] == 1 ? 0 : h; hi < (size[1] == 1 ? n.H : h + 1); ++hi) {
+            const T* from = parts.dmask + split * parts.dmask_size + (bi * n.H + hi) * n.Nk + first;
+            for (int64_t j = 0; j < count; ++j) sum[j] += from[j];
+          }
+        }
+      }
+      write_rows<T>(sum, 0, 1, count, t.dmask, t.scores.mask.dtype, row * n.Nk + first, 0);
+    }
+  });
+}
+
+// dalpha, from the items' sums of dS * (M - mbar) and the rows' mbar * dL.
+template <class T>
+inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, const T* dlse) {
+  const Sizes& n = plan.n;
+  for (int64_t h = 0; h < n.H; ++h) {
+    T sum = 0;
+    for (int64_t b = 0; b < n.B; ++b) {
+      for (int64_t split = 0; split < plan.splits; ++split) sum += parts.dalpha[split * parts.dalpha_size + b * n.H + h];
+      for (int64_t row = (b * n.H + h) * n.Nq; dlse != nullptr && row < (b * n.H + h + 1) * n.Nq; ++row) {
+        if (t.lse[row] != static_cast<T>(-__builtin_inf())) sum += t.mbar[row] * dlse[row];
+      }
+    }
+    t.dalpha[h] = sum;
+  }
+}
+
+// Every gradient of a call without a query or without a key.
+template <class T>
+inline void store_zeros(const BackwardTask<T>& t) {
+  const Sizes& n = t.scores.size;
+  const auto zero = [](void* p, int64_t bytes) {
+    if (p != nullptr) fill<char>(static_cast<char*>(p), bytes, 0);
+  };
+  const int64_t* mask = t.scores.mask_size;
+  zero(t.dquery, n.B * n.H * n.Nq * n.D * bytes_of(t.scores.dtype));
+  zero(t.dkey, n.B * n.Hkv * n.Nk * n.D * bytes_of(t.scores.dtype));
+  zero(t.dvalue, n.B * n.Hkv * n.Nk * n.Dv * bytes_of(t.scores.dtype));
+  zero(t.dmask, mask[0] * mask[1] * mask[2] * n.Nk * bytes_of(t.scores.mask.dtype));
+  zero(t.dalpha, n.H * static_cast<int64_t>(sizeof(T)));
+}
+
+// (6)-(8), once delta is there.
+template <class T>
+inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFor threads) {
+  if (task.scores.size.B == 0 || task.scores.size.Nq == 0 || task.scores.size.Nk == 0) return store_zeros(task);
+  const BackwardPlan<T> plan(task);
+  BackwardParts<T> parts(task, plan);
+  parallel_for(threads, plan.groups * plan.splits, 1, [&](int64_t begin, int64_t end) {
+    Backward<T> backward(task, plan, parts);
+    for (int64_t item = begin; item < end; ++item) backward.run(item / plan.splits, item % plan.splits);
+  });
+  if (plan.wants_parts) {
+    const int64_t items = plan.outer_keys ? plan.n.B * plan.n.H * plan.blocking.query_blocks : plan.n.B * plan.n.Hkv * plan.blocking.key_blocks;
+    parallel_for(threads, items, 1, [&](int64_t begin, int64_t end) {
+      Backward<T> backward(task, plan, parts);
+      for (int64_t item = begin; item < end; ++item) backward.reduce(item);
+    });
+  }
+  if (task.dmask != nullptr && !plan.tile_dmask) store_key_dmask(task, plan, parts, threads);
+  if (task.dalpha != nullptr) store_dalpha(task, plan, parts, dlse);
+}
+
+template <class T>
+inline void backward_of(const BackwardParams& p, ParallelFor threads) {
+  const Sizes& n = p.scores.size;
+  const auto* lse = static_cast<const T*>(p.lse);
+  const auto* dlse = static_cast<const T*>(p.dlse);
+  const Buffer<T> delta(n.B * n.H * n.Nq);
+  parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {  // (5)
+    const Buffer<T> dout(n.Dv), out(n.Dv);
+    for (int64_t bh = begin; bh < end; ++bh) {
+      for (int64_t i = 0; i < n.Nq; ++i) {
+        read_rows<T>(rows_of(p.dout, bh / n.H, bh % n.H, i), 1, n.Dv, dout, n.Dv);
+        read_rows<T>(rows_of(p.out, bh / n.H, bh % n.H, i), 1, n.Dv, out, n.Dv);
+        T sum = 0;
+        for (int64_t d = 0; d < n.Dv; ++d) sum += dout[d] * out[d];
+        delta[bh * n.Nq + i] = dlse == nullptr ? sum : sum - dlse[bh * n.Nq + i];
+      }
+    }
+  });
+  const BackwardTask<T> task{.scores = p.scores,
+                             .value = p.value,
+                             .dout = p.dout,
+                             .dropout = p.dropout,
+                             .dmap = {},
+                             .head_weights = nullptr,
+                             .lse = lse,
+                             .delta = delta,
+                             .mbar = static_cast<const T*>(p.mbar),
+                             .dquery = p.dquery,
+                             .dkey = p.dkey,
+                             .dvalue = p.dvalue,
+                             .dmask = p.dmask,
+                             .dalpha = static_cast<T*>(p.dalpha)};
+  backward_pass(task, dlse, threads);
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

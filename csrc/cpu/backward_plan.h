@@ -1,0 +1,125 @@
+// How backward is cut into items that run in parallel, so that dK, dV and dM are each summed by one thread in one order.
+//
+// A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
+// and all pairs that share M where dM has the queries' extent. An item is a group and a share of its outer blocks:
+//   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
+//   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
+// The items' own sums are added in order afterwards. How many items there are depends on the shape alone.
+#pragma once
+
+#include "cpu/tiles.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// What backward works on. Of the attention map, (10) instead of (5) and (6): dP is w_h * dA, delta is w_h * eta, and there is no value.
+template <class T>
+struct BackwardTask {
+  Scores scores;
+  Tensor4 value, dout;     // value.data null for the attention map
+  Dropout dropout;
+  Tensor4 dmap;            // [B, 1, Nq, Nk]
+  const T* head_weights;
+  const T* lse;            // [B, H, Nq]
+  const T* delta;          // [B, H, Nq], (5)
+  const T* mbar;           // [B, H, Nq]
+  void *dquery, *dkey, *dvalue, *dmask;
+  T* dalpha;               // [H]
+
+  bool wants_ds() const { return dquery != nullptr || dkey != nullptr || dmask != nullptr || dalpha != nullptr; }
+};
+
+struct Pair {
+  int64_t b, h;
+  int64_t kv;                  // which of the group's (batch, kv head) it belongs to
+  bool first_of_kv, last_of_kv;
+  bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
+};
+
+// Bytes of query, key, value, M and their gradients, and of out and its: what the items' own sums are measured against.
+inline int64_t io_bytes_of(const Scores& s) {
+  const Sizes& n = s.size;
+  const int64_t rows = n.B * (n.H * n.Nq + n.Hkv * n.Nk) * (n.D + n.Dv) * bytes_of(s.dtype);
+  const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
+  return 2 * (rows + mask);
+}
+
+template <class T>
+struct BackwardPlan {
+  Blocking<T> blocking;
+  Sizes n;
+  bool outer_keys;
+  bool wants_parts;            // the sums that items leave for each other
+  bool tile_dmask;             // dM has the queries' extent: summed over a group's pairs in a tile
+  bool batch_inside, heads_inside;
+  int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
+  bool pairs_innermost;        // else the inner blocks are
+  int64_t splits;              // of the outer blocks
+
+  explicit BackwardPlan(const BackwardTask<T>& t) : blocking(t.scores.size), n(t.scores.size) {
+    const Scores& s = t.scores;
+    const bool full_mask = s.mask.data != nullptr && s.mask_size[2] != 1;
+    tile_dmask = t.dmask != nullptr && full_mask;
+    outer_keys = n.Nk >= n.Nq;
+    wants_parts = outer_keys ? t.dquery != nullptr : t.dkey != nullptr || t.dvalue != nullptr;
+    batch_inside = tile_dmask && s.mask_size[0] == 1 && n.B > 1;
+    heads_inside = full_mask && s.mask_size[1] == 1;
+    groups = (batch_inside ? 1 : n.B) * (heads_inside ? 1 : n.Hkv);
+    kvs = (batch_inside ? n.B : 1) * (heads_inside ? n.Hkv : 1);
+    pairs = kvs * (n.H / n.Hkv);
+    mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
+    // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
+    const int64_t row = round_up(n.D, kLanes<T>) + (outer_keys ? round_up(n.Dv, kLanes<T>) : 0);
+    const int64_t sums = outer_keys ? kvs * blocking.keys * row : pairs * blocking.queries * row;
+    const int64_t tiles = inner_blocks() * blocking.keys * blocking.queries;
+    pairs_innermost = (batch_inside && mask_by_head_) || (inner_blocks() > 1 && sums <= tiles);
+    splits = splits_within(io_bytes_of(s) / 8 + (8 << 20));
+  }
+
+  int64_t outer_blocks() const { return outer_keys ? blocking.key_blocks : blocking.query_blocks; }
+  int64_t inner_blocks() const { return outer_keys ? blocking.query_blocks : blocking.key_blocks; }
+  int64_t sum_slots() const { return pairs_innermost ? (outer_keys ? kvs : pairs) : 1; }
+  int64_t dmask_parts() const { return outer_keys ? 1 : splits; }  // of an M without the queries' extent: who owns a key block owns its sum
+  int64_t dmask_tiles() const { return pairs_innermost ? 1 : inner_blocks(); }
+
+  int64_t dquery_size() const { return round_up(n.D, kLanes<T>) * blocking.queries; }  // [D][lanes], one (pair, query block)
+  int64_t dkv_size() const { return blocking.keys * (round_up(n.D, kLanes<T>) + round_up(n.Dv, kLanes<T>)); }  // dK, dV: [key][...]
+  int64_t part_size() const {  // what an item adds to: of one split
+    if (!wants_parts) return 0;
+    return outer_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
+  }
+
+  // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
+  // batch and has heads, those of one head are.
+  void list(int64_t group, Pair* to) const {
+    const int64_t kv_heads = heads_inside ? n.Hkv : 1, batches = batch_inside ? n.B : 1, per_kv = n.H / n.Hkv;
+    const int64_t b0 = batch_inside ? 0 : group / (heads_inside ? 1 : n.Hkv), g0 = heads_inside ? 0 : group % n.Hkv;
+    const bool heads_outside = batch_inside && mask_by_head_;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t b = heads_outside ? i % batches : i / (kv_heads * per_kv);
+      const int64_t h = heads_outside ? i / batches : i % (kv_heads * per_kv);
+      const int64_t inside = h % per_kv;
+      to[i] = {.b = b0 + b,
+               .h = g0 * per_kv + h,
+               .kv = b * kv_heads + h / per_kv,
+               .first_of_kv = inside == 0,
+               .last_of_kv = inside == per_kv - 1,
+               .first_of_mask = mask_by_head_ ? !heads_outside || b == 0 : i == 0,
+               .last_of_mask = mask_by_head_ ? !heads_outside || b == batches - 1 : i == pairs - 1};
+    }
+  }
+
+ private:
+  bool mask_by_head_;
+
+  int64_t splits_within(int64_t bytes) const {
+    constexpr int64_t kItems = 32;
+    const int64_t one = larger_of<int64_t>(1, part_size() * static_cast<int64_t>(sizeof(T)));
+    const int64_t most = smaller_of(larger_of<int64_t>(1, bytes / one), larger_of<int64_t>(1, outer_blocks()));
+    const int64_t wanted = smaller_of(most, blocks_of(kItems, larger_of<int64_t>(1, groups)));
+    int64_t power = 1;  // powers of two share the blocks out more evenly
+    while (power * 2 <= wanted) power *= 2;
+    return power;
+  }
+};
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

@@ -1,0 +1,136 @@
+// One (batch, head) pair, query block and key block of backward: the five products of (6) and (7), and dM's and dalpha's share (8).
+#pragma once
+
+#include "cpu/backward_plan.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// Where the step adds its results; null where not asked for.
+template <class T>
+struct Sums {
+  T* dquery;  // [D][lanes], without scale
+  T* dkey;    // [key][D up to whole vectors], without scale
+  T* dvalue;  // [key][Dv up to whole vectors]
+  T* dmask;   // [key][lane]
+  bool dmask_is_new;
+  T* dalpha;  // [lane]
+};
+
+// Query-side tiles of one pair and query block, and its rows.
+template <class T>
+struct QueryTiles {
+  const BackwardTask<T>& t;
+  Buffer<T> query_rows, query, dout_rows, dout;  // [lane][D], [D][lane] scaled; [lane][Dv], [Dv][lane]
+  T lse_log2[kQueries], delta[kQueries], mbar[kQueries];
+  int64_t b = -1, h = -1, first = -1;            // what they hold
+
+  explicit QueryTiles(const BackwardTask<T>& task)
+      : t(task), query_rows(size(task.scores.size.D)), query(size(task.scores.size.D)), dout_rows(size(task.scores.size.Dv)),
+        dout(size(task.scores.size.Dv)) {}
+  static int64_t size(int64_t D) { return kQueries * round_up(D, kLanes<T>); }
+
+  void read(int64_t batch, int64_t head, const QueryBlock& q) {
+    if (b == batch && h == head && first == q.first) return;
+    b = batch, h = head, first = q.first;
+    const Sizes& n = t.scores.size;
+    scaled_query<T>(t.scores, b, h, q, query_rows, query);
+    const int64_t row = (b * n.H + h) * n.Nq + q.first, stride = round_up(n.Dv, kLanes<T>);
+    if (t.value.data != nullptr) {
+      read_rows<T>(rows_of(t.dout, b, h, q.first), q.count, n.Dv, dout_rows, stride);
+      fill<T>(dout_rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
+    }
+    for (int64_t i = 0; i < q.lanes; ++i) {
+      const bool dead = i >= q.count || t.lse[row + i] == static_cast<T>(-__builtin_inf());
+      lse_log2[i] = dead ? static_cast<T>(__builtin_inf()) : static_cast<T>(to_log2(t.lse[row + i]));  // so that P is 0
+      delta[i] = dead ? T(0) : t.delta[row + i];
+      mbar[i] = dead || t.mbar == nullptr ? T(0) : t.mbar[row + i];
+      if (dead && i < q.count && t.value.data != nullptr) fill<T>(dout_rows + i * stride, stride, T(0));
+    }
+    if (t.value.data != nullptr) transpose_block<T>(dout_rows, stride, q.lanes, n.Dv, dout, q.lanes);
+  }
+};
+
+template <class T>
+class BackwardStep {
+ public:
+  explicit BackwardStep(const BackwardTask<T>& task)
+      : t_(task), n_(task.scores.size), p_(kKeys * kQueries), dropped_(task.dropout.p > 0 ? kKeys * kQueries : 0),
+        ds_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0) {}
+
+  // mask, dmap: tiles, null where there is none.
+  void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> key, RowMajor<T> value, const T* mask,
+           const T* dmap, const Sums<T>& sums) {
+    const T* keep = nullptr;
+    if (t_.dropout.p > 0) {
+      dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, k, keep_);
+      keep = keep_;
+    }
+    probabilities(h, q, k, tiles, key, mask, keep);
+    const T* weights = keep != nullptr ? dropped_ : p_;
+    if (t_.wants_ds()) score_gradients(h, q, k, tiles, value, mask, dmap, keep, sums);
+    if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums.dvalue);
+    if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums.dkey);
+    if (sums.dquery != nullptr) {
+      product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count,
+              [&](int64_t d, int64_t c, Vec<T> sum) {
+                T* to = sums.dquery + d * q.lanes + c * kLanes<T>;
+                store(to, load(to) + sum);
+              });
+    }
+  }
+
+ private:
+  // P (2), from the saved logsumexp, and P*C/(1-p).
+  void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> key, const T* mask,
+                     const T* keep) {
+    const bool padding = k.attended < k.count;
+    score_tile<T>(key, tiles.query, n_.D, q, k, alpha_of<T>(t_.scores, h) * static_cast<T>(kLog2e), mask,
+               [&](int64_t j, int64_t lane, Vec<T> s) {
+                 const int64_t at = j * q.lanes + lane;
+                 Vec<T> p = exp2<T>(s - load(tiles.lse_log2 + lane));
+                 if (padding && k.padded[j]) p = Vec<T>{};  // where lse is NaN
+                 store(p_ + at, p);
+                 if (keep != nullptr) store(dropped_ + at, p * load(keep + at));
+               });
+  }
+
+  // dS, and what is summed of it element by element.
+  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> value, const T* mask,
+                       const T* dmap, const T* keep, const Sums<T>& sums) {
+    const bool padding = k.attended < k.count;
+    const T alpha = alpha_of<T>(t_.scores, h);
+    const auto finish = [&](int64_t j, int64_t lane, Vec<T> dp) {
+      const int64_t at = j * q.lanes + lane;
+      if (keep != nullptr) dp *= load(keep + at);
+      Vec<T> ds = load(p_ + at) * (dp - load(tiles.delta + lane));
+      if (padding && k.padded[j]) ds = Vec<T>{};
+      store(ds_ + at, ds);
+      if (sums.dmask != nullptr) store(sums.dmask + at, sums.dmask_is_new ? alpha * ds : load(sums.dmask + at) + alpha * ds);
+      if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + ds * (load(mask + at) - load(tiles.mbar + lane)));
+    };
+    if (dmap == nullptr) {
+      product(value, Vectors<T>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv,
+              [&](int64_t j, int64_t c, Vec<T> dp) { finish(j, c * kLanes<T>, dp); });
+      return;
+    }
+    for (int64_t j = 0; j < k.count; ++j) {
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) finish(j, lane, t_.head_weights[h] * load(dmap + j * q.lanes + lane));
+    }
+  }
+
+  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.]
+  void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, T* sum) {
+    const int64_t stride = round_up(size, kLanes<T>);
+    product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count,
+            [&](int64_t j, int64_t c, Vec<T> x) {
+              T* to = sum + j * stride + c * kLanes<T>;
+              store(to, load(to) + x);
+            });
+  }
+
+  const BackwardTask<T>& t_;
+  const Sizes& n_;
+  Buffer<T> p_, dropped_, ds_, keep_;  // [key][lane]
+};
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

@@ -1,0 +1,225 @@
+// Forward, (1)-(4): online softmax over the key blocks, all the heads of a group inside one pass over a mask tile. Where queries are
+// few the keys are split as well, and a second pass merges the parts.
+#pragma once
+
+#include "cpu/tiles.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
+template <class T>
+struct ForwardPlan {
+  Blocking<T> blocking;
+  int64_t group_heads, groups, splits;
+
+  explicit ForwardPlan(const Sizes& n) : blocking(n) {
+    constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = 8 << 20, kItems = 32;
+    const int64_t head_bytes = blocking.queries * (n.D + n.Dv) * static_cast<int64_t>(sizeof(T));
+    group_heads = smaller_of(n.H, larger_of<int64_t>(1, kGroupBytes / larger_of<int64_t>(head_bytes, 1)));
+    groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
+    const int64_t items = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
+    const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
+    splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
+                        larger_of<int64_t>(1, blocking.key_blocks));
+  }
+
+  // What one split leaves of one head and query block: [Dv + 3][lanes], O^T, then the row maximum, the row sum and mbar.
+  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 3) * blocking.queries; }
+};
+
+template <class T>
+class Forward {
+ public:
+  Forward(const ForwardParams& params, const ForwardPlan<T>& plan)
+      : p_(params),
+        s_(params.scores),
+        n_(params.scores.size),
+        plan_(plan),
+        Dp_(round_up(n_.D, kLanes<T>)),
+        Dvp_(round_up(n_.Dv, kLanes<T>)),
+        wants_mbar_(params.mbar != nullptr && s_.mask.data != nullptr),
+        queries_(plan.group_heads * Dp_ * kQueries),
+        parts_(plan.group_heads * plan.part_size(n_)),
+        scores_(kKeys * kQueries),
+        mask_(kKeys * kQueries),
+        keep_(params.dropout.p > 0 ? kKeys * kQueries : 0),
+        rows_(larger_of(kQueries * larger_of(kKeys, larger_of(Dp_, Dvp_)), kKeys)),
+        keys_(kKeys * Dp_),
+        values_(kKeys * Dvp_) {}
+
+  // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
+  void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
+    const QueryBlock q = query_block(plan_.blocking, query_index);
+    const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first);
+    for (int64_t h = 0; h < heads; ++h) {
+      scaled_query<T>(s_, b, first + h, q, rows_, query(h));
+      fill<T>(part(h), plan_.part_size(n_), T(0));
+      fill<T>(part(h) + Dvp_ * q.lanes, q.lanes, static_cast<T>(-__builtin_inf()));
+    }
+    const int64_t blocks = plan_.blocking.key_blocks;
+    for (int64_t kb = blocks * split / plan_.splits; kb < blocks * (split + 1) / plan_.splits; ++kb) {
+      const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
+      if (k.attended == 0) continue;
+      const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
+      for (int64_t h = 0; h < heads; ++h) {
+        const bool another = h == 0 || s_.mask_size[1] > 1;
+        if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
+        const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
+        attend(b, first + h, q, k, mask, same_keys, query(h), part(h));
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      if (plan_.splits == 1) {
+        write(b, first + h, q, part(h));
+      } else {
+        const T* from = part(h);
+        T* to = parts + (first + h) * plan_.part_size(n_);
+        for (int64_t i = 0; i < plan_.part_size(n_); ++i) to[i] = from[i];
+      }
+    }
+  }
+
+  // The splits' parts of one head and query block, `stride` apart, into one, in their order.
+  void merge(int64_t b, int64_t h, int64_t query_index, const T* parts, int64_t stride) {
+    const QueryBlock q = query_block(plan_.blocking, query_index);
+    T* to = part(0);
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const int64_t max_row = Dvp_ * q.lanes + lane;
+      Vec<T> m = broadcast(static_cast<T>(-__builtin_inf()));
+      for (int64_t s = 0; s < plan_.splits; ++s) m = larger(m, load(parts + s * stride + max_row));
+      for (int64_t d = 0; d < Dvp_ + 3; ++d) store(to + d * q.lanes + lane, Vec<T>{});
+      for (int64_t s = 0; s < plan_.splits; ++s) {
+        const T* from = parts + s * stride;
+        const Vec<T> weight = exp2<T>(load(from + max_row) - finite_maximum(m));
+        for (int64_t d = 0; d < Dvp_ + 3; ++d) {
+          T* sum = to + d * q.lanes + lane;
+          store(sum, load(sum) + weight * load(from + d * q.lanes + lane));
+        }
+      }
+      store(to + max_row, m);
+    }
+    write(b, h, q, to);
+  }
+
+ private:
+  T* query(int64_t h) { return queries_ + h * Dp_ * kQueries; }
+  T* part(int64_t h) { return parts_ + h * plan_.part_size(n_); }
+
+  // What to subtract: exp2(-inf - -inf) would be NaN.
+  static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
+
+  // One head against one key block.
+  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query, T* part) {
+    const int64_t g = kv_head(n_, h);
+    if (!same_keys) {
+      key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
+      value_ = read_keys<T>(p_.value, b, g, k, n_.Dv, values_);
+    }
+    T block_max[kQueries], rescale[kQueries];
+    fill<T>(block_max, q.lanes, static_cast<T>(-__builtin_inf()));
+    score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask, [&](int64_t j, int64_t lane, Vec<T> s) {
+      store(scores_ + j * q.lanes + lane, s);
+      store(block_max + lane, larger(load(block_max + lane), s));
+    });
+    const T* keep = nullptr;
+    if (p_.dropout.p > 0) {
+      dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
+      keep = keep_;
+    }
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      softmax(q, k, lane, load(block_max + lane), wants_mbar_ ? mask : nullptr, keep, part + Dvp_ * q.lanes, rescale);
+    }
+    product(ColumnMajor<T>{value_.data, value_.stride}, Vectors<T>{scores_, q.lanes}, n_.Dv, q.lanes / kLanes<T>, k.count,
+            [&](int64_t d, int64_t c, Vec<T> sum) {
+              T* out = part + d * q.lanes + c * kLanes<T>;
+              store(out, load(out) * load(rescale + c * kLanes<T>) + sum);
+            });
+  }
+
+  // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: the running maximum, sum and mbar.
+  void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, Vec<T> block_max, const T* mask, const T* keep, T* rows, T* rescale) {
+    const Vec<T> before = load(rows + lane), m = larger(before, block_max), subtracted = finite_maximum(m);
+    Vec<T> sum{}, mbar{};
+    for (int64_t j = 0; j < k.count; ++j) {
+      T* s = scores_ + j * q.lanes + lane;
+      Vec<T> p = exp2<T>(load(s) - subtracted);
+      sum += p;
+      if (mask != nullptr) mbar += p * load(mask + j * q.lanes + lane);
+      if (keep != nullptr) p *= load(keep + j * q.lanes + lane);
+      store(s, p);
+    }
+    const Vec<T> factor = exp2<T>(before - subtracted);
+    store(rescale + lane, factor);
+    store(rows + lane, m);
+    store(rows + q.lanes + lane, load(rows + q.lanes + lane) * factor + sum);
+    store(rows + 2 * q.lanes + lane, load(rows + 2 * q.lanes + lane) * factor + mbar);
+  }
+
+  // Divides by the row sum and stores what was asked for. A row without a key has a sum of 0: its out is 0 and its lse -inf.
+  void write(int64_t b, int64_t h, const QueryBlock& q, T* part) {
+    T* row_max = part + Dvp_ * q.lanes;
+    T* row_sum = row_max + q.lanes;
+    T* mbar = row_sum + q.lanes;
+    const int64_t row = (b * n_.H + h) * n_.Nq + q.first;
+    T inverse[kQueries];
+    for (int64_t i = 0; i < q.lanes; ++i) {
+      inverse[i] = row_sum[i] == 0 ? T(0) : 1 / row_sum[i];
+      mbar[i] *= inverse[i];
+    }
+    for (int64_t i = 0; i < q.count; ++i) {
+      const double lse = to_natural(static_cast<double>(row_max[i])) + __builtin_log(static_cast<double>(row_sum[i]));
+      static_cast<T*>(p_.lse)[row + i] = row_sum[i] == 0 ? static_cast<T>(-__builtin_inf()) : static_cast<T>(lse);
+      if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = mbar[i];
+    }
+    if (p_.out == nullptr) return;
+    for (int64_t d = 0; d < n_.Dv; ++d) {
+      for (int64_t i = 0; i < q.lanes; ++i) part[d * q.lanes + i] *= inverse[i];
+    }
+    transpose_block<T>(part, q.lanes, Dvp_, q.lanes, rows_, Dvp_);
+    write_rows<T>(rows_, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
+    if (p_.out_acc != nullptr) write_rows<T>(rows_, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
+  }
+
+  const ForwardParams& p_;
+  const Scores& s_;
+  const Sizes& n_;
+  const ForwardPlan<T>& plan_;
+  const int64_t Dp_, Dvp_;
+  const bool wants_mbar_;
+  Buffer<T> queries_;  // [head of the group][D][lanes], scaled
+  Buffer<T> parts_;    // [head of the group][part]
+  Buffer<T> scores_;   // [key][lane], then the probabilities
+  Buffer<T> mask_;     // [key][lane]
+  Buffer<T> keep_;     // [key][lane], C/(1-p)
+  Buffer<T> rows_;
+  Buffer<T> keys_, values_;  // copies of those that cannot be read as they lie
+  RowMajor<T> key_{}, value_{};
+};
+
+template <class T>
+inline void forward_of(const ForwardParams& params, ParallelFor threads) {
+  const Sizes& n = params.scores.size;
+  const ForwardPlan<T> plan(n);
+  const int64_t query_blocks = plan.blocking.query_blocks;
+  const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
+  const int64_t per_split = n.B * query_blocks * per_query_block;
+  const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
+  parallel_for(threads, n.B * plan.groups * query_blocks * plan.splits, 1, [&](int64_t begin, int64_t end) {
+    Forward<T> forward(params, plan);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
+      const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
+      forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
+    }
+  });
+  if (plan.splits == 1) return;
+  parallel_for(threads, n.B * query_blocks * n.H, 1, [&](int64_t begin, int64_t end) {
+    Forward<T> forward(params, plan);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
+      forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
+    }
+  });
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

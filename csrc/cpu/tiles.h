@@ -1,0 +1,158 @@
+// The tiles that forward, backward and the attention map share. A tile is [key][lane]: the queries of a block lie in the SIMD lanes,
+// so that softmax, sums and everything else along the keys is vertical, and only the query side is ever transposed.
+// Lanes beyond the last query hold zeros (or what makes their probabilities 0) and are never stored.
+#pragma once
+
+#include "cpu/blocks.h"
+#include "cpu/exp2.h"
+#include "cpu/product.h"
+#include "philox.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+constexpr int64_t kQueries = 64;  // at most, in a block
+constexpr int64_t kKeys = 144;    // at most: a whole number of register tiles, whatever their height
+constexpr double kLog2e = 1.44269504088896340736, kLog2eRest = 2.0355273740931033e-17;  // their sum is log2(e) to 107 bits
+constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558e-17;
+
+// Natural logarithms to exponents of 2 and back: rounded once, so that going there and back loses nothing that matters.
+inline double to_log2(double x) { return __builtin_fma(x, kLog2e, x * kLog2eRest); }
+inline double to_natural(double x) { return __builtin_fma(x, kLn2, x * kLn2Rest); }
+
+// Nq and Nk cut into blocks of nearly equal size: fixed by the shape alone, so that every sum has one order.
+template <class T>
+struct Blocking {
+  int64_t Nq, Nk;
+  int64_t query_blocks, queries;  // how many, and the size of all but the last
+  int64_t key_blocks, keys;
+
+  explicit Blocking(const Sizes& n) : Nq(n.Nq), Nk(n.Nk) {
+    query_blocks = blocks_of(Nq, kQueries);
+    queries = round_up(blocks_of(Nq, larger_of<int64_t>(query_blocks, 1)), kLanes<T>);
+    query_blocks = blocks_of(Nq, larger_of<int64_t>(queries, 1));
+    key_blocks = blocks_of(Nk, kKeys);
+    keys = round_up(blocks_of(Nk, larger_of<int64_t>(key_blocks, 1)), 8);
+    key_blocks = blocks_of(Nk, larger_of<int64_t>(keys, 1));
+  }
+};
+
+struct QueryBlock {
+  int64_t first, count;
+  int64_t lanes;  // count, rounded up to whole vectors: the row stride of this block's tiles
+};
+
+template <class T>
+inline QueryBlock query_block(const Blocking<T>& blocking, int64_t index) {
+  const int64_t first = index * blocking.queries, count = smaller_of(blocking.queries, blocking.Nq - first);
+  return {first, count, round_up(count, kLanes<T>)};
+}
+
+struct KeyBlock {
+  int64_t first, count;
+  int64_t attended;     // keys of it that are not padding
+  bool padded[kKeys];
+};
+
+template <class T>
+inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t b, int64_t index) {
+  KeyBlock k;
+  k.first = index * blocking.keys, k.count = smaller_of(blocking.keys, blocking.Nk - k.first);
+  k.attended = 0;
+  for (int64_t j = 0; j < k.count; ++j) {
+    k.padded[j] = s.padding != nullptr && s.padding[b * s.padding_stride[0] + (k.first + j) * s.padding_stride[1]];
+    k.attended += !k.padded[j];
+  }
+  return k;
+}
+
+inline int64_t kv_head(const Sizes& n, int64_t h) { return h / (n.H / n.Hkv); }
+
+template <class T>
+inline T alpha_of(const Scores& s, int64_t h) {
+  return s.alpha == nullptr ? T(0) : static_cast<const T*>(s.alpha)[h * s.alpha_stride];
+}
+
+// A block of rows of query or dout: as they are, and transposed. Rows beyond the last are 0.
+template <class T>
+inline void read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, T* rows, T* columns) {
+  const int64_t stride = round_up(size, kLanes<T>);
+  read_rows<T>(rows_of(t, b, h, q.first), q.count, size, rows, stride);
+  fill<T>(rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
+  transpose_block<T>(rows, stride, q.lanes, size, columns, q.lanes);
+}
+
+// A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0.
+template <class T>
+inline RowMajor<T> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, T* copy) {
+  const Strided rows = rows_of(t, b, g, k.first);
+  if (t.dtype == DTypeOf<T>::value && t.stride[3] == 1 && k.attended == k.count) {
+    return {static_cast<const T*>(t.data) + rows.offset, rows.row_stride};
+  }
+  const int64_t stride = round_up(size, kLanes<T>);
+  read_rows<T>(rows, k.count, size, copy, stride);
+  for (int64_t j = 0; j < k.count; ++j) {
+    if (k.padded[j]) fill<T>(copy + j * stride, stride, T(0));
+  }
+  return {copy, stride};
+}
+
+// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
+template <class T>
+inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
+  Strided matrix = rows_of(t, b, h, q.first);
+  matrix.offset += k.first * t.stride[3];
+  if (matrix.row_stride == 0) {
+    read_rows<T>(matrix.transposed(), k.count, 1, rows, 1);
+    for (int64_t j = 0; j < k.count; ++j) fill<T>(tile + j * q.lanes, q.lanes, rows[j]);
+  } else if (matrix.row_stride == 1) {
+    read_rows<T>(matrix.transposed(), k.count, q.count, tile, q.lanes);
+  } else {
+    const int64_t stride = round_up(k.count, kLanes<T>);
+    read_rows<T>(matrix, q.count, k.count, rows, stride);
+    fill<T>(rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
+    transpose_block<T>(rows, stride, q.lanes, k.count, tile, q.lanes);
+  }
+  if (k.attended == k.count) return;
+  for (int64_t j = 0; j < k.count; ++j) {
+    if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, T(0));
+  }
+}
+
+// C/(1-p) of (3).
+template <class T>
+inline void dropout_tile(const Dropout& dropout, int64_t bh, const QueryBlock& q, const KeyBlock& k, T* tile) {
+  const uint32_t threshold = dropout_threshold(dropout.p);
+  const T kept = static_cast<T>(1.0 / (1.0 - dropout.p));
+  for (int64_t j = 0; j < k.count; ++j) {
+    const auto key = static_cast<uint32_t>(k.first + j);
+    for (int64_t i = 0; i < q.lanes; ++i) {
+      const auto query = static_cast<uint32_t>(q.first + i);
+      tile[j * q.lanes + i] = dropout_keeps(dropout.seed, static_cast<uint32_t>(bh), query, key, threshold) ? kept : T(0);
+    }
+  }
+}
+
+// scale * <q, k> + alpha * M in units of log2(e): the exponents of 2. query: [D][lanes], scaled by scale * log2(e) already.
+// done(key, vector's first lane, exponents); a padded key's are -inf.
+template <class T, class Done>
+inline void score_tile(RowMajor<T> key, const T* query, int64_t D, const QueryBlock& q, const KeyBlock& k, T alpha_log2, const T* mask,
+                       const Done& done) {
+  const Vec<T> never = broadcast(static_cast<T>(-__builtin_inf()));
+  const bool padding = k.attended < k.count;
+  product(key, Vectors<T>{query, q.lanes}, k.count, q.lanes / kLanes<T>, D, [&](int64_t j, int64_t c, Vec<T> s) {
+    const int64_t lane = c * kLanes<T>;
+    if (mask != nullptr) s += alpha_log2 * load(mask + j * q.lanes + lane);
+    if (padding && k.padded[j]) s = never;
+    done(j, lane, s);
+  });
+}
+
+// The query side of the scores: [D][lanes], times scale * log2(e). rows is overwritten.
+template <class T>
+inline void scaled_query(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, T* rows, T* columns) {
+  read_queries<T>(s.query, b, h, q, s.size.D, rows, columns);
+  const T factor = static_cast<T>(s.scale * kLog2e);
+  for (int64_t i = 0; i < s.size.D * q.lanes; ++i) columns[i] *= factor;
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL
