@@ -26,6 +26,7 @@ class Expected(NamedTuple):
 # Device -> backends that must run there: one that is missing, or that runs and is not listed, makes the suite red. Not one is skipped.
 TABLE = {
     "cpu": {
+        "cpu": Expected(ALL_DTYPES, attention_map=True, fused=True),
         "reference": Expected(ALL_DTYPES, attention_map=True, fused=False),
         "triton": Expected(HALF_AND_SINGLE, attention_map=False, fused=True),  # interpreted
     },

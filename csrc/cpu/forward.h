@@ -6,6 +6,14 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
+// What forward works on. For the attention map's backward it also takes means under P of dA, as it does of M: eta of (10).
+template <class T>
+struct ForwardTask {
+  ForwardParams params;
+  Tensor4 dmap{};    // [B, 1, Nq, Nk]
+  T* eta = nullptr;  // [B, H, Nq]
+};
+
 // How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
 template <class T>
 struct ForwardPlan {
@@ -23,26 +31,28 @@ struct ForwardPlan {
                         larger_of<int64_t>(1, blocking.key_blocks));
   }
 
-  // What one split leaves of one head and query block: [Dv + 3][lanes], O^T, then the row maximum, the row sum and mbar.
-  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 3) * blocking.queries; }
+  // What one split leaves of one head and query block: [Dv + 4][lanes], O^T, then the row maximum, the row sum, mbar and eta.
+  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
 };
 
 template <class T>
 class Forward {
  public:
-  Forward(const ForwardParams& params, const ForwardPlan<T>& plan)
-      : p_(params),
-        s_(params.scores),
-        n_(params.scores.size),
+  Forward(const ForwardTask<T>& task, const ForwardPlan<T>& plan)
+      : t_(task),
+        p_(task.params),
+        s_(p_.scores),
+        n_(s_.size),
         plan_(plan),
         Dp_(round_up(n_.D, kLanes<T>)),
         Dvp_(round_up(n_.Dv, kLanes<T>)),
-        wants_mbar_(params.mbar != nullptr && s_.mask.data != nullptr),
+        wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr),
         queries_(plan.group_heads * Dp_ * kQueries),
         parts_(plan.group_heads * plan.part_size(n_)),
         scores_(kKeys * kQueries),
         mask_(kKeys * kQueries),
-        keep_(params.dropout.p > 0 ? kKeys * kQueries : 0),
+        dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
+        keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
         rows_(larger_of(kQueries * larger_of(kKeys, larger_of(Dp_, Dvp_)), kKeys)),
         keys_(kKeys * Dp_),
         values_(kKeys * Dvp_) {}
@@ -61,6 +71,7 @@ class Forward {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
       if (k.attended == 0) continue;
       const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
+      if (t_.eta != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
         const bool another = h == 0 || s_.mask_size[1] > 1;
         if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
@@ -87,11 +98,11 @@ class Forward {
       const int64_t max_row = Dvp_ * q.lanes + lane;
       Vec<T> m = broadcast(static_cast<T>(-__builtin_inf()));
       for (int64_t s = 0; s < plan_.splits; ++s) m = larger(m, load(parts + s * stride + max_row));
-      for (int64_t d = 0; d < Dvp_ + 3; ++d) store(to + d * q.lanes + lane, Vec<T>{});
+      for (int64_t d = 0; d < Dvp_ + 4; ++d) store(to + d * q.lanes + lane, Vec<T>{});
       for (int64_t s = 0; s < plan_.splits; ++s) {
         const T* from = parts + s * stride;
         const Vec<T> weight = exp2<T>(load(from + max_row) - finite_maximum(m));
-        for (int64_t d = 0; d < Dvp_ + 3; ++d) {
+        for (int64_t d = 0; d < Dvp_ + 4; ++d) {
           T* sum = to + d * q.lanes + lane;
           store(sum, load(sum) + weight * load(from + d * q.lanes + lane));
         }
@@ -136,15 +147,17 @@ class Forward {
             });
   }
 
-  // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: the running maximum, sum and mbar.
+  // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: the running maximum, sum, mbar and eta.
   void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, Vec<T> block_max, const T* mask, const T* keep, T* rows, T* rescale) {
     const Vec<T> before = load(rows + lane), m = larger(before, block_max), subtracted = finite_maximum(m);
-    Vec<T> sum{}, mbar{};
+    const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
+    Vec<T> sum{}, mbar{}, eta{};
     for (int64_t j = 0; j < k.count; ++j) {
       T* s = scores_ + j * q.lanes + lane;
       Vec<T> p = exp2<T>(load(s) - subtracted);
       sum += p;
       if (mask != nullptr) mbar += p * load(mask + j * q.lanes + lane);
+      if (dmap != nullptr) eta += p * load(dmap + j * q.lanes + lane);
       if (keep != nullptr) p *= load(keep + j * q.lanes + lane);
       store(s, p);
     }
@@ -153,6 +166,7 @@ class Forward {
     store(rows + lane, m);
     store(rows + q.lanes + lane, load(rows + q.lanes + lane) * factor + sum);
     store(rows + 2 * q.lanes + lane, load(rows + 2 * q.lanes + lane) * factor + mbar);
+    store(rows + 3 * q.lanes + lane, load(rows + 3 * q.lanes + lane) * factor + eta);
   }
 
   // Divides by the row sum and stores what was asked for. A row without a key has a sum of 0: its out is 0 and its lse -inf.
@@ -160,16 +174,20 @@ class Forward {
     T* row_max = part + Dvp_ * q.lanes;
     T* row_sum = row_max + q.lanes;
     T* mbar = row_sum + q.lanes;
+    T* eta = mbar + q.lanes;
     const int64_t row = (b * n_.H + h) * n_.Nq + q.first;
     T inverse[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       inverse[i] = row_sum[i] == 0 ? T(0) : 1 / row_sum[i];
       mbar[i] *= inverse[i];
+      eta[i] *= inverse[i];
     }
     for (int64_t i = 0; i < q.count; ++i) {
+      if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = mbar[i];
+      if (t_.eta != nullptr) t_.eta[row + i] = eta[i];
+      if (p_.lse == nullptr) continue;
       const double lse = to_natural(static_cast<double>(row_max[i])) + __builtin_log(static_cast<double>(row_sum[i]));
       static_cast<T*>(p_.lse)[row + i] = row_sum[i] == 0 ? static_cast<T>(-__builtin_inf()) : static_cast<T>(lse);
-      if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = mbar[i];
     }
     if (p_.out == nullptr) return;
     for (int64_t d = 0; d < n_.Dv; ++d) {
@@ -180,6 +198,7 @@ class Forward {
     if (p_.out_acc != nullptr) write_rows<T>(rows_, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }
 
+  const ForwardTask<T>& t_;
   const ForwardParams& p_;
   const Scores& s_;
   const Sizes& n_;
@@ -190,6 +209,7 @@ class Forward {
   Buffer<T> parts_;    // [head of the group][part]
   Buffer<T> scores_;   // [key][lane], then the probabilities
   Buffer<T> mask_;     // [key][lane]
+  Buffer<T> dmap_;     // [key][lane]
   Buffer<T> keep_;     // [key][lane], C/(1-p)
   Buffer<T> rows_;
   Buffer<T> keys_, values_;  // copies of those that cannot be read as they lie
@@ -197,15 +217,15 @@ class Forward {
 };
 
 template <class T>
-inline void forward_of(const ForwardParams& params, ParallelFor threads) {
-  const Sizes& n = params.scores.size;
+inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
+  const Sizes& n = task.params.scores.size;
   const ForwardPlan<T> plan(n);
   const int64_t query_blocks = plan.blocking.query_blocks;
   const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
   const int64_t per_split = n.B * query_blocks * per_query_block;
   const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
   parallel_for(threads, n.B * plan.groups * query_blocks * plan.splits, 1, [&](int64_t begin, int64_t end) {
-    Forward<T> forward(params, plan);
+    Forward<T> forward(task, plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
       const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
@@ -214,12 +234,17 @@ inline void forward_of(const ForwardParams& params, ParallelFor threads) {
   });
   if (plan.splits == 1) return;
   parallel_for(threads, n.B * query_blocks * n.H, 1, [&](int64_t begin, int64_t end) {
-    Forward<T> forward(params, plan);
+    Forward<T> forward(task, plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
       forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
     }
   });
+}
+
+template <class T>
+inline void forward_of(const ForwardParams& params, ParallelFor threads) {
+  forward_pass<T>({.params = params}, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL
