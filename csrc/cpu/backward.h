@@ -40,10 +40,10 @@ inline void store_dkv(const BackwardTask<T>& t, int64_t b, int64_t g, const KeyB
   const Sizes& n = t.scores.size;
   const int64_t stride = round_up(n.D, kLanes<T>), value_stride = round_up(n.Dv, kLanes<T>);
   T *dkey = dkv, *dvalue = dkv + keys * stride;
-  const T scale = static_cast<T>(t.scores.scale);
-  for (int64_t j = 0; j < k.count; ++j) {
-    for (int64_t d = 0; d < stride; ++d) dkey[j * stride + d] = k.padded[j] ? T(0) : scale * dkey[j * stride + d];
-    if (k.padded[j]) fill<T>(dvalue + j * value_stride, value_stride, T(0));
+  for (int64_t j = 0; j < k.count && k.attended < k.count; ++j) {
+    if (!k.padded[j]) continue;
+    fill<T>(dkey + j * stride, stride, T(0));
+    fill<T>(dvalue + j * value_stride, value_stride, T(0));
   }
   const int64_t row = (b * n.Hkv + g) * n.Nk + k.first;
   if (t.dkey != nullptr) write_rows<T>(dkey, stride, k.count, n.D, t.dkey, t.scores.dtype, row * n.D, n.D);
@@ -54,12 +54,16 @@ template <class T>
 class Backward {
  public:
   Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
-      : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(task), step_(task),
+      : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
+        tile_memory_(tile_slots() * QueryTiles<T>::size(n_, plan.blocking.queries)), step_(task),
         sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
         dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
         dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * larger_of(kKeys, larger_of(round_up(n_.D, kLanes<T>), round_up(n_.Dv, kLanes<T>)))),
-        keys_(kKeys * round_up(n_.D, kLanes<T>)), values_(kKeys * round_up(n_.Dv, kLanes<T>)) {}
+        keys_(kKeys * round_up(n_.D, kLanes<T>)), values_(kKeys * round_up(n_.Dv, kLanes<T>)) {
+    const int64_t size = QueryTiles<T>::size(n_, plan.blocking.queries);
+    for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
+  }
 
   void run(int64_t group, int64_t split) {
     plan_.list(group, pairs_);
@@ -106,22 +110,43 @@ class Backward {
     const Pair& pair = pairs_[pair_index];
     const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o, g = kv_head(n_, pair.h);
     const QueryBlock q = query_block(plan_.blocking, qb);
-    const KeyBlock k = key_block(t_.scores, plan_.blocking, pair.b, kb);
+    if (block_read_.differs(t_.scores.padding == nullptr ? 0 : pair.b, kb, 0, 0)) k_ = key_block(t_.scores, plan_.blocking, pair.b, kb);
+    const KeyBlock& k = k_;
     const Sums<T> sums = begin(split, i, pair_index, kb, qb);
     if (k.attended > 0) {
+      QueryTiles<T>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
+      tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
-      step_.run(pair.h, q, k, tiles_, key_, value_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, sums);
-    } else if (sums.dmask != nullptr && sums.dmask_is_new) {
-      fill<T>(sums.dmask, k.count * q.lanes, T(0));
+      step_.run(pair.h, q, k, tiles, key_, value_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
+                ahead(pair_index, g, k), sums);
+    } else {
+      if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
+      if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));
     }
     if (sums.dmask != nullptr) finish_dmask(split, pair, q, k, sums.dmask);
     const bool last_inner = i == plan_.inner_blocks() - 1;
-    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv()) {
+    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, k)) {
       store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, kv_slot(pair.kv));
     }
     if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery, rows_);
   }
 
+  // Only where each key block is read once: there it comes from memory.
+  StepAhead ahead(int64_t pair_index, int64_t g, const KeyBlock& k) const {
+    if (!plan_.outer_keys || plan_.inner_blocks() > 1) return {};
+    const bool last = pair_index == plan_.pairs - 1;
+    const Pair& next = pairs_[last ? 0 : pair_index + 1];
+    const char* values = t_.value.data != nullptr ? keys_ahead(t_.value, pairs_[pair_index].b, g, k.first, n_.Dv) : nullptr;
+    return {values, keys_ahead(t_.scores.key, next.b, kv_head(n_, next.h), last ? k.first + k.count : k.first, n_.D)};
+  }
+
+  // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.
+  bool stored_directly(const Pair& pair, const KeyBlock& k) const {
+    return plan_.outer_keys && plan_.inner_blocks() == 1 && pair.first_of_kv && pair.last_of_kv && k.attended == k.count &&
+           t_.scores.dtype == DTypeOf<T>::value && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0;
+  }
+  // Where queries are few their tiles are kept for all pairs.
+  int64_t tile_slots() const { return plan_.outer_keys && plan_.inner_blocks() == 1 ? plan_.pairs : 1; }
   bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
   T* kv_slot(int64_t kv) { return sums_ + (plan_.pairs_innermost ? kv : 0) * plan_.dkv_size(); }
   T* query_slot(int64_t pair) { return sums_ + (plan_.pairs_innermost ? pair : 0) * plan_.dquery_size(); }
@@ -134,16 +159,19 @@ class Backward {
     if (plan_.outer_keys) {
       dquery = parts_.sums + split * parts_.sums_size + ((pair.b * n_.H + pair.h) * plan_.blocking.query_blocks + qb) * plan_.dquery_size();
       dkv = kv_slot(pair.kv);
-      if (i == 0 && pair.first_of_kv) fill<T>(dkv, plan_.dkv_size(), T(0));
     } else {
       dquery = query_slot(pair_index);
       dkv = parts_.sums + split * parts_.sums_size + ((pair.b * n_.Hkv + g) * plan_.blocking.key_blocks + kb) * plan_.dkv_size();
       if (i == 0) fill<T>(dquery, plan_.dquery_size(), T(0));
     }
-    const bool tile = plan_.tile_dmask;
+    const bool tile = plan_.tile_dmask, direct = stored_directly(pair, k_);
+    const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
+    T* dkey = direct ? static_cast<T*>(t_.dkey) + row * n_.D : dkv;
+    T* dvalue = direct ? static_cast<T*>(t_.dvalue) + row * n_.Dv : dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
     return {.dquery = t_.dquery != nullptr ? dquery : nullptr,
-            .dkey = t_.dkey != nullptr ? dkv : nullptr,
-            .dvalue = t_.dvalue != nullptr ? dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>) : nullptr,
+            .dkey = t_.dkey != nullptr ? dkey : nullptr,
+            .dvalue = t_.dvalue != nullptr ? dvalue : nullptr,
+            .dkv_is_new = plan_.outer_keys && i == 0 && pair.first_of_kv,
             .dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0),
             .dmask_is_new = !tile || pair.first_of_mask,
             .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kQueries : nullptr};
@@ -151,7 +179,6 @@ class Backward {
 
   // Fills the tiles of this visit, those that are not there from the last one; returns M's.
   const T* read_inputs(const Pair& pair, int64_t g, int64_t kb, int64_t qb, const QueryBlock& q, const KeyBlock& k) {
-    tiles_.read(pair.b, pair.h, q);
     if (kv_read_.differs(pair.b, g, kb, 0)) {
       key_ = read_keys<T>(t_.scores.key, pair.b, g, k, n_.D, keys_);
       if (t_.value.data != nullptr) value_ = read_keys<T>(t_.value, pair.b, g, k, n_.Dv, values_);
@@ -215,7 +242,8 @@ class Backward {
   const BackwardPlan<T>& plan_;
   BackwardParts<T>& parts_;
   Buffer<Pair> pairs_;
-  QueryTiles<T> tiles_;
+  Buffer<QueryTiles<T>> tiles_;
+  Buffer<T> tile_memory_;
   BackwardStep<T> step_;
   Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
   Buffer<T> dmask_;   // [inner block or one][key][lane]
@@ -223,7 +251,8 @@ class Backward {
   Buffer<T> mask_, dmap_, rows_;
   Buffer<T> keys_, values_;
   RowMajor<T> key_{}, value_{};
-  Held kv_read_, mask_read_, dmap_read_;
+  KeyBlock k_;
+  Held block_read_, kv_read_, mask_read_, dmap_read_;
 };
 
 // dM of an M without the queries' extent, from the sums of each (batch, head).

@@ -9,31 +9,44 @@ namespace smattn::cpu::SMATTN_LEVEL {
 template <class T>
 struct Sums {
   T* dquery;  // [D][lanes], without scale
-  T* dkey;    // [key][D up to whole vectors], without scale
+  T* dkey;    // [key][D up to whole vectors]
   T* dvalue;  // [key][Dv up to whole vectors]
+  bool dkv_is_new;  // nothing there yet to add to
   T* dmask;   // [key][lane]
   bool dmask_is_new;
   T* dalpha;  // [lane]
 };
 
+// What to fetch meanwhile, null where nothing.
+struct StepAhead {
+  const char *values, *next_keys;
+};
+
 // Query-side tiles of one pair and query block, and its rows.
 template <class T>
 struct QueryTiles {
-  const BackwardTask<T>& t;
-  Buffer<T> query_rows, query, dout_rows, dout;  // [lane][D], [D][lane] scaled; [lane][Dv], [Dv][lane]
-  T lse_log2[kQueries], delta[kQueries], mbar[kQueries];
-  int64_t b = -1, h = -1, first = -1;            // what they hold
+  T *query_rows, *query;  // [lane][D] times scale, [D][lane] times scale * log2(e)
+  T *dout_rows, *dout;    // [lane][Dv], [Dv][lane]
+  T *lse_log2, *delta, *mbar;
+  int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
-  explicit QueryTiles(const BackwardTask<T>& task)
-      : t(task), query_rows(size(task.scores.size.D)), query(size(task.scores.size.D)), dout_rows(size(task.scores.size.Dv)),
-        dout(size(task.scores.size.Dv)) {}
-  static int64_t size(int64_t D) { return kQueries * round_up(D, kLanes<T>); }
+  static int64_t size(const Sizes& n, int64_t lanes) { return lanes * (2 * (round_up(n.D, kLanes<T>) + round_up(n.Dv, kLanes<T>)) + 3); }
 
-  void read(int64_t batch, int64_t head, const QueryBlock& q) {
+  // On `size` elements of memory.
+  void place(const Sizes& n, int64_t lanes, T* memory) {
+    const int64_t D = lanes * round_up(n.D, kLanes<T>), Dv = lanes * round_up(n.Dv, kLanes<T>);
+    query_rows = memory, query = query_rows + D, dout_rows = query + D, dout = dout_rows + Dv;
+    lse_log2 = dout + Dv, delta = lse_log2 + lanes, mbar = delta + lanes;
+    b = -1;
+  }
+
+  void read(const BackwardTask<T>& t, int64_t batch, int64_t head, const QueryBlock& q) {
     if (b == batch && h == head && first == q.first) return;
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
     scaled_query<T>(t.scores, b, h, q, query_rows, query);
+    const T scale = static_cast<T>(t.scores.scale);
+    for (int64_t i = 0; i < q.count * round_up(n.D, kLanes<T>); ++i) query_rows[i] *= scale;
     const int64_t row = (b * n.H + h) * n.Nq + q.first, stride = round_up(n.Dv, kLanes<T>);
     if (t.value.data != nullptr) {
       read_rows<T>(rows_of(t.dout, b, h, q.first), q.count, n.Dv, dout_rows, stride);
@@ -59,19 +72,19 @@ class BackwardStep {
 
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> key, RowMajor<T> value, const T* mask,
-           const T* dmap, const Sums<T>& sums) {
+           const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {
     const T* keep = nullptr;
     if (t_.dropout.p > 0) {
       dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
-    probabilities(h, q, k, tiles, key, mask, keep);
+    probabilities(h, q, k, tiles, key, mask, keep, ahead);
     const T* weights = keep != nullptr ? dropped_ : p_;
-    if (t_.wants_ds()) score_gradients(h, q, k, tiles, value, mask, dmap, keep, sums);
-    if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums.dvalue);
-    if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums.dkey);
+    if (t_.wants_ds()) score_gradients(h, q, k, tiles, value, mask, dmap, keep, ahead, sums);
+    if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums.dkv_is_new, sums.dvalue);
+    if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums.dkv_is_new, sums.dkey);
     if (sums.dquery != nullptr) {
-      product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count,
+      product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count, nullptr,
               [&](int64_t d, int64_t c, Vec<T> sum) {
                 T* to = sums.dquery + d * q.lanes + c * kLanes<T>;
                 store(to, load(to) + sum);
@@ -82,9 +95,9 @@ class BackwardStep {
  private:
   // P (2), from the saved logsumexp, and P*C/(1-p).
   void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> key, const T* mask,
-                     const T* keep) {
+                     const T* keep, const StepAhead& ahead) {
     const bool padding = k.attended < k.count;
-    score_tile<T>(key, tiles.query, n_.D, q, k, alpha_of<T>(t_.scores, h) * static_cast<T>(kLog2e), mask,
+    score_tile<T>(key, tiles.query, n_.D, q, k, alpha_of<T>(t_.scores, h) * static_cast<T>(kLog2e), mask, ahead.values,
                [&](int64_t j, int64_t lane, Vec<T> s) {
                  const int64_t at = j * q.lanes + lane;
                  Vec<T> p = exp2<T>(s - load(tiles.lse_log2 + lane));
@@ -96,7 +109,7 @@ class BackwardStep {
 
   // dS, and what is summed of it element by element.
   void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> value, const T* mask,
-                       const T* dmap, const T* keep, const Sums<T>& sums) {
+                       const T* dmap, const T* keep, const StepAhead& ahead, const Sums<T>& sums) {
     const bool padding = k.attended < k.count;
     const T alpha = alpha_of<T>(t_.scores, h);
     const auto finish = [&](int64_t j, int64_t lane, Vec<T> dp) {
@@ -109,7 +122,7 @@ class BackwardStep {
       if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + ds * (load(mask + at) - load(tiles.mbar + lane)));
     };
     if (dmap == nullptr) {
-      product(value, Vectors<T>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv,
+      product(value, Vectors<T>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv, ahead.next_keys,
               [&](int64_t j, int64_t c, Vec<T> dp) { finish(j, c * kLanes<T>, dp); });
       return;
     }
@@ -119,12 +132,13 @@ class BackwardStep {
   }
 
   // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.]
-  void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, T* sum) {
+  void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, bool is_new,
+                T* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
-    product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count,
+    product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count, nullptr,
             [&](int64_t j, int64_t c, Vec<T> x) {
               T* to = sum + j * stride + c * kLanes<T>;
-              store(to, load(to) + x);
+              store(to, is_new ? x : load(to) + x);
             });
   }
 

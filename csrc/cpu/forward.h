@@ -76,7 +76,9 @@ class Forward {
         const bool another = h == 0 || s_.mask_size[1] > 1;
         if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
-        attend(b, first + h, q, k, mask, same_keys, query(h), part(h));
+        const bool last = h == heads - 1;
+        const char* next = keys_ahead(s_.key, b, kv_head(n_, last ? first : first + h + 1), last ? k.first + k.count : k.first, n_.D);
+        attend(b, first + h, q, k, mask, same_keys, query(h), part(h), next);
       }
     }
     for (int64_t h = 0; h < heads; ++h) {
@@ -120,7 +122,8 @@ class Forward {
   static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
 
   // One head against one key block.
-  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query, T* part) {
+  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query, T* part,
+              const char* next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
@@ -128,7 +131,8 @@ class Forward {
     }
     T block_max[kQueries], rescale[kQueries];
     fill<T>(block_max, q.lanes, static_cast<T>(-__builtin_inf()));
-    score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask, [&](int64_t j, int64_t lane, Vec<T> s) {
+    score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask,
+                  keys_ahead(p_.value, b, g, k.first, n_.Dv), [&](int64_t j, int64_t lane, Vec<T> s) {
       store(scores_ + j * q.lanes + lane, s);
       store(block_max + lane, larger(load(block_max + lane), s));
     });
@@ -140,7 +144,7 @@ class Forward {
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       softmax(q, k, lane, load(block_max + lane), wants_mbar_ ? mask : nullptr, keep, part + Dvp_ * q.lanes, rescale);
     }
-    product(ColumnMajor<T>{value_.data, value_.stride}, Vectors<T>{scores_, q.lanes}, n_.Dv, q.lanes / kLanes<T>, k.count,
+    product(ColumnMajor<T>{value_.data, value_.stride}, Vectors<T>{scores_, q.lanes}, n_.Dv, q.lanes / kLanes<T>, k.count, next_keys,
             [&](int64_t d, int64_t c, Vec<T> sum) {
               T* out = part + d * q.lanes + c * kLanes<T>;
               store(out, load(out) * load(rescale + c * kLanes<T>) + sum);
