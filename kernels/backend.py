@@ -127,6 +127,9 @@ def backward(
             backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
         if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
             backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
-    if dalpha is not None:
-        torch.sum(torch.cat([x for x in (dalpha_rows, dalpha_tiles) if x is not None]), (0, 1), out=dalpha)
+    if dalpha is not None and dalpha_tiles is not None:
+        torch.sum(dalpha_tiles, (0, 1), out=dalpha)
+        if dalpha_rows is not None:
+            # apart: more terms in the sum above would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
+            dalpha += dalpha_rows.sum((0, 1))
     return dquery, dkey, dvalue, dmask, dalpha
