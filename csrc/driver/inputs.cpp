@@ -67,7 +67,11 @@ void add_oddity(const Problem& p, Random& random, Dense& mask) {
 void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded, Inputs& in) {
   const DType acc = accumulator_of(p.dtype);
   Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}, [&] { return random.uniform(); });
-  if (p.oddity != Oddity::kNone) add_oddity(p, random, mask);
+  if (p.oddity == Oddity::kAlmostOneInMask) {  // summed as dS * M and not as dS * (M - mbar), dalpha drowns in the rounding errors of dS
+    for (double& m : mask.values) m = 1.0 + 256 * epsilon_of(acc) * m;
+  } else if (p.oddity != Oddity::kNone) {
+    add_oddity(p, random, mask);
+  }
   const bool own_batch = p.mask_size[0] == p.size.B && !p.mask.expanded[0];
   const auto unseen = [&](int64_t b, int64_t j) {  // padded wherever this element is used
     const int64_t first = own_batch ? b : 0, last = own_batch ? b + 1 : p.size.B;

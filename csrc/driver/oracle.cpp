@@ -100,7 +100,8 @@ double Oracle::keep(int64_t b, int64_t h, int64_t i, int64_t j) const {
 
 // (1), (2), (4) and mbar
 void Oracle::softmax(int64_t b, int64_t h, int64_t i) {
-  double highest = -kInfinity, sum = 0.0;
+  double highest = -kInfinity;
+  long double sum = 0.0;  // in double, thousands of terms lose more than the band of float64 gives
   for (const int64_t j : js_) {
     Number s;
     for (int64_t d = 0; d < p_.size.D; ++d) s += Number(query_.at(b, h, i, d)) * key_.at(b, kv(h), j, d);
@@ -113,11 +114,11 @@ void Oracle::softmax(int64_t b, int64_t h, int64_t i) {
   for (const int64_t j : js_) sum += std::exp(probabilities_.at(b, h, i, j) - highest);
   for (const int64_t j : js_) {
     double& p = probabilities_.at(b, h, i, j);
-    p = std::exp(p - highest) / sum;
+    p = static_cast<double>(std::exp(p - highest) / sum);
     if (p > 0.0) largest_ = std::max(largest_, row_s_[static_cast<size_t>(j)]);  // a score that gives exactly 0 rounds to nothing else
     if (p_.has_mask) add(answers_.mbar, {b, h, i, 0}, Number(p) * mask_.at(b, h, i, j));
   }
-  answers_.lse.add({b, h, i, 0}, js_.empty() ? -kInfinity : highest + std::log(sum), 1.0);
+  answers_.lse.add({b, h, i, 0}, js_.empty() ? -kInfinity : highest + std::log(static_cast<double>(sum)), 1.0);
 }
 
 // (3), (9)

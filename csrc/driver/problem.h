@@ -26,7 +26,7 @@ class Random {
 };
 
 enum class Padding { kNone, kRandom, kTail, kAllButLast, kDeadBatch };
-enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask };
+enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask, kAlmostOneInMask };
 
 // Which gradients are asked for.
 struct Needs {
