@@ -35,7 +35,7 @@ class MapTile {
     }
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
-    score_tile<T>(key, query_, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask, nullptr,
+    score_tile<T>(key, query_, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask, Ahead{},
                   [&](int64_t j, int64_t lane, Vec<T> s) {
       if (k.padded[j]) return;
       T* to = sum_ + j * q.lanes + lane;

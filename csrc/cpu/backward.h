@@ -57,7 +57,7 @@ class Backward {
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
         tile_memory_(tile_slots() * QueryTiles<T>::size(n_, plan.blocking.queries)), step_(task),
         sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
-        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
+        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kChains * kQueries), mask_(kKeys * kQueries),
         dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * larger_of(kKeys, larger_of(round_up(n_.D, kLanes<T>), round_up(n_.Dv, kLanes<T>)))),
         keys_(kKeys * round_up(n_.D, kLanes<T>)), values_(kKeys * round_up(n_.Dv, kLanes<T>)) {
@@ -67,7 +67,7 @@ class Backward {
 
   void run(int64_t group, int64_t split) {
     plan_.list(group, pairs_);
-    fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
+    fill<T>(dalpha_, plan_.pairs * kChains * kQueries, T(0));
     const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
     clear_own_part(split);
     for (int64_t o = outer * split / plan_.splits; o < outer * (split + 1) / plan_.splits; ++o) {
@@ -83,7 +83,7 @@ class Backward {
     }
     for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
       T sum = 0;
-      for (int64_t lane = 0; lane < kQueries; ++lane) sum += dalpha_[pair * kQueries + lane];
+      for (int64_t i = 0; i < kChains * kQueries; ++i) sum += dalpha_[pair * kChains * kQueries + i];
       parts_.dalpha[split * parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
     }
   }
@@ -118,7 +118,7 @@ class Backward {
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
       step_.run(pair.h, q, k, tiles, key_, value_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
-                ahead(pair_index, g, k), sums);
+                ahead(pair_index, k), sums);
     } else {
       if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
       if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));
@@ -131,13 +131,14 @@ class Backward {
     if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery, rows_);
   }
 
-  // Only where each key block is read once: there it comes from memory.
-  StepAhead ahead(int64_t pair_index, int64_t g, const KeyBlock& k) const {
-    if (!plan_.outer_keys || plan_.inner_blocks() > 1) return {};
+  // Only where the next pair comes next: its keys, and this one's values.
+  StepAhead ahead(int64_t pair_index, const KeyBlock& k) const {
+    if (!plan_.outer_keys || (plan_.inner_blocks() > 1 && !plan_.pairs_innermost)) return {};
     const bool last = pair_index == plan_.pairs - 1;
     const Pair& next = pairs_[last ? 0 : pair_index + 1];
-    const char* values = t_.value.data != nullptr ? keys_ahead(t_.value, pairs_[pair_index].b, g, k.first, n_.Dv) : nullptr;
-    return {values, keys_ahead(t_.scores.key, next.b, kv_head(n_, next.h), last ? k.first + k.count : k.first, n_.D)};
+    const Pair& pair = pairs_[pair_index];
+    return {t_.value.data == nullptr ? Ahead{} : keys_ahead(t_.value, n_, pair.b, pair.h, k.first, k.count, n_.Dv),
+            keys_ahead(t_.scores.key, n_, next.b, next.h, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D)};
   }
 
   // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.
@@ -174,7 +175,7 @@ class Backward {
             .dkv_is_new = plan_.outer_keys && i == 0 && pair.first_of_kv,
             .dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0),
             .dmask_is_new = !tile || pair.first_of_mask,
-            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kQueries : nullptr};
+            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kChains * kQueries : nullptr};
   }
 
   // Fills the tiles of this visit, those that are not there from the last one; returns M's.
@@ -247,7 +248,7 @@ class Backward {
   BackwardStep<T> step_;
   Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
   Buffer<T> dmask_;   // [inner block or one][key][lane]
-  Buffer<T> dalpha_;  // [pair][lane]
+  Buffer<T> dalpha_;  // [pair][kChains][lane]
   Buffer<T> mask_, dmap_, rows_;
   Buffer<T> keys_, values_;
   RowMajor<T> key_{}, value_{};

@@ -5,6 +5,9 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
+// dalpha is summed in this many places in turn, so that one addition need not wait for the last.
+constexpr int kChains = 8;
+
 // Where the step adds its results; null where not asked for.
 template <class T>
 struct Sums {
@@ -14,12 +17,12 @@ struct Sums {
   bool dkv_is_new;  // nothing there yet to add to
   T* dmask;   // [key][lane]
   bool dmask_is_new;
-  T* dalpha;  // [lane]
+  T* dalpha;  // [kChains][lane]
 };
 
-// What to fetch meanwhile, null where nothing.
+// What to fetch meanwhile.
 struct StepAhead {
-  const char *values, *next_keys;
+  Ahead values, next_keys;
 };
 
 // Query-side tiles of one pair and query block, and its rows.
@@ -84,7 +87,7 @@ class BackwardStep {
     if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums.dkv_is_new, sums.dvalue);
     if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums.dkv_is_new, sums.dkey);
     if (sums.dquery != nullptr) {
-      product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count, nullptr,
+      product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count, Ahead{},
               [&](int64_t d, int64_t c, Vec<T> sum) {
                 T* to = sums.dquery + d * q.lanes + c * kLanes<T>;
                 store(to, load(to) + sum);
@@ -119,7 +122,10 @@ class BackwardStep {
       if (padding && k.padded[j]) ds = Vec<T>{};
       store(ds_ + at, ds);
       if (sums.dmask != nullptr) store(sums.dmask + at, sums.dmask_is_new ? alpha * ds : load(sums.dmask + at) + alpha * ds);
-      if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + ds * (load(mask + at) - load(tiles.mbar + lane)));
+      if (sums.dalpha != nullptr) {
+        T* to = sums.dalpha + (j % kChains) * kQueries + lane;
+        store(to, load(to) + ds * (load(mask + at) - load(tiles.mbar + lane)));
+      }
     };
     if (dmap == nullptr) {
       product(value, Vectors<T>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv, ahead.next_keys,
@@ -135,7 +141,7 @@ class BackwardStep {
   void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, bool is_new,
                 T* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
-    product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count, nullptr,
+    product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count, Ahead{},
             [&](int64_t j, int64_t c, Vec<T> x) {
               T* to = sum + j * stride + c * kLanes<T>;
               store(to, is_new ? x : load(to) + x);

@@ -77,7 +77,8 @@ class Forward {
         if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
         const bool last = h == heads - 1;
-        const char* next = keys_ahead(s_.key, b, kv_head(n_, last ? first : first + h + 1), last ? k.first + k.count : k.first, n_.D);
+        const Ahead next =
+            keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
         attend(b, first + h, q, k, mask, same_keys, query(h), part(h), next);
       }
     }
@@ -123,26 +124,23 @@ class Forward {
 
   // One head against one key block.
   void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query, T* part,
-              const char* next_keys) {
+              const Ahead& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<T>(p_.value, b, g, k, n_.Dv, values_);
     }
-    T block_max[kQueries], rescale[kQueries];
-    fill<T>(block_max, q.lanes, static_cast<T>(-__builtin_inf()));
     score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask,
-                  keys_ahead(p_.value, b, g, k.first, n_.Dv), [&](int64_t j, int64_t lane, Vec<T> s) {
-      store(scores_ + j * q.lanes + lane, s);
-      store(block_max + lane, larger(load(block_max + lane), s));
-    });
+                  keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
+                  [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
+    T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      softmax(q, k, lane, load(block_max + lane), wants_mbar_ ? mask : nullptr, keep, part + Dvp_ * q.lanes, rescale);
+      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + Dvp_ * q.lanes, rescale);
     }
     product(ColumnMajor<T>{value_.data, value_.stride}, Vectors<T>{scores_, q.lanes}, n_.Dv, q.lanes / kLanes<T>, k.count, next_keys,
             [&](int64_t d, int64_t c, Vec<T> sum) {
@@ -152,8 +150,12 @@ class Forward {
   }
 
   // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: the running maximum, sum, mbar and eta.
-  void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, Vec<T> block_max, const T* mask, const T* keep, T* rows, T* rescale) {
-    const Vec<T> before = load(rows + lane), m = larger(before, block_max), subtracted = finite_maximum(m);
+  void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* keep, T* rows, T* rescale) {
+    constexpr int kChains = 4;  // so that one maximum need not wait for the last
+    const Vec<T> before = load(rows + lane);
+    Vec<T> chain[kChains] = {before, before, before, before};
+    for (int64_t j = 0; j < k.count; ++j) chain[j % kChains] = larger(chain[j % kChains], load(scores_ + j * q.lanes + lane));
+    const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
     const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
     Vec<T> sum{}, mbar{}, eta{};
     for (int64_t j = 0; j < k.count; ++j) {

@@ -59,22 +59,22 @@ struct Vectors {
   int64_t stride;
 };
 
-// Lines that the next product reads, fetched into cache two a step while this one computes: where queries are few, keys and values come
-// from memory, and the processor's own prefetching stops at the end of each head. Running past the end only fetches what is not needed.
+// Memory that the next product reads, fetched into cache a line or two a step while this one computes: keys and values come from far,
+// and the processor's own prefetching stops at the end of each head.
 struct Ahead {
-  const char* line;
+  const char *line, *last;  // null: nothing
+
+  template <int Lines>
   void step() {
-    __builtin_prefetch(line);
-    __builtin_prefetch(line + 64);
-    line += 128;
+    for (int i = 0; i < Lines; ++i) {
+      __builtin_prefetch(line);
+      line = line < last ? line + 64 : last;
+    }
   }
 };
-struct NothingAhead {
-  void step() {}
-};
 
-template <class T, int R, int C, class A, class Next, class Done>
-inline void product_tile(A a, Vectors<T> b, int64_t steps, Next& ahead, const Done& done) {
+template <class T, int R, int C, class A, class Done>
+inline void product_tile(A a, Vectors<T> b, int64_t steps, Ahead& ahead, const Done& done) {
   Vec<T> acc[R][C] = {};
   Reader<T, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
@@ -87,7 +87,7 @@ inline void product_tile(A a, Vectors<T> b, int64_t steps, Next& ahead, const Do
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[r][c] += x * row[c];
     }
-    ahead.step();
+    ahead.step<C == 1 ? 2 : 1>();
     element.next();
     b.data += b.stride;
   }
@@ -102,8 +102,8 @@ constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile
 
 // Tiles of R rows as long as there are as many rows left, then of fewer.
-template <class T, int R, int C, class A, class Next, class Done>
-inline void product_rows(A a, Vectors<T> b, int64_t rows, int64_t steps, int64_t row0, Next& ahead, const Done& done) {
+template <class T, int R, int C, class A, class Done>
+inline void product_rows(A a, Vectors<T> b, int64_t rows, int64_t steps, int64_t row0, Ahead& ahead, const Done& done) {
   int64_t row = row0;
   for (; row + R <= rows; row += R) {
     product_tile<T, R, C>(a.from_row(row), b, steps, ahead, [&](int r, int c, Vec<T> acc) { done(row + r, c, acc); });
@@ -114,22 +114,18 @@ inline void product_rows(A a, Vectors<T> b, int64_t rows, int64_t steps, int64_t
   }
 }
 
-// done(row, vector, sum over the steps of a(row, k) * b(k, vector)) for every row and vector. ahead: null, or what to fetch meanwhile;
-// only where there is one vector, for a wider product takes longer than the fetching.
+// done(row, vector, sum over the steps of a(row, k) * b(k, vector)) for every row and vector.
 template <class T, class A, class Done>
-inline void product(A a, Vectors<T> b, int64_t rows, int64_t vectors, int64_t steps, const char* ahead, const Done& done) {
-  Ahead fetch{ahead};
-  NothingAhead nothing;
-  if (vectors == 1 && ahead != nullptr) return product_rows<T, kAccumulators, 1>(a, b, rows, steps, 0, fetch, done);
+inline void product(A a, Vectors<T> b, int64_t rows, int64_t vectors, int64_t steps, Ahead ahead, const Done& done) {
   for (int64_t first = 0; first < vectors; first += kPanel) {
     const Vectors<T> panel = {b.data + first * kLanes<T>, b.stride};
     const auto at = [&](int64_t r, int c, Vec<T> acc) { done(r, first + c, acc); };
     const int64_t width = smaller_of<int64_t>(vectors - first, kPanel);
-    if (width == 1) product_rows<T, kAccumulators, 1>(a, panel, rows, steps, 0, nothing, at);
-    if (width == 2) product_rows<T, kAccumulators / 2, 2>(a, panel, rows, steps, 0, nothing, at);
+    if (width == 1) product_rows<T, kAccumulators, 1>(a, panel, rows, steps, 0, ahead, at);
+    if (width == 2) product_rows<T, kAccumulators / 2, 2>(a, panel, rows, steps, 0, ahead, at);
     if constexpr (kPanel > 2) {
-      if (width == 3) product_rows<T, kAccumulators / 3, 3>(a, panel, rows, steps, 0, nothing, at);
-      if (width == 4) product_rows<T, kAccumulators / 4, 4>(a, panel, rows, steps, 0, nothing, at);
+      if (width == 3) product_rows<T, kAccumulators / 3, 3>(a, panel, rows, steps, 0, ahead, at);
+      if (width == 4) product_rows<T, kAccumulators / 4, 4>(a, panel, rows, steps, 0, ahead, at);
     }
   }
 }

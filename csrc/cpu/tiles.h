@@ -96,10 +96,13 @@ inline RowMajor<T> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   return {copy, stride};
 }
 
-// Where the rows of key or value that start at `first` lie, to be fetched ahead of their use; null where they are not side by side.
-inline const char* keys_ahead(const Tensor4& t, int64_t b, int64_t g, int64_t first, int64_t size) {
-  if (t.stride[3] != 1 || t.stride[2] != size) return nullptr;
-  return static_cast<const char*>(t.data) + rows_of(t, b, g, first).offset * bytes_of(t.dtype);
+// `count` rows of key or value from `first` on, to be fetched ahead of their use; nothing where they are not side by side.
+inline Ahead keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
+  count = smaller_of(count, n.Nk - first);
+  if (t.stride[3] != 1 || t.stride[2] != size || count <= 0) return {};
+  const int64_t bytes = bytes_of(t.dtype);
+  const char* start = static_cast<const char*>(t.data) + rows_of(t, b, kv_head(n, h), first).offset * bytes;
+  return {start, start + (count * size - 1) * bytes};
 }
 
 // A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
@@ -142,7 +145,7 @@ inline void dropout_tile(const Dropout& dropout, int64_t bh, const QueryBlock& q
 // done(key, vector's first lane, exponents); a padded key's are -inf.
 template <class T, class Done>
 inline void score_tile(RowMajor<T> key, const T* query, int64_t D, const QueryBlock& q, const KeyBlock& k, T alpha_log2, const T* mask,
-                       const char* ahead, const Done& done) {
+                       const Ahead& ahead, const Done& done) {
   const Vec<T> never = broadcast(static_cast<T>(-__builtin_inf()));
   const bool padding = k.attended < k.count;
   product(key, Vectors<T>{query, q.lanes}, k.count, q.lanes / kLanes<T>, D, ahead, [&](int64_t j, int64_t c, Vec<T> s) {

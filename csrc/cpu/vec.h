@@ -34,7 +34,7 @@ constexpr int kRegisters = 16;
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T))));
 };
 
 template <class T>
