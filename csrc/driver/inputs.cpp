@@ -54,6 +54,10 @@ void draw_padding(const Problem& p, Random& random, Inputs& in) {
 }
 
 void add_oddity(const Problem& p, Random& random, Dense& mask) {
+  if (p.oddity == Oddity::kFarFromZero) {
+    for (double& m : mask.values) m += 20000.0;
+    return;
+  }
   const bool is_nan = p.oddity == Oddity::kNaNInMask;
   const double lowest = p.mask_dtype == DType::kFloat16 ? -65504.0 : -1e30;
   const double odd = is_nan ? kNaN : p.oddity == Oddity::kVeryNegativeInMask ? lowest : -std::numeric_limits<double>::infinity();
@@ -81,7 +85,8 @@ void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded
   Layout layout;
   layout.expanded[3] = p.alpha_shared;
   const double last = p.oddity == Oddity::kNone ? -2.0 : 2.0;  // a negative alpha would turn -inf into +inf
-  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return random.pick<double>({32.0, 16.0, 4.0, 1.0, last}); }), layout);
+  const double unit = p.oddity == Oddity::kFarFromZero ? 1e-5 : 1.0;
+  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return unit * random.pick<double>({32.0, 16.0, 4.0, 1.0, last}); }), layout);
 }
 
 }  // namespace

@@ -11,8 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "inputs.h"
-#include "kernels.h"
 #include "oracle.h"
 #include "problem.h"
 #include "run.h"
@@ -63,13 +63,13 @@ void run_problem(int64_t index, Tally& tally) {
   std::fflush(stdout);  // the line that a crash leaves behind
   const Inputs inputs = make_inputs(problem);
   const Answers answers = solve(problem, inputs);
-  for (const Level& level : levels()) {
-    force(level);
-    const std::vector<Output> alone = run_kernels(problem, inputs, answers, run_on<1>), shared = run_kernels(problem, inputs, answers, run_on<3>);
-    bool good = check(alone, answers, level.name, "1 thread", tally);
-    good = check(shared, answers, level.name, "3 threads", tally) && good;
+  for (const cpu::Kernels* kernels : cpu::available()) {
+    const std::vector<Output> alone = run_kernels(*kernels, problem, inputs, answers, run_on<1>);
+    const std::vector<Output> shared = run_kernels(*kernels, problem, inputs, answers, run_on<3>);
+    bool good = check(alone, answers, kernels->name, "1 thread", tally);
+    good = check(shared, answers, kernels->name, "3 threads", tally) && good;
     for (size_t k = 0; k < alone.size(); ++k) {
-      if (!alone[k].array.same_bytes(shared[k].array)) good = report(level.name, "1 and 3 threads", alone[k].name + ": other bits");
+      if (!alone[k].array.same_bytes(shared[k].array)) good = report(kernels->name, "1 and 3 threads", alone[k].name + ": other bits");
     }
     ++(good ? tally.passed : tally.failed);
   }

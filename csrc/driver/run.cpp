@@ -5,8 +5,6 @@
 #include <limits>
 #include <sstream>
 
-#include "kernels.h"
-
 namespace smattn::driver {
 namespace {
 
@@ -39,7 +37,7 @@ Scores scores_of(const Problem& p, const Inputs& in) {
 
 Shape mask_shape(const Problem& p) { return {p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}; }
 
-void run_attention(const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
+void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
   ForwardParams f{};
@@ -52,7 +50,7 @@ void run_attention(const Problem& p, const Inputs& in, const Answers& a, Paralle
   f.lse = make.make(true, "lse", acc, row_size, a.lse);
   f.out_acc = make.make(saved, "out_acc", acc, out_size, a.out);
   f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar);
-  forward(f, threads);
+  kernels.forward(f, threads);
 
   BackwardParams g{};
   g.scores = f.scores, g.value = f.value, g.dropout = f.dropout;
@@ -64,10 +62,10 @@ void run_attention(const Problem& p, const Inputs& in, const Answers& a, Paralle
   g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue);
   g.dmask = make.make(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask);
   g.dalpha = make.make(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha);
-  backward(g, threads);
+  kernels.backward(g, threads);
 }
 
-void run_map(const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
+void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
   MapParams f{};
@@ -75,7 +73,7 @@ void run_map(const Problem& p, const Inputs& in, const Answers& a, ParallelFor t
   f.head_weights = in.head_weights.data();
   f.map = make.make(true, "map", acc, {B, 1, Nq, Nk}, a.map);
   f.lse = make.make(true, "map's lse", acc, {B, H, Nq, 1}, a.lse);
-  attention_map(f, threads);
+  kernels.attention_map(f, threads);
 
   MapBackwardParams g{};
   g.scores = f.scores, g.head_weights = f.head_weights, g.lse = f.lse;
@@ -85,7 +83,7 @@ void run_map(const Problem& p, const Inputs& in, const Answers& a, ParallelFor t
   g.dmask = make.make(p.needs.mask, "map's dmask", p.mask_dtype, mask_shape(p), a.map_dmask);
   g.dalpha = make.make(p.needs.alpha, "map's dalpha", acc, {1, H, 1, 1}, a.map_dalpha);
   g.dhead_weights = make.make(p.needs.head_weights, "dhead_weights", acc, {1, H, 1, 1}, a.map_dhead_weights);
-  attention_map_backward(g, threads);
+  kernels.attention_map_backward(g, threads);
 }
 
 // Numbers below what a kernel's arithmetic holds become 0 on the way, and the last rounding has a smallest step of its own.
@@ -96,10 +94,11 @@ double floor_of(DType dtype) {
 
 }  // namespace
 
-std::vector<Output> run_kernels(const Problem& problem, const Inputs& inputs, const Answers& answers, ParallelFor threads) {
+std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& problem, const Inputs& inputs, const Answers& answers,
+                                ParallelFor threads) {
   Outputs outputs;
-  run_attention(problem, inputs, answers, threads, outputs);
-  run_map(problem, inputs, answers, threads, outputs);
+  run_attention(kernels, problem, inputs, answers, threads, outputs);
+  run_map(kernels, problem, inputs, answers, threads, outputs);
   return outputs.take();
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "inputs.h"
 #include "oracle.h"
 #include "parallel.h"
@@ -18,7 +19,8 @@ struct Output {
 };
 
 // Forward, backward from forward's own results, attention map and its backward; every output filled with NaN first.
-std::vector<Output> run_kernels(const Problem& problem, const Inputs& inputs, const Answers& answers, ParallelFor threads);
+std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& problem, const Inputs& inputs, const Answers& answers,
+                                ParallelFor threads);
 
 // The largest error as a share of what is allowed, 1 is the limit; infinite where the answer is infinite or NaN and the output is not it.
 struct Comparison {
