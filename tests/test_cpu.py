@@ -13,7 +13,7 @@ from cpu_kernels import KERNELS, forced, threads
 
 from smattn.testing import assert_within_budget, make_case, run
 
-# How backward and forward are cut into items is decided by these: few queries split the keys, many do not, Nq > Nk turns backward inside out.
+# They decide how a call is cut into items: few queries split the keys, many do not, Nq > Nk turns backward inside out.
 SHAPES = {
     "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),
     "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
@@ -99,7 +99,9 @@ def turned(t):
 
 @pytest.mark.parametrize("shape", ["few queries", "many queries", "more queries than keys", "every option", "a map"])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("lay_out", [lambda t: moved(t, 1), lambda t: moved(t, 3), every_second, turned], ids=["1", "3", "every second", "turned"])
+@pytest.mark.parametrize(
+    "lay_out", [lambda t: moved(t, 1), lambda t: moved(t, 3), every_second, turned], ids=["1", "3", "every second", "turned"]
+)
 def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
     case = make_case(**SHAPES[shape], dtype=dtype)
     laid_out = {name: lay_out(t) for name, t in case.inputs().items()}
