@@ -1,6 +1,7 @@
 #include "inputs.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <limits>
 
@@ -63,6 +64,10 @@ void add_oddity(const Problem& p, Random& random, Dense& mask) {
   const double odd = is_nan ? kNaN : p.oddity == Oddity::kVeryNegativeInMask ? lowest : -std::numeric_limits<double>::infinity();
   const double often = is_nan ? 3.0 / static_cast<double>(mask.values.size() + 1) : 0.2;
   for (double& m : mask.values) m = random.chance(often) ? odd : m;
+  for (size_t first = 0; !is_nan && first < mask.values.size(); first += static_cast<size_t>(p.size.Nk)) {
+    // in some rows the first half of the keys, and so whole blocks of them
+    if (random.chance(0.3)) std::fill_n(mask.values.begin() + static_cast<std::ptrdiff_t>(first), p.size.Nk / 2, odd);
+  }
   for (size_t k = 0; !is_nan && k < mask.values.size(); ++k) {  // the last key keeps an ordinary score
     if (p.mask.expanded[3] || static_cast<int64_t>(k) % p.size.Nk == p.size.Nk - 1) mask.values[k] = 0.5;
   }
