@@ -113,9 +113,12 @@ smattn::Tensor4 read_value(const Tensor& value, const Tensor& query, smattn::Sco
 }
 
 smattn::Dropout dropout(const Optional& seed, double p) {
-  if (!seed.has_value()) return {};
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 element");
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p: expected 0 <= p < 1, got ", p);
+  if (!seed.has_value()) {
+    STD_TORCH_CHECK(p == 0.0, "seed: expected one with dropout_p = ", p);
+    return {};
+  }
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 element on the CPU");
   return {p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()))};
 }
 
@@ -180,6 +183,7 @@ void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tenso
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   const ScalarType acc = accumulator_of(query), dtype = query.scalar_type();
   g.head_weights = contiguous(head_weights, "head_weights", acc, {H});
+  STD_TORCH_CHECK(dmap.scalar_type() == acc, "dmap: expected the accumulation dtype");
   g.dmap = read(dmap, "dmap", {B, 1, Nq, Nk});
   g.lse = contiguous(lse, "lse", acc, {B, H, Nq});
   g.dquery = output(dquery, "dquery", dtype, {B, H, Nq, D});

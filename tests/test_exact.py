@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import cases
 
 from smattn import soft_masked_attention
-from smattn.testing import assert_within_budget, make_case, run, workload_case
+from smattn.testing import assert_within_budget, make_case, run, run_plain, workload_case
 
 MANY, FEW = 60, 10  # random calls per dtype; interpreted kernels get few
 no_check = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -124,6 +124,24 @@ def test_a_nan_that_is_attended_to_comes_out_where_plain_torch_has_it(backend, d
     expected = torch.zeros(2, 2, 3, dtype=torch.bool, device=device)
     expected[0, 1] = expected[1, :, 2] = True
     assert torch.equal(run(case, backend)["out"].isnan(), expected[..., None].expand(2, 2, 3, 8))
+
+
+def test_keys_ruled_out_by_minus_infinity_before_the_first_that_is_not(backend, device):
+    case = make_case(1, 2, 3, 300, 8, with_lse=True, device=device)
+    case.mask[0, 1, :200] = float("-inf")  # whole blocks of them
+    assert_within_budget(run(case, backend, ("query", "key", "value", "mask")), case)  # dalpha sums 0 * -inf
+
+
+@pytest.mark.parametrize("Nk", [35, 300])
+def test_a_query_with_keys_that_all_score_minus_infinity_is_nan_as_in_plain_torch(backend, device, Nk):
+    case = make_case(2, 2, 3, Nk, 8, with_lse=True, device=device)
+    case = replace(case, key_padding_mask=torch.arange(Nk, device=device).expand(2, Nk) < 3)
+    case.mask[1, 2] = float("-inf")
+    results, plainly = run(case, backend), run_plain(case)
+    assert results["lse"][1, :, 2].eq(float("-inf")).all()
+    for name in ("out", "dquery", "dmask", "dalpha"):
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
+        assert results[name].isnan().any()
 
 
 @pytest.mark.parametrize("mask", ["uniform", "blob"])

@@ -290,9 +290,8 @@ inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
     T sum = 0;
     for (int64_t b = 0; b < n.B; ++b) {
       for (int64_t split = 0; split < plan.splits; ++split) sum += parts.dalpha[split * parts.dalpha_size + b * n.H + h];
-      for (int64_t row = (b * n.H + h) * n.Nq; dlse != nullptr && row < (b * n.H + h + 1) * n.Nq; ++row) {
-        if (t.lse[row] != static_cast<T>(-__builtin_inf())) sum += t.mbar[row] * dlse[row];
-      }
+      if (dlse == nullptr || !has_keys(t.scores, b)) continue;
+      for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) sum += t.mbar[row] * dlse[row];
     }
     t.dalpha[h] = sum;
   }

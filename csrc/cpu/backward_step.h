@@ -56,11 +56,10 @@ struct QueryTiles {
       fill<T>(dout_rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
     }
     for (int64_t i = 0; i < q.lanes; ++i) {
-      const bool dead = i >= q.count || t.lse[row + i] == static_cast<T>(-__builtin_inf());
-      lse_log2[i] = dead ? static_cast<T>(__builtin_inf()) : static_cast<T>(to_log2(t.lse[row + i]));  // so that P is 0
-      delta[i] = dead ? T(0) : t.delta[row + i];
-      mbar[i] = dead || t.mbar == nullptr ? T(0) : t.mbar[row + i];
-      if (dead && i < q.count && t.value.data != nullptr) fill<T>(dout_rows + i * stride, stride, T(0));
+      const bool beyond = i >= q.count;
+      lse_log2[i] = beyond ? static_cast<T>(__builtin_inf()) : static_cast<T>(to_log2(t.lse[row + i]));  // so that P is 0
+      delta[i] = beyond ? T(0) : t.delta[row + i];
+      mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
     if (t.value.data != nullptr) transpose_block<T>(dout_rows, stride, q.lanes, n.Dv, dout, q.lanes);
   }

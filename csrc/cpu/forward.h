@@ -175,16 +175,18 @@ class Forward {
     store(rows + 3 * q.lanes + lane, load(rows + 3 * q.lanes + lane) * factor + eta);
   }
 
-  // Divides by the row sum and stores what was asked for. A row without a key has a sum of 0: its out is 0 and its lse -inf.
+  // Divides by the row sum and stores what was asked for. A row without a key: its out is 0 and its lse -inf. Where there are keys
+  // and all score -inf, the sum is 0 as well, and out NaN, as in any softmax.
   void write(int64_t b, int64_t h, const QueryBlock& q, T* part) {
     T* row_max = part + Dvp_ * q.lanes;
     T* row_sum = row_max + q.lanes;
     T* mbar = row_sum + q.lanes;
     T* eta = mbar + q.lanes;
     const int64_t row = (b * n_.H + h) * n_.Nq + q.first;
+    const bool alive = has_keys(s_, b);
     T inverse[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
-      inverse[i] = row_sum[i] == 0 ? T(0) : 1 / row_sum[i];
+      inverse[i] = alive ? 1 / row_sum[i] : T(0);
       mbar[i] *= inverse[i];
       eta[i] *= inverse[i];
     }
@@ -193,7 +195,7 @@ class Forward {
       if (t_.eta != nullptr) t_.eta[row + i] = eta[i];
       if (p_.lse == nullptr) continue;
       const double lse = to_natural(static_cast<double>(row_max[i])) + __builtin_log(static_cast<double>(row_sum[i]));
-      static_cast<T*>(p_.lse)[row + i] = row_sum[i] == 0 ? static_cast<T>(-__builtin_inf()) : static_cast<T>(lse);
+      static_cast<T*>(p_.lse)[row + i] = static_cast<T>(lse);
     }
     if (p_.out == nullptr) return;
     for (int64_t d = 0; d < n_.Dv; ++d) {

@@ -65,6 +65,14 @@ inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t 
   return k;
 }
 
+// False where every key is padding: then, and only then, out and all gradients are 0.
+inline bool has_keys(const Scores& s, int64_t b) {
+  for (int64_t j = 0; j < s.size.Nk; ++j) {
+    if (s.padding == nullptr || !s.padding[b * s.padding_stride[0] + j * s.padding_stride[1]]) return true;
+  }
+  return false;
+}
+
 inline int64_t kv_head(const Sizes& n, int64_t h) { return h / (n.H / n.Hkv); }
 
 template <class T>

@@ -26,7 +26,8 @@ class Random {
 };
 
 enum class Padding { kNone, kRandom, kTail, kAllButLast, kDeadBatch };
-enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask, kAlmostOneInMask };
+// kFarFromZero: M is 20000 and a little, alpha small. That asks for dalpha's centred sum: dS sums to 0 only up to rounding.
+enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask, kFarFromZero };
 
 // Which gradients are asked for.
 struct Needs {
