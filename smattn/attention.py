@@ -122,7 +122,7 @@ def attention_map(
     query, key = _autocast(query), _autocast(key)
     validate(
         query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
-        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
+        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend, is_map=True,
     )  # fmt: skip
     H = query.shape[1]
     weights = _per_head(1.0 / H if head_weights is None else head_weights, query)

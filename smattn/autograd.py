@@ -1,7 +1,7 @@
 """First derivatives over the ops, composable with torch.func and torch.compile; anything beyond the first is refused.
 
-Backward calls its op directly while a compiler traces (there nothing can differentiate it again), else through a second Function whose
-own backward refuses: `once_differentiable` guards .backward() only, and a gradient penalty by torch.autograd.grad would be silently wrong.
+Backward calls its op directly while a compiler traces, else through a second Function whose own backward refuses: `once_differentiable`
+guards .backward() only, and a gradient penalty by torch.autograd.grad would be silently wrong.
 """
 
 from __future__ import annotations
@@ -66,11 +66,15 @@ class SoftMaskedAttention(Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 14
-        query, key, value, mask, mask_logits, alpha, *_rest, out, _lse, _mbar = saved = ctx.saved_tensors
+        *tensors, out, lse, mbar = ctx.saved_tensors
+        mask_logits = tensors[4]
         if dout is None:
             dout = out.new_zeros((), dtype=ctx.out_dtype).expand(out.shape)
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4], wanted[5]]
+        if wanted[5] and mbar.shape != lse.shape:  # what_backward_reads did not see that alpha wants a gradient: in a compiled vmap
+            mbar = ops.forward(*tensors, *ctx.call, False, True, ctx.backend)[3]
+        saved = (*tensors, out, lse, mbar)
         dquery, dkey, dvalue, dmask, dalpha = _run(_AttentionBackward, ops.backward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)
         dmask, dlogits = (dmask, None) if mask_logits is None else (None, dmask)
         grads = (dquery, dkey, dvalue, dmask, dlogits, dalpha)
@@ -169,7 +173,31 @@ class _AttentionMapBackward(Function):
 
 
 def _run(function: type[Function], op: Callable[..., Any], *args: Any) -> Any:
-    return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
+    if _transforms() > 1:  # Dynamo runs this without grad mode: an outer torch.func.grad would see a constant
+        raise NotImplementedError(_SECOND)
+    return op(*args)
+
+
+def _transforms() -> int:
+    """How many torch.func transforms are around this call."""
+    return len(torch._C._functorch.get_interpreter_stack() or ())  # type: ignore[attr-defined]
+
+
+_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _differentiable(function: type[Function], op: Any) -> Callable[..., Any]:
+    """The op's autograd kernel, for callers that reach the op without the Function above it, as a compiled torch.func.vmap does."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[attr-defined]
+
+    return kernel
 
 
 def _vmap(
@@ -206,3 +234,12 @@ def _fold(n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int,
             return None
         folded[i] = rows.flatten(0, 1)
     return folded
+
+
+for _op, _function in (
+    (ops.forward, SoftMaskedAttention),
+    (ops.backward, _AttentionBackward),
+    (ops.attention_map, AttentionMap),
+    (ops.attention_map_backward, _AttentionMapBackward),
+):
+    ops.library.impl(_op._schema.name.split("::")[1], _differentiable(_function, _op), "Autograd", with_keyset=True)

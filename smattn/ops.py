@@ -18,21 +18,21 @@ from . import backends
 from .problem import acc_dtype, describe
 
 _CALL = "Tensor? mask, Tensor? mask_logits, Tensor? alpha"
-_library = torch.library.Library("smattn", "DEF")
-_library.define(
+library = torch.library.Library("smattn", "DEF")
+library.define(
     f"forward(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, "
     "bool allow_tf32, bool save_out, bool save_mbar, str backend) -> (Tensor out, Tensor lse, Tensor out_acc, Tensor mbar)"
 )
-_library.define(
+library.define(
     f"backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? key_padding_mask, Tensor? seed, "
     "Tensor out, Tensor lse, Tensor mbar, float scale, float dropout_p, bool allow_tf32, bool[] needs, str backend) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dalpha)"
 )
-_library.define(
+library.define(
     f"attention_map(Tensor query, Tensor key, {_CALL}, Tensor head_weights, Tensor? key_padding_mask, float scale, bool allow_tf32, "
     "str backend) -> (Tensor map, Tensor lse)"
 )
-_library.define(
+library.define(
     f"attention_map_backward(Tensor dmap, Tensor query, Tensor key, {_CALL}, Tensor head_weights, Tensor? key_padding_mask, Tensor lse, "
     "float scale, bool allow_tf32, bool[] needs, str backend) "
     "-> (Tensor dquery, Tensor dkey, Tensor dmask, Tensor dalpha, Tensor dhead_weights)"
@@ -222,8 +222,8 @@ for _name, _implementation, _fake in (
     ("attention_map_backward", _attention_map_backward, _attention_map_backward_fake),
 ):
     for _device_key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _device_key)
-    torch.library.register_fake(f"smattn::{_name}", _fake, lib=_library)
+        library.impl(_name, _implementation, _device_key)
+    torch.library.register_fake(f"smattn::{_name}", _fake, lib=library)
 
 forward = torch.ops.smattn.forward.default
 backward = torch.ops.smattn.backward.default

@@ -92,12 +92,13 @@ def validate(
     key_padding_mask: Tensor | None,
     enable_gqa: bool,
     backend: str | None,
+    is_map: bool = False,
 ) -> None:
     """Refuse a call that is not well formed, naming the argument, what was expected and what came.
 
     Raises TypeError for a wrong type, ValueError for anything else, NotImplementedError for mask_logits.
     """
-    _check_qkv(query, key, value, enable_gqa)
+    _check_qkv(query, key, value, enable_gqa, is_map)
     B, H, Nq, _ = query.shape
     Nk = key.shape[2]
     if mask_logits is not None:
@@ -125,12 +126,12 @@ def validate(
         _refuse("backend", f"None or one of {BACKENDS}", repr(backend))
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
-    tensors = {"query": (query, "(B, H, Nq, D)"), "key": (key, "(B, Hkv, Nk, D)")}
-    if value is not None:
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool, is_map: bool) -> None:
+    tensors: dict[str, tuple[Tensor | None, str]] = {"query": (query, "(B, H, Nq, D)"), "key": (key, "(B, Hkv, Nk, D)")}
+    if not is_map:
         tensors["value"] = (value, "(B, Hkv, Nk, Dv)")
-    for name, (tensor, form) in tensors.items():
-        _check_tensor(name, tensor, query)
+    for name, (given, form) in tensors.items():
+        tensor = _check_tensor(name, given, query)
         if tensor.dim() != 4:
             _refuse(name, f"a 4-D tensor {form}", f"shape {_shape(tensor)}")
         if tensor.dtype not in DTYPES:
@@ -177,11 +178,12 @@ def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor
         _wrong_type("alpha", "a float or a tensor", alpha)
 
 
-def _check_tensor(name: str, tensor: Any, query: Tensor) -> None:
+def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         _wrong_type(name, "a torch.Tensor", tensor)
     if tensor.device != query.device:
         _refuse(name, f"query's device {query.device}", str(tensor.device))
+    return tensor
 
 
 def _check_floating(name: str, tensor: Any, query: Tensor) -> None:

@@ -198,3 +198,19 @@ def test_a_number_for_alpha_is_the_same_number_for_every_head(backend, device, v
     got = soft_masked_attention(query, key, mask_value, mask, value, backend=backend)
     assert torch.equal(got, soft_masked_attention(query, key, mask_value, mask, tensor, backend=backend))
     assert torch.equal(got, soft_masked_attention(query, key, mask_value, mask, tensor[0], backend=backend))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_vmap_has_its_gradients(backend, device, compiler):
+    query, key, value, mask, alpha = inputs(a_case(device))
+    masks, alphas = torch.stack([mask, mask / 2]), torch.stack([alpha, alpha / 2])
+
+    def total(masks, alphas):
+        return vmap(lambda m, a: soft_masked_attention(query, key, value, m, a, backend=backend).square().sum())(masks, alphas).sum()
+
+    expected = grad(total, (0, 1))(masks, alphas)
+    torch._dynamo.reset()
+    leaves = masks.detach().requires_grad_(), alphas.detach().requires_grad_()
+    (torch.compile(total, backend=compiler, fullgraph=True)(*leaves) + leaves[0].sum() + leaves[1].sum()).backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient + 1)

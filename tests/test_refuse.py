@@ -37,6 +37,7 @@ REFUSED = [
     (dict(query=[1.0]), TypeError, "query: expected a torch.Tensor, got list"),
     (dict(key=None), TypeError, "key: expected a torch.Tensor, got NoneType"),
     (dict(value=3), TypeError, "value: expected a torch.Tensor, got int"),
+    (dict(value=None), TypeError, "value: expected a torch.Tensor, got NoneType"),
     (dict(query=z(B, NQ, D)), ValueError, "query: expected a 4-D tensor (B, H, Nq, D), got shape (2, 3, 8)"),
     (dict(key=z(B, H, 1, NK, D)), ValueError, "key: expected a 4-D tensor (B, Hkv, Nk, D), got shape (2, 4, 1, 5, 8)"),
     (dict(value=z(NK, 6)), ValueError, "value: expected a 4-D tensor (B, Hkv, Nk, Dv), got shape (5, 6)"),

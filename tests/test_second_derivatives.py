@@ -97,6 +97,22 @@ def test_a_compiled_gradient_penalty(function):
         torch.autograd.grad(gradient.square().sum(), mask)
 
 
+COMPILERS = pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+
+
+@COMPILERS
+def test_transforms_of_a_gradient_inside_a_compiled_function(function, compiler):
+    call, mask = function
+    for transformed in (
+        torch.func.grad(lambda m: torch.func.grad(call)(m).square().sum()),
+        torch.func.grad(lambda m: call(m) + torch.func.grad(call)(m).square().sum()),
+        torch.func.jacrev(torch.func.grad(call)),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=NOT_IMPLEMENTED):
+            torch.compile(transformed, backend=compiler, fullgraph=True)(mask)
+
+
 def test_a_penalty_inside_a_compiled_function(function):
     call, mask = function
     torch._dynamo.reset()
