@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="every named workload, uniform and blob masks, float32 and bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only these")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")
     parser.add_argument("--seconds", type=float, default=1.0, help="time budget of one contestant in one cell (default 1)")
     args = parser.parse_args()
 
@@ -66,6 +67,8 @@ def main() -> None:
     workloads = args.workloads or (list(WORKLOADS) if everything else SHORT)
     masks = ("uniform", "blob") if args.full else ("uniform",)
     dtypes = (torch.float32, torch.bfloat16) if args.full else (torch.float32,) if args.device == "cpu" else (torch.bfloat16,)
+    if args.dtypes:
+        dtypes = tuple(getattr(torch, name) for name in args.dtypes)
     cells = [Cell(WORKLOADS[w], m, t, args.device, d) for w, t, m, d in product(workloads, dtypes, masks, (FORWARD, BOTH))]
 
     job = Job(args.device, args.seconds, " ".join(["python bench/run.py", *sys.argv[1:]]))
@@ -78,12 +81,14 @@ def main() -> None:
     for name in WORKLOADS:
         if name not in workloads:
             print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
-    measure(job, cells, [*map(ours, names), *PEERS])
+    timed = [name for name in names if name != "reference"] or names  # it is slow by design: timed only where nothing else runs
+    measure(job, cells, [*map(ours, timed), *PEERS])
 
     from report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 
     slug = re.sub(r"[^a-z0-9]+", "-", describe_device(args.device).lower()).strip("-")
-    path = RESULTS / f"{datetime.date.today()}-{slug}{'-full' if args.full else ''}{'-part' if args.workloads else ''}.jsonl"
+    path = RESULTS / f"{datetime.date.today()}-{slug}{'-full' if args.full else ''}{'-part' if args.workloads else ''}"
+    path = path.with_name("-".join([path.name, *(args.dtypes or [])]) + ".jsonl")
     write(job.rows, path)
     print("\n" + summary(job.rows))
     print(f"\nwrote {path} and {write_report(path)} after {time.perf_counter() - began:.0f} s")
