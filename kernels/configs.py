@@ -17,6 +17,7 @@ FEW_QUERIES = 128  # up to here the queries fit one tile
 # A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.
 SPLIT_PROGRAMS = 264
 INTERPRETER = 0  # the arch of TRITON_INTERPRET=1
+SMALL_SHARED = (86, 89, 120, 121)  # chips with 99 KB of shared memory for a program, where sm_80 has 163
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ NONE = T(0, 0, 0, 0)  # see one_tile
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
     ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+    ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(128, 64, 8, 1), T(64, 32, 8, 1)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("split_32", 80, 2): (T(32, 128, 4, 3), T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2)),
@@ -55,6 +57,7 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("few_128", 80, 4): (T(128, 32, 16, 1), T(128, 16, 16, 1), NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
+    ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(32, 32, 8, 1)),
@@ -64,7 +67,8 @@ HEAD_SIZES = (32, 64, 128, 256)
 
 
 def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
-    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER; a chip without rows of its own takes an older one's."""
+    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER; a chip without a row of its own takes sm_80's, and
+    those of SMALL_SHARED sm_86's where there is one."""
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
     return _tile(kernel, bucket(problem.Nq), arch, size, head)
@@ -77,7 +81,7 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    known = max((row[1] for row in TABLE if row[0] == kernel and row[2] == size and row[1] <= arch), default=80)
+    known = 86 if arch in SMALL_SHARED and (kernel, 86, size) in TABLE else 80
     return TABLE[kernel, known, size][next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
