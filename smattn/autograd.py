@@ -182,7 +182,7 @@ def _run(function: type[Function], op: Callable[..., Any], *args: Any) -> Any:
 
 def _transforms() -> int:
     """How many torch.func transforms are around this call."""
-    return len(torch._C._functorch.get_interpreter_stack() or ())  # type: ignore[attr-defined]
+    return len(torch._C._functorch.get_interpreter_stack() or ())
 
 
 _transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ def _differentiable(function: type[Function], op: Any) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # type: ignore[attr-defined]
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return kernel
 
