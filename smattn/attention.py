@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import AttentionMap, SoftMaskedAttention, what_backward_reads
+from .autograd import AttentionMap, SoftMaskedAttention, call, what_backward_reads
 from .problem import acc_dtype, validate
 
 
@@ -81,8 +81,8 @@ def soft_masked_attention(
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
     )  # fmt: skip
     alpha_h = _per_head(alpha, query)
-    out, lse = SoftMaskedAttention.apply(
-        query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
+    out, lse = call(
+        SoftMaskedAttention, query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
         draw_seed(query.device) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
         _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "",
@@ -126,8 +126,8 @@ def attention_map(
     )  # fmt: skip
     H = query.shape[1]
     weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
-    result: Tensor = AttentionMap.apply(
-        query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
+    result: Tensor = call(
+        AttentionMap, query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
         query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "",
     )[0]  # fmt: skip
     return result

@@ -1,7 +1,11 @@
 """First derivatives over the ops, composable with torch.func and torch.compile; anything beyond the first is refused.
 
-Backward calls its op directly while a compiler traces, else through a second Function whose own backward refuses: `once_differentiable`
-guards .backward() only, and a gradient penalty by torch.autograd.grad would be silently wrong.
+Backward calls its op through a second Function whose own backward refuses: `once_differentiable` guards .backward() only, and a gradient
+penalty by torch.autograd.grad would be silently wrong.
+
+Dynamo must not look inside the four Functions: what it rebuilds of one runs backward without grad mode, keeps saved tensors of the wrong
+torch.func level and, under vmap, has no backward at all; second derivatives, and under vmap first ones, would silently be 0. So Dynamo is
+told to record their calls, and the compilers behind it trace what autograd really runs.
 """
 
 from __future__ import annotations
@@ -26,11 +30,33 @@ def what_backward_reads(
     return alpha_grad or any(others), alpha_grad
 
 
+def _ask_again(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of ops.forward whose save_out and save_mbar are also what the gradients of these very tensors will read."""
+    query, key, _, mask, mask_logits, alpha, *_rest, save_out, save_mbar, backend = args
+    more_out, more_mbar = what_backward_reads(query, key, mask, mask_logits, alpha)
+    return *args[:11], save_out or more_out, save_mbar or more_mbar, backend
+
+
+def call(function: type[Function], *args: Any) -> Any:
+    """function.apply(*args), which Dynamo records and does not look into."""
+    if torch.compiler.is_compiling():
+        _tell_dynamo()
+    return function.apply(*args)
+
+
+def _tell_dynamo() -> None:
+    # not when this module is imported: that would import Dynamo, and Triton with it
+    torch.compiler.allow_in_graph([SoftMaskedAttention, AttentionMap, _AttentionBackward, _AttentionMapBackward])
+
+
+_tell_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo runs it while it traces, as assume_constant_result says
+
+
 class SoftMaskedAttention(Function):
     """(out, lse, out_acc, mbar) of ops.forward, the first two differentiable."""
 
     @staticmethod
-    def forward(  # Dynamo counts these parameters to know that there is no ctx
+    def forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -66,27 +92,20 @@ class SoftMaskedAttention(Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 14
-        *tensors, out, lse, mbar = ctx.saved_tensors
-        mask_logits = tensors[4]
+        query, key, value, mask, mask_logits, alpha, *_rest, out, _lse, _mbar = saved = ctx.saved_tensors
         if dout is None:
             dout = out.new_zeros((), dtype=ctx.out_dtype).expand(out.shape)
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4], wanted[5]]
-        if wanted[5] and mbar.shape != lse.shape:  # what_backward_reads did not see that alpha wants a gradient: in a compiled vmap
-            mbar = ops.forward(*tensors, *ctx.call, False, True, ctx.backend)[3]
-        saved = (*tensors, out, lse, mbar)
-        dquery, dkey, dvalue, dmask, dalpha = _run(_AttentionBackward, ops.backward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)
+        dquery, dkey, dvalue, dmask, dalpha = call(_AttentionBackward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)
         dmask, dlogits = (dmask, None) if mask_logits is None else (None, dmask)
         grads = (dquery, dkey, dvalue, dmask, dlogits, dalpha)
         return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 8
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        # a batched tensor hides that the one inside wants a gradient: ask again, and keep what was asked for outside
-        query, key, _, mask, mask_logits, alpha, *_rest, save_out, save_mbar, backend = args
-        inner_out, inner_mbar = what_backward_reads(query, key, mask, mask_logits, alpha)
-        args = (*args[:11], save_out or inner_out, save_mbar or inner_mbar, backend)
-        return _vmap(SoftMaskedAttention.apply, info.batch_size, in_dims, args, (3, 4), needs=())
+        # a batched tensor hid that the one inside wants a gradient
+        return _vmap(SoftMaskedAttention.apply, info.batch_size, in_dims, _ask_again(args), (3, 4), needs=())
 
 
 class AttentionMap(Function):
@@ -121,7 +140,7 @@ class AttentionMap(Function):
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2] or wanted[3], wanted[4], wanted[5]]
-        grads = _run(_AttentionMapBackward, ops.attention_map_backward, dmap, *saved, *ctx.call, needs, ctx.backend)
+        grads = call(_AttentionMapBackward, dmap, *saved, *ctx.call, needs, ctx.backend)
         dquery, dkey, dmask, dalpha, dweights = grads
         dmask, dlogits = (dmask, None) if saved[3] is None else (None, dmask)
         grads = (dquery, dkey, dmask, dlogits, dalpha, dweights)
@@ -172,34 +191,6 @@ class _AttentionMapBackward(Function):
         return _vmap(_AttentionMapBackward.apply, info.batch_size, in_dims, args, (3, 4), needs=args[-2][3:])
 
 
-def _run(function: type[Function], op: Callable[..., Any], *args: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        return function.apply(*args)
-    if _transforms() > 1:  # Dynamo runs this without grad mode: an outer torch.func.grad would see a constant
-        raise NotImplementedError(_SECOND)
-    return op(*args)
-
-
-def _transforms() -> int:
-    """How many torch.func transforms are around this call."""
-    return len(torch._C._functorch.get_interpreter_stack() or ())
-
-
-_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _differentiable(function: type[Function], op: Any) -> Callable[..., Any]:
-    """The op's autograd kernel, for callers that reach the op without the Function above it, as a compiled torch.func.vmap does."""
-
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return kernel
-
-
 def _vmap(
     apply: Callable[..., Any], n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int, int], needs: Sequence[bool]
 ) -> tuple[Any, Any]:
@@ -236,10 +227,22 @@ def _fold(n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int,
     return folded
 
 
+def _autograd_kernel(function: type[Function], op: Any) -> Callable[..., Any]:
+    """The derivative of an op that is called with no Function above it, as in a graph of torch.export; torch.func refuses it there."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return function.apply(*(_ask_again(args) if op is ops.forward else args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
 for _op, _function in (
     (ops.forward, SoftMaskedAttention),
     (ops.backward, _AttentionBackward),
     (ops.attention_map, AttentionMap),
     (ops.attention_map_backward, _AttentionMapBackward),
 ):
-    ops.library.impl(_op._schema.name.split("::")[1], _differentiable(_function, _op), "Autograd", with_keyset=True)
+    ops.library.impl(_op._schema.name.split("::")[1], _autograd_kernel(_function, _op), "Autograd", with_keyset=True)

@@ -209,6 +209,19 @@ def test_an_exported_program_is_saved_and_loaded(backend, device, tmp_path):
     assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(*inputs), module(*inputs))
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
+    """The graph holds the operation alone, exported for no gradient of its inputs."""
+    case = make_case(2, 2, 5, 40, 8, dtype=dtype, device=device)
+    module = Module(backend).to(device, case.alpha.dtype)
+    with torch.no_grad():
+        module.alpha.copy_(case.alpha)
+    exported = torch.export.export(module, (case.query, case.key, case.value, case.mask), strict=strict).module()
+    *inputs, _ = tensors(case)
+    grads = torch.autograd.grad(exported(*inputs), [*inputs, exported.alpha], case.dout)
+    assert_within_budget({f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}, case)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_cuda_graph_replay(fused_backend, dropout_p):
