@@ -6,6 +6,8 @@ penalty by torch.autograd.grad would be silently wrong.
 Dynamo must not look inside the four Functions: what it rebuilds of one runs backward without grad mode, keeps saved tensors of the wrong
 torch.func level and, under vmap, has no backward at all; second derivatives, and under vmap first ones, would silently be 0. So Dynamo is
 told to record their calls, and the compilers behind it trace what autograd really runs.
+
+Their forwards take *args: apply() binds its arguments to forward's signature at every call, 30 microseconds for fourteen names.
 """
 
 from __future__ import annotations
@@ -56,24 +58,8 @@ class SoftMaskedAttention(Function):
     """(out, lse, out_acc, mbar) of ops.forward, the first two differentiable."""
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        mask_logits: Tensor | None,
-        alpha: Tensor | None,
-        key_padding_mask: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        allow_tf32: bool,
-        save_out: bool,
-        save_mbar: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        inputs = (query, key, value, mask, mask_logits, alpha, key_padding_mask, seed)
-        return tuple(ops.forward(*inputs, scale, dropout_p, allow_tf32, save_out, save_mbar, backend))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.forward(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -112,20 +98,8 @@ class AttentionMap(Function):
     """(map, lse) of ops.attention_map, the first differentiable."""
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        mask_logits: Tensor | None,
-        alpha: Tensor | None,
-        head_weights: Tensor,
-        key_padding_mask: Tensor | None,
-        scale: float,
-        allow_tf32: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        inputs = (query, key, mask, mask_logits, alpha, head_weights, key_padding_mask)
-        return tuple(ops.attention_map(*inputs, scale, allow_tf32, backend))
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.attention_map(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ Outputs that were not asked for are empty tensors of shape (0,). Tensors are can
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,13 +41,12 @@ library.define(
 
 @contextmanager
 def _inside_an_op(device: torch.device) -> Iterator[None]:
-    """Below autograd and autocast, with the tensors' device current."""
-    with torch._C._AutoDispatchBelowAutograd(), torch.autocast(device.type, enabled=False):
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                yield
-        else:
-            yield
+    """Without autocast, with the tensors' device current. Below autograd it is already: see the autograd kernels in autograd.py."""
+    with (
+        torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext(),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield
 
 
 def _forward(
