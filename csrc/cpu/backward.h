@@ -86,6 +86,7 @@ class Backward {
       for (int64_t i = 0; i < kChains * kQueries; ++i) sum += dalpha_[pair * kChains * kQueries + i];
       parts_.dalpha[split * parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
     }
+    drain();
   }
 
   // The splits' sums for one (pair, query block) or (batch, kv head, key block), added up and stored.
@@ -144,8 +145,9 @@ class Backward {
   // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.
   bool stored_directly(const Pair& pair, const KeyBlock& k) const {
     return plan_.outer_keys && plan_.inner_blocks() == 1 && pair.first_of_kv && pair.last_of_kv && k.attended == k.count &&
-           t_.scores.dtype == DTypeOf<T>::value && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0;
+           t_.scores.dtype == DTypeOf<T>::value && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
+  static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
   // Where queries are few their tiles are kept for all pairs.
   int64_t tile_slots() const { return plan_.outer_keys && plan_.inner_blocks() == 1 ? plan_.pairs : 1; }
   bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
@@ -173,6 +175,7 @@ class Backward {
             .dkey = t_.dkey != nullptr ? dkey : nullptr,
             .dvalue = t_.dvalue != nullptr ? dvalue : nullptr,
             .dkv_is_new = plan_.outer_keys && i == 0 && pair.first_of_kv,
+            .dkv_is_final = direct,
             .dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0),
             .dmask_is_new = !tile || pair.first_of_mask,
             .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kChains * kQueries : nullptr};

@@ -15,6 +15,7 @@ struct Sums {
   T* dkey;    // [key][D up to whole vectors]
   T* dvalue;  // [key][Dv up to whole vectors]
   bool dkv_is_new;  // nothing there yet to add to
+  bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
   T* dmask;   // [key][lane]
   bool dmask_is_new;
   T* dalpha;  // [kChains][lane]
@@ -83,8 +84,8 @@ class BackwardStep {
     probabilities(h, q, k, tiles, key, mask, keep, ahead);
     const T* weights = keep != nullptr ? dropped_ : p_;
     if (t_.wants_ds()) score_gradients(h, q, k, tiles, value, mask, dmap, keep, ahead, sums);
-    if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums.dkv_is_new, sums.dvalue);
-    if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums.dkv_is_new, sums.dkey);
+    if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums, sums.dvalue);
+    if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums, sums.dkey);
     if (sums.dquery != nullptr) {
       product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count, Ahead{},
               [&](int64_t d, int64_t c, Vec<T> sum) {
@@ -137,13 +138,13 @@ class BackwardStep {
   }
 
   // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.]
-  void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, bool is_new,
-                T* sum) {
+  void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, const Sums<T>& sums, T* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
     product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count, Ahead{},
             [&](int64_t j, int64_t c, Vec<T> x) {
               T* to = sum + j * stride + c * kLanes<T>;
-              store(to, is_new ? x : load(to) + x);
+              if (sums.dkv_is_final) return stream(to, x);
+              store(to, sums.dkv_is_new ? x : load(to) + x);
             });
   }
 

@@ -67,6 +67,24 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
 }
 
+// Stores past the caches what is not read again soon: no line is fetched only to be overwritten. p is aligned to a vector; drain()
+// comes before another thread may read.
+template <class T>
+inline void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+inline void drain() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x in every lane, -0 and NaN included
