@@ -23,15 +23,14 @@ struct BackwardParts {
         dalpha_size(plan.n.B * plan.n.H) {}
 };
 
-// dQ of one pair and query block, [D][lanes], to its rows.
+// dQ of one pair and query block, [lane][D], to its rows.
 template <class T>
-inline void store_dquery(const BackwardTask<T>& t, int64_t b, int64_t h, const QueryBlock& q, const T* dquery, T* rows) {
+inline void store_dquery(const BackwardTask<T>& t, int64_t b, int64_t h, const QueryBlock& q, T* dquery) {
   const Sizes& n = t.scores.size;
   const int64_t stride = round_up(n.D, kLanes<T>);
-  transpose_block<T>(dquery, q.lanes, stride, q.lanes, rows, stride);
   const T scale = static_cast<T>(t.scores.scale);
-  for (int64_t i = 0; i < q.count * stride; ++i) rows[i] *= scale;
-  write_rows<T>(rows, stride, q.count, n.D, t.dquery, t.scores.dtype, ((b * n.H + h) * n.Nq + q.first) * n.D, n.D);
+  for (int64_t i = 0; i < q.count * stride; ++i) dquery[i] *= scale;
+  write_rows<T>(dquery, stride, q.count, n.D, t.dquery, t.scores.dtype, ((b * n.H + h) * n.Nq + q.first) * n.D, n.D);
 }
 
 // dK and dV of one (batch, kv head) and key block, to their rows; a padded key's are 0, whatever NaN met it.
@@ -100,7 +99,7 @@ class Backward {
     }
     const int64_t heads = plan_.outer_keys ? n_.H : n_.Hkv, head = item / blocks % heads, b = item / (blocks * heads);
     if (plan_.outer_keys) {
-      store_dquery<T>(t_, b, head, query_block(plan_.blocking, item % blocks), sum, rows_);
+      store_dquery<T>(t_, b, head, query_block(plan_.blocking, item % blocks), sum);
     } else {
       store_dkv<T>(t_, b, head, key_block(t_.scores, plan_.blocking, b, item % blocks), plan_.blocking.keys, sum);
     }
@@ -129,7 +128,7 @@ class Backward {
     if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, k)) {
       store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, kv_slot(pair.kv));
     }
-    if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery, rows_);
+    if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery);
   }
 
   // Only where the next pair comes next: its keys, and this one's values.
@@ -184,7 +183,7 @@ class Backward {
   // Fills the tiles of this visit, those that are not there from the last one; returns M's.
   const T* read_inputs(const Pair& pair, int64_t g, int64_t kb, int64_t qb, const QueryBlock& q, const KeyBlock& k) {
     if (kv_read_.differs(pair.b, g, kb, 0)) {
-      key_ = read_keys<T>(t_.scores.key, pair.b, g, k, n_.D, keys_);
+      key_ = read_keys<T>(t_.scores.key, pair.b, g, k, n_.D, keys_, kLanes<T>);
       if (t_.value.data != nullptr) value_ = read_keys<T>(t_.value, pair.b, g, k, n_.Dv, values_);
     }
     if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);

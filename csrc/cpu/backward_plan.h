@@ -81,7 +81,7 @@ struct BackwardPlan {
   int64_t dmask_parts() const { return outer_keys ? 1 : splits; }  // of an M without the queries' extent: who owns a key block owns its sum
   int64_t dmask_tiles() const { return pairs_innermost ? 1 : inner_blocks(); }
 
-  int64_t dquery_size() const { return round_up(n.D, kLanes<T>) * blocking.queries; }  // [D][lanes], one (pair, query block)
+  int64_t dquery_size() const { return round_up(n.D, kLanes<T>) * blocking.queries; }  // [lane][D], one (pair, query block)
   int64_t dkv_size() const { return blocking.keys * (round_up(n.D, kLanes<T>) + round_up(n.Dv, kLanes<T>)); }  // dK, dV: [key][...]
   int64_t part_size() const {  // what an item adds to: of one split
     if (!wants_parts) return 0;

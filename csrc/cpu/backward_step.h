@@ -11,7 +11,7 @@ constexpr int kChains = 8;
 // Where the step adds its results; null where not asked for.
 template <class T>
 struct Sums {
-  T* dquery;  // [D][lanes], without scale
+  T* dquery;  // [lane][D up to whole vectors], without scale
   T* dkey;    // [key][D up to whole vectors]
   T* dvalue;  // [key][Dv up to whole vectors]
   bool dkv_is_new;  // nothing there yet to add to
@@ -87,9 +87,10 @@ class BackwardStep {
     if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums, sums.dvalue);
     if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums, sums.dkey);
     if (sums.dquery != nullptr) {
-      product(ColumnMajor<T>{key.data, key.stride}, Vectors<T>{ds_, q.lanes}, n_.D, q.lanes / kLanes<T>, k.count, Ahead{},
-              [&](int64_t d, int64_t c, Vec<T> sum) {
-                T* to = sums.dquery + d * q.lanes + c * kLanes<T>;
+      const int64_t stride = round_up(n_.D, kLanes<T>);
+      product(ColumnMajor<T>{ds_, q.lanes}, Vectors<T>{key.data, key.stride}, q.count, stride / kLanes<T>, k.count, Ahead{},
+              [&](int64_t i, int64_t c, Vec<T> sum) {
+                T* to = sums.dquery + i * stride + c * kLanes<T>;
                 store(to, load(to) + sum);
               });
     }

@@ -31,7 +31,7 @@ struct ForwardPlan {
                         larger_of<int64_t>(1, blocking.key_blocks));
   }
 
-  // What one split leaves of one head and query block: [Dv + 4][lanes], O^T, then the row maximum, the row sum, mbar and eta.
+  // What one split leaves of one head and query block: O [lane][Dv], then the row maximum, the row sum, mbar and eta, each [lane].
   int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
 };
 
@@ -48,12 +48,13 @@ class Forward {
         Dvp_(round_up(n_.Dv, kLanes<T>)),
         wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr),
         queries_(plan.group_heads * Dp_ * kQueries),
-        parts_(plan.group_heads * plan.part_size(n_)),
+        part_size_(plan.part_size(n_)),
+        part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_),
         scores_(kKeys * kQueries),
         mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
         keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(larger_of(kQueries * larger_of(kKeys, larger_of(Dp_, Dvp_)), kKeys)),
+        rows_(kQueries * larger_of(kKeys, Dp_)),
         keys_(kKeys * Dp_),
         values_(kKeys * Dvp_) {}
 
@@ -61,10 +62,13 @@ class Forward {
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first);
+    T* const part = plan_.splits == 1 ? part_.get() : parts + first * part_size_;
+    const bool same_queries = b == held_b_ && group == held_group_ && query_index == held_query_index_;  // as in the last split
+    held_b_ = b, held_group_ = group, held_query_index_ = query_index;
     for (int64_t h = 0; h < heads; ++h) {
-      scaled_query<T>(s_, b, first + h, q, rows_, query(h));
-      fill<T>(part(h), plan_.part_size(n_), T(0));
-      fill<T>(part(h) + Dvp_ * q.lanes, q.lanes, static_cast<T>(-__builtin_inf()));
+      if (!same_queries) scaled_query<T>(s_, b, first + h, q, rows_, query(h));
+      fill<T>(part + h * part_size_, part_size_, T(0));
+      fill<T>(part + h * part_size_ + q.lanes * Dvp_, q.lanes, static_cast<T>(-__builtin_inf()));
     }
     const int64_t blocks = plan_.blocking.key_blocks;
     for (int64_t kb = blocks * split / plan_.splits; kb < blocks * (split + 1) / plan_.splits; ++kb) {
@@ -79,45 +83,40 @@ class Forward {
         const bool last = h == heads - 1;
         const Ahead next =
             keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
-        attend(b, first + h, q, k, mask, same_keys, query(h), part(h), next);
+        attend(b, first + h, q, k, mask, same_keys, query(h), part + h * part_size_, next);
       }
     }
-    for (int64_t h = 0; h < heads; ++h) {
-      if (plan_.splits == 1) {
-        write(b, first + h, q, part(h));
-      } else {
-        const T* from = part(h);
-        T* to = parts + (first + h) * plan_.part_size(n_);
-        for (int64_t i = 0; i < plan_.part_size(n_); ++i) to[i] = from[i];
-      }
-    }
+    for (int64_t h = 0; plan_.splits == 1 && h < heads; ++h) write(b, first + h, q, part + h * part_size_);
   }
 
   // The splits' parts of one head and query block, `stride` apart, into one, in their order.
   void merge(int64_t b, int64_t h, int64_t query_index, const T* parts, int64_t stride) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
-    T* to = part(0);
+    T* to = part_;
+    const int64_t max_row = q.lanes * Dvp_, sums = max_row + q.lanes, end = sums + 3 * q.lanes;
+    fill<T>(to, end, T(0));
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      const int64_t max_row = Dvp_ * q.lanes + lane;
       Vec<T> m = broadcast(static_cast<T>(-__builtin_inf()));
-      for (int64_t s = 0; s < plan_.splits; ++s) m = larger(m, load(parts + s * stride + max_row));
-      for (int64_t d = 0; d < Dvp_ + 4; ++d) store(to + d * q.lanes + lane, Vec<T>{});
-      for (int64_t s = 0; s < plan_.splits; ++s) {
-        const T* from = parts + s * stride;
-        const Vec<T> weight = exp2<T>(load(from + max_row) - finite_maximum(m));
-        for (int64_t d = 0; d < Dvp_ + 4; ++d) {
-          T* sum = to + d * q.lanes + lane;
-          store(sum, load(sum) + weight * load(from + d * q.lanes + lane));
-        }
+      for (int64_t s = 0; s < plan_.splits; ++s) m = larger(m, load(parts + s * stride + max_row + lane));
+      store(to + max_row + lane, m);
+    }
+    T weight[kQueries];
+    for (int64_t s = 0; s < plan_.splits; ++s) {
+      const T* from = parts + s * stride;
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+        const Vec<T> w = exp2<T>(load(from + max_row + lane) - finite_maximum(load(to + max_row + lane)));
+        store(weight + lane, w);
+        for (int64_t at = sums + lane; at < end; at += q.lanes) store(to + at, load(to + at) + w * load(from + at));
       }
-      store(to + max_row, m);
+      for (int64_t i = 0; i < q.count; ++i) {
+        for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
+      }
     }
     write(b, h, q, to);
   }
 
  private:
   T* query(int64_t h) { return queries_ + h * Dp_ * kQueries; }
-  T* part(int64_t h) { return parts_ + h * plan_.part_size(n_); }
 
   // What to subtract: exp2(-inf - -inf) would be NaN.
   static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
@@ -128,7 +127,7 @@ class Forward {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
-      value_ = read_keys<T>(p_.value, b, g, k, n_.Dv, values_);
+      value_ = read_keys<T>(p_.value, b, g, k, n_.Dv, values_, kLanes<T>);
     }
     score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask,
                   keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
@@ -140,12 +139,12 @@ class Forward {
     }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + Dvp_ * q.lanes, rescale);
+      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
     }
-    product(ColumnMajor<T>{value_.data, value_.stride}, Vectors<T>{scores_, q.lanes}, n_.Dv, q.lanes / kLanes<T>, k.count, next_keys,
-            [&](int64_t d, int64_t c, Vec<T> sum) {
-              T* out = part + d * q.lanes + c * kLanes<T>;
-              store(out, load(out) * load(rescale + c * kLanes<T>) + sum);
+    product(ColumnMajor<T>{scores_, q.lanes}, Vectors<T>{value_.data, value_.stride}, q.count, Dvp_ / kLanes<T>, k.count, next_keys,
+            [&](int64_t i, int64_t c, Vec<T> sum) {
+              T* out = part + i * Dvp_ + c * kLanes<T>;
+              store(out, load(out) * rescale[i] + sum);
             });
   }
 
@@ -178,7 +177,7 @@ class Forward {
   // Divides by the row sum and stores what was asked for. A row without a key: its out is 0 and its lse -inf. Where there are keys
   // and all score -inf, the sum is 0 as well, and out NaN, as in any softmax.
   void write(int64_t b, int64_t h, const QueryBlock& q, T* part) {
-    T* row_max = part + Dvp_ * q.lanes;
+    T* row_max = part + q.lanes * Dvp_;
     T* row_sum = row_max + q.lanes;
     T* mbar = row_sum + q.lanes;
     T* eta = mbar + q.lanes;
@@ -198,12 +197,11 @@ class Forward {
       static_cast<T*>(p_.lse)[row + i] = static_cast<T>(lse);
     }
     if (p_.out == nullptr) return;
-    for (int64_t d = 0; d < n_.Dv; ++d) {
-      for (int64_t i = 0; i < q.lanes; ++i) part[d * q.lanes + i] *= inverse[i];
+    for (int64_t i = 0; i < q.count; ++i) {
+      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] *= inverse[i];
     }
-    transpose_block<T>(part, q.lanes, Dvp_, q.lanes, rows_, Dvp_);
-    write_rows<T>(rows_, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
-    if (p_.out_acc != nullptr) write_rows<T>(rows_, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
+    write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
+    if (p_.out_acc != nullptr) write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }
 
   const ForwardTask<T>& t_;
@@ -214,7 +212,8 @@ class Forward {
   const int64_t Dp_, Dvp_;
   const bool wants_mbar_;
   Buffer<T> queries_;  // [head of the group][D][lanes], scaled
-  Buffer<T> parts_;    // [head of the group][part]
+  const int64_t part_size_;
+  Buffer<T> part_;     // [head of the group], where there is one split; else one, to merge into
   Buffer<T> scores_;   // [key][lane], then the probabilities
   Buffer<T> mask_;     // [key][lane]
   Buffer<T> dmap_;     // [key][lane]
@@ -222,6 +221,7 @@ class Forward {
   Buffer<T> rows_;
   Buffer<T> keys_, values_;  // copies of those that cannot be read as they lie
   RowMajor<T> key_{}, value_{};
+  int64_t held_b_ = -1, held_group_ = -1, held_query_index_ = -1;  // whose queries are in queries_
 };
 
 template <class T>

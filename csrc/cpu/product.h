@@ -63,13 +63,13 @@ struct Vectors {
 // and the processor's own prefetching stops at the end of each head.
 struct Ahead {
   const char *line, *last;  // null: nothing
+  int64_t advance = 64;
 
-  template <int Lines>
+  void spread_over(int64_t steps) { advance = last - line > 64 * steps ? 128 : 64; }
   void step() {
-    for (int i = 0; i < Lines; ++i) {
-      __builtin_prefetch(line);
-      line = line < last ? line + 64 : last;
-    }
+    __builtin_prefetch(line);
+    if (advance > 64) __builtin_prefetch(line + 64);
+    line = line < last ? line + advance : last;
   }
 };
 
@@ -87,7 +87,7 @@ inline void product_tile(A a, Vectors<T> b, int64_t steps, Ahead& ahead, const D
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) acc[r][c] += x * row[c];
     }
-    ahead.step<C == 1 ? 2 : 1>();
+    ahead.step();
     element.next();
     b.data += b.stride;
   }
@@ -98,19 +98,29 @@ inline void product_tile(A a, Vectors<T> b, int64_t steps, Ahead& ahead, const D
   }
 }
 
-constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
-constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile
+constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile, at most
 
-// Tiles of R rows as long as there are as many rows left, then of fewer.
+// Of a tile so many vectors wide, at most: the accumulators, a row of b and an element fill the registers. One vector wide, half of them
+// keep the multipliers busy.
+constexpr int height_of(int width) { return width == 1 ? kRegisters / 2 : (kRegisters - width - 1) / width; }
+
+// A tile of `height` <= R rows.
 template <class T, int R, int C, class A, class Done>
-inline void product_rows(A a, Vectors<T> b, int64_t rows, int64_t steps, int64_t row0, Ahead& ahead, const Done& done) {
-  int64_t row = row0;
-  for (; row + R <= rows; row += R) {
-    product_tile<T, R, C>(a.from_row(row), b, steps, ahead, [&](int r, int c, Vec<T> acc) { done(row + r, c, acc); });
-  }
+inline void product_rows(int64_t height, A a, Vectors<T> b, int64_t steps, Ahead& ahead, const Done& done) {
   if constexpr (R > 1) {
-    constexpr int kFewer = R > 16 ? 16 : R > 8 ? 8 : R > 4 ? 4 : R > 2 ? 2 : 1;
-    if (row < rows) product_rows<T, kFewer, C>(a, b, rows, steps, row, ahead, done);
+    if (height < R) return product_rows<T, R - 1, C>(height, a, b, steps, ahead, done);
+  }
+  product_tile<T, R, C>(a, b, steps, ahead, done);
+}
+
+// The rows in tiles of nearly equal height: a low one would wait for its own additions.
+template <class T, int C, class A, class Done>
+inline void product_panel(A a, Vectors<T> b, int64_t rows, int64_t steps, Ahead& ahead, const Done& done) {
+  int64_t row = 0;
+  for (int64_t tiles = blocks_of(rows, height_of(C)); tiles > 0; --tiles) {
+    const int64_t height = blocks_of(rows - row, tiles);
+    product_rows<T, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [&](int r, int c, Vec<T> acc) { done(row + r, c, acc); });
+    row += height;
   }
 }
 
@@ -120,12 +130,13 @@ inline void product(A a, Vectors<T> b, int64_t rows, int64_t vectors, int64_t st
   for (int64_t first = 0; first < vectors; first += kPanel) {
     const Vectors<T> panel = {b.data + first * kLanes<T>, b.stride};
     const auto at = [&](int64_t r, int c, Vec<T> acc) { done(r, first + c, acc); };
-    const int64_t width = smaller_of<int64_t>(vectors - first, kPanel);
-    if (width == 1) product_rows<T, kAccumulators, 1>(a, panel, rows, steps, 0, ahead, at);
-    if (width == 2) product_rows<T, kAccumulators / 2, 2>(a, panel, rows, steps, 0, ahead, at);
+    const int width = static_cast<int>(smaller_of<int64_t>(vectors - first, kPanel));
+    if (first == 0) ahead.spread_over(blocks_of(rows, height_of(width)) * blocks_of(vectors, width) * steps);
+    if (width == 1) product_panel<T, 1>(a, panel, rows, steps, ahead, at);
+    if (width == 2) product_panel<T, 2>(a, panel, rows, steps, ahead, at);
     if constexpr (kPanel > 2) {
-      if (width == 3) product_rows<T, kAccumulators / 3, 3>(a, panel, rows, steps, 0, ahead, at);
-      if (width == 4) product_rows<T, kAccumulators / 4, 4>(a, panel, rows, steps, 0, ahead, at);
+      if (width == 3) product_panel<T, 3>(a, panel, rows, steps, ahead, at);
+      if (width == 4) product_panel<T, 4>(a, panel, rows, steps, ahead, at);
     }
   }
 }

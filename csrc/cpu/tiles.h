@@ -89,11 +89,12 @@ inline void read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBloc
   transpose_block<T>(rows, stride, q.lanes, size, columns, q.lanes);
 }
 
-// A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0.
+// A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
+// are whole vectors; so are the others' where their size is a multiple of `unit`, kLanes say.
 template <class T>
-inline RowMajor<T> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, T* copy) {
+inline RowMajor<T> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, T* copy, int64_t unit = 1) {
   const Strided rows = rows_of(t, b, g, k.first);
-  if (t.dtype == DTypeOf<T>::value && t.stride[3] == 1 && k.attended == k.count) {
+  if (t.dtype == DTypeOf<T>::value && t.stride[3] == 1 && size % unit == 0 && k.attended == k.count) {
     return {static_cast<const T*>(t.data) + rows.offset, rows.row_stride};
   }
   const int64_t stride = round_up(size, kLanes<T>);
