@@ -153,7 +153,10 @@ class Forward {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
     const Vec<T> before = load(rows + lane);
     Vec<T> chain[kChains] = {before, before, before, before};
-    for (int64_t j = 0; j < k.count; ++j) chain[j % kChains] = larger(chain[j % kChains], load(scores_ + j * q.lanes + lane));
+    for (int64_t j = 0; j < k.count; j += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) chain[c] = larger(chain[c], load(scores_ + smaller_of(j + c, k.count - 1) * q.lanes + lane));
+    }
     const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
     const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
     Vec<T> sum{}, mbar{}, eta{};
