@@ -110,8 +110,8 @@ def _kv_head(
 ):  # fmt: skip
     """One key block of batch b and kv head g: dK and dV stored, its share of dQ and dalpha too. Returns dm with its share added.
 
-    Pointers of inputs are those of the batch, of dQ those of the batch in this split, of dalpha those of the key block. m: M's tile, where heads share it.
-    dM of one head leaves at once, unless it is summed over the batch: then the program has one head.
+    Pointers of inputs are those of the batch, of dQ those of the batch in this split, of dalpha those of the key block. m: M's tile,
+    where heads share it. dM of one head leaves at once, unless it is summed over the batch: then the program has one head.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)

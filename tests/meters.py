@@ -116,11 +116,15 @@ def peak_allocated(function: Callable[[], Any]) -> tuple[int, Any]:
 def launches_recorded(arch: int):
     """Triton kernels of this chip's tiles are recorded and not run: what remains is what the launchers allocate, at any size.
 
-    Their buffers stay alive as recorded arguments, so the peak is an upper bound. Registers and shared memory are not in it.
+    No arguments are kept: the buffers among them are freed where the launchers free them. Registers and shared memory are not in it.
     """
     from smattn.kernels import launch
 
-    recorder = launch.Recorder(arch)
+    class Kernels(list):
+        def append(self, launched):
+            super().append(launched[:1])
+
+    recorder = launch.Recorder(arch, Kernels())
     launch.record(recorder)
     try:
         yield recorder

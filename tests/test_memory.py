@@ -22,6 +22,14 @@ CALLS = {
     "dropout padding lse, few queries": Call(1, 8, 13, 65536, 32, options=True),
     "mask and alpha only": Call(1, 8, 1024, 16384, 32, needs=("mask", "alpha")),
     "wide": Call(1, 8, 129, 16384, 256),
+    "half, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16"),
+    "half, many queries for few keys, mask and alpha only": Call(1, 8, 262144, 13, 64, dtype="float16", needs=("mask", "alpha")),
+    "half, many batches of few queries and fewer keys": Call(1024, 8, 100, 10, 64, dtype="bfloat16"),
+    "half, no mask": Call(1, 8, 49152, 32768, 64, dtype="float16", mask=None),
+    "half, no mask, grouped heads": Call(1, 16, 16384, 32768, 64, dtype="float16", mask=None, Hkv=1),
+    "half, key-only mask, grouped heads": Call(2, 32, 256, 262144, 32, dtype="float16", mask=(True, False, False), Hkv=1),
+    "half, key-only mask a head, grouped heads": Call(2, 32, 256, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
+    "half, key-only mask a head for the batch, grouped heads": Call(4, 32, 256, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
 ARCHS = (80, 90)

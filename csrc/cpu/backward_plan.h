@@ -4,7 +4,8 @@
 // and all pairs that share M where dM has the queries' extent. An item is a group and a share of its outer blocks:
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
-// The items' own sums are added in order afterwards. How many items there are depends on the shape alone.
+// The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
+// sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
 #pragma once
 
 #include "cpu/tiles.h"
@@ -24,6 +25,7 @@ struct BackwardTask {
   const T* mbar;           // [B, H, Nq]
   void *dquery, *dkey, *dvalue, *dmask;
   T* dalpha;               // [H]
+  bool unrounded_out;      // held in memory beside the rounded one
 
   bool wants_ds() const { return dquery != nullptr || dkey != nullptr || dmask != nullptr || dalpha != nullptr; }
 };
@@ -35,12 +37,19 @@ struct Pair {
   bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
 };
 
-// Bytes of query, key, value, M and their gradients, and of out and its: what the items' own sums are measured against.
-inline int64_t io_bytes_of(const Scores& s) {
+// What the items' own sums may take: a fifth of the inputs, of out and its gradient and of the gradients asked for, less what is held
+// besides, and 8 MiB.
+template <class T>
+inline int64_t bytes_for_sums(const BackwardTask<T>& t) {
+  const Scores& s = t.scores;
   const Sizes& n = s.size;
-  const int64_t rows = n.B * (n.H * n.Nq + n.Hkv * n.Nk) * (n.D + n.Dv) * bytes_of(s.dtype);
+  const int64_t query = n.B * n.H * n.Nq, key = n.B * n.Hkv * n.Nk;
+  const int64_t elements = query * (n.D + 2 * n.Dv + (t.dquery != nullptr ? n.D : 0)) +
+                           key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
   const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
-  return 2 * (rows + mask);
+  const int64_t held = query * (4 + (t.unrounded_out ? n.Dv : 0)) * static_cast<int64_t>(sizeof(T));  // lse, mbar, delta and dlse
+  const int64_t io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
+  return larger_of<int64_t>(0, io / 5 - held) + (8 << 20);
 }
 
 template <class T>
@@ -54,13 +63,22 @@ struct BackwardPlan {
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
   bool pairs_innermost;        // else the inner blocks are
   int64_t splits;              // of the outer blocks
+  int64_t dmask_rows;          // a group's rows of dM where M lacks the queries' extent
+  int64_t round;               // how many groups at a time
 
   explicit BackwardPlan(const BackwardTask<T>& t) : blocking(t.scores.size), n(t.scores.size) {
     const Scores& s = t.scores;
     const bool full_mask = s.mask.data != nullptr && s.mask_size[2] != 1;
     tile_dmask = t.dmask != nullptr && full_mask;
+    const int64_t bytes = bytes_for_sums(t);
+    const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
+      const bool wanted = by_keys ? t.dquery != nullptr : t.dkey != nullptr || t.dvalue != nullptr;
+      const int64_t size = by_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
+      return wanted ? size * static_cast<int64_t>(sizeof(T)) : 0;
+    };
     outer_keys = n.Nk >= n.Nq;
-    wants_parts = outer_keys ? t.dquery != nullptr : t.dkey != nullptr || t.dvalue != nullptr;
+    if (part_bytes(outer_keys) > bytes && part_bytes(!outer_keys) < part_bytes(outer_keys)) outer_keys = !outer_keys;
+    wants_parts = part_bytes(outer_keys) > 0;
     batch_inside = tile_dmask && s.mask_size[0] == 1 && n.B > 1;
     heads_inside = full_mask && s.mask_size[1] == 1;
     groups = (batch_inside ? 1 : n.B) * (heads_inside ? 1 : n.Hkv);
@@ -72,7 +90,10 @@ struct BackwardPlan {
     const int64_t sums = outer_keys ? kvs * blocking.keys * row : pairs * blocking.queries * row;
     const int64_t tiles = inner_blocks() * blocking.keys * blocking.queries;
     pairs_innermost = (batch_inside && mask_by_head_) || (inner_blocks() > 1 && sums <= tiles);
-    splits = splits_within(io_bytes_of(s) / 8 + (8 << 20));
+    dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
+    const int64_t group_bytes = part_bytes(outer_keys) / groups + dmask_rows * n.Nk * static_cast<int64_t>(sizeof(T));
+    round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
+    splits = splits_within(bytes);
   }
 
   int64_t outer_blocks() const { return outer_keys ? blocking.key_blocks : blocking.query_blocks; }
@@ -83,16 +104,21 @@ struct BackwardPlan {
 
   int64_t dquery_size() const { return round_up(n.D, kLanes<T>) * blocking.queries; }  // [lane][D], one (pair, query block)
   int64_t dkv_size() const { return blocking.keys * (round_up(n.D, kLanes<T>) + round_up(n.Dv, kLanes<T>)); }  // dK, dV: [key][...]
-  int64_t part_size() const {  // what an item adds to: of one split
-    if (!wants_parts) return 0;
-    return outer_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
+  int64_t part_items() const {  // a round's (pair, query block)s or (batch, kv head, key block)s
+    return round * (outer_keys ? pairs * blocking.query_blocks : kvs * blocking.key_blocks);
   }
+  int64_t part_size() const {  // what a round's items add to: of one split
+    return wants_parts ? part_items() * (outer_keys ? dquery_size() : dkv_size()) : 0;
+  }
+
+  int64_t first_batch(int64_t group) const { return batch_inside ? 0 : group / (heads_inside ? 1 : n.Hkv); }
+  int64_t first_kv_head(int64_t group) const { return heads_inside ? 0 : group % n.Hkv; }
 
   // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
   // batch and has heads, those of one head are.
   void list(int64_t group, Pair* to) const {
     const int64_t kv_heads = heads_inside ? n.Hkv : 1, batches = batch_inside ? n.B : 1, per_kv = n.H / n.Hkv;
-    const int64_t b0 = batch_inside ? 0 : group / (heads_inside ? 1 : n.Hkv), g0 = heads_inside ? 0 : group % n.Hkv;
+    const int64_t b0 = first_batch(group), g0 = first_kv_head(group);
     const bool heads_outside = batch_inside && mask_by_head_;
     for (int64_t i = 0; i < pairs; ++i) {
       const int64_t b = heads_outside ? i % batches : i / (kv_heads * per_kv);
@@ -115,7 +141,7 @@ struct BackwardPlan {
     constexpr int64_t kItems = 32;
     const int64_t one = larger_of<int64_t>(1, part_size() * static_cast<int64_t>(sizeof(T)));
     const int64_t most = smaller_of(larger_of<int64_t>(1, bytes / one), larger_of<int64_t>(1, outer_blocks()));
-    const int64_t wanted = smaller_of(most, blocks_of(kItems, larger_of<int64_t>(1, groups)));
+    const int64_t wanted = smaller_of(most, blocks_of(kItems, larger_of<int64_t>(1, round)));
     int64_t power = 1;  // powers of two share the blocks out more evenly
     while (power * 2 <= wanted) power *= 2;
     return power;
