@@ -25,11 +25,14 @@ CALLS = {
     "half, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16"),
     "half, many queries for few keys, mask and alpha only": Call(1, 8, 262144, 13, 64, dtype="float16", needs=("mask", "alpha")),
     "half, many batches of few queries and fewer keys": Call(1024, 8, 100, 10, 64, dtype="bfloat16"),
-    "half, no mask": Call(1, 8, 49152, 32768, 64, dtype="float16", mask=None),
-    "half, no mask, grouped heads": Call(1, 16, 16384, 32768, 64, dtype="float16", mask=None, Hkv=1),
-    "half, key-only mask, grouped heads": Call(2, 32, 256, 262144, 32, dtype="float16", mask=(True, False, False), Hkv=1),
-    "half, key-only mask a head, grouped heads": Call(2, 32, 256, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
-    "half, key-only mask a head for the batch, grouped heads": Call(4, 32, 256, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
+    "half, no mask": Call(1024, 8, 72, 48, 64, dtype="float16", mask=None),
+    "half, no mask, grouped heads": Call(256, 16, 96, 128, 64, dtype="float16", mask=None, Hkv=1),
+    "half, no mask, one batch and kv head": Call(1, 256, 1024, 1100, 64, dtype="float16", mask=None, Hkv=1),
+    "half, key-only mask, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, False, False), Hkv=1),
+    "half, key-only mask a head, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
+    "half, key-only mask a head for the batch, grouped heads": Call(4, 32, 130, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
+    "half, one mask for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
+    "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
 ARCHS = (80, 90)

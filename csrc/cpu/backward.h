@@ -12,14 +12,14 @@ template <class T>
 struct BackwardParts {
   Buffer<T> sums;    // [split][group of a round][pair][query block][dQ] or [split][group of a round][batch, kv head][key block][dK, dV]
   Buffer<T> dmask;   // [dmask_parts][group of a round][row][Nk], of an M without the queries' extent
-  Buffer<T> dmask_total;  // [B|1, H|1, Nk], of such an M where groups take turns
+  Buffer<T> dmask_total;  // where groups take turns: [B|1, H|1, Nk] of such an M, else [H|1, query block, key block][key][lane]
   Buffer<T> dalpha;  // [split][B, H]
   int64_t sums_size, dmask_size, dalpha_size;  // of one split
 
   BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
       : sums(plan.splits * plan.part_size()),
         dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
-        dmask_total(plan.dmask_rows > 0 && plan.round < plan.groups ? t.scores.mask_size[0] * t.scores.mask_size[1] * plan.n.Nk : 0),
+        dmask_total(plan.dmask_total_size(t.scores.mask_size)),
         dalpha(plan.splits * plan.n.B * plan.n.H),
         sums_size(plan.part_size()),
         dmask_size(plan.round * plan.dmask_rows * plan.n.Nk),
@@ -71,6 +71,8 @@ class Backward {
   void run(int64_t group, int64_t slot, int64_t split) {
     plan_.list(group, pairs_);
     slot_ = slot;
+    begins_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) == 0;
+    ends_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) + plan_.batches == n_.B;
     fill<T>(dalpha_, plan_.pairs * kChains * kQueries, T(0));
     const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
     clear_own_part(split);
@@ -178,14 +180,19 @@ class Backward {
     const bool tile = plan_.tile_dmask, direct = stored_directly(pair, k_);
     const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
     T* dkey = direct ? static_cast<T*>(t_.dkey) + row * n_.D : dkv;
+    T* dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0);
+    if (tile && pair.first_of_mask && !begins_dmask_) {
+      const QueryBlock q = query_block(plan_.blocking, qb);
+      copy<T>(parts_.dmask_total + plan_.dmask_tile(pair.h, q, k_), k_.count * q.lanes, dmask);
+    }
     T* dvalue = direct ? static_cast<T*>(t_.dvalue) + row * n_.Dv : dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
     return {.dquery = t_.dquery != nullptr ? dquery : nullptr,
             .dkey = t_.dkey != nullptr ? dkey : nullptr,
             .dvalue = t_.dvalue != nullptr ? dvalue : nullptr,
             .dkv_is_new = plan_.outer_keys && i == 0 && pair.first_of_kv,
             .dkv_is_final = direct,
-            .dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0),
-            .dmask_is_new = !tile || pair.first_of_mask,
+            .dmask = dmask,
+            .dmask_is_new = !tile || (pair.first_of_mask && begins_dmask_),
             .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kChains * kQueries : nullptr};
   }
 
@@ -220,6 +227,7 @@ class Backward {
       return;
     }
     if (!pair.last_of_mask) return;
+    if (!ends_dmask_) return copy<T>(tile, k.count * q.lanes, parts_.dmask_total + plan_.dmask_tile(pair.h, q, k));
     const int64_t stride = round_up(k.count, kLanes<T>);
     transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
     const int64_t b = size[0] == 1 ? 0 : pair.b, h = size[1] == 1 ? 0 : pair.h;
@@ -258,6 +266,7 @@ class Backward {
   RowMajor<T> key_{}, value_{};
   KeyBlock k_;
   int64_t slot_ = 0;
+  bool begins_dmask_ = true, ends_dmask_ = true;  // among the groups that share M
   Held block_read_, kv_read_, mask_read_, dmap_read_;
 };
 

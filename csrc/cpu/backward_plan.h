@@ -1,7 +1,8 @@
 // How backward is cut into items that run in parallel, so that dK, dV and dM are each summed by one thread in one order.
 //
 // A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
-// and all pairs that share M where dM has the queries' extent. An item is a group and a share of its outer blocks:
+// and all pairs that share M where dM has the queries' extent (of many batches so many as memory holds: then a group begins with the dM
+// that the last one left). An item is a group and a share of its outer blocks:
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
@@ -47,7 +48,9 @@ inline int64_t bytes_for_sums(const BackwardTask<T>& t) {
   const int64_t elements = query * (n.D + 2 * n.Dv + (t.dquery != nullptr ? n.D : 0)) +
                            key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
   const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
-  const int64_t held = query * (4 + (t.unrounded_out ? n.Dv : 0)) * static_cast<int64_t>(sizeof(T));  // lse, mbar, delta and dlse
+  const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
+  const int64_t held = (query * (4 + (t.unrounded_out ? n.Dv : 0)) +  // lse, mbar, delta and dlse
+                        (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) * static_cast<int64_t>(sizeof(T));
   const int64_t io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
   return larger_of<int64_t>(0, io / 5 - held) + (8 << 20);
 }
@@ -60,6 +63,7 @@ struct BackwardPlan {
   bool wants_parts;            // the sums that items leave for each other
   bool tile_dmask;             // dM has the queries' extent: summed over a group's pairs in a tile
   bool batch_inside, heads_inside;
+  int64_t batches;             // in a group
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
   bool pairs_innermost;        // else the inner blocks are
   int64_t splits;              // of the outer blocks
@@ -81,8 +85,12 @@ struct BackwardPlan {
     wants_parts = part_bytes(outer_keys) > 0;
     batch_inside = tile_dmask && s.mask_size[0] == 1 && n.B > 1;
     heads_inside = full_mask && s.mask_size[1] == 1;
-    groups = (batch_inside ? 1 : n.B) * (heads_inside ? 1 : n.Hkv);
-    kvs = (batch_inside ? n.B : 1) * (heads_inside ? n.Hkv : 1);
+    // every thread has its group's tiles and sums
+    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
+    const int64_t batch_size = n.H * n.Nq * round_up(n.D, kLanes<T>) + n.H * blocking.queries * query_row + n.Hkv * dkv_size();
+    batches = batch_inside ? largest_divisor(n.B, bytes / 2 / static_cast<int64_t>(sizeof(T)) / batch_size) : 1;
+    groups = n.B / batches * (heads_inside ? 1 : n.Hkv);
+    kvs = batches * (heads_inside ? n.Hkv : 1);
     pairs = kvs * (n.H / n.Hkv);
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
@@ -93,9 +101,19 @@ struct BackwardPlan {
     dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
     const int64_t group_bytes = part_bytes(outer_keys) / groups + dmask_rows * n.Nk * static_cast<int64_t>(sizeof(T));
     round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
+    if (batches_take_turns()) round = largest_divisor(heads_inside ? 1 : n.Hkv, round);  // no two that share M
     splits = splits_within(bytes);
   }
 
+  bool batches_take_turns() const { return batch_inside && batches < n.B; }
+  int64_t dmask_tile(int64_t h, const QueryBlock& q, const KeyBlock& k) const {  // its place in what one group leaves for the next
+    const int64_t head = mask_by_head_ ? h : 0, qb = q.first / blocking.queries, kb = k.first / blocking.keys;
+    return ((head * blocking.query_blocks + qb) * blocking.key_blocks + kb) * blocking.keys * blocking.queries;
+  }
+  int64_t dmask_total_size(const int64_t* mask_size) const {
+    if (batches_take_turns()) return mask_size[1] * blocking.query_blocks * blocking.key_blocks * blocking.keys * blocking.queries;
+    return dmask_rows > 0 && round < groups ? mask_size[0] * mask_size[1] * n.Nk : 0;
+  }
   int64_t outer_blocks() const { return outer_keys ? blocking.key_blocks : blocking.query_blocks; }
   int64_t inner_blocks() const { return outer_keys ? blocking.query_blocks : blocking.key_blocks; }
   int64_t sum_slots() const { return pairs_innermost ? (outer_keys ? kvs : pairs) : 1; }
@@ -111,13 +129,13 @@ struct BackwardPlan {
     return wants_parts ? part_items() * (outer_keys ? dquery_size() : dkv_size()) : 0;
   }
 
-  int64_t first_batch(int64_t group) const { return batch_inside ? 0 : group / (heads_inside ? 1 : n.Hkv); }
+  int64_t first_batch(int64_t group) const { return group / (heads_inside ? 1 : n.Hkv) * batches; }
   int64_t first_kv_head(int64_t group) const { return heads_inside ? 0 : group % n.Hkv; }
 
   // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
   // batch and has heads, those of one head are.
   void list(int64_t group, Pair* to) const {
-    const int64_t kv_heads = heads_inside ? n.Hkv : 1, batches = batch_inside ? n.B : 1, per_kv = n.H / n.Hkv;
+    const int64_t kv_heads = heads_inside ? n.Hkv : 1, per_kv = n.H / n.Hkv;
     const int64_t b0 = first_batch(group), g0 = first_kv_head(group);
     const bool heads_outside = batch_inside && mask_by_head_;
     for (int64_t i = 0; i < pairs; ++i) {
@@ -136,6 +154,13 @@ struct BackwardPlan {
 
  private:
   bool mask_by_head_;
+
+  // Of n, up to `most`, and 1 at least.
+  static int64_t largest_divisor(int64_t n, int64_t most) {
+    int64_t divisor = larger_of<int64_t>(1, smaller_of(n, most));
+    while (n % divisor != 0) --divisor;
+    return divisor;
+  }
 
   int64_t splits_within(int64_t bytes) const {
     constexpr int64_t kItems = 32;
