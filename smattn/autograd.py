@@ -59,7 +59,8 @@ class SoftMaskedAttention(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.forward(*args))
+        with torch._C._AutoDispatchBelowAutograd():  # or the op would ask its autograd kernel below
+            return tuple(ops.forward(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,7 +99,8 @@ class AttentionMap(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.attention_map(*args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(ops.attention_map(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -129,7 +131,8 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.backward(*args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(ops.backward(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -149,7 +152,8 @@ class _AttentionMapBackward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.attention_map_backward(*args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(ops.attention_map_backward(*args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
