@@ -52,18 +52,20 @@ inline void store_dkv(const BackwardTask<T>& t, int64_t b, int64_t g, const KeyB
   if (t.dvalue != nullptr) write_rows<T>(dvalue, value_stride, k.count, n.Dv, t.dvalue, t.scores.dtype, row * n.Dv, n.Dv);
 }
 
-template <class T>
+template <class E>
 class Backward {
  public:
+  using T = typename SumOf<E>::type;
+
   Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
-        tile_memory_(tile_slots() * QueryTiles<T>::size(n_, plan.blocking.queries)), step_(task),
+        tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
         sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
         dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kChains * kQueries), mask_(kKeys * kQueries),
         dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
-        rows_(kQueries * larger_of(kKeys, larger_of(round_up(n_.D, kLanes<T>), round_up(n_.Dv, kLanes<T>)))),
-        keys_(kKeys * round_up(n_.D, kLanes<T>)), values_(kKeys * round_up(n_.Dv, kLanes<T>)) {
-    const int64_t size = QueryTiles<T>::size(n_, plan.blocking.queries);
+        rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
+        key_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
+    const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
     for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
   }
 
@@ -125,10 +127,10 @@ class Backward {
     const KeyBlock& k = k_;
     const Sums<T> sums = begin(split, i, pair_index, kb, qb);
     if (k.attended > 0) {
-      QueryTiles<T>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
+      QueryTiles<E>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
-      step_.run(pair.h, q, k, tiles, key_, value_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
+      step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
                 ahead(pair_index, k), sums);
     } else {
       if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
@@ -199,8 +201,9 @@ class Backward {
   // Fills the tiles of this visit, those that are not there from the last one; returns M's.
   const T* read_inputs(const Pair& pair, int64_t g, int64_t kb, int64_t qb, const QueryBlock& q, const KeyBlock& k) {
     if (kv_read_.differs(pair.b, g, kb, 0)) {
-      key_ = read_keys<T>(t_.scores.key, pair.b, g, k, n_.D, keys_, kLanes<T>);
-      if (t_.value.data != nullptr) value_ = read_keys<T>(t_.value, pair.b, g, k, n_.Dv, values_);
+      keys_read_.key = read_keys<E>(t_.scores.key, pair.b, g, k, n_.D, keys_, kLanes<E>);
+      keys_read_.key_steps = by_step(keys_read_.key, k.count, n_.D, key_steps_memory_.get());
+      if (t_.value.data != nullptr) keys_read_.value = read_keys<E>(t_.value, pair.b, g, k, n_.Dv, values_);
     }
     if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);
     if (t_.scores.mask.data == nullptr) return nullptr;
@@ -255,15 +258,15 @@ class Backward {
   const BackwardPlan<T>& plan_;
   BackwardParts<T>& parts_;
   Buffer<Pair> pairs_;
-  Buffer<QueryTiles<T>> tiles_;
-  Buffer<T> tile_memory_;
-  BackwardStep<T> step_;
+  Buffer<QueryTiles<E>> tiles_;
+  Buffer<E> tile_memory_;
+  BackwardStep<E> step_;
   Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
   Buffer<T> dmask_;   // [inner block or one][key][lane]
   Buffer<T> dalpha_;  // [pair][kChains][lane]
   Buffer<T> mask_, dmap_, rows_;
-  Buffer<T> keys_, values_;
-  RowMajor<T> key_{}, value_{};
+  Buffer<E> keys_, values_, key_steps_memory_;
+  KeyTiles<E> keys_read_{};
   KeyBlock k_;
   int64_t slot_ = 0;
   bool begins_dmask_ = true, ends_dmask_ = true;  // among the groups that share M
@@ -343,7 +346,7 @@ inline void store_zeros(const BackwardTask<T>& t) {
 }
 
 // (6)-(8), once delta is there.
-template <class T>
+template <class E, class T>
 inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFor threads) {
   if (task.scores.size.B == 0 || task.scores.size.Nq == 0 || task.scores.size.Nk == 0) return store_zeros(task);
   const BackwardPlan<T> plan(task);
@@ -351,7 +354,7 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
   for (int64_t first = 0; first < plan.groups; first += plan.round) {
     const int64_t groups = smaller_of(plan.round, plan.groups - first);
     parallel_for(threads, groups * plan.splits, 1, [&](int64_t begin, int64_t end) {
-      Backward<T> backward(task, plan, parts);
+      Backward<E> backward(task, plan, parts);
       for (int64_t item = begin; item < end; ++item) {
         backward.run(first + item / plan.splits, item / plan.splits, item % plan.splits);
       }
@@ -359,7 +362,7 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
     if (plan.dmask_rows > 0) store_key_dmask(task, plan, parts, first, groups, threads);
     if (!plan.wants_parts) continue;
     parallel_for(threads, plan.part_items() / plan.round * groups, 1, [&](int64_t begin, int64_t end) {
-      Backward<T> backward(task, plan, parts);
+      Backward<E> backward(task, plan, parts);
       for (int64_t item = begin; item < end; ++item) backward.reduce(first, item);
     });
   }
@@ -367,13 +370,13 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
 }
 
 // (5), from the output, or as the mean of dP under P in a pass of its own.
-template <class T>
+template <class E, class T>
 inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta) {
   const Sizes& n = p.scores.size;
   if (p.out.data == nullptr) {
     ForwardTask<T> means{.params = {}, .dmap = {}, .dout = p.dout, .eta = delta};
     means.params.scores = p.scores, means.params.value = p.value, means.params.dropout = p.dropout;
-    forward_pass(means, threads);
+    forward_pass<E>(means, threads);
   } else {
     parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
       const Buffer<T> dout(n.Dv), out(n.Dv);
@@ -392,13 +395,14 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
   for (int64_t row = 0; dlse != nullptr && row < n.B * n.H * n.Nq; ++row) delta[row] -= dlse[row];
 }
 
-template <class T>
+template <class E>
 inline void backward_of(const BackwardParams& p, ParallelFor threads) {
+  using T = typename SumOf<E>::type;
   const Sizes& n = p.scores.size;
   const auto* lse = static_cast<const T*>(p.lse);
   const auto* dlse = static_cast<const T*>(p.dlse);
   const Buffer<T> delta(n.B * n.H * n.Nq);
-  compute_delta<T>(p, threads, delta);
+  compute_delta<E>(p, threads, delta.get());
   const BackwardTask<T> task{.scores = p.scores,
                              .value = p.value,
                              .dout = p.dout,
@@ -414,7 +418,7 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dmask = p.dmask,
                              .dalpha = static_cast<T*>(p.dalpha),
                              .unrounded_out = p.out.data != nullptr && p.out.dtype != p.scores.dtype};
-  backward_pass(task, dlse, threads);
+  backward_pass<E>(task, dlse, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

@@ -37,29 +37,35 @@ struct ForwardPlan {
   int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
 };
 
-template <class T>
+template <class E>
 class Forward {
  public:
+  using T = typename SumOf<E>::type;
+
   Forward(const ForwardTask<T>& task, const ForwardPlan<T>& plan)
       : t_(task),
         p_(task.params),
         s_(p_.scores),
         n_(s_.size),
         plan_(plan),
-        Dp_(round_up(n_.D, kLanes<T>)),
         Dvp_(round_up(n_.Dv, kLanes<T>)),
         wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr),
-        queries_(plan.group_heads * Dp_ * kQueries),
-        douts_(task.dout.data != nullptr ? plan.group_heads * Dvp_ * kQueries : 0),
+        query_size_(row_elements<E>(n_.D) * kQueries),
+        dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0),
+        queries_(plan.group_heads * query_size_),
+        douts_(plan.group_heads * dout_size_),
+        query_rows_(larger_of(query_size_, dout_size_)),
         part_size_(plan.part_size(n_)),
         part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_),
         scores_(kKeys * kQueries),
         mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
         keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(kQueries * larger_of(kKeys, larger_of(Dp_, task.dout.data != nullptr ? Dvp_ : 0))),
-        keys_(kKeys * Dp_),
-        values_(kKeys * Dvp_) {}
+        rows_(kQueries * kKeys),
+        keys_(kKeys * row_elements<E>(n_.D)),
+        values_(kKeys * row_elements<E>(n_.Dv)),
+        value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
+        weights_(kPack<E> > 1 ? kKeys * kQueries : 0) {}
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -69,8 +75,8 @@ class Forward {
     const bool same_queries = b == held_b_ && group == held_group_ && query_index == held_query_index_;  // as in the last split
     held_b_ = b, held_group_ = group, held_query_index_ = query_index;
     for (int64_t h = 0; h < heads; ++h) {
-      if (!same_queries) scaled_query<T>(s_, b, first + h, q, rows_, query(h));
-      if (!same_queries && t_.dout.data != nullptr) read_queries<T>(t_.dout, b, first + h, q, n_.Dv, rows_, dout(h));
+      if (!same_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, static_cast<T>(s_.scale * kLog2e), query_rows_, query(h));
+      if (!same_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, T(1), query_rows_, dout(h));
       fill<T>(part + h * part_size_, part_size_, T(0));
       fill<T>(part + h * part_size_ + q.lanes * Dvp_, q.lanes, static_cast<T>(-__builtin_inf()));
     }
@@ -120,30 +126,30 @@ class Forward {
   }
 
  private:
-  T* query(int64_t h) { return queries_ + h * Dp_ * kQueries; }
-  T* dout(int64_t h) { return douts_ + (t_.dout.data != nullptr ? h * Dvp_ * kQueries : 0); }
+  E* query(int64_t h) { return queries_ + h * query_size_; }
+  E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
   // What to subtract: exp2(-inf - -inf) would be NaN.
   static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
 
   // One head against one key block.
-  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query,
-              const T* dout, T* part, const Ahead& next_keys) {
+  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query,
+              const E* dout, T* part, const Ahead& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
-      key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
-      value_ = read_keys<T>(p_.value, b, g, k, n_.Dv, values_, kLanes<T>);
+      key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
+      value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
+      value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());
     }
-    score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask,
-                  keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
-                  [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
+    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
+               [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
     if (t_.dout.data != nullptr) {
-      product(value_, Vectors<T>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv, next_keys, [&](int64_t j, int64_t c, Vec<T> dp) {
+      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, [&](int64_t j, int64_t c, Vec<T> dp) {
         const int64_t at = j * q.lanes + c * kLanes<T>;
         store(dmap_ + at, keep == nullptr ? dp : dp * load(keep + at));
       });
@@ -153,7 +159,13 @@ class Forward {
       softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
     }
     if (p_.out == nullptr) return;
-    product(ColumnMajor<T>{scores_, q.lanes}, Vectors<T>{value_.data, value_.stride}, q.count, Dvp_ / kLanes<T>, k.count, next_keys,
+    ColumnMajor<E> weights;
+    if constexpr (kPack<E> == 1) {
+      weights = {scores_, q.lanes};
+    } else {
+      weights = weights_.by_key(k.count, q.lanes);
+    }
+    product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
             [&](int64_t i, int64_t c, Vec<T> sum) {
               T* out = part + i * Dvp_ + c * kLanes<T>;
               store(out, load(out) * rescale[i] + sum);
@@ -179,7 +191,11 @@ class Forward {
       if (mask != nullptr) mbar += p * load(mask + j * q.lanes + lane);
       if (dmap != nullptr) eta += p * load(dmap + j * q.lanes + lane);
       if (keep != nullptr) p *= load(keep + j * q.lanes + lane);
-      store(s, p);
+      if constexpr (kPack<E> == 1) {
+        store(s, p);
+      } else {
+        weights_.put(j * q.lanes + lane, p);
+      }
     }
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
@@ -224,10 +240,12 @@ class Forward {
   const Scores& s_;
   const Sizes& n_;
   const ForwardPlan<T>& plan_;
-  const int64_t Dp_, Dvp_;
+  const int64_t Dvp_;
   const bool wants_mbar_;
-  Buffer<T> queries_;  // [head of the group][D][lanes], scaled
-  Buffer<T> douts_;    // [head of the group][Dv][lanes]
+  const int64_t query_size_, dout_size_;
+  Buffer<E> queries_;  // [head of the group][D][lanes], scaled unless of pairs
+  Buffer<E> douts_;    // [head of the group][Dv][lanes]
+  Buffer<E> query_rows_;
   const int64_t part_size_;
   Buffer<T> part_;     // [head of the group], where there is one split; else one, to merge into
   Buffer<T> scores_;   // [key][lane], then the probabilities
@@ -235,12 +253,15 @@ class Forward {
   Buffer<T> dmap_;     // [key][lane], dA or dP
   Buffer<T> keep_;     // [key][lane], C/(1-p)
   Buffer<T> rows_;
-  Buffer<T> keys_, values_;  // copies of those that cannot be read as they lie
-  RowMajor<T> key_{}, value_{};
+  Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
+  Buffer<E> value_steps_memory_;
+  WeightTile<E> weights_;  // the probabilities as pairs
+  RowMajor<E> key_{}, value_{};
+  Vectors<E> value_steps_{};
   int64_t held_b_ = -1, held_group_ = -1, held_query_index_ = -1;  // whose queries are in queries_
 };
 
-template <class T>
+template <class E, class T>
 inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const Sizes& n = task.params.scores.size;
   const ForwardPlan<T> plan(n);
@@ -249,7 +270,7 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const int64_t per_split = n.B * query_blocks * per_query_block;
   const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
   parallel_for(threads, n.B * plan.groups * query_blocks * plan.splits, 1, [&](int64_t begin, int64_t end) {
-    Forward<T> forward(task, plan);
+    Forward<E> forward(task, plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
       const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
@@ -258,7 +279,7 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   });
   if (plan.splits == 1) return;
   parallel_for(threads, n.B * query_blocks * n.H, 1, [&](int64_t begin, int64_t end) {
-    Forward<T> forward(task, plan);
+    Forward<E> forward(task, plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
       forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
@@ -266,9 +287,9 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   });
 }
 
-template <class T>
+template <class E>
 inline void forward_of(const ForwardParams& params, ParallelFor threads) {
-  forward_pass<T>({.params = params}, threads);
+  forward_pass<E>(ForwardTask<typename SumOf<E>::type>{.params = params}, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL
