@@ -68,20 +68,19 @@ class SoftMaskedAttention(Function):
         out, lse, out_acc, mbar = output
         ctx.mark_non_differentiable(out_acc, mbar)
         ctx.set_materialize_grads(False)
-        # out_acc was asked for and is not empty: out was rounded
+        # out_acc was asked for and has another dtype: out was rounded
         unrounded = out_acc if save_out and out_acc.dtype != out.dtype else out
         ctx.save_for_backward(*tensors, unrounded, lse, mbar)
         ctx.call = (scale, dropout_p, allow_tf32)
         ctx.backend = backend
-        ctx.out_dtype = out.dtype
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 14
-        query, key, value, mask, mask_logits, alpha, *_rest, out, _lse, _mbar = saved = ctx.saved_tensors
+        query, _, value, _, mask_logits, *_ = saved = ctx.saved_tensors
         if dout is None:
-            dout = out.new_zeros((), dtype=ctx.out_dtype).expand(out.shape)
+            dout = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4], wanted[5]]
         dquery, dkey, dvalue, dmask, dalpha = call(_AttentionBackward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)

@@ -6,11 +6,13 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
-// What forward works on. For the attention map's backward it also takes means under P of dA, as it does of M: eta of (10).
+// What forward works on. It also takes means under P, as it does of M: of dA for the attention map's backward, eta of (10), or of dP where
+// backward is to have delta of (5) without the output.
 template <class T>
 struct ForwardTask {
   ForwardParams params;
-  Tensor4 dmap{};    // [B, 1, Nq, Nk]
+  Tensor4 dmap{};    // [B, 1, Nq, Nk], dA
+  Tensor4 dout{};    // [B, H, Nq, Dv], what dP is made of; one of the two where there is eta
   T* eta = nullptr;  // [B, H, Nq]
 };
 
@@ -48,13 +50,14 @@ class Forward {
         Dvp_(round_up(n_.Dv, kLanes<T>)),
         wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr),
         queries_(plan.group_heads * Dp_ * kQueries),
+        douts_(task.dout.data != nullptr ? plan.group_heads * Dvp_ * kQueries : 0),
         part_size_(plan.part_size(n_)),
         part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_),
         scores_(kKeys * kQueries),
         mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
         keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(kQueries * larger_of(kKeys, Dp_)),
+        rows_(kQueries * larger_of(kKeys, larger_of(Dp_, task.dout.data != nullptr ? Dvp_ : 0))),
         keys_(kKeys * Dp_),
         values_(kKeys * Dvp_) {}
 
@@ -67,6 +70,7 @@ class Forward {
     held_b_ = b, held_group_ = group, held_query_index_ = query_index;
     for (int64_t h = 0; h < heads; ++h) {
       if (!same_queries) scaled_query<T>(s_, b, first + h, q, rows_, query(h));
+      if (!same_queries && t_.dout.data != nullptr) read_queries<T>(t_.dout, b, first + h, q, n_.Dv, rows_, dout(h));
       fill<T>(part + h * part_size_, part_size_, T(0));
       fill<T>(part + h * part_size_ + q.lanes * Dvp_, q.lanes, static_cast<T>(-__builtin_inf()));
     }
@@ -75,7 +79,7 @@ class Forward {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
       if (k.attended == 0) continue;
       const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
-      if (t_.eta != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
+      if (t_.dmap.data != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
         const bool another = h == 0 || s_.mask_size[1] > 1;
         if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
@@ -83,7 +87,7 @@ class Forward {
         const bool last = h == heads - 1;
         const Ahead next =
             keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
-        attend(b, first + h, q, k, mask, same_keys, query(h), part + h * part_size_, next);
+        attend(b, first + h, q, k, mask, same_keys, query(h), dout(h), part + h * part_size_, next);
       }
     }
     for (int64_t h = 0; plan_.splits == 1 && h < heads; ++h) write(b, first + h, q, part + h * part_size_);
@@ -117,13 +121,14 @@ class Forward {
 
  private:
   T* query(int64_t h) { return queries_ + h * Dp_ * kQueries; }
+  T* dout(int64_t h) { return douts_ + (t_.dout.data != nullptr ? h * Dvp_ * kQueries : 0); }
 
   // What to subtract: exp2(-inf - -inf) would be NaN.
   static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
 
   // One head against one key block.
-  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query, T* part,
-              const Ahead& next_keys) {
+  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query,
+              const T* dout, T* part, const Ahead& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
@@ -137,10 +142,17 @@ class Forward {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
+    if (t_.dout.data != nullptr) {
+      product(value_, Vectors<T>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv, next_keys, [&](int64_t j, int64_t c, Vec<T> dp) {
+        const int64_t at = j * q.lanes + c * kLanes<T>;
+        store(dmap_ + at, keep == nullptr ? dp : dp * load(keep + at));
+      });
+    }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
     }
+    if (p_.out == nullptr) return;
     product(ColumnMajor<T>{scores_, q.lanes}, Vectors<T>{value_.data, value_.stride}, q.count, Dvp_ / kLanes<T>, k.count, next_keys,
             [&](int64_t i, int64_t c, Vec<T> sum) {
               T* out = part + i * Dvp_ + c * kLanes<T>;
@@ -215,11 +227,12 @@ class Forward {
   const int64_t Dp_, Dvp_;
   const bool wants_mbar_;
   Buffer<T> queries_;  // [head of the group][D][lanes], scaled
+  Buffer<T> douts_;    // [head of the group][Dv][lanes]
   const int64_t part_size_;
   Buffer<T> part_;     // [head of the group], where there is one split; else one, to merge into
   Buffer<T> scores_;   // [key][lane], then the probabilities
   Buffer<T> mask_;     // [key][lane]
-  Buffer<T> dmap_;     // [key][lane]
+  Buffer<T> dmap_;     // [key][lane], dA or dP
   Buffer<T> keep_;     // [key][lane], C/(1-p)
   Buffer<T> rows_;
   Buffer<T> keys_, values_;  // copies of those that cannot be read as they lie
