@@ -58,7 +58,7 @@ def queries_kept_unrounded(problem: Problem) -> int:
     """How many queries' outputs forward also leaves unrounded where `out` is rounded: all, or none where those would be too large.
 
     All where a quarter of the inputs and 4 MiB hold them; else backward sums delta as P*dP, (5). Written without a comparison, which for
-    symbolic sizes would be a guard: one compiled graph serves both.
+    symbolic sizes would be a guard, and that would forbid torch.export its dynamic lengths; torch.compile makes one graph for each case.
     """
     t = problem
     return t.Nq * torch.sym_min(1, (t.bytes_of_inputs() // 4 + (4 << 20)) // torch.sym_max(1, t.bytes_kept()))

@@ -33,7 +33,7 @@ CALLS = {
     "half, no mask, one batch and kv head": Call(1, 256, 1024, 1100, 64, dtype="float16", mask=None, Hkv=1),
     "half, key-only mask, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, False, False), Hkv=1),
     "half, key-only mask a head, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
-    "half, key-only mask a head for the batch, grouped heads": Call(4, 32, 130, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
+    "half, key-only mask a head for the batch, grouped": Call(4, 32, 130, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
     "half, one mask for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
     "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
 }
