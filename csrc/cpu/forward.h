@@ -139,7 +139,6 @@ class Forward {
     if (!same_keys) {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
-      value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());
     }
     score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
                [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
@@ -159,6 +158,7 @@ class Forward {
       softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
     }
     if (p_.out == nullptr) return;
+    if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
     ColumnMajor<E> weights;
     if constexpr (kPack<E> == 1) {
       weights = {scores_, q.lanes};
