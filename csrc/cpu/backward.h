@@ -157,7 +157,7 @@ class Backward {
   // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.
   bool stored_directly(const Pair& pair, const KeyBlock& k) const {
     return plan_.outer_keys && plan_.inner_blocks() == 1 && pair.first_of_kv && pair.last_of_kv && k.attended == k.count &&
-           t_.scores.dtype == DTypeOf<T>::value && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
+           t_.scores.dtype == kStored<E> && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
   static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
   // Where queries are few their tiles are kept for all pairs.
@@ -181,13 +181,15 @@ class Backward {
     }
     const bool tile = plan_.tile_dmask, direct = stored_directly(pair, k_);
     const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
-    T* dkey = direct ? static_cast<T*>(t_.dkey) + row * n_.D : dkv;
+    const int64_t bytes = bytes_of(t_.scores.dtype);
+    void* dkey = direct ? static_cast<char*>(t_.dkey) + row * n_.D * bytes : static_cast<void*>(dkv);
     T* dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0);
     if (tile && pair.first_of_mask && !begins_dmask_) {
       const QueryBlock q = query_block(plan_.blocking, qb);
       copy<T>(parts_.dmask_total + plan_.dmask_tile(pair.h, q, k_), k_.count * q.lanes, dmask);
     }
-    T* dvalue = direct ? static_cast<T*>(t_.dvalue) + row * n_.Dv : dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
+    T* own_dvalue = dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
+    void* dvalue = direct ? static_cast<char*>(t_.dvalue) + row * n_.Dv * bytes : static_cast<void*>(own_dvalue);
     return {.dquery = t_.dquery != nullptr ? dquery : nullptr,
             .dkey = t_.dkey != nullptr ? dkey : nullptr,
             .dvalue = t_.dvalue != nullptr ? dvalue : nullptr,

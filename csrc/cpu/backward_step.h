@@ -12,8 +12,8 @@ constexpr int kChains = 8;
 template <class T>
 struct Sums {
   T* dquery;  // [lane][D up to whole vectors], without scale
-  T* dkey;    // [key][D up to whole vectors]
-  T* dvalue;  // [key][Dv up to whole vectors]
+  void* dkey;    // of T, [key][D up to whole vectors]
+  void* dvalue;  // of T, [key][Dv up to whole vectors]
   bool dkv_is_new;  // nothing there yet to add to
   bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
   T* dmask;   // [key][lane]
@@ -167,12 +167,13 @@ class BackwardStep {
 
   // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Sums<T>& sums,
-                T* sum) {
+                void* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), Ahead{}, [&](int64_t j, int64_t c, Vec<T> x) {
-      T* to = sum + j * stride + c * kLanes<T>;
+      const int64_t at = j * stride + c * kLanes<T>;
       if constexpr (kPack<E> > 1) x *= factor;
-      if (sums.dkv_is_final) return stream(to, x);
+      if (sums.dkv_is_final) return stream_at<E>(sum, at, x);
+      T* to = static_cast<T*>(sum) + at;
       store(to, sums.dkv_is_new ? x : load(to) + x);
     });
   }

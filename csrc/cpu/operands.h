@@ -33,6 +33,9 @@ inline void copy_rows(const Strided& from, int64_t rows, int64_t columns, E* to)
 }
 
 #if defined(__AVX512BF16__)
+// To nearest, ties to even; subnormals to 0.
+inline __m256i rounded(Vec<float> x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+
 // Numbers [column, column + kLanes) of two rows, the second maybe absent (null, then 0), as pairs.
 inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column) {
   alignas(64) static constexpr int16_t kInTurn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -41,8 +44,9 @@ inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* s
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const BFloat16*>(row) + column));
   };
   const __m256i below = second == nullptr ? _mm256_setzero_si256() : numbers(second);
-  const __m512i both = _mm512_inserti64x4(_mm512_zextsi256_si512(numbers(first)), below, 1);
-  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kInTurn), both);  // maskz: gcc 12 warns inside the plain form
+  // the masked forms, because gcc 12 warns inside the plain ones
+  const __m512i both = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(numbers(first)), 0xf0, below);
+  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kInTurn), both);
 }
 #else
 Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);  // nobody calls it
@@ -63,6 +67,19 @@ inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* t
   }
 }
 
+// The dtype of tensors of elements E, and a vector of sums stored in one past the caches, from number `at` on.
+template <class E>
+constexpr DType kStored = DTypeOf<E>::value;
+template <>
+constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
+template <class E>
+inline void stream_at(void* numbers, int64_t at, Sum<E> x) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPack<E> > 1) return _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<BFloat16*>(numbers) + at), rounded(x));
+#endif
+  if constexpr (kPack<E> == 1) stream(static_cast<E*>(numbers) + at, x);
+}
+
 // A tile [key][lane] of P or dS.
 template <class E>
 class WeightTile {
@@ -71,8 +88,8 @@ class WeightTile {
 
   void put(int64_t at, Sum<E> x) {
 #if defined(__AVX512BF16__)
-    if constexpr (kPack<E> == 2) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile_.get()) + at), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    if constexpr (kPack<E> > 1) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile_.get()) + at), rounded(x));
       return;
     }
 #endif
