@@ -65,7 +65,7 @@ class Forward {
         keys_(kKeys * row_elements<E>(n_.D)),
         values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
-        weights_(kPack<E> > 1 ? kKeys * kQueries : 0) {}
+        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -163,7 +163,7 @@ class Forward {
     if constexpr (kPack<E> == 1) {
       weights = {scores_, q.lanes};
     } else {
-      weights = weights_.by_key(k.count, q.lanes);
+      weights = {weights_, q.lanes};
     }
     product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
             [&](int64_t i, int64_t c, Vec<T> sum) {
@@ -177,24 +177,29 @@ class Forward {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
     const Vec<T> before = load(rows + lane);
     Vec<T> chain[kChains] = {before, before, before, before};
-    for (int64_t j = 0; j < k.count; j += kChains) {
+    int64_t row = 0;
+    for (; row + kChains <= k.count; row += kChains) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) chain[c] = larger(chain[c], load(scores_ + smaller_of(j + c, k.count - 1) * q.lanes + lane));
+      for (int c = 0; c < kChains; ++c) chain[c] = larger(chain[c], load(scores_ + (row + c) * q.lanes + lane));
     }
+    for (; row < k.count; ++row) chain[0] = larger(chain[0], load(scores_ + row * q.lanes + lane));
     const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
     const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
     Vec<T> sum{}, mbar{}, eta{};
-    for (int64_t j = 0; j < k.count; ++j) {
-      T* s = scores_ + j * q.lanes + lane;
-      Vec<T> p = exp2<T>(load(s) - subtracted);
+    const auto weight = [&](int64_t j) {
+      const int64_t at = j * q.lanes + lane;
+      const Vec<T> p = exp2<T>(load(scores_ + at) - subtracted);
       sum += p;
-      if (mask != nullptr) mbar += p * load(mask + j * q.lanes + lane);
-      if (dmap != nullptr) eta += p * load(dmap + j * q.lanes + lane);
-      if (keep != nullptr) p *= load(keep + j * q.lanes + lane);
+      if (mask != nullptr) mbar += p * load(mask + at);
+      if (dmap != nullptr) eta += p * load(dmap + at);
+      return keep != nullptr ? p * load(keep + at) : p;
+    };
+    for (int64_t j = 0; j < k.count; j += kPack<E>) {
       if constexpr (kPack<E> == 1) {
-        store(s, p);
+        store(scores_ + j * q.lanes + lane, weight(j));
       } else {
-        weights_.put(j * q.lanes + lane, p);
+        const Vec<T> first = weight(j), second = j + 1 < k.count ? weight(j + 1) : Vec<T>{};
+        store(weights_ + j / 2 * q.lanes + lane, paired(first, second));
       }
     }
     const Vec<T> factor = exp2<T>(before - subtracted);
@@ -248,14 +253,14 @@ class Forward {
   Buffer<E> query_rows_;
   const int64_t part_size_;
   Buffer<T> part_;     // [head of the group], where there is one split; else one, to merge into
-  Buffer<T> scores_;   // [key][lane], then the probabilities
+  Buffer<T> scores_;   // [key][lane], then the probabilities, unless of pairs
   Buffer<T> mask_;     // [key][lane]
   Buffer<T> dmap_;     // [key][lane], dA or dP
   Buffer<T> keep_;     // [key][lane], C/(1-p)
   Buffer<T> rows_;
   Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
   Buffer<E> value_steps_memory_;
-  WeightTile<E> weights_;  // the probabilities as pairs
+  Buffer<E> weights_;  // the probabilities as pairs of keys
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
   int64_t held_b_ = -1, held_group_ = -1, held_query_index_ = -1;  // whose queries are in queries_

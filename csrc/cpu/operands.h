@@ -36,20 +36,26 @@ inline void copy_rows(const Strided& from, int64_t rows, int64_t columns, E* to)
 // To nearest, ties to even; subnormals to 0.
 inline __m256i rounded(Vec<float> x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
-// Numbers [column, column + kLanes) of two rows, the second maybe absent (null, then 0), as pairs.
+// Two rows of numbers, one in each half, as pairs. The masked form, because gcc 12 warns inside the plain one.
+inline Vec<BFloat16Pair> in_turn(__m512i rows) {
+  alignas(64) static constexpr int16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kOrder), rows);
+}
+inline Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second) {
+  return in_turn((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+// Numbers [column, column + kLanes) of two rows, the second maybe absent (null, then 0).
 inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column) {
-  alignas(64) static constexpr int16_t kInTurn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const auto numbers = [column](const BFloat16Pair* row) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const BFloat16*>(row) + column));
   };
   const __m256i below = second == nullptr ? _mm256_setzero_si256() : numbers(second);
-  // the masked forms, because gcc 12 warns inside the plain ones
-  const __m512i both = _mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(numbers(first)), 0xf0, below);
-  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kInTurn), both);
+  return in_turn(_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(numbers(first)), 0xf0, below));
 }
-#else
-Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);  // nobody calls it
+#else  // nobody calls them
+Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second);
+Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);
 #endif
 
 // Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`.
