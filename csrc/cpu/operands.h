@@ -41,8 +41,9 @@ inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* s
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const BFloat16*>(row) + column));
   };
   const __m256i below = second == nullptr ? _mm256_setzero_si256() : numbers(second);
-  const __m512i both = _mm512_inserti64x4(_mm512_zextsi256_si512(numbers(first)), below, 1);
-  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kInTurn), both);  // maskz: gcc 12 warns inside the plain form
+  const __m512i both = _mm512_mask_broadcast_i64x4(_mm512_maskz_broadcast_i64x4(0xff, numbers(first)), 0xf0, below);
+  // the maskz forms, because gcc 12 warns inside the plain ones
+  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kInTurn), both);
 }
 #else
 Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);  // nobody calls it
