@@ -37,8 +37,9 @@ def test_the_kernels_offered_are_those_of_the_processor():
     expected = ["baseline"]
     if platform.machine() == "x86_64":
         flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
-        needed = {"avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}}
-        expected = [name for name in ("avx512", "avx2") if needed[name] <= flags] + expected
+        avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+        needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
+        expected = [name for name in ("avx512bf16", "avx512", "avx2") if needed[name] <= flags] + expected
     assert expected == KERNELS
 
 
