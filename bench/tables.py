@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from rows import MATMUL, Row
+from rows import COLD, MATMUL, Row
 
 DISTURBED = 1.2
-Key = tuple[str, str, str, str]  # workload, dtype, mask, direction
+
+
+class Key(NamedTuple):
+    """What the contestants of a cell had in common."""
+
+    workload: str
+    dtype: str
+    mask: str
+    cache: str
+    direction: str
+
+    @property
+    def inputs(self) -> str:
+        """All but the direction, in words."""
+        return f"{self.workload} {self.dtype} {self.mask}" + (", cold cache" if self.cache == COLD else "")
 
 
 class Duel(NamedTuple):
@@ -30,7 +44,7 @@ def cells(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     table: dict[Key, list[Row]] = {}
     for row in rows:
         if row.workload != MATMUL and row.median_ms is not None:
-            table.setdefault((row.workload, row.dtype, row.mask, row.direction), []).append(row)
+            table.setdefault(Key(row.workload, row.dtype, row.mask, row.cache, row.direction), []).append(row)
     return table
 
 
