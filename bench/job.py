@@ -108,10 +108,11 @@ def available_backends(device: str) -> list[str]:
 
 def describe_device(device: str) -> str:
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_devicename_of(device)
+        return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def describe_commit() -> str:
@@ -121,7 +122,7 @@ def describe_commit() -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -17,7 +17,7 @@ SCORE_TENSORS = {FORWARD: 4, BOTH: 7}  # what a contestant that holds them may h
 
 def measure(job: Job, cells: list[Cell], contestants: list[Contestant]) -> None:
     """Every contestant in every cell, and torch.mm around each cell: its spread says how quiet the machine was."""
-    matmuls = {dtype: _matmul(dtype, job.device) for dtype in {cell.dtype: None for cell in cells}}
+    matmuls = {dtype: matmul_call(dtype, job.device) for dtype in {cell.dtype: None for cell in cells}}
     calibration: dict[torch.dtype, list[float]] = {dtype: [] for dtype in matmuls}
     with tqdm(total=len(cells) * len(contestants), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
         for cell in cells:
@@ -75,7 +75,7 @@ def why_not(contestant: Contestant, cell: Cell) -> str | None:
     return None
 
 
-def _matmul(dtype: torch.dtype, device: str) -> Callable[[], object]:
+def matmul_call(dtype: torch.dtype, device: str) -> Callable[[], object]:
     a = torch.randn(SIDE, SIDE, device=device).to(dtype)
     out = torch.mm(a, a)
     return lambda: torch.mm(a, a, out=out)

@@ -14,6 +14,7 @@ from job import Job, default_backend
 from measure import measure
 from peers import PEERS, ours
 from rows import BOTH, Row, read, write
+from tables import calibration, contestants, markdown
 
 from smattn.testing import Workload
 
@@ -29,8 +30,7 @@ def sweep(device: str, dtype: torch.dtype) -> list[Cell]:
 
 def write_report(path: Path) -> Path:
     """Write FILE.md and FILE.png for FILE.jsonl."""
-    from report import calibration, memory_body, skipped, time_body
-    from tables import contestants, markdown
+    from report import memory_body, skipped, time_body
 
     rows = read(path)
     about, names = rows[0], contestants(rows)

@@ -10,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rows import COLD, MATMUL, OURS, WARM, Row, read
-from tables import DISTURBED, Key, cells, contestants, disturbed, duels, markdown, mib, ms
+from rows import COLD, OURS, WARM, Row, read
+from tables import Key, calibration, cells, contestants, disturbed, duels, markdown, mib, ms
 
 from smattn.testing import WORKLOADS
 
@@ -121,19 +121,6 @@ def error_body(rows: list[Row]) -> list[list[str]]:
             line.append(f"{t['error'][0]:.0e} / {t['plain'][0]:.0e}, {share:.0%}")
         body.append([f"{' '.join(key)}, {' '.join(map(str, e['shape']))}", *line])
     return body
-
-
-def calibration(rows: list[Row]) -> str:
-    """How fast, and how steady, torch.mm was during the run."""
-    lines = []
-    for row in (row for row in rows if row.workload == MATMUL and row.median_ms):
-        low, rate, high = (row.flops / time / 1e6 for time in (row.p90, row.median_ms, row.p10) if time)
-        lines.append(
-            f"torch.mm, {row.dtype}, 2048³, in the same run: {rate:.0f} GFLOP/s (10th to 90th percentile {low:.0f} to {high:.0f})."
-        )
-    if disturbed(rows):
-        lines.append(f"† torch.mm was over {DISTURBED} times slower around this cell than at its best: something else had the machine.")
-    return "\n".join(lines)
 
 
 def skipped(rows: list[Row]) -> str:

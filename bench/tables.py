@@ -82,6 +82,19 @@ def disturbed(rows: list[Row]) -> set[Key]:
     return {key for key, group in cells(rows).items() for row in group if row.matmul_ms and row.matmul_ms > DISTURBED * best[row.dtype]}
 
 
+def calibration(rows: list[Row]) -> str:
+    """How fast, and how steady, torch.mm was during the run."""
+    lines = []
+    for row in (row for row in rows if row.workload == MATMUL and row.median_ms):
+        low, rate, high = (row.flops / time / 1e6 for time in (row.p90, row.median_ms, row.p10) if time)
+        lines.append(
+            f"torch.mm, {row.dtype}, 2048³, in the same run: {rate:.0f} GFLOP/s (10th to 90th percentile {low:.0f} to {high:.0f})."
+        )
+    if disturbed(rows):
+        lines.append(f"† torch.mm was over {DISTURBED} times slower around this cell than at its best: something else had the machine.")
+    return "\n".join(lines)
+
+
 def contestants(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row.backend for group in cells(rows).values() for row in group))
 

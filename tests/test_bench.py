@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+import brgemm  # noqa: E402
 import harness  # noqa: E402
 import job as bench_job  # noqa: E402
 import measure  # noqa: E402
@@ -215,6 +217,30 @@ def test_the_sweep_over_keys_becomes_a_plot_a_report_and_a_line_of_the_readme(tm
     ours = next(row for row in job.rows if row.ours and row.shape[2:4] == (3, 64))
     assert f"3 queries and 64 keys: {ours.median_ms:.3g} ms" in text and "](bench/results/a-nk-sweep.png)" in text
     assert readme_figures.files_shown(text) == ["bench/results/a-nk-sweep.jsonl"]
+
+
+def test_tiles_become_rows_and_a_table(tmp_path):
+    job = bench_job.Job("cpu", 0.01, "python bench/brgemm.py")
+    for tile in brgemm.TILES:
+        for name, taken in ((brgemm.PRODUCT, [2.0, 2.0]), (brgemm.BRGEMM, [3.0, 3.0])):
+            job.rows.append(brgemm.row(job, tile, torch.float32, name, taken))
+    rows.write(job.rows, tmp_path / "brgemm.jsonl")
+    lines = brgemm.write_report(tmp_path / "brgemm.jsonl").read_text().splitlines()
+    assert sum(line.endswith("| 1.50 |") for line in lines) == len(brgemm.TILES)
+
+
+def test_a_tile_that_is_not_computed_is_noticed_before_it_is_timed():
+    idle = SimpleNamespace(ours_float32=lambda *args: None, brgemm_float32=lambda *args: None)
+    with pytest.raises(AssertionError, match=brgemm.PRODUCT):
+        brgemm.calls(idle, brgemm.TILES[0], torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512" not in peers.cpu_kernels(), reason="the tiles are those of AVX-512")
+def test_both_contestants_compute_every_tile(tmp_path):
+    library = brgemm.build(str(tmp_path))
+    for tile in brgemm.TILES:
+        assert list(brgemm.calls(library, tile, torch.float32)) == [brgemm.PRODUCT, brgemm.BRGEMM], "checked inside"
 
 
 def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
