@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/smattn.stamp
 PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm64`
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test test-all bench-full lint aot sanitize arm64 clean
+.PHONY: bench test test-all bench-readme bench-full lint aot sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python bench/run.py
@@ -18,8 +18,17 @@ test: $(INSTALLED)  ## the fast tier
 test-all: $(INSTALLED)
 	$(BIN)/pytest
 
-bench-full: $(INSTALLED)
+bench-readme: $(INSTALLED)  ## every measurement that README.md shows, and README.md from them: a quarter of an hour on a quiet machine
+	touch $(VENV)/began
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py --dtypes bfloat16
+	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python bench/run.py --kernels avx2
+	$(BIN)/python bench/nk_sweep.py
+	$(BIN)/python bench/readme_figures.py $$(find bench/results -name '*.jsonl' -newer $(VENV)/began | xargs ls -tr)
+
+bench-full: bench-readme  ## those, every named workload, and the products tile by tile
 	$(BIN)/python bench/run.py --full
+	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python bench/brgemm.py
 
 lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow the map kernels/ -> smattn.kernels
 	$(BIN)/ruff check .

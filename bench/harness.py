@@ -2,7 +2,8 @@
 
 Time. Every contestant is called in turn, round after round, after a warm-up of its own, so that a disturbance of the machine meets them
 all. A contestant stays in the rounds until it has used its time budget, and for MIN_REPS calls at least, or SLOW_REPS when those already
-take three budgets. No sample is dropped.
+take three budgets. No sample is dropped. With cold caches the device reads, before each call and outside its time, a buffer that is
+FLUSH times as large as its largest cache; that is part of the budget.
 
 Memory. What the process grows by at its highest point during one call, less the outputs and gradients the call returns: whatever a call
 needs besides its inputs and results, scratch that it keeps for the next call included. On a GPU that is torch.cuda.max_memory_allocated.
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from peers import Attend, Contestant
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from smattn.testing import Case, Workload, make_case
 
+FLUSH = 8
 SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
 WARM_UP_SECONDS = 1.0  # a warm-up is two calls, or one that took this long
 Step = Callable[[], tuple[Tensor, ...]]
@@ -43,6 +46,7 @@ class Cell:
     dtype: torch.dtype
     device: str
     direction: str
+    also_cold: bool = False  # timed with warm caches, then with cold ones
 
     def case(self) -> Case:
         w = self.workload
@@ -126,14 +130,33 @@ def warm_up(call: Callable[[], object], device: str) -> None:
         call()
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`."""
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], device: str, seconds: float, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`; before each, `before`."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    used = dict.fromkeys(calls, 0.0)  # ms
     gc.collect()
-    while running := [name for name, taken in samples.items() if _goes_on(len(taken), sum(taken) / 1e3, seconds)]:
+    while running := [name for name, taken in samples.items() if _goes_on(len(taken), used[name] / 1e3, seconds)]:
         for name in running:
+            used[name] += once(before, device) if before else 0.0
             samples[name].append(once(calls[name], device))
+            used[name] += samples[name][-1]
     return samples
+
+
+def cache_flush(device: str) -> Callable[[], object]:
+    """A call after which the device's caches hold nothing from before it."""
+    buffer = torch.ones(FLUSH * largest_cache(device) // 4, device=device)
+    return buffer.sum
+
+
+def largest_cache(device: str) -> int:
+    """Bytes; of a CPU those that one core reaches."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[size[-1]] for size in sizes), default=2**26)  # where it is not told
 
 
 def _goes_on(reps: int, used: float, seconds: float) -> bool:
