@@ -161,6 +161,8 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: boo
             _refuse(name, f"query's dtype {query.dtype}", str(tensor.dtype))
         if tensor.shape[1] < 1 or tensor.shape[3] < 1:
             _refuse(name, "at least one head and a head size of at least 1", f"shape {_shape(tensor)}")
+    if not isinstance(enable_gqa, bool):
+        _wrong_type("enable_gqa", "a bool", enable_gqa)
     B, H, _, D = query.shape
     Hkv = key.shape[1]
     if key.shape[0] != B or key.shape[3] != D:
@@ -197,11 +199,15 @@ def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor
             _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
     elif isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
         _wrong_type("alpha", "a float or a tensor", alpha)
+    elif abs(alpha) > torch.finfo(acc_dtype(query.dtype)).max:
+        _refuse("alpha", f"a number that {acc_dtype(query.dtype)} can hold", str(alpha))
 
 
 def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         _wrong_type(name, "a torch.Tensor", tensor)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        _refuse(name, "a dense tensor", "a nested one" if tensor.is_nested else str(tensor.layout))
     if tensor.device != query.device:
         _refuse(name, f"query's device {query.device}", str(tensor.device))
     return tensor
