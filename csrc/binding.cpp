@@ -138,7 +138,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 }
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
-              const Optional& alpha, const Optional& padding, const Optional& seed, const Tensor& out, const Tensor& lse, const Optional& mbar,
+              const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out, const Tensor& lse, const Optional& mbar,
               double scale, double p, const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask,
               const Optional& dalpha) {
   smattn::BackwardParams g{};
@@ -148,7 +148,7 @@ void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, con
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   const ScalarType acc = accumulator_of(query), dtype = query.scalar_type();
   g.dout = read(dout, "dout", {B, H, Nq, Dv});
-  g.out = read(out, "out", {B, H, Nq, Dv});
+  if (out.has_value()) g.out = read(*out, "out", {B, H, Nq, Dv});
   g.lse = contiguous(lse, "lse", acc, {B, H, Nq});
   g.dlse = contiguous(dlse, "dlse", acc, {B, H, Nq});
   g.mbar = contiguous(mbar, "mbar", acc, {B, H, Nq});
@@ -242,7 +242,7 @@ STABLE_TORCH_LIBRARY(smattn_native, library) {
               "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, "
               "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()");
   library.def("backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK
-              "Tensor? key_padding_mask, Tensor? seed, Tensor out, Tensor lse, Tensor? mbar, float scale, float dropout_p, "
+              "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, "
               "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()");
   library.def("attention_map(" SMATTN_SCORES SMATTN_MASK
               "Tensor head_weights, Tensor? key_padding_mask, float scale, Tensor(a!) map, Tensor(b!) lse) -> ()");

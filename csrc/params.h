@@ -63,7 +63,7 @@ struct BackwardParams {
   Tensor4 value;              // [B, Hkv, Nk, Dv]
   Dropout dropout;
   Tensor4 dout;               // [B, H, Nq, Dv]
-  Tensor4 out;                // [B, H, Nq, Dv] unrounded if it was saved
+  Tensor4 out;                // [B, H, Nq, Dv] unrounded; data null: delta (5) is summed as P*dP
   const void* lse;            // [B, H, Nq] acc, contiguous
   const void* dlse;           // [B, H, Nq] acc, contiguous; null when lse was not used
   const void* mbar;           // [B, H, Nq] acc, contiguous; read for dalpha

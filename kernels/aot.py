@@ -47,6 +47,7 @@ class Variant(NamedTuple):
     group: int = 1
     dlse: bool = False
     tf32: bool = False
+    keep_out: bool = True  # unrounded, for delta
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
 
@@ -58,6 +59,8 @@ OTHERS = (
     Variant("mask per head", mask=(2, 2, 2), dropout=True),
     Variant("mask per head, shared by the batch", mask=(1, 2, 2), group=2),
     Variant("key-only mask", mask=(2, 1, 1), padding=True, dlse=True),
+    Variant("key-only mask a head for the batch", mask=(1, 2, 1), group=2),
+    Variant("no unrounded output", keep_out=False, dropout=True, padding=True, dlse=True),
     Variant("mask and alpha only", needs=(False, False, False, True, True)),
     Variant("alpha only", needs=(False, False, False, False, True)),
     Variant("query only", needs=(True, False, False, False, False)),
@@ -143,9 +146,10 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
     recorder = launch.Recorder(job.arch)
     launch.record(recorder)
     try:
-        out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=True, save_mbar=True)
+        out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out, save_mbar=True)
+        unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
         dlse = torch.empty_like(lse) if v.dlse else None
-        backend.backward(problem, query, dlse, *rest, out_acc if out_acc.numel() else out, lse, mbar, v.needs)
+        backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
     finally:
         launch.record(None)
     return recorder.launches

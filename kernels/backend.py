@@ -12,6 +12,7 @@ from torch import Tensor
 from ..problem import Problem
 from . import (
     backward_delta,
+    backward_delta_sweep,
     backward_dkdv,
     backward_dmask,
     backward_dq,
@@ -90,12 +91,15 @@ def backward(
     alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     mbar: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
-    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed."""
+    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed.
+
+    out: unrounded; without it delta is summed as P*dP.
+    """
     inputs = Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed)
     wanted = zip((query, key, value, mask, alpha), needs, strict=True)
     empty = problem.B == 0 or problem.Nq == 0 or problem.Nk == 0
@@ -105,26 +109,30 @@ def backward(
     )
     if empty or not any(needs):
         return dquery, dkey, dvalue, dmask, dalpha
-    few = backward_few_queries.serves(inputs, dmask is not None)
-    key_only = dmask is not None and dmask.shape[2] == 1  # then dM is a by-product of dK and dV
+    few = backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask])
+    key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(problem)  # then dM is a by-product of dK and dV
     dmask_pass = dmask is not None and not few and not key_only
 
     counts = 0, 0
     if dalpha is not None:
         home = backward_few_queries if few else backward_dmask if dmask_pass else backward_dq
-        counts = backward_delta.partials(problem.Nq) if dlse is not None else 0, home.partials(inputs)
+        delta_rows = backward_delta_sweep.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
+        counts = delta_rows if dlse is not None else 0, home.partials(inputs)
     dalpha_rows, dalpha_tiles = (inputs.accumulator(n, problem.B, problem.H) if n else None for n in counts)
 
     rows = inputs.accumulator(*lse.shape, 2)
-    backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
+    if out is None:
+        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, rows, dalpha_rows)
+    else:
+        backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
     if few:
         backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha_tiles)
     else:
-        dmask_rows = inputs.accumulator(problem.B, problem.H, problem.Nk) if key_only else None
+        dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
         if dkey is not None or dvalue is not None or key_only:
             backward_dkdv.run(inputs, dout, rows, dkey, dvalue, dmask_rows)
-        if dmask is not None and dmask_rows is not None:
-            dmask.copy_(dmask_rows[:, :, None].sum_to_size(dmask.shape))
+        if dmask is not None and dmask_rows is not None and dmask_rows.shape != dmask.shape:
+            dmask.copy_(dmask_rows.sum_to_size(dmask.shape))
         if dmask is not None and dmask_pass:
             backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
         if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
@@ -135,3 +143,15 @@ def backward(
             # apart: more terms in the sum above would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
             dalpha += dalpha_rows.sum((0, 1))
     return dquery, dkey, dvalue, dmask, dalpha
+
+
+def _each_head_over_the_batch(problem: Problem) -> bool:
+    """Whether dM has heads, several to a kv head, but is summed over the batch: rows of each (batch, head) may then outweigh all inputs."""
+    return problem.mask_shape is not None and problem.mask_shape[0] < problem.B and problem.mask_shape[1] > problem.Hkv
+
+
+def _dmask_rows(inputs: Inputs, dmask: Tensor) -> Tensor:
+    """Where dK and dV's pass leaves a key-only mask's gradient: dM itself (B, H|1, 1, Nk) where it sums no further, else in float32."""
+    t = inputs.problem
+    shape = (t.B, t.H if dmask.shape[1] > 1 else t.Hkv, 1, t.Nk)
+    return dmask if dmask.shape == shape else inputs.accumulator(*shape)

@@ -1,7 +1,7 @@
 """dK and dV with many queries: one program per (batch, kv head, key block) goes over the queries of its group's heads, reference.py (7).
 
 Tiles are transposed, [BLOCK_N, BLOCK_M], which is how the products want them. The gradient of a mask that broadcasts over queries is a sum
-over the columns of these tiles: a row of partials per head.
+over the columns of these tiles: a row per head, or per kv head where M has no heads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _dkdv_kernel(
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, MASK_PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -56,11 +56,11 @@ def _dkdv_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dm = tl.zeros([BLOCK_N], tl.float32)
     for r in range(0, GROUP):
         h = (g * GROUP + r).to(tl.int64)
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-        dm = tl.zeros([BLOCK_N], tl.float32)
         for start_m in range(0, Nq, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q, do, lse_log2, delta = load_queries(
@@ -79,9 +79,12 @@ def _dkdv_kernel(
             if NEED_DK:
                 dk = dot(ds.to(q.dtype), q, dk, ALLOW_TF32)
             if NEED_DMASK:
-                dm += tl.sum(ds, 1)
-        if NEED_DMASK:
-            tl.store(dmask_ptr + bh * Nk + offs_n, tl.where(live, alpha * dm, 0.0), mask=offs_n < Nk)
+                dm += alpha * tl.sum(ds, 1)
+        if NEED_DMASK and MASK_PER_HEAD:
+            tl.store(dmask_ptr + bh * Nk + offs_n, tl.where(live, dm, 0.0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+            dm = tl.zeros([BLOCK_N], tl.float32)
+    if NEED_DMASK and not MASK_PER_HEAD:
+        tl.store(dmask_ptr + bg * Nk + offs_n, tl.where(live, dm, 0.0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
     # a padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN
     if NEED_DK:
         store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
@@ -90,10 +93,11 @@ def _dkdv_kernel(
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
-    """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and the float32 partials (B, H, Nk) of a key-only mask."""
+    """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and a key-only mask's dmask (B, H|Hkv, 1, Nk), any dtype."""
     t, tile = inputs.problem, inputs.tile("dkdv")
     arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
         do_ptr=dout, rows_ptr=rows, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
+        MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,
     )  # fmt: skip
     launch(_dkdv_kernel, t.B * t.Hkv * triton.cdiv(t.Nk, tile.block_n), arguments, tile)

@@ -12,15 +12,12 @@ from torch import Tensor
 from .launch import Inputs, launch, strides
 from .primitives import (
     dot,
-    dropout_keep,
-    gradient_tile,
     live_keys,
     load_alpha,
     load_mask,
     load_queries,
     load_tile,
-    matmul,
-    score_tile,
+    score_gradient,
     store_tile,
 )
 
@@ -68,11 +65,10 @@ def _dq_kernel(
         v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
-        qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
-        dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-        _, ds = gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
+        _, ds = score_gradient(
+            q, do, k, v, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
+            HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         if NEED_DQ:
             dq = dot(ds.to(k.dtype), k, dq, ALLOW_TF32)
         if NEED_DALPHA:

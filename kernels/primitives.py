@@ -47,6 +47,15 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
 
 
 @triton.jit
+def store_mask_tile(dmask_ptr, dm, mask_bh, offs_m, offs_n, Nq, Nk, SHARED_M: tl.constexpr):
+    """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis."""
+    if SHARED_M:
+        tl.store(dmask_ptr + mask_bh * Nk + offs_n, tl.sum(dm, 0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+    else:
+        store_tile(dmask_ptr + mask_bh * Nq * Nk, dm, offs_m, offs_n, Nk, offs_m < Nq, offs_n < Nk)
+
+
+@triton.jit
 def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
     """[BLOCK_N]: the key lies before `end` and is not padding."""
     live = offs_n < end
@@ -118,10 +127,12 @@ def attend(
     ALLOW_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
+    """Attention of one query block to the keys lo..hi, by the online softmax: acc, lost [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
 
-    acc and mbar are not yet divided by l_i, nor acc by 1-p of dropout; m_i is in base 2. Where every live score is -inf, l_i says 1, and
-    where no key is live, 0.
+    lost is what acc lacks because P was rounded to 16 bits: backward takes delta from P in float32, and between the two nothing may be
+    missing. It is a sum of its own, 0 unless SAVE_OUT: the bits of acc must not depend on whether it was asked for.
+    acc, lost and mbar are not yet divided by l_i, nor the first two by 1-p of dropout; m_i is in base 2. Where every live score is -inf,
+    l_i says 1, and where no key is live, 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -131,6 +142,7 @@ def attend(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if SAVE_OUT else 0.0
     any_live = tl.zeros([BLOCK_N], tl.int32)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -149,10 +161,10 @@ def attend(
         v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
         p_rounded = p.to(v.dtype)
         acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
-        if SAVE_OUT:  # backward takes delta from this output and P in float32: what 16 bits left of P must not be lost between the two
-            acc = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, acc, ALLOW_TF32)
+        if SAVE_OUT:
+            lost = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, lost * rescale[:, None], ALLOW_TF32)
     l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
-    return acc, mbar, m_i, l_i
+    return acc, lost, mbar, m_i, l_i
 
 
 @triton.jit
@@ -170,6 +182,19 @@ def load_queries(q_ptr, do_ptr, rows_ptr, offs_m, offs_d, offs_dv, stride_qm, st
         row_ok &= lse_log2 != float("inf")
     do = load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
     return q, do, lse_log2, delta
+
+
+@triton.jit
+def score_gradient(
+    q, do, k, v, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
+    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """P where kept, without the 1/(1-p), and dS [BLOCK_M, BLOCK_N] of a query and a key block, reference.py (6)."""
+    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
+    dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
+    keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
+    return gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
 
 
 @triton.jit

@@ -54,6 +54,12 @@ def _tell_dynamo() -> None:
 _tell_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo runs it while it traces, as assume_constant_result says
 
 
+def _refuse_a_lost_graph(*grads: Tensor | None) -> None:
+    """torch.autograd.grad(is_grads_batched=True, create_graph=True) would drop the graph of a Function inside it without a word."""
+    if torch.is_grad_enabled() and any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
+        raise NotImplementedError(_SECOND)
+
+
 class SoftMaskedAttention(Function):
     """(out, lse, out_acc, mbar) of ops.forward, the first two differentiable."""
 
@@ -68,20 +74,20 @@ class SoftMaskedAttention(Function):
         out, lse, out_acc, mbar = output
         ctx.mark_non_differentiable(out_acc, mbar)
         ctx.set_materialize_grads(False)
-        # out_acc was asked for and is not empty: out was rounded
+        # out_acc was asked for and has another dtype: out was rounded
         unrounded = out_acc if save_out and out_acc.dtype != out.dtype else out
         ctx.save_for_backward(*tensors, unrounded, lse, mbar)
         ctx.call = (scale, dropout_p, allow_tf32)
         ctx.backend = backend
-        ctx.out_dtype = out.dtype
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 14
-        query, key, value, mask, mask_logits, alpha, *_rest, out, _lse, _mbar = saved = ctx.saved_tensors
+        _refuse_a_lost_graph(dout, dlse)
+        query, _, value, _, mask_logits, *_ = saved = ctx.saved_tensors
         if dout is None:
-            dout = out.new_zeros((), dtype=ctx.out_dtype).expand(out.shape)
+            dout = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4], wanted[5]]
         dquery, dkey, dvalue, dmask, dalpha = call(_AttentionBackward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)
@@ -113,6 +119,7 @@ class AttentionMap(Function):
 
     @staticmethod
     def backward(ctx: Any, dmap: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        _refuse_a_lost_graph(dmap)
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2] or wanted[3], wanted[4], wanted[5]]

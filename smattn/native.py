@@ -71,12 +71,15 @@ def backward(
     alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     mbar: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
-    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed."""
+    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed.
+
+    out: unrounded; without it delta is summed as P*dP.
+    """
     grads = _gradients((query, key, value, mask, alpha), needs)
     dlse = None if dlse is None else dlse.contiguous()
     rows = (out, lse.contiguous(), mbar.contiguous() if needs[4] else None)

@@ -3,6 +3,7 @@
 `backend` is "" for the best one on the tensors' device, so a compiled or exported program moved to another device calls what
 that device has.
 Outputs that were not asked for are empty tensors of shape (0,). Tensors are canonical: mask 4-D, alpha (H,) in the accumulation dtype.
+out_acc, the unrounded out, is (B, H, 0, Dv) where it would take too much memory; as backward's `out` that asks for delta without it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .problem import acc_dtype, describe
+from .problem import acc_dtype, describe, queries_kept_unrounded
 
 _CALL = "Tensor? mask, Tensor? mask_logits, Tensor? alpha"
 library = torch.library.Library("smattn", "DEF")
@@ -68,8 +69,12 @@ def _forward(
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "forward")
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
+    kept = queries_kept_unrounded(problem) if save_out and problem.acc_dtype != problem.dtype else 0
     with _inside_an_op(query.device):
-        return chosen.forward(problem, *inputs, save_out=save_out, save_mbar=save_mbar)
+        out, lse, out_acc, mbar = chosen.forward(problem, *inputs, save_out=kept > 0, save_mbar=save_mbar)
+    if save_out and problem.acc_dtype != problem.dtype and not kept:
+        out_acc = out_acc.new_empty((*out.shape[:2], 0, out.shape[3]))
+    return out, lse, out_acc, mbar
 
 
 def _forward_fake(
@@ -90,7 +95,11 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     acc, rows = acc_dtype(query.dtype), query.shape[:3]
     out = query.new_empty((*rows, value.shape[3]))
-    out_acc = query.new_empty(out.shape if save_out and acc != query.dtype else (0,), dtype=acc)
+    kept: tuple[int, ...] = (0,)
+    if save_out and acc != query.dtype:
+        problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
+        kept = (*rows[:2], queries_kept_unrounded(problem), value.shape[3])
+    out_acc = query.new_empty(kept, dtype=acc)
     mbar = query.new_empty(rows if save_mbar and alpha is not None else (0,), dtype=acc)
     return out, query.new_empty(rows, dtype=acc), out_acc, mbar
 
@@ -119,7 +128,8 @@ def _backward(
     chosen = backends.resolve(problem, backend, "backward")
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
     with _inside_an_op(query.device):
-        return _or_empty(chosen.backward(problem, dout, dlse, *inputs, out, lse, mbar, tuple(needs)), query)
+        unrounded = out if out.shape[2] == problem.Nq else None
+        return _or_empty(chosen.backward(problem, dout, dlse, *inputs, unrounded, lse, mbar, tuple(needs)), query)
 
 
 def _backward_fake(

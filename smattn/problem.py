@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -41,6 +42,26 @@ class Problem:
     @property
     def acc_dtype(self) -> torch.dtype:
         return acc_dtype(self.dtype)
+
+    def bytes_of_inputs(self) -> int:
+        """Query, key, value, mask, the output and its gradient: what backward's buffers are measured against."""
+        rows = self.H * self.Nq * (self.D + 2 * self.Dv) + self.Hkv * self.Nk * (self.D + self.Dv)
+        mask = 0 if self.mask_shape is None or self.mask_dtype is None else math.prod(self.mask_shape) * self.mask_dtype.itemsize
+        return self.B * rows * self.dtype.itemsize + mask
+
+    def bytes_kept(self) -> int:
+        """What forward leaves to backward, where it keeps the unrounded output, and 8 bytes a query and head more: backward's own rows."""
+        return 4 * self.B * self.H * self.Nq * (4 + (self.Dv if self.acc_dtype != self.dtype else 0))
+
+
+def queries_kept_unrounded(problem: Problem) -> int:
+    """How many queries' outputs forward also leaves unrounded where `out` is rounded: all, or none where those would be too large.
+
+    All where a quarter of the inputs and 4 MiB hold them; else backward sums delta as P*dP, (5). Written without a comparison, which for
+    symbolic sizes would be a guard, and that would forbid torch.export its dynamic lengths; torch.compile makes one graph for each case.
+    """
+    t = problem
+    return t.Nq * torch.sym_min(1, (t.bytes_of_inputs() // 4 + (4 << 20)) // torch.sym_max(1, t.bytes_kept()))
 
 
 def describe(

@@ -92,7 +92,7 @@ def backward(
     alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     mbar: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from smattn import attention_map, soft_masked_attention
+from smattn import attention_map, ops, soft_masked_attention
 from smattn.attention import _torch_allows_tf32
 from smattn.testing import assert_within_budget, make_case, run
 
@@ -44,6 +44,33 @@ def test_forward_and_backward_in_one_graph_for_every_length(backend, device, dyn
         assert all(torch.equal(grad, expected[f"d{name}"]) for name, grad in zip(INPUTS, grads, strict=True))
         compilations.add(counter.frame_count)
     assert len(compilations) == 1 and 0 not in compilations
+
+
+def kept_where_keys_are_many(problem):
+    """As problem.queries_kept_unrounded, at sizes that compile in a moment."""
+    return problem.Nq * torch.sym_min(1, problem.Nk // torch.sym_max(1, problem.Nq))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_one_graph_with_the_unrounded_output_kept_and_one_without(backend, device, compiler, monkeypatch):
+    monkeypatch.setattr(ops, "queries_kept_unrounded", kept_where_keys_are_many)
+    counter = CompileCounterWithBackend(compiler)
+
+    def call(*inputs):
+        return soft_masked_attention(*inputs, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for Nq, Nk in ((9, 5), (5, 33), (30, 7), (4, 21), (12, 3)):
+        case = make_case(2, 2, Nq, Nk, 8, dtype=torch.float16, device=device)
+        inputs = tensors(case)
+        out = compiled(*inputs)
+        grads = torch.autograd.grad(out, inputs, case.dout)
+        expected = run(case, backend)
+        assert torch.equal(out, expected["out"])
+        assert all(torch.equal(grad, expected[f"d{name}"]) for name, grad in zip(INPUTS, grads, strict=True))
+        compilations.append(counter.frame_count)
+    assert compilations[1] == compilations[-1] <= compilations[0] + 1
 
 
 def test_a_map_in_one_graph_for_every_length(map_backend, device):
@@ -188,9 +215,10 @@ class Module(torch.nn.Module):
         return soft_masked_attention(query, key, value, mask, self.alpha, backend=self.backend)
 
 
-def test_export_with_dynamic_lengths(backend, device):
+@pytest.mark.parametrize("half", [False, True])
+def test_export_with_dynamic_lengths(backend, device, half):
     def inputs(Nq, Nk):
-        case = make_case(2, 2, Nq, Nk, 8, device=device)
+        case = make_case(2, 2, Nq, Nk, 8, dtype=torch.float16 if half else torch.float32, device=device)
         return case.query, case.key, case.value, case.mask
 
     Nq, Nk = torch.export.Dim("Nq"), torch.export.Dim("Nk")

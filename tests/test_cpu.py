@@ -37,8 +37,9 @@ def test_the_kernels_offered_are_those_of_the_processor():
     expected = ["baseline"]
     if platform.machine() == "x86_64":
         flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
-        needed = {"avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}}
-        expected = [name for name in ("avx512", "avx2") if needed[name] <= flags] + expected
+        avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+        needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
+        expected = [name for name in ("avx512bf16", "avx512", "avx2") if needed[name] <= flags] + expected
     assert expected == KERNELS
 
 
@@ -152,3 +153,32 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_with_one_thread():
     result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+# More than backward's scratch memory holds at once: groups of batches and heads take turns, and so do the batches that share a mask.
+TURNS = {
+    "one mask": dict(B=96, H=8, Nq=40, Nk=56, D=64, mask_shape=(1, 40, 56)),
+    "one mask a head": dict(B=96, H=8, Nq=40, Nk=56, D=64, mask_shape=(1, 8, 40, 56)),
+    "more queries than keys": dict(B=96, H=8, Nq=56, Nk=40, D=64, mask_shape=(1, 56, 40)),
+    "no mask": dict(B=384, H=8, Nq=40, Nk=48, D=64, mask=None),
+    "keys alone": dict(B=24, H=32, Hkv=1, Nq=3, Nk=8192, D=8, mask_shape=(1, 32, 1, 8192)),
+    "keys alone, heads share them": dict(B=768, H=2, Nq=3, Nk=4096, D=2, mask_shape=(1, 1, 4096)),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_taking_turns_changes_no_gradient(name):
+    case = make_case(**TURNS[name], dtype=torch.float16, padded=0.1)
+    together = run(case, "cpu")
+
+    def one(b):
+        rows = {field: getattr(case, field)[b : b + 1] for field in ("query", "key", "value", "dout", "key_padding_mask")}
+        return run(replace(case, **rows), "cpu")
+
+    alone = [one(b) for b in range(case.query.shape[0])]
+    for result in ("out", "dquery", "dkey", "dvalue"):
+        torch.testing.assert_close(together[result], torch.cat([results[result] for results in alone]))
+    for result in {"dmask", "dalpha"} & together.keys():
+        total = sum(results[result].double() for results in alone)
+        magnitude = sum(results[result].double().abs() for results in alone)
+        assert ((together[result] - total).abs() <= 1e-5 * magnitude).all()

@@ -57,6 +57,21 @@ def test_the_derivative_with_respect_to_the_incoming_gradient(function):
         torch.autograd.grad(gradient.sum(), weight)
 
 
+def test_batched_gradients(function):
+    call, mask = function
+    mask.requires_grad_()
+    value, rows = call(mask), torch.ones(2, device=mask.device)
+    torch.autograd.grad(value, mask, rows, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.autograd.grad(value, mask, rows, is_grads_batched=True, create_graph=True)
+
+
+def test_a_vectorized_jacobian_with_its_graph(function):
+    call, mask = function
+    with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
+        torch.autograd.functional.jacobian(call, mask, create_graph=True, vectorize=True)
+
+
 def test_func_grad_of_grad(function):
     call, mask = function
     with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):

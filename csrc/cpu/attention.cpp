@@ -14,6 +14,9 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace avx512bf16 {  // the same with bfloat16 dot products
+extern const Kernels kKernels;
+}
 #endif
 
 const std::vector<const Kernels*>& available() {
@@ -24,6 +27,7 @@ const std::vector<const Kernels*>& available() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kKernels);
       found.push_back(&avx512::kKernels);
     }
     if (avx2) found.push_back(&avx2::kKernels);

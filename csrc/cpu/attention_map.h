@@ -26,7 +26,7 @@ class MapTile {
   void add_head(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k) {
     const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
     if (mask != nullptr && (h == 0 || s_.mask_size[1] > 1)) read_tile<T>(s_.mask, b, h, q, k, rows_, mask_);
-    scaled_query<T>(s_, b, h, q, rows_, query_);
+    read_queries<T>(s_.query, b, h, q, n_.D, static_cast<T>(s_.scale * kLog2e), rows_, query_);
     T lse_log2[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const T* row = static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first;
@@ -34,8 +34,7 @@ class MapTile {
     }
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
-    score_tile<T>(key, query_, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask, Ahead{},
-                  [&](int64_t j, int64_t lane, Vec<T> s) {
+    score_tile(s_, h, key, query_.get(), q, k, mask, Ahead{}, [&](int64_t j, int64_t lane, Vec<T> s) {
       if (k.padded[j]) return;
       T* to = sum_ + j * q.lanes + lane;
       store(to, load(to) + weight * exp2<T>(s - load(lse_log2 + lane)));
@@ -77,7 +76,7 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   means.params.scores = p.scores;
   means.params.scores.size.Dv = 0;
   means.params.mbar = mbar.get();
-  forward_pass(means, threads);
+  forward_pass<T>(means, threads);
   if (p.dhead_weights != nullptr) {
     for (int64_t h = 0; h < n.H; ++h) {
       T sum = 0;
@@ -98,7 +97,7 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   task.mbar = mbar;
   task.dquery = p.dquery, task.dkey = p.dkey, task.dmask = p.dmask;
   task.dalpha = static_cast<T*>(p.dalpha);
-  if (task.wants_ds()) backward_pass(task, static_cast<const T*>(nullptr), threads);
+  if (task.wants_ds()) backward_pass<T>(task, static_cast<const T*>(nullptr), threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

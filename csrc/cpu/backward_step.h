@@ -12,8 +12,8 @@ constexpr int kChains = 8;
 template <class T>
 struct Sums {
   T* dquery;  // [lane][D up to whole vectors], without scale
-  T* dkey;    // [key][D up to whole vectors]
-  T* dvalue;  // [key][Dv up to whole vectors]
+  void* dkey;    // of T, [key][D up to whole vectors]
+  void* dvalue;  // of T, [key][Dv up to whole vectors]
   bool dkv_is_new;  // nothing there yet to add to
   bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
   T* dmask;   // [key][lane]
@@ -27,20 +27,29 @@ struct StepAhead {
 };
 
 // Query-side tiles of one pair and query block, and its rows.
-template <class T>
+template <class E>
 struct QueryTiles {
-  T *query_rows, *query;  // [lane][D] times scale, [D][lane] times scale * log2(e)
-  T *dout_rows, *dout;    // [lane][Dv], [Dv][lane]
+  using T = typename SumOf<E>::type;
+
+  E* query;               // [D][lane], times scale * log2(e) unless of pairs
+  E* dout;                // [Dv][lane]
+  E *query_rows, *dout_rows;
+  Vectors<E> query_steps;  // for a sum over the queries, times scale unless of pairs
+  Vectors<E> dout_steps;
   T *lse_log2, *delta, *mbar;
   int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
-  static int64_t size(const Sizes& n, int64_t lanes) { return lanes * (2 * (round_up(n.D, kLanes<T>) + round_up(n.Dv, kLanes<T>)) + 3); }
+  static int64_t size(const Sizes& n, int64_t lanes) {
+    return (kPack<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + 3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
+  }
 
   // On `size` elements of memory.
-  void place(const Sizes& n, int64_t lanes, T* memory) {
-    const int64_t D = lanes * round_up(n.D, kLanes<T>), Dv = lanes * round_up(n.Dv, kLanes<T>);
-    query_rows = memory, query = query_rows + D, dout_rows = query + D, dout = dout_rows + Dv;
-    lse_log2 = dout + Dv, delta = lse_log2 + lanes, mbar = delta + lanes;
+  void place(const Sizes& n, int64_t lanes, E* memory) {
+    const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
+    query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
+    query_steps.data = kPack<E> == 1 ? query_rows : dout_rows + Dv;
+    dout_steps.data = kPack<E> == 1 ? dout_rows : query_steps.data + D;
+    lse_log2 = reinterpret_cast<T*>(memory + (kPack<E> + 1) * (D + Dv)), delta = lse_log2 + lanes, mbar = delta + lanes;
     b = -1;
   }
 
@@ -48,47 +57,62 @@ struct QueryTiles {
     if (b == batch && h == head && first == q.first) return;
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
-    scaled_query<T>(t.scores, b, h, q, query_rows, query);
-    const T scale = static_cast<T>(t.scores.scale);
-    for (int64_t i = 0; i < q.count * round_up(n.D, kLanes<T>); ++i) query_rows[i] *= scale;
-    const int64_t row = (b * n.H + h) * n.Nq + q.first, stride = round_up(n.Dv, kLanes<T>);
-    if (t.value.data != nullptr) {
-      read_rows<T>(rows_of(t.dout, b, h, q.first), q.count, n.Dv, dout_rows, stride);
-      fill<T>(dout_rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
+    read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
+    if constexpr (kPack<E> == 1) {
+      for (int64_t i = 0; i < q.count * row_elements<E>(n.D); ++i) query_rows[i] *= static_cast<T>(t.scores.scale);
     }
+    query_steps = by_step(RowMajor<E>{query_rows, row_elements<E>(n.D)}, q.count, n.D, const_cast<E*>(query_steps.data));
+    if (t.value.data != nullptr) {
+      read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
+      dout_steps = by_step(RowMajor<E>{dout_rows, row_elements<E>(n.Dv)}, q.count, n.Dv, const_cast<E*>(dout_steps.data));
+    }
+    const int64_t row = (b * n.H + h) * n.Nq + q.first;
     for (int64_t i = 0; i < q.lanes; ++i) {
       const bool beyond = i >= q.count;
       lse_log2[i] = beyond ? static_cast<T>(__builtin_inf()) : static_cast<T>(to_log2(t.lse[row + i]));  // so that P is 0
       delta[i] = beyond ? T(0) : t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
-    if (t.value.data != nullptr) transpose_block<T>(dout_rows, stride, q.lanes, n.Dv, dout, q.lanes);
   }
 };
 
-template <class T>
+// The key side: rows as they lie, and those of key for a sum over the keys.
+template <class E>
+struct KeyTiles {
+  RowMajor<E> key, value;
+  Vectors<E> key_steps;
+};
+
+template <class E>
 class BackwardStep {
  public:
+  using T = typename SumOf<E>::type;
+
   explicit BackwardStep(const BackwardTask<T>& task)
-      : t_(task), n_(task.scores.size), p_(kKeys * kQueries), dropped_(task.dropout.p > 0 ? kKeys * kQueries : 0),
-        ds_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0) {}
+      : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0),
+        weights_(kPack<E> > 1 || task.dropout.p > 0 ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
 
   // mask, dmap: tiles, null where there is none.
-  void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> key, RowMajor<T> value, const T* mask,
+  void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
            const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {
     const T* keep = nullptr;
     if (t_.dropout.p > 0) {
       dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
-    probabilities(h, q, k, tiles, key, mask, keep, ahead);
-    const T* weights = keep != nullptr ? dropped_ : p_;
-    if (t_.wants_ds()) score_gradients(h, q, k, tiles, value, mask, dmap, keep, ahead, sums);
-    if (sums.dvalue != nullptr) add_rows(weights, q, k, tiles.dout_rows, n_.Dv, sums, sums.dvalue);
-    if (sums.dkey != nullptr) add_rows(ds_, q, k, tiles.query_rows, n_.D, sums, sums.dkey);
+    probabilities(h, q, k, tiles, keys.key, mask, keep, ahead);
+    if (t_.wants_ds()) score_gradients(h, q, k, tiles, keys.value, mask, dmap, keep, ahead, sums);
+    if (sums.dvalue != nullptr) {
+      RowMajor<E> weights = weights_.by_lane(q.lanes);
+      if constexpr (kPack<E> == 1) {
+        if (keep == nullptr) weights.data = p_;
+      }
+      add_rows(weights, q, k, tiles.dout_steps, n_.Dv, T(1), sums, sums.dvalue);
+    }
+    if (sums.dkey != nullptr) add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, static_cast<T>(t_.scores.scale), sums, sums.dkey);
     if (sums.dquery != nullptr) {
       const int64_t stride = round_up(n_.D, kLanes<T>);
-      product(ColumnMajor<T>{ds_, q.lanes}, Vectors<T>{key.data, key.stride}, q.count, stride / kLanes<T>, k.count, Ahead{},
+      product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), Ahead{},
               [&](int64_t i, int64_t c, Vec<T> sum) {
                 T* to = sums.dquery + i * stride + c * kLanes<T>;
                 store(to, load(to) + sum);
@@ -98,21 +122,24 @@ class BackwardStep {
 
  private:
   // P (2), from the saved logsumexp, and P*C/(1-p).
-  void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> key, const T* mask,
+  void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> key, const T* mask,
                      const T* keep, const StepAhead& ahead) {
     const bool padding = k.attended < k.count;
-    score_tile<T>(key, tiles.query, n_.D, q, k, alpha_of<T>(t_.scores, h) * static_cast<T>(kLog2e), mask, ahead.values,
-               [&](int64_t j, int64_t lane, Vec<T> s) {
-                 const int64_t at = j * q.lanes + lane;
-                 Vec<T> p = exp2<T>(s - load(tiles.lse_log2 + lane));
-                 if (padding && k.padded[j]) p = Vec<T>{};  // where lse is NaN
-                 store(p_ + at, p);
-                 if (keep != nullptr) store(dropped_ + at, p * load(keep + at));
-               });
+    score_tile(t_.scores, h, key, tiles.query, q, k, mask, ahead.values, [&](int64_t j, int64_t lane, Vec<T> s) {
+      const int64_t at = j * q.lanes + lane;
+      Vec<T> p = exp2<T>(s - load(tiles.lse_log2 + lane));
+      if (padding && k.padded[j]) p = Vec<T>{};  // where lse is NaN
+      store(p_ + at, p);
+      if (keep != nullptr) {
+        weights_.put(at, p * load(keep + at));
+      } else if constexpr (kPack<E> > 1) {
+        weights_.put(at, p);
+      }
+    });
   }
 
   // dS, and what is summed of it element by element.
-  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<T>& tiles, RowMajor<T> value, const T* mask,
+  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> value, const T* mask,
                        const T* dmap, const T* keep, const StepAhead& ahead, const Sums<T>& sums) {
     const bool padding = k.attended < k.count;
     const T alpha = alpha_of<T>(t_.scores, h);
@@ -121,7 +148,7 @@ class BackwardStep {
       if (keep != nullptr) dp *= load(keep + at);
       Vec<T> ds = load(p_ + at) * (dp - load(tiles.delta + lane));
       if (padding && k.padded[j]) ds = Vec<T>{};
-      store(ds_ + at, ds);
+      ds_.put(at, ds);
       if (sums.dmask != nullptr) store(sums.dmask + at, sums.dmask_is_new ? alpha * ds : load(sums.dmask + at) + alpha * ds);
       if (sums.dalpha != nullptr) {
         T* to = sums.dalpha + (j % kChains) * kQueries + lane;
@@ -129,7 +156,7 @@ class BackwardStep {
       }
     };
     if (dmap == nullptr) {
-      product(value, Vectors<T>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, n_.Dv, ahead.next_keys,
+      product(value, Vectors<E>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), ahead.next_keys,
               [&](int64_t j, int64_t c, Vec<T> dp) { finish(j, c * kLanes<T>, dp); });
       return;
     }
@@ -138,20 +165,23 @@ class BackwardStep {
     }
   }
 
-  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.]
-  void add_rows(const T* weights, const QueryBlock& q, const KeyBlock& k, const T* rows, int64_t size, const Sums<T>& sums, T* sum) {
+  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
+  void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Sums<T>& sums,
+                void* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
-    product(RowMajor<T>{weights, q.lanes}, Vectors<T>{rows, stride}, k.count, stride / kLanes<T>, q.count, Ahead{},
-            [&](int64_t j, int64_t c, Vec<T> x) {
-              T* to = sum + j * stride + c * kLanes<T>;
-              if (sums.dkv_is_final) return stream(to, x);
-              store(to, sums.dkv_is_new ? x : load(to) + x);
-            });
+    product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), Ahead{}, [&](int64_t j, int64_t c, Vec<T> x) {
+      const int64_t at = j * stride + c * kLanes<T>;
+      if constexpr (kPack<E> > 1) x *= factor;
+      if (sums.dkv_is_final) return stream_at<E>(sum, at, x);
+      T* to = static_cast<T*>(sum) + at;
+      store(to, sums.dkv_is_new ? x : load(to) + x);
+    });
   }
 
   const BackwardTask<T>& t_;
   const Sizes& n_;
-  Buffer<T> p_, dropped_, ds_, keep_;  // [key][lane]
+  Buffer<T> p_, keep_;  // [key][lane]
+  WeightTile<E> weights_, ds_;  // P*C/(1-p) where that is not p_, dS
 };
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

@@ -30,6 +30,11 @@ inline void fill(T* p, int64_t n, T x) {
   for (int64_t i = 0; i < n; ++i) p[i] = x;
 }
 
+template <class T>
+inline void copy(const T* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -6,11 +6,13 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
-// What forward works on. For the attention map's backward it also takes means under P of dA, as it does of M: eta of (10).
+// What forward works on. It also takes means under P, as it does of M: of dA for the attention map's backward, eta of (10), or of dP where
+// backward is to have delta of (5) without the output.
 template <class T>
 struct ForwardTask {
   ForwardParams params;
-  Tensor4 dmap{};    // [B, 1, Nq, Nk]
+  Tensor4 dmap{};    // [B, 1, Nq, Nk], dA
+  Tensor4 dout{};    // [B, H, Nq, Dv], what dP is made of; one of the two where there is eta
   T* eta = nullptr;  // [B, H, Nq]
 };
 
@@ -35,28 +37,35 @@ struct ForwardPlan {
   int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
 };
 
-template <class T>
+template <class E>
 class Forward {
  public:
+  using T = typename SumOf<E>::type;
+
   Forward(const ForwardTask<T>& task, const ForwardPlan<T>& plan)
       : t_(task),
         p_(task.params),
         s_(p_.scores),
         n_(s_.size),
         plan_(plan),
-        Dp_(round_up(n_.D, kLanes<T>)),
         Dvp_(round_up(n_.Dv, kLanes<T>)),
         wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr),
-        queries_(plan.group_heads * Dp_ * kQueries),
+        query_size_(row_elements<E>(n_.D) * kQueries),
+        dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0),
+        queries_(plan.group_heads * query_size_),
+        douts_(plan.group_heads * dout_size_),
+        query_rows_(larger_of(query_size_, dout_size_)),
         part_size_(plan.part_size(n_)),
         part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_),
         scores_(kKeys * kQueries),
         mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
         keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(kQueries * larger_of(kKeys, Dp_)),
-        keys_(kKeys * Dp_),
-        values_(kKeys * Dvp_) {}
+        rows_(kQueries * kKeys),
+        keys_(kKeys * row_elements<E>(n_.D)),
+        values_(kKeys * row_elements<E>(n_.Dv)),
+        value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
+        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -66,7 +75,8 @@ class Forward {
     const bool same_queries = b == held_b_ && group == held_group_ && query_index == held_query_index_;  // as in the last split
     held_b_ = b, held_group_ = group, held_query_index_ = query_index;
     for (int64_t h = 0; h < heads; ++h) {
-      if (!same_queries) scaled_query<T>(s_, b, first + h, q, rows_, query(h));
+      if (!same_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, static_cast<T>(s_.scale * kLog2e), query_rows_, query(h));
+      if (!same_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, T(1), query_rows_, dout(h));
       fill<T>(part + h * part_size_, part_size_, T(0));
       fill<T>(part + h * part_size_ + q.lanes * Dvp_, q.lanes, static_cast<T>(-__builtin_inf()));
     }
@@ -75,7 +85,7 @@ class Forward {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
       if (k.attended == 0) continue;
       const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
-      if (t_.eta != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
+      if (t_.dmap.data != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
         const bool another = h == 0 || s_.mask_size[1] > 1;
         if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
@@ -83,7 +93,7 @@ class Forward {
         const bool last = h == heads - 1;
         const Ahead next =
             keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
-        attend(b, first + h, q, k, mask, same_keys, query(h), part + h * part_size_, next);
+        attend(b, first + h, q, k, mask, same_keys, query(h), dout(h), part + h * part_size_, next);
       }
     }
     for (int64_t h = 0; plan_.splits == 1 && h < heads; ++h) write(b, first + h, q, part + h * part_size_);
@@ -116,32 +126,46 @@ class Forward {
   }
 
  private:
-  T* query(int64_t h) { return queries_ + h * Dp_ * kQueries; }
+  E* query(int64_t h) { return queries_ + h * query_size_; }
+  E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
   // What to subtract: exp2(-inf - -inf) would be NaN.
   static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
 
   // One head against one key block.
-  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const T* query, T* part,
-              const Ahead& next_keys) {
+  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query,
+              const E* dout, T* part, const Ahead& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
-      key_ = read_keys<T>(s_.key, b, g, k, n_.D, keys_);
-      value_ = read_keys<T>(p_.value, b, g, k, n_.Dv, values_, kLanes<T>);
+      key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
+      value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
-    score_tile<T>(key_, query, n_.D, q, k, alpha_of<T>(s_, h) * static_cast<T>(kLog2e), mask,
-                  keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
-                  [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
+    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
+               [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
+    if (t_.dout.data != nullptr) {
+      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, [&](int64_t j, int64_t c, Vec<T> dp) {
+        const int64_t at = j * q.lanes + c * kLanes<T>;
+        store(dmap_ + at, keep == nullptr ? dp : dp * load(keep + at));
+      });
+    }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
     }
-    product(ColumnMajor<T>{scores_, q.lanes}, Vectors<T>{value_.data, value_.stride}, q.count, Dvp_ / kLanes<T>, k.count, next_keys,
+    if (p_.out == nullptr) return;
+    if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
+    ColumnMajor<E> weights;
+    if constexpr (kPack<E> == 1) {
+      weights = {scores_, q.lanes};
+    } else {
+      weights = {weights_, q.lanes};
+    }
+    product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
             [&](int64_t i, int64_t c, Vec<T> sum) {
               T* out = part + i * Dvp_ + c * kLanes<T>;
               store(out, load(out) * rescale[i] + sum);
@@ -153,21 +177,30 @@ class Forward {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
     const Vec<T> before = load(rows + lane);
     Vec<T> chain[kChains] = {before, before, before, before};
-    for (int64_t j = 0; j < k.count; j += kChains) {
+    int64_t row = 0;
+    for (; row + kChains <= k.count; row += kChains) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) chain[c] = larger(chain[c], load(scores_ + smaller_of(j + c, k.count - 1) * q.lanes + lane));
+      for (int c = 0; c < kChains; ++c) chain[c] = larger(chain[c], load(scores_ + (row + c) * q.lanes + lane));
     }
+    for (; row < k.count; ++row) chain[0] = larger(chain[0], load(scores_ + row * q.lanes + lane));
     const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
     const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
     Vec<T> sum{}, mbar{}, eta{};
-    for (int64_t j = 0; j < k.count; ++j) {
-      T* s = scores_ + j * q.lanes + lane;
-      Vec<T> p = exp2<T>(load(s) - subtracted);
+    const auto weight = [&](int64_t j) {
+      const int64_t at = j * q.lanes + lane;
+      const Vec<T> p = exp2<T>(load(scores_ + at) - subtracted);
       sum += p;
-      if (mask != nullptr) mbar += p * load(mask + j * q.lanes + lane);
-      if (dmap != nullptr) eta += p * load(dmap + j * q.lanes + lane);
-      if (keep != nullptr) p *= load(keep + j * q.lanes + lane);
-      store(s, p);
+      if (mask != nullptr) mbar += p * load(mask + at);
+      if (dmap != nullptr) eta += p * load(dmap + at);
+      return keep != nullptr ? p * load(keep + at) : p;
+    };
+    for (int64_t j = 0; j < k.count; j += kPack<E>) {
+      if constexpr (kPack<E> == 1) {
+        store(scores_ + j * q.lanes + lane, weight(j));
+      } else {
+        const Vec<T> first = weight(j), second = j + 1 < k.count ? weight(j + 1) : Vec<T>{};
+        store(weights_ + j / 2 * q.lanes + lane, paired(first, second));
+      }
     }
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
@@ -212,22 +245,28 @@ class Forward {
   const Scores& s_;
   const Sizes& n_;
   const ForwardPlan<T>& plan_;
-  const int64_t Dp_, Dvp_;
+  const int64_t Dvp_;
   const bool wants_mbar_;
-  Buffer<T> queries_;  // [head of the group][D][lanes], scaled
+  const int64_t query_size_, dout_size_;
+  Buffer<E> queries_;  // [head of the group][D][lanes], scaled unless of pairs
+  Buffer<E> douts_;    // [head of the group][Dv][lanes]
+  Buffer<E> query_rows_;
   const int64_t part_size_;
   Buffer<T> part_;     // [head of the group], where there is one split; else one, to merge into
-  Buffer<T> scores_;   // [key][lane], then the probabilities
+  Buffer<T> scores_;   // [key][lane], then the probabilities, unless of pairs
   Buffer<T> mask_;     // [key][lane]
-  Buffer<T> dmap_;     // [key][lane]
+  Buffer<T> dmap_;     // [key][lane], dA or dP
   Buffer<T> keep_;     // [key][lane], C/(1-p)
   Buffer<T> rows_;
-  Buffer<T> keys_, values_;  // copies of those that cannot be read as they lie
-  RowMajor<T> key_{}, value_{};
+  Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
+  Buffer<E> value_steps_memory_;
+  Buffer<E> weights_;  // the probabilities as pairs of keys
+  RowMajor<E> key_{}, value_{};
+  Vectors<E> value_steps_{};
   int64_t held_b_ = -1, held_group_ = -1, held_query_index_ = -1;  // whose queries are in queries_
 };
 
-template <class T>
+template <class E, class T>
 inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const Sizes& n = task.params.scores.size;
   const ForwardPlan<T> plan(n);
@@ -236,7 +275,7 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const int64_t per_split = n.B * query_blocks * per_query_block;
   const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
   parallel_for(threads, n.B * plan.groups * query_blocks * plan.splits, 1, [&](int64_t begin, int64_t end) {
-    Forward<T> forward(task, plan);
+    Forward<E> forward(task, plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
       const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
@@ -245,7 +284,7 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   });
   if (plan.splits == 1) return;
   parallel_for(threads, n.B * query_blocks * n.H, 1, [&](int64_t begin, int64_t end) {
-    Forward<T> forward(task, plan);
+    Forward<E> forward(task, plan);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
       forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
@@ -253,9 +292,9 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   });
 }
 
-template <class T>
+template <class E>
 inline void forward_of(const ForwardParams& params, ParallelFor threads) {
-  forward_pass<T>({.params = params}, threads);
+  forward_pass<E>(ForwardTask<typename SumOf<E>::type>{.params = params}, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

@@ -18,9 +18,15 @@ void exp2_run(const T* x, T* y, int64_t n) {
 }
 
 void forward(const ForwardParams& p, ParallelFor threads) {
+#if defined(__AVX512BF16__)
+  if (p.scores.dtype == DType::kBFloat16) return forward_of<BFloat16Pair>(p, threads);
+#endif
   p.scores.dtype == DType::kFloat64 ? forward_of<double>(p, threads) : forward_of<float>(p, threads);
 }
 void backward(const BackwardParams& p, ParallelFor threads) {
+#if defined(__AVX512BF16__)
+  if (p.scores.dtype == DType::kBFloat16) return backward_of<BFloat16Pair>(p, threads);
+#endif
   p.scores.dtype == DType::kFloat64 ? backward_of<double>(p, threads) : backward_of<float>(p, threads);
 }
 void attention_map(const MapParams& p, ParallelFor threads) {

@@ -6,56 +6,94 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
+// Two bfloat16 that follow each other along the steps of a sum, the first in the lower half: what the dot instruction multiplies and adds,
+// in float. Elements E are T, or pairs.
+using BFloat16Pair = int32_t;
+
+template <class E>
+struct SumOf {
+  using type = E;
+};
+template <>
+struct SumOf<BFloat16Pair> {
+  using type = float;
+};
+template <class E>
+using Sum = Vec<typename SumOf<E>::type>;
+
+template <class E>
+constexpr int64_t kPack = 1;  // steps in an element
+template <>
+constexpr int64_t kPack<BFloat16Pair> = 2;
+
+template <class V>
+inline void multiply_add(V& sum, V a, V b) {
+  sum += a * b;
+}
+#if defined(__AVX512BF16__)
+inline void multiply_add(Vec<float>& sum, Vec<BFloat16Pair> a, Vec<BFloat16Pair> b) {
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);  // no subnormals
+}
+#endif
+
+// An element, wherever it lies.
+template <class E>
+inline E element_at(const void* p) {
+  E x;
+  __builtin_memcpy(&x, p, sizeof(E));
+  return x;
+}
+
 // a(r, k), the steps k side by side.
-template <class T>
+template <class E>
 struct RowMajor {
-  const T* data;
+  const E* data;
   int64_t stride;  // from row to row
 
   RowMajor from_row(int64_t r) const { return {data + r * stride, stride}; }
 };
 
 // a(r, k), the rows r side by side.
-template <class T>
+template <class E>
 struct ColumnMajor {
-  const T* data;
+  const E* data;
   int64_t stride;  // from step to step
 
   ColumnMajor from_row(int64_t r) const { return {data + r, stride}; }
 };
 
 // R elements of one step of either, and the way to the next step. Few pointers: row 4g + i is reached from that of row 4g.
-template <class T, int R, class A>
+template <class E, int R, class A>
 struct Reader;
 
-template <class T, int R>
-struct Reader<T, R, RowMajor<T>> {
-  const T* group[(R + 3) / 4];
+template <class E, int R>
+struct Reader<E, R, RowMajor<E>> {
+  const E* group[(R + 3) / 4];
   int64_t stride;
 
-  explicit Reader(RowMajor<T> a) : stride(a.stride) {
+  explicit Reader(RowMajor<E> a) : stride(a.stride) {
     for (int g = 0; g < (R + 3) / 4; ++g) group[g] = a.data + 4 * g * a.stride;
   }
-  T operator()(int r) const { return group[r / 4][(r % 4) * stride]; }
+  E operator()(int r) const { return element_at<E>(group[r / 4] + (r % 4) * stride); }
   void next() {
     for (int g = 0; g < (R + 3) / 4; ++g) ++group[g];
   }
 };
 
-template <class T, int R>
-struct Reader<T, R, ColumnMajor<T>> {
-  const T* step;
+template <class E, int R>
+struct Reader<E, R, ColumnMajor<E>> {
+  const E* step;
   int64_t stride;
 
-  explicit Reader(ColumnMajor<T> a) : step(a.data), stride(a.stride) {}
-  T operator()(int r) const { return step[r]; }
+  explicit Reader(ColumnMajor<E> a) : step(a.data), stride(a.stride) {}
+  E operator()(int r) const { return element_at<E>(step + r); }
   void next() { step += stride; }
 };
 
 // b(k, c): C vectors side by side, `stride` elements from step to step.
-template <class T>
+template <class E>
 struct Vectors {
-  const T* data;
+  const E* data;
   int64_t stride;
 };
 
@@ -73,19 +111,19 @@ struct Ahead {
   }
 };
 
-template <class T, int R, int C, class A, class Done>
-inline void product_tile(A a, Vectors<T> b, int64_t steps, Ahead& ahead, const Done& done) {
-  Vec<T> acc[R][C] = {};
-  Reader<T, R, A> element(a);
+template <class E, int R, int C, class A, class Done>
+inline void product_tile(A a, Vectors<E> b, int64_t steps, Ahead& ahead, const Done& done) {
+  Sum<E> acc[R][C] = {};
+  Reader<E, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
-    Vec<T> row[C];
+    Vec<E> row[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) row[c] = load(b.data + c * kLanes<T>);
+    for (int c = 0; c < C; ++c) row[c] = load(b.data + c * kLanes<E>);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      const Vec<T> x = broadcast(element(r));
+      const Vec<E> x = broadcast(element(r));
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] += x * row[c];
+      for (int c = 0; c < C; ++c) multiply_add(acc[r][c], x, row[c]);
     }
     ahead.step();
     element.next();
@@ -105,38 +143,38 @@ constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a t
 constexpr int height_of(int width) { return width == 1 ? kRegisters / 2 : (kRegisters - width - 1) / width; }
 
 // A tile of `height` <= R rows.
-template <class T, int R, int C, class A, class Done>
-inline void product_rows(int64_t height, A a, Vectors<T> b, int64_t steps, Ahead& ahead, const Done& done) {
+template <class E, int R, int C, class A, class Done>
+inline void product_rows(int64_t height, A a, Vectors<E> b, int64_t steps, Ahead& ahead, const Done& done) {
   if constexpr (R > 1) {
-    if (height < R) return product_rows<T, R - 1, C>(height, a, b, steps, ahead, done);
+    if (height < R) return product_rows<E, R - 1, C>(height, a, b, steps, ahead, done);
   }
-  product_tile<T, R, C>(a, b, steps, ahead, done);
+  product_tile<E, R, C>(a, b, steps, ahead, done);
 }
 
 // The rows in tiles of nearly equal height: a low one would wait for its own additions.
-template <class T, int C, class A, class Done>
-inline void product_panel(A a, Vectors<T> b, int64_t rows, int64_t steps, Ahead& ahead, const Done& done) {
+template <class E, int C, class A, class Done>
+inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Ahead& ahead, const Done& done) {
   int64_t row = 0;
   for (int64_t tiles = blocks_of(rows, height_of(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
-    product_rows<T, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [&](int r, int c, Vec<T> acc) { done(row + r, c, acc); });
+    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [&](int r, int c, Sum<E> acc) { done(row + r, c, acc); });
     row += height;
   }
 }
 
 // done(row, vector, sum over the steps of a(row, k) * b(k, vector)) for every row and vector.
-template <class T, class A, class Done>
-inline void product(A a, Vectors<T> b, int64_t rows, int64_t vectors, int64_t steps, Ahead ahead, const Done& done) {
+template <class E, class A, class Done>
+inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t steps, Ahead ahead, const Done& done) {
   for (int64_t first = 0; first < vectors; first += kPanel) {
-    const Vectors<T> panel = {b.data + first * kLanes<T>, b.stride};
-    const auto at = [&](int64_t r, int c, Vec<T> acc) { done(r, first + c, acc); };
+    const Vectors<E> panel = {b.data + first * kLanes<E>, b.stride};
+    const auto at = [&](int64_t r, int c, Sum<E> acc) { done(r, first + c, acc); };
     const int width = static_cast<int>(smaller_of<int64_t>(vectors - first, kPanel));
     if (first == 0) ahead.spread_over(blocks_of(rows, height_of(width)) * blocks_of(vectors, width) * steps);
-    if (width == 1) product_panel<T, 1>(a, panel, rows, steps, ahead, at);
-    if (width == 2) product_panel<T, 2>(a, panel, rows, steps, ahead, at);
+    if (width == 1) product_panel<E, 1>(a, panel, rows, steps, ahead, at);
+    if (width == 2) product_panel<E, 2>(a, panel, rows, steps, ahead, at);
     if constexpr (kPanel > 2) {
-      if (width == 3) product_panel<T, 3>(a, panel, rows, steps, ahead, at);
-      if (width == 4) product_panel<T, 4>(a, panel, rows, steps, ahead, at);
+      if (width == 3) product_panel<E, 3>(a, panel, rows, steps, ahead, at);
+      if (width == 4) product_panel<E, 4>(a, panel, rows, steps, ahead, at);
     }
   }
 }

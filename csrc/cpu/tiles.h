@@ -5,7 +5,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/exp2.h"
-#include "cpu/product.h"
+#include "cpu/operands.h"
 #include "philox.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
@@ -80,27 +80,32 @@ inline T alpha_of(const Scores& s, int64_t h) {
   return s.alpha == nullptr ? T(0) : static_cast<const T*>(s.alpha)[h * s.alpha_stride];
 }
 
-// A block of rows of query or dout: as they are, and transposed. Rows beyond the last are 0.
-template <class T>
-inline void read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, T* rows, T* columns) {
-  const int64_t stride = round_up(size, kLanes<T>);
-  read_rows<T>(rows_of(t, b, h, q.first), q.count, size, rows, stride);
-  fill<T>(rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
-  transpose_block<T>(rows, stride, q.lanes, size, columns, q.lanes);
+// A block of rows of query or dout times `factor` (1 for pairs): as they are, and transposed, [size][lane]. Rows beyond the last are 0.
+template <class E>
+inline void read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor, E* rows,
+                         E* columns) {
+  const int64_t stride = row_elements<E>(size);
+  copy_rows<E>(rows_of(t, b, h, q.first), q.count, size, rows);
+  fill<E>(rows + q.count * stride, (q.lanes - q.count) * stride, E(0));
+  transpose_block<E>(rows, stride, q.lanes, packed<E>(size), columns, q.lanes);
+  if constexpr (kPack<E> == 1) {
+    for (int64_t i = 0; i < size * q.lanes; ++i) columns[i] *= factor;
+  }
 }
 
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
 // are whole vectors; so are the others' where their size is a multiple of `unit`, kLanes say.
-template <class T>
-inline RowMajor<T> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, T* copy, int64_t unit = 1) {
+template <class E>
+inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy, int64_t unit = kPack<E>) {
   const Strided rows = rows_of(t, b, g, k.first);
-  if (t.dtype == DTypeOf<T>::value && t.stride[3] == 1 && size % unit == 0 && k.attended == k.count) {
-    return {static_cast<const T*>(t.data) + rows.offset, rows.row_stride};
+  const bool whole = t.stride[3] == 1 && size % unit == 0 && rows.row_stride % kPack<E> == 0 && k.attended == k.count;
+  if (whole && (kPack<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
+    return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)), rows.row_stride / kPack<E>};
   }
-  const int64_t stride = round_up(size, kLanes<T>);
-  read_rows<T>(rows, k.count, size, copy, stride);
+  const int64_t stride = row_elements<E>(size);
+  copy_rows<E>(rows, k.count, size, copy);
   for (int64_t j = 0; j < k.count; ++j) {
-    if (k.padded[j]) fill<T>(copy + j * stride, stride, T(0));
+    if (k.padded[j]) fill<E>(copy + j * stride, stride, E(0));
   }
   return {copy, stride};
 }
@@ -150,27 +155,21 @@ inline void dropout_tile(const Dropout& dropout, int64_t bh, const QueryBlock& q
   }
 }
 
-// scale * <q, k> + alpha * M in units of log2(e): the exponents of 2. query: [D][lanes], scaled by scale * log2(e) already.
+// scale * <q, k> + alpha * M in units of log2(e): the exponents of 2. query: [D][lanes], times scale * log2(e) already unless of pairs.
 // done(key, vector's first lane, exponents); a padded key's are -inf.
-template <class T, class Done>
-inline void score_tile(RowMajor<T> key, const T* query, int64_t D, const QueryBlock& q, const KeyBlock& k, T alpha_log2, const T* mask,
+template <class E, class T, class Done>
+inline void score_tile(const Scores& s, int64_t h, RowMajor<E> key, const E* query, const QueryBlock& q, const KeyBlock& k, const T* mask,
                        const Ahead& ahead, const Done& done) {
+  const T factor = static_cast<T>(s.scale * kLog2e), alpha_log2 = alpha_of<T>(s, h) * static_cast<T>(kLog2e);
   const Vec<T> never = broadcast(static_cast<T>(-__builtin_inf()));
   const bool padding = k.attended < k.count;
-  product(key, Vectors<T>{query, q.lanes}, k.count, q.lanes / kLanes<T>, D, ahead, [&](int64_t j, int64_t c, Vec<T> s) {
+  product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s.size.D), ahead, [&](int64_t j, int64_t c, Vec<T> x) {
     const int64_t lane = c * kLanes<T>;
-    if (mask != nullptr) s += alpha_log2 * load(mask + j * q.lanes + lane);
-    if (padding && k.padded[j]) s = never;
-    done(j, lane, s);
+    if constexpr (kPack<E> > 1) x *= factor;
+    if (mask != nullptr) x += alpha_log2 * load(mask + j * q.lanes + lane);
+    if (padding && k.padded[j]) x = never;
+    done(j, lane, x);
   });
-}
-
-// The query side of the scores: [D][lanes], times scale * log2(e). rows is overwritten.
-template <class T>
-inline void scaled_query(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, T* rows, T* columns) {
-  read_queries<T>(s.query, b, h, q, s.size.D, rows, columns);
-  const T factor = static_cast<T>(s.scale * kLog2e);
-  for (int64_t i = 0; i < s.size.D * q.lanes; ++i) columns[i] *= factor;
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

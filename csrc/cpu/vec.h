@@ -34,7 +34,7 @@ constexpr int kRegisters = 16;
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T))));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(1)));
 };
 
 template <class T>
@@ -53,6 +53,10 @@ struct BitsOf<float> {
 template <>
 struct BitsOf<double> {
   using type = int64_t;
+};
+template <>
+struct BitsOf<int32_t> {
+  using type = int32_t;
 };
 template <class T>
 using Bits = typename BitsOf<T>::type;

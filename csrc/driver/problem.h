@@ -46,7 +46,7 @@ struct Problem {
   bool alpha_shared = false;    // stride 0
   Padding padding = Padding::kNone;
   bool padding_transposed = false;
-  bool out_saved = true;        // unrounded, when the dtype is not the accumulator's
+  bool out_saved = true;        // else backward has no output to take delta from
   bool has_dlse = true;
   double dropout_p = 0.0;
   double scale = 1.0;

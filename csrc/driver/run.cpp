@@ -45,17 +45,17 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   f.value = in.value.tensor();
   f.dropout = {p.dropout_p, in.seed};
   const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
-  const bool saved = p.out_saved && acc != p.dtype;
+  const bool rounded = acc != p.dtype;
   f.out = make.make(true, "out", p.dtype, out_size, a.out);
   f.lse = make.make(true, "lse", acc, row_size, a.lse);
-  f.out_acc = make.make(saved, "out_acc", acc, out_size, a.out);
+  f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out);
   f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar);
   kernels.forward(f, threads);
 
   BackwardParams g{};
   g.scores = f.scores, g.value = f.value, g.dropout = f.dropout;
   g.dout = in.dout.tensor();
-  g.out = {saved ? f.out_acc : f.out, saved ? acc : p.dtype, {H * Nq * Dv, Nq * Dv, Dv, 1}};
+  if (p.out_saved) g.out = {rounded ? f.out_acc : f.out, acc, {H * Nq * Dv, Nq * Dv, Dv, 1}};
   g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar;
   g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery);
   g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey);
