@@ -15,11 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import time_interleaved, timing
 from job import Job, name_of
 from measure import matmul_call
+from peers import cpu_kernels
 from rows import FORWARD, OURS, WARM, Row, read, write
 from tables import calibration, disturbed, duels, markdown
 from torch import Tensor
@@ -57,39 +59,53 @@ TILES = (
 )
 
 
+def dtypes() -> list[torch.dtype]:
+    """Those in which this processor multiplies."""
+    return [torch.float32, torch.bfloat16] if "avx512bf16" in cpu_kernels() else [torch.float32]
+
+
 def build(folder: str) -> ctypes.CDLL:
     """brgemm.cpp, compiled and loaded."""
     torch_root, library = Path(torch.__file__).parent, f"{folder}/brgemm.so"
     paths = ("-I", f"{HERE.parent}/csrc", "-isystem", f"{torch_root}/include", "-L", f"{torch_root}/lib", "-ltorch_cpu", "-lc10")
-    subprocess.run(["c++", *FLAGS, str(HERE / "brgemm.cpp"), *paths, "-o", library], check=True)
+    flags = [*FLAGS, *["-mavx512bf16"] * (torch.bfloat16 in dtypes())]
+    subprocess.run(["c++", *flags, str(HERE / "brgemm.cpp"), *paths, "-o", library], check=True)
     return ctypes.CDLL(library)
 
 
-def calls(library: ctypes.CDLL, tile: Tile, dtype: torch.dtype) -> dict[str, Call]:
+def calls(library: Any, tile: Tile, dtype: torch.dtype) -> dict[str, Call]:
     """Both contestants on the same numbers, checked. The peer gets `a` as it wants it: [rows][steps]."""
-    a, b = torch.randn(tile.rows, tile.steps).to(dtype), torch.randn(tile.steps, tile.columns).to(dtype)
-    c = torch.empty(tile.rows, tile.columns)
-    size = [ctypes.c_int64(n) for n in (tile.rows, tile.columns, tile.steps)]
-    ours_a = a.t().contiguous() if tile.transposed else a
+    pack = 4 // dtype.itemsize  # steps in an element
+    steps = -(-tile.steps // pack) * pack
+    a, b = torch.randn(tile.rows, steps), torch.randn(steps, tile.columns)
+    a[:, tile.steps :] = b[tile.steps :] = 0
+    a, b = a.to(dtype), b.to(dtype)
+    c, exact = torch.empty(tile.rows, tile.columns), a.double() @ b.double()
+    ours_a, b = by_step(a.t(), pack) if tile.transposed else a, by_step(b, pack)
+    size = [ctypes.c_int64(n) for n in (tile.rows, tile.columns, steps)]
+    ours, peer = (getattr(library, f"{name}_{name_of(dtype)}") for name in ("ours", "brgemm"))
     table: dict[str, Call] = {
-        PRODUCT: lambda times: library.ours_float32(*pointers(ours_a, b, c), *size, ctypes.c_bool(tile.transposed), ctypes.c_int64(times)),
-        BRGEMM: lambda times: library.brgemm_float32(*pointers(a, b, c), *size, ctypes.c_int64(times)),
+        PRODUCT: partial(_call, ours, [ours_a, b, c], [*size, ctypes.c_bool(tile.transposed)]),
+        BRGEMM: partial(_call, peer, [a, b, c], size),
     }
-    exact = a.double() @ b.double()
     for name, call in table.items():
         c.fill_(torch.nan)
         call(1)
-        torch.testing.assert_close(c.double(), exact, rtol=1e-5, atol=1e-5 * tile.steps**0.5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(c.double(), exact, rtol=1e-5, atol=1e-5 * steps**0.5, msg=partial("{}: {}".format, name))
     return table
 
 
-def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+def _call(function: Callable[..., object], tensors: list[Tensor], sizes: list[Any], times: int) -> object:
+    return function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *sizes, ctypes.c_int64(times))
 
 
-def measure(job: Job, library: ctypes.CDLL) -> None:
+def by_step(x: Tensor, pack: int) -> Tensor:
+    """(steps, n) as (steps / pack, n, pack)."""
+    return x.reshape(-1, pack, x.shape[1]).transpose(1, 2).contiguous()
+
+
+def measure(job: Job, library: ctypes.CDLL, dtype: torch.dtype) -> None:
     """Every tile's rows, and torch.mm before each: how quiet the machine was."""
-    dtype = torch.float32
     matmul, quiet = matmul_call(dtype, job.device), list[float]()
     for tile in TILES:
         around = time_interleaved({"mm": matmul}, job.device, job.seconds)["mm"]
@@ -135,7 +151,9 @@ def main() -> None:
     torch.set_num_threads(1)
     job = Job("cpu", 0.3, " ".join(["python bench/brgemm.py", *sys.argv[1:]]))
     with tempfile.TemporaryDirectory() as folder:
-        measure(job, build(folder))
+        library = build(folder)
+        for dtype in dtypes():
+            measure(job, library, dtype)
     path = job.path("brgemm")
     write(job.rows, path)
     print(f"wrote {path} and {write_report(path)}")

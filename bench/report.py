@@ -18,11 +18,11 @@ from smattn.testing import WORKLOADS
 
 def summary(rows: list[Row]) -> str:
     """A line a cell, for the terminal."""
-    lines = [f"{'':54}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
+    lines = [f"{'':60}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
     for key, duel in duels(rows).items():
         peer, small = duel.fastest, duel.smallest
         lines.append(
-            f"{label(key):54}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
+            f"{label(key):60}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
             f"{f'{duel.speedup:.2f}x' if duel.speedup else '–':>8}{mib(duel.ours.extra_bytes):>11}"
             f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}{'   disturbed' if key in disturbed(rows) else ''}"
         )

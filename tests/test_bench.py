@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,8 +240,8 @@ def test_a_tile_that_is_not_computed_is_noticed_before_it_is_timed():
 @pytest.mark.skipif("avx512" not in peers.cpu_kernels(), reason="the tiles are those of AVX-512")
 def test_both_contestants_compute_every_tile(tmp_path):
     library = brgemm.build(str(tmp_path))
-    for tile in brgemm.TILES:
-        assert list(brgemm.calls(library, tile, torch.float32)) == [brgemm.PRODUCT, brgemm.BRGEMM], "checked inside"
+    for tile, dtype in product(brgemm.TILES, brgemm.dtypes()):
+        assert list(brgemm.calls(library, tile, dtype)) == [brgemm.PRODUCT, brgemm.BRGEMM], "checked inside"
 
 
 def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
