@@ -2,8 +2,8 @@
 
 Time. Every contestant is called in turn, round after round, after a warm-up of its own, so that a disturbance of the machine meets them
 all. A contestant stays in the rounds until it has used its time budget, and for MIN_REPS calls at least, or SLOW_REPS when those already
-take three budgets. No sample is dropped. With cold caches the device reads, before each call and outside its time, a buffer that is
-FLUSH times as large as its largest cache; that is part of the budget.
+take three budgets. No sample is dropped. With warm caches each timed call follows an untimed one of the same contestant; with cold ones
+it follows the reading of a buffer that is FLUSH times as large as the device's largest cache. That too is part of the budget.
 
 Memory. What the process grows by at its highest point during one call, less the outputs and gradients the call returns: whatever a call
 needs besides its inputs and results, scratch that it keeps for the next call included. On a GPU that is torch.cuda.max_memory_allocated.
@@ -133,13 +133,16 @@ def warm_up(call: Callable[[], object], device: str) -> None:
 def time_interleaved(
     calls: Mapping[str, Callable[[], object]], device: str, seconds: float, before: Callable[[], object] | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`; before each, `before`."""
+    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`.
+
+    Before each timed call comes `before`, or the same call once more.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     used = dict.fromkeys(calls, 0.0)  # ms
     gc.collect()
     while running := [name for name, taken in samples.items() if _goes_on(len(taken), used[name] / 1e3, seconds)]:
         for name in running:
-            used[name] += once(before, device) if before else 0.0
+            used[name] += once(before or calls[name], device)
             samples[name].append(once(calls[name], device))
             used[name] += samples[name][-1]
     return samples

@@ -59,6 +59,15 @@ def test_every_set_is_within_the_budget_and_repeats_its_bits(name, dtype, shape)
     assert_within_budget(results, case)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("Nk", [1, 6])
+def test_rounded_probabilities_do_not_reach_delta(name, Nk):
+    """With one key P is 1, and 1/(1-p) no bfloat16: delta must cancel dP all the same, as dropout scales it."""
+    case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, dropout_p=0.3)
+    with forced(name):
+        assert_within_budget(run(case, "cpu"), case)
+
+
 @pytest.mark.skipif(len(KERNELS) < 2, reason="there is one set of CPU kernels on this processor")
 def test_a_forced_set_is_the_one_that_runs():
     case = make_case(1, 2, 40, 200, 32)

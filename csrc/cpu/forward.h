@@ -17,8 +17,10 @@ struct ForwardTask {
 };
 
 // How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
-template <class T>
+template <class E>
 struct ForwardPlan {
+  using T = typename SumOf<E>::type;
+
   Blocking<T> blocking;
   int64_t group_heads, groups, splits;
 
@@ -33,8 +35,9 @@ struct ForwardPlan {
                         larger_of<int64_t>(1, blocking.key_blocks));
   }
 
-  // What one split leaves of one head and query block: O [lane][Dv], then the row maximum, the row sum, mbar and eta, each [lane].
-  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
+  // What one split leaves of one head and query block: O [lane][Dv], then the row maximum, the row sum, mbar and eta, each [lane]; of
+  // pairs also what O lacks because the probabilities were rounded, [lane][Dv].
+  int64_t part_size(const Sizes& n) const { return (kPack<E> * round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
 };
 
 template <class E>
@@ -42,7 +45,7 @@ class Forward {
  public:
   using T = typename SumOf<E>::type;
 
-  Forward(const ForwardTask<T>& task, const ForwardPlan<T>& plan)
+  Forward(const ForwardTask<T>& task, const ForwardPlan<E>& plan)
       : t_(task),
         p_(task.params),
         s_(p_.scores),
@@ -65,7 +68,8 @@ class Forward {
         keys_(kKeys * row_elements<E>(n_.D)),
         values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
-        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
+        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
+        rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -104,7 +108,7 @@ class Forward {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     T* to = part_;
     const int64_t max_row = q.lanes * Dvp_, sums = max_row + q.lanes, end = sums + 3 * q.lanes;
-    fill<T>(to, end, T(0));
+    fill<T>(to, part_size_, T(0));
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       Vec<T> m = broadcast(static_cast<T>(-__builtin_inf()));
       for (int64_t s = 0; s < plan_.splits; ++s) m = larger(m, load(parts + s * stride + max_row + lane));
@@ -118,14 +122,22 @@ class Forward {
         store(weight + lane, w);
         for (int64_t at = sums + lane; at < end; at += q.lanes) store(to + at, load(to + at) + w * load(from + at));
       }
-      for (int64_t i = 0; i < q.count; ++i) {
-        for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
-      }
+      add_rows(q, weight, from, to);
+      if (wants_rest()) add_rows(q, weight, from + end, to + end);
     }
     write(b, h, q, to);
   }
 
  private:
+  // Whether the unrounded output is asked for, and rounding the probabilities would be in it: backward's delta must not differ from P*dP.
+  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr; }
+
+  void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
+    for (int64_t i = 0; i < q.count; ++i) {
+      for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
+    }
+  }
+
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
@@ -165,11 +177,16 @@ class Forward {
     } else {
       weights = {weights_, q.lanes};
     }
-    product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
-            [&](int64_t i, int64_t c, Vec<T> sum) {
-              T* out = part + i * Dvp_ + c * kLanes<T>;
-              store(out, load(out) * rescale[i] + sum);
-            });
+    const auto add = [&](ColumnMajor<E> w, T* to, const Ahead& ahead) {
+      product(w, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), ahead, [&](int64_t i, int64_t c, Vec<T> sum) {
+        T* out = to + i * Dvp_ + c * kLanes<T>;
+        store(out, load(out) * rescale[i] + sum);
+      });
+    };
+    add(weights, part, next_keys);
+    if constexpr (kPack<E> > 1) {
+      if (wants_rest()) add({rests_, q.lanes}, part + q.lanes * (Dvp_ + 4), Ahead{});
+    }
   }
 
   // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: the running maximum, sum, mbar and eta.
@@ -199,7 +216,9 @@ class Forward {
         store(scores_ + j * q.lanes + lane, weight(j));
       } else {
         const Vec<T> first = weight(j), second = j + 1 < k.count ? weight(j + 1) : Vec<T>{};
-        store(weights_ + j / 2 * q.lanes + lane, paired(first, second));
+        const Vec<E> pair = paired(first, second);
+        store(weights_ + j / 2 * q.lanes + lane, pair);
+        if (wants_rest()) store(rests_ + j / 2 * q.lanes + lane, paired(first - (Vec<T>)(pair << 16), second - (Vec<T>)(pair >> 16 << 16)));
       }
     }
     const Vec<T> factor = exp2<T>(before - subtracted);
@@ -233,10 +252,14 @@ class Forward {
       static_cast<T*>(p_.lse)[row + i] = static_cast<T>(lse);
     }
     if (p_.out == nullptr) return;
+    const T* rest = wants_rest() ? eta + q.lanes : nullptr;
     for (int64_t i = 0; i < q.count; ++i) {
       for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] *= inverse[i];
     }
     write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
+    for (int64_t i = 0; rest != nullptr && i < q.count; ++i) {
+      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] += rest[i * Dvp_ + d] * inverse[i];
+    }
     if (p_.out_acc != nullptr) write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }
 
@@ -244,7 +267,7 @@ class Forward {
   const ForwardParams& p_;
   const Scores& s_;
   const Sizes& n_;
-  const ForwardPlan<T>& plan_;
+  const ForwardPlan<E>& plan_;
   const int64_t Dvp_;
   const bool wants_mbar_;
   const int64_t query_size_, dout_size_;
@@ -261,6 +284,7 @@ class Forward {
   Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
   Buffer<E> value_steps_memory_;
   Buffer<E> weights_;  // the probabilities as pairs of keys
+  Buffer<E> rests_;    // what rounding took from them
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
   int64_t held_b_ = -1, held_group_ = -1, held_query_index_ = -1;  // whose queries are in queries_
@@ -269,7 +293,7 @@ class Forward {
 template <class E, class T>
 inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const Sizes& n = task.params.scores.size;
-  const ForwardPlan<T> plan(n);
+  const ForwardPlan<E> plan(n);
   const int64_t query_blocks = plan.blocking.query_blocks;
   const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
   const int64_t per_split = n.B * query_blocks * per_query_block;

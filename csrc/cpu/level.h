@@ -18,15 +18,9 @@ void exp2_run(const T* x, T* y, int64_t n) {
 }
 
 void forward(const ForwardParams& p, ParallelFor threads) {
-#if defined(__AVX512BF16__)
-  if (p.scores.dtype == DType::kBFloat16) return forward_of<BFloat16Pair>(p, threads);
-#endif
   p.scores.dtype == DType::kFloat64 ? forward_of<double>(p, threads) : forward_of<float>(p, threads);
 }
 void backward(const BackwardParams& p, ParallelFor threads) {
-#if defined(__AVX512BF16__)
-  if (p.scores.dtype == DType::kBFloat16) return backward_of<BFloat16Pair>(p, threads);
-#endif
   p.scores.dtype == DType::kFloat64 ? backward_of<double>(p, threads) : backward_of<float>(p, threads);
 }
 void attention_map(const MapParams& p, ParallelFor threads) {
@@ -36,7 +30,10 @@ void attention_map_backward(const MapBackwardParams& p, ParallelFor threads) {
   p.scores.dtype == DType::kFloat64 ? attention_map_backward_of<double>(p, threads) : attention_map_backward_of<float>(p, threads);
 }
 
+void exp2_float(const float* x, float* y, int64_t n) { exp2_run(x, y, n); }
+void exp2_double(const double* x, double* y, int64_t n) { exp2_run(x, y, n); }
+
 extern const Kernels kKernels;
-const Kernels kKernels = {SMATTN_LEVEL_NAME, forward, backward, attention_map, attention_map_backward, exp2_run<float>, exp2_run<double>};
+const Kernels kKernels = {SMATTN_LEVEL_NAME, forward, backward, attention_map, attention_map_backward, exp2_float, exp2_double};
 
 }  // namespace smattn::cpu::SMATTN_LEVEL
