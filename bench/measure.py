@@ -44,7 +44,7 @@ def measure_cell(
             refused[contestant.name] = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
     quiet = time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
     samples = time_interleaved(calls, job.device, job.seconds)
-    cold = time_interleaved(calls, job.device, job.seconds, cache_flush(job.device)) if cell.also_cold else {}
+    cold = time_interleaved(calls, job.device, job.seconds / 2, cache_flush(job.device)) if cell.also_cold else {}
     quiet += time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
     job.matmul_ms = timing(quiet).median_ms
     for contestant in contestants:

@@ -83,7 +83,7 @@ def plot(rows: list[Row], names: list[str], path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(names), fontsize=8, frameon=False, loc="outside upper left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(names) + 1, fontsize=8, frameon=False, loc="outside upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

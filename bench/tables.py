@@ -77,8 +77,8 @@ def disturbed(rows: list[Row]) -> set[Key]:
     """The cells around which torch.mm was over DISTURBED times slower than at its best: something else had the machine."""
     best: dict[str, float] = {}
     for row in rows:
-        if row.matmul_ms is not None:
-            best[row.dtype] = min(row.matmul_ms, best.get(row.dtype, row.matmul_ms))
+        if quickest := row.p10 if row.workload == MATMUL else row.matmul_ms:
+            best[row.dtype] = min(quickest, best.get(row.dtype, quickest))
     return {key for key, group in cells(rows).items() for row in group if row.matmul_ms and row.matmul_ms > DISTURBED * best[row.dtype]}
 
 
