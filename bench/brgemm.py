@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,11 @@ def measure(job: Job, library: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 
 def row(job: Job, tile: Tile, dtype: torch.dtype, name: str, taken: list[float]) -> Row:
-    times = timing(taken)
     io_bytes = (tile.rows + tile.columns) * tile.steps * dtype.itemsize + 4 * tile.rows * tile.columns
     return Row(
-        **job.about, workload=tile.name, shape=(tile.rows, tile.columns, tile.steps), mask="none", dtype=name_of(dtype), direction=FORWARD,
-        cache=WARM, backend=name, default=name == PRODUCT, median_ms=times.median_ms, p10=times.p10, p90=times.p90, reps=times.reps,
-        extra_bytes=None, io_bytes=io_bytes, flops=tile.flops, matmul_ms=job.matmul_ms, errors=None, skipped=None,
+        **asdict(timing(taken)), **job.about, workload=tile.name, shape=(tile.rows, tile.columns, tile.steps), mask="none",
+        dtype=name_of(dtype), direction=FORWARD, cache=WARM, backend=name, default=name == PRODUCT, extra_bytes=None, io_bytes=io_bytes,
+        flops=tile.flops, matmul_ms=job.matmul_ms, errors=None, skipped=None,
     )  # fmt: skip
 
 

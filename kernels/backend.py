@@ -116,7 +116,7 @@ def backward(
     counts = 0, 0
     if dalpha is not None:
         home = backward_few_queries if few else backward_dmask if dmask_pass else backward_dq
-        delta_rows = backward_delta_sweep.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
+        delta_rows = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         counts = delta_rows if dlse is not None else 0, home.partials(inputs)
     dalpha_rows, dalpha_tiles = (inputs.accumulator(n, problem.B, problem.H) if n else None for n in counts)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backward_delta import finish_rows
 from .launch import Inputs, launch, strides
-from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, score_gradient
+from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, query_program, score_gradient
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -30,13 +30,7 @@ def _delta_sweep_kernel(
     HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = (pid % H).to(tl.int64)
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    m_block = pid // H % m_blocks
-    offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (pid // H // m_blocks).to(tl.int64)
-    bh = b * H + h
+    h, m_block, offs_m, b, bh = query_program(H, Nq, BLOCK_M)
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -64,18 +58,13 @@ def _delta_sweep_kernel(
     dead = (lse_log2 == float("-inf")) & (tl.max(any_live, 0) == 0)
     finish_rows(
         delta, dead, lse_log2, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm,
-        mbar_ptr, rows_ptr, dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh if NEED_DALPHA else None,
+        mbar_ptr, rows_ptr, dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh if NEED_DALPHA else None,
         bh, offs_m, Nq, HAS_DLSE, NEED_DALPHA,
     )  # fmt: skip
 
 
-def partials(inputs: Inputs) -> int:
-    """How many rows of dalpha partials `run` fills."""
-    return triton.cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
-
-
 def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
-    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (partials(inputs), B, H), which only dlse can make other than 0."""
+    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(inputs), B, H): zeros without dlse."""
     t, tile = inputs.problem, inputs.tile("dq")
     arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
         do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,

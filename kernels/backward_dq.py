@@ -17,6 +17,7 @@ from .primitives import (
     load_mask,
     load_queries,
     load_tile,
+    query_program,
     score_gradient,
     store_tile,
 )
@@ -37,13 +38,7 @@ def _dq_kernel(
     NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = (pid % H).to(tl.int64)
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    m_block = pid // H % m_blocks
-    offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (pid // H // m_blocks).to(tl.int64)
-    bh = b * H + h
+    h, m_block, offs_m, b, bh = query_program(H, Nq, BLOCK_M)
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -76,7 +71,7 @@ def _dq_kernel(
     if NEED_DQ:
         store_tile(dq_ptr + bh * Nq * D, dq * scale, offs_m, offs_d, D, row_ok, offs_d < D)
     if NEED_DALPHA:
-        tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh, tl.sum(dalpha, 0))
+        tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
 def partials(inputs: Inputs) -> int:

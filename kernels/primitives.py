@@ -56,6 +56,17 @@ def store_mask_tile(dmask_ptr, dm, mask_bh, offs_m, offs_n, Nq, Nk, SHARED_M: tl
 
 
 @triton.jit
+def query_program(H, Nq, BLOCK_M: tl.constexpr):
+    """Of one program per (batch, query block, head): h, the number and rows of its query block, b, and b * H + h."""
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    m_block = pid // H % m_blocks
+    b = (pid // H // m_blocks).to(tl.int64)
+    return h, m_block, m_block * BLOCK_M + tl.arange(0, BLOCK_M), b, b * H + h
+
+
+@triton.jit
 def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
     """[BLOCK_N]: the key lies before `end` and is not padding."""
     live = offs_n < end

@@ -54,6 +54,12 @@ def _tell_dynamo() -> None:
 _tell_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo runs it while it traces, as assume_constant_result says
 
 
+def _run(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """The op below autograd, or it would ask its autograd kernel at the end of this file."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return tuple(op(*args))
+
+
 def _refuse_a_lost_graph(*grads: Tensor | None) -> None:
     """torch.autograd.grad(is_grads_batched=True, create_graph=True) would drop the graph of a Function inside it without a word."""
     if torch.is_grad_enabled() and any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
@@ -65,8 +71,7 @@ class SoftMaskedAttention(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():  # or the op would ask its autograd kernel below
-            return tuple(ops.forward(*args))
+        return _run(ops.forward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,8 +111,7 @@ class AttentionMap(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(ops.attention_map(*args))
+        return _run(ops.attention_map, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -139,8 +143,7 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(ops.backward(*args))
+        return _run(ops.backward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -160,8 +163,7 @@ class _AttentionMapBackward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(ops.attention_map_backward(*args))
+        return _run(ops.attention_map_backward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

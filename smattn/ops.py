@@ -69,10 +69,11 @@ def _forward(
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "forward")
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
-    kept = queries_kept_unrounded(problem) if save_out and problem.acc_dtype != problem.dtype else 0
+    rounded = save_out and problem.acc_dtype != problem.dtype
+    kept = queries_kept_unrounded(problem) if rounded else 0
     with _inside_an_op(query.device):
         out, lse, out_acc, mbar = chosen.forward(problem, *inputs, save_out=kept > 0, save_mbar=save_mbar)
-    if save_out and problem.acc_dtype != problem.dtype and not kept:
+    if rounded and not kept:
         out_acc = out_acc.new_empty((*out.shape[:2], 0, out.shape[3]))
     return out, lse, out_acc, mbar
 

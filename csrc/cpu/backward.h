@@ -112,8 +112,7 @@ class Backward {
       plan_.list(group, pairs_);
       store_dquery<T>(t_, pairs_[owner].b, pairs_[owner].h, query_block(plan_.blocking, item % blocks), sum);
     } else {
-      const int64_t kv_heads = plan_.heads_inside ? n_.Hkv : 1;
-      const int64_t b = plan_.first_batch(group) + owner / kv_heads, g = plan_.first_kv_head(group) + owner % kv_heads;
+      const int64_t b = plan_.first_batch(group) + owner / plan_.kv_heads, g = plan_.first_kv_head(group) + owner % plan_.kv_heads;
       store_dkv<T>(t_, b, g, key_block(t_.scores, plan_.blocking, b, item % blocks), plan_.blocking.keys, sum);
     }
   }
@@ -204,7 +203,7 @@ class Backward {
   const T* read_inputs(const Pair& pair, int64_t g, int64_t kb, int64_t qb, const QueryBlock& q, const KeyBlock& k) {
     if (kv_read_.differs(pair.b, g, kb, 0)) {
       keys_read_.key = read_keys<E>(t_.scores.key, pair.b, g, k, n_.D, keys_, kLanes<E>);
-      keys_read_.key_steps = by_step(keys_read_.key, k.count, n_.D, key_steps_memory_.get());
+      if (t_.dquery != nullptr) keys_read_.key_steps = by_step(keys_read_.key, k.count, n_.D, key_steps_memory_.get());
       if (t_.value.data != nullptr) keys_read_.value = read_keys<E>(t_.value, pair.b, g, k, n_.Dv, values_);
     }
     if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);
@@ -244,16 +243,6 @@ class Backward {
     if (plan_.wants_parts) fill<T>(own_part(split), parts_.sums_size / plan_.round, T(0));
   }
   T* own_part(int64_t split) { return parts_.sums + split * parts_.sums_size + slot_ * (parts_.sums_size / plan_.round); }
-
-  // What a tile holds, so that it is not read again.
-  struct Held {
-    int64_t a = -1, b = -1, c = -1, d = -1;
-    bool differs(int64_t a1, int64_t b1, int64_t c1, int64_t d1) {
-      if (a == a1 && b == b1 && c == c1 && d == d1) return false;
-      a = a1, b = b1, c = c1, d = d1;
-      return true;
-    }
-  };
 
   const BackwardTask<T>& t_;
   const Sizes& n_;

@@ -62,8 +62,8 @@ struct BackwardPlan {
   bool outer_keys;
   bool wants_parts;            // the sums that items leave for each other
   bool tile_dmask;             // dM has the queries' extent: summed over a group's pairs in a tile
-  bool batch_inside, heads_inside;
-  int64_t batches;             // in a group
+  bool batch_inside;
+  int64_t batches, kv_heads;   // in a group
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
   bool pairs_innermost;        // else the inner blocks are
   int64_t splits;              // of the outer blocks
@@ -84,13 +84,13 @@ struct BackwardPlan {
     if (part_bytes(outer_keys) > bytes && part_bytes(!outer_keys) < part_bytes(outer_keys)) outer_keys = !outer_keys;
     wants_parts = part_bytes(outer_keys) > 0;
     batch_inside = tile_dmask && s.mask_size[0] == 1 && n.B > 1;
-    heads_inside = full_mask && s.mask_size[1] == 1;
     // every thread has its group's tiles and sums
     const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
     const int64_t batch_size = n.H * n.Nq * round_up(n.D, kLanes<T>) + n.H * blocking.queries * query_row + n.Hkv * dkv_size();
     batches = batch_inside ? largest_divisor(n.B, bytes / 2 / static_cast<int64_t>(sizeof(T)) / batch_size) : 1;
-    groups = n.B / batches * (heads_inside ? 1 : n.Hkv);
-    kvs = batches * (heads_inside ? n.Hkv : 1);
+    kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
+    groups = n.B / batches * groups_of_a_batch();
+    kvs = batches * kv_heads;
     pairs = kvs * (n.H / n.Hkv);
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
@@ -101,7 +101,7 @@ struct BackwardPlan {
     dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
     const int64_t group_bytes = part_bytes(outer_keys) / groups + dmask_rows * n.Nk * static_cast<int64_t>(sizeof(T));
     round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
-    if (batches_take_turns()) round = largest_divisor(heads_inside ? 1 : n.Hkv, round);  // no two that share M
+    if (batches_take_turns()) round = largest_divisor(groups_of_a_batch(), round);  // no two that share M
     splits = splits_within(bytes);
   }
 
@@ -129,13 +129,13 @@ struct BackwardPlan {
     return wants_parts ? part_items() * (outer_keys ? dquery_size() : dkv_size()) : 0;
   }
 
-  int64_t first_batch(int64_t group) const { return group / (heads_inside ? 1 : n.Hkv) * batches; }
-  int64_t first_kv_head(int64_t group) const { return heads_inside ? 0 : group % n.Hkv; }
+  int64_t first_batch(int64_t group) const { return group / groups_of_a_batch() * batches; }
+  int64_t first_kv_head(int64_t group) const { return group % groups_of_a_batch() * kv_heads; }
 
   // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
   // batch and has heads, those of one head are.
   void list(int64_t group, Pair* to) const {
-    const int64_t kv_heads = heads_inside ? n.Hkv : 1, per_kv = n.H / n.Hkv;
+    const int64_t per_kv = n.H / n.Hkv;
     const int64_t b0 = first_batch(group), g0 = first_kv_head(group);
     const bool heads_outside = batch_inside && mask_by_head_;
     for (int64_t i = 0; i < pairs; ++i) {
@@ -154,6 +154,8 @@ struct BackwardPlan {
 
  private:
   bool mask_by_head_;
+
+  int64_t groups_of_a_batch() const { return n.Hkv / kv_heads; }
 
   // Of n, up to `most`, and 1 at least.
   static int64_t largest_divisor(int64_t n, int64_t most) {

@@ -76,11 +76,10 @@ class Forward {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first);
     T* const part = plan_.splits == 1 ? part_.get() : parts + first * part_size_;
-    const bool same_queries = b == held_b_ && group == held_group_ && query_index == held_query_index_;  // as in the last split
-    held_b_ = b, held_group_ = group, held_query_index_ = query_index;
+    const bool other_queries = queries_read_.differs(b, group, query_index, 0);  // than in the last split
     for (int64_t h = 0; h < heads; ++h) {
-      if (!same_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, static_cast<T>(s_.scale * kLog2e), query_rows_, query(h));
-      if (!same_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, T(1), query_rows_, dout(h));
+      if (other_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, static_cast<T>(s_.scale * kLog2e), query_rows_, query(h));
+      if (other_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, T(1), query_rows_, dout(h));
       fill<T>(part + h * part_size_, part_size_, T(0));
       fill<T>(part + h * part_size_ + q.lanes * Dvp_, q.lanes, static_cast<T>(-__builtin_inf()));
     }
@@ -287,7 +286,7 @@ class Forward {
   Buffer<E> rests_;    // what rounding took from them
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
-  int64_t held_b_ = -1, held_group_ = -1, held_query_index_ = -1;  // whose queries are in queries_
+  Held queries_read_;
 };
 
 template <class E, class T>

@@ -11,7 +11,7 @@
 namespace smattn::cpu::SMATTN_LEVEL {
 
 constexpr int64_t kQueries = 64;  // at most, in a block
-constexpr int64_t kKeys = 144;    // at most: a whole number of register tiles, whatever their height
+constexpr int64_t kKeys = 144;    // at most
 constexpr double kLog2e = 1.44269504088896340736, kLog2eRest = 2.0355273740931033e-17;  // their sum is log2(e) to 107 bits
 constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558e-17;
 
@@ -33,6 +33,16 @@ struct Blocking {
     key_blocks = blocks_of(Nk, kKeys);
     keys = round_up(blocks_of(Nk, larger_of<int64_t>(key_blocks, 1)), 8);
     key_blocks = blocks_of(Nk, larger_of<int64_t>(keys, 1));
+  }
+};
+
+// What a tile holds, so that it is not read again.
+struct Held {
+  int64_t a = -1, b = -1, c = -1, d = -1;
+  bool differs(int64_t a1, int64_t b1, int64_t c1, int64_t d1) {
+    if (a == a1 && b == b1 && c == c1 && d == d1) return false;
+    a = a1, b = b1, c = c1, d = d1;
+    return true;
   }
 };
 
