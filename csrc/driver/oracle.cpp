@@ -49,7 +49,6 @@ class Oracle {
   void backward(int64_t b, int64_t h, int64_t i);
   void map_backward(int64_t b, int64_t h, int64_t i);
   void score_gradients(int64_t b, int64_t h, int64_t i, const Number& dl, Expected& dq, Expected& dk, Expected& dm, Expected& da);
-  double band() const;
 
   bool padded(int64_t b, int64_t j) const { return in_.padded[static_cast<size_t>(b * p_.size.Nk + j)]; }
   long double keep(int64_t b, int64_t h, int64_t i, int64_t j) const;  // C/(1-p) of (3)
@@ -58,9 +57,8 @@ class Oracle {
   const Problem& p_;
   const Inputs& in_;
   Dense query_, key_, value_, mask_, alpha_, dout_, dlse_, head_weights_, dmap_;
-  double largest_ = 0.0;    // max |S|, absolute values inside
   std::vector<int64_t> js_;  // the keys of row (b, h, i) that are attended to
-  std::vector<double> row_s_;   // [Nk] |S|, absolute values inside
+  std::vector<double> row_errors_;  // [Nk] of scores, in units of u
   std::vector<Number> row_ds_;  // [Nk]
   DenseOf<long double> probabilities_;  // [B, H, Nq, Nk]
   Answers answers_;
@@ -74,7 +72,7 @@ Oracle::Oracle(const Problem& problem, const Inputs& inputs)
       head_weights_(values_of(inputs.head_weights)), dmap_(values_of(inputs.dmap)) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p_.size;
   probabilities_ = DenseOf<long double>({B, H, Nq, Nk});
-  row_s_.resize(static_cast<size_t>(Nk)), row_ds_.resize(static_cast<size_t>(Nk));
+  row_errors_.resize(static_cast<size_t>(Nk)), row_ds_.resize(static_cast<size_t>(Nk));
   Answers& a = answers_;
   a.out = Expected({B, H, Nq, Dv}), a.lse = a.mbar = Expected({B, H, Nq, 1}), a.map = Expected({B, 1, Nq, Nk});
   a.dquery = a.map_dquery = Expected({B, H, Nq, D}), a.dkey = a.map_dkey = Expected({B, Hkv, Nk, D}), a.dvalue = Expected({B, Hkv, Nk, Dv});
@@ -90,15 +88,8 @@ Oracle::Oracle(const Problem& problem, const Inputs& inputs)
     }
   };
   for_rows([&](int64_t b, int64_t h, int64_t i) { softmax(b, h, i); });
-  a.band = band();
+  a.band *= epsilon_of(accumulator_of(p_.dtype)) / 2;
   for_rows([&](int64_t b, int64_t h, int64_t i) { forward(b, h, i), backward(b, h, i), map_backward(b, h, i); });
-}
-
-// u is half the distance of 1 to the next number. The D roundings of one score come to 3u * (1 + max|S|) at four standard deviations,
-// and P = exp(S - L) sees those of S and of L.
-double Oracle::band() const {
-  const double u = epsilon_of(accumulator_of(p_.dtype)) / 2;
-  return 2 * 3 * u * (1 + largest_);
 }
 
 long double Oracle::keep(int64_t b, int64_t h, int64_t i, int64_t j) const {
@@ -108,23 +99,31 @@ long double Oracle::keep(int64_t b, int64_t h, int64_t i, int64_t j) const {
   return kept ? 1.0L / (1.0L - p_.dropout_p) : 0.0L;
 }
 
-// (1), (2), (4) and mbar
+// How far rounding may push a score, in units of u, half the distance from 1 to the next number. Each partial sum of scale * <q, k> is
+// rounded, by at most u of itself, a standard deviation of u/sqrt(3): four of all. The rest is a rounding or two of S, of its parts, of L.
+double score_error(double partial_sums_squared, double size) { return 4 * (std::sqrt(partial_sums_squared / 3) + 1 + size); }
+
+// (1), (2), (4) and mbar, and the largest error of a score for the band.
 void Oracle::softmax(int64_t b, int64_t h, int64_t i) {
   long double highest = -kInfinity, sum = 0.0;
   for (const int64_t j : js_) {
-    Number s;
-    for (int64_t d = 0; d < p_.size.D; ++d) s += Number(query_.at(b, h, i, d)) * key_.at(b, kv(h), j, d);
-    s = Number(p_.scale) * s;
+    long double product = 0.0;
+    double squares = 0.0;
+    for (int64_t d = 0; d < p_.size.D; ++d) {
+      product += p_.scale * static_cast<long double>(query_.at(b, h, i, d)) * key_.at(b, kv(h), j, d);
+      squares += static_cast<double>(product * product);
+    }
+    Number s = product;
     if (p_.has_mask) s += Number(alpha_.at(0, 0, 0, h)) * mask_.at(b, h, i, j);
     highest = std::max(highest, s.value);
     probabilities_.at(b, h, i, j) = s.value;
-    row_s_[static_cast<size_t>(j)] = s.magnitude;
+    row_errors_[static_cast<size_t>(j)] = score_error(squares, s.magnitude);
   }
   for (const int64_t j : js_) sum += std::exp(probabilities_.at(b, h, i, j) - highest);
   for (const int64_t j : js_) {
     long double& p = probabilities_.at(b, h, i, j);
     p = std::exp(p - highest) / sum;
-    if (p > 0.0) largest_ = std::max(largest_, row_s_[static_cast<size_t>(j)]);  // a score that gives exactly 0 rounds to nothing else
+    if (p > 0.0) answers_.band = std::max(answers_.band, row_errors_[static_cast<size_t>(j)]);  // what is exactly 0 stays it
     if (p_.has_mask) add(answers_.mbar, {b, h, i, 0}, Number(p) * mask_.at(b, h, i, j));
   }
   add(answers_.lse, {b, h, i, 0}, {js_.empty() ? -kInfinity : highest + std::log(sum), 1.0});

@@ -11,8 +11,8 @@ namespace {
 // The outputs of one problem, made when a kernel is to write them.
 class Outputs {
  public:
-  void* make(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected, double weights = 0.0) {
-    outputs_.push_back({name, asked ? Array(dtype, size) : Array(), &expected, weights});
+  void* make(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected, const Allowance& allowance) {
+    outputs_.push_back({name, asked ? Array(dtype, size) : Array(), &expected, allowance});
     return outputs_.back().array.data();
   }
   std::vector<Output> take() { return std::move(outputs_); }
@@ -40,12 +40,14 @@ Shape mask_shape(const Problem& p) { return {p.mask_size[0], p.mask_size[1], p.m
 // Products of a 16-bit type may take their weights, P*C/(1-p) or dS, rounded to it: by half its epsilon at most, a standard deviation of
 // 1/sqrt(3) of that, each by itself; six times what comes of them all. Nothing else is rounded before its time. Above all not delta, which
 // cancels dP: it is taken from an output whose weights are two such numbers, one for what rounding took from the other.
-struct WeightsRounding {
-  double once, twice;  // shares of sqrt(Q(T))
+struct Allowances {
+  Allowance sum, product, exact_product, through_delta, product_through_delta;
 
-  explicit WeightsRounding(DType dtype) {
-    const double half = bytes_of(dtype) == 2 ? epsilon_of(dtype) / 2 : 0.0;
-    once = 6 / std::sqrt(3.0) * half, twice = once * half;
+  Allowances(const Problem& p, double band) {
+    const double half = bytes_of(p.dtype) == 2 ? epsilon_of(p.dtype) / 2 : 0.0, deviations = 6 / std::sqrt(3.0);
+    const double delta = p.out_saved ? band + half * half : band;
+    sum = {band, 0.0}, product = {band, deviations * half}, exact_product = {band, deviations * half * half};
+    through_delta = {delta, 0.0}, product_through_delta = {delta, deviations * half};
   }
 };
 
@@ -58,11 +60,11 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   f.dropout = {p.dropout_p, in.seed};
   const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
   const bool rounded = acc != p.dtype;
-  const WeightsRounding rounding(p.dtype);
-  f.out = make.make(true, "out", p.dtype, out_size, a.out, rounding.once);
-  f.lse = make.make(true, "lse", acc, row_size, a.lse);
-  f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out, rounding.twice);
-  f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar);
+  const Allowances allowed(p, a.band);
+  f.out = make.make(true, "out", p.dtype, out_size, a.out, allowed.product);
+  f.lse = make.make(true, "lse", acc, row_size, a.lse, allowed.sum);
+  f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out, allowed.exact_product);
+  f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar, allowed.sum);
   kernels.forward(f, threads);
 
   BackwardParams g{};
@@ -70,32 +72,33 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   g.dout = in.dout.tensor();
   if (p.out_saved) g.out = {rounded ? f.out_acc : f.out, acc, {H * Nq * Dv, Nq * Dv, Dv, 1}};
   g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar;
-  g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, rounding.once);
-  g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, rounding.once);
-  g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue, rounding.once);
-  g.dmask = make.make(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask);
-  g.dalpha = make.make(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha);
+  g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, allowed.product_through_delta);
+  g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, allowed.product_through_delta);
+  g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue, allowed.product);
+  g.dmask = make.make(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask, allowed.through_delta);
+  g.dalpha = make.make(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha, allowed.through_delta);
   kernels.backward(g, threads);
 }
 
 void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
+  const Allowance allowed{a.band, 0.0};
   MapParams f{};
   f.scores = scores_of(p, in);
   f.head_weights = in.head_weights.data();
-  f.map = make.make(true, "map", acc, {B, 1, Nq, Nk}, a.map);
-  f.lse = make.make(true, "map's lse", acc, {B, H, Nq, 1}, a.lse);
+  f.map = make.make(true, "map", acc, {B, 1, Nq, Nk}, a.map, allowed);
+  f.lse = make.make(true, "map's lse", acc, {B, H, Nq, 1}, a.lse, allowed);
   kernels.attention_map(f, threads);
 
   MapBackwardParams g{};
   g.scores = f.scores, g.head_weights = f.head_weights, g.lse = f.lse;
   g.dmap = in.dmap.tensor();
-  g.dquery = make.make(p.needs.query, "map's dquery", p.dtype, {B, H, Nq, D}, a.map_dquery);
-  g.dkey = make.make(p.needs.key, "map's dkey", p.dtype, {B, Hkv, Nk, D}, a.map_dkey);
-  g.dmask = make.make(p.needs.mask, "map's dmask", p.mask_dtype, mask_shape(p), a.map_dmask);
-  g.dalpha = make.make(p.needs.alpha, "map's dalpha", acc, {1, H, 1, 1}, a.map_dalpha);
-  g.dhead_weights = make.make(p.needs.head_weights, "dhead_weights", acc, {1, H, 1, 1}, a.map_dhead_weights);
+  g.dquery = make.make(p.needs.query, "map's dquery", p.dtype, {B, H, Nq, D}, a.map_dquery, allowed);
+  g.dkey = make.make(p.needs.key, "map's dkey", p.dtype, {B, Hkv, Nk, D}, a.map_dkey, allowed);
+  g.dmask = make.make(p.needs.mask, "map's dmask", p.mask_dtype, mask_shape(p), a.map_dmask, allowed);
+  g.dalpha = make.make(p.needs.alpha, "map's dalpha", acc, {1, H, 1, 1}, a.map_dalpha, allowed);
+  g.dhead_weights = make.make(p.needs.head_weights, "dhead_weights", acc, {1, H, 1, 1}, a.map_dhead_weights, allowed);
   kernels.attention_map_backward(g, threads);
 }
 
@@ -115,11 +118,12 @@ std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& prob
   return outputs.take();
 }
 
-Comparison compare(const Output& output, double band) {
+Comparison compare(const Output& output) {
   Comparison worst;
   if (!output.array.present()) return worst;
   const Dense actual = output.array.values();
   const auto& [exact, magnitude, squares] = *output.expected;
+  const auto [magnitude_share, squares_share] = output.allowance;
   const double epsilon = epsilon_of(output.array.dtype()), floor = floor_of(output.array.dtype());
   for (size_t k = 0; k < actual.values.size(); ++k) {
     const double x = actual.values[k], a = magnitude.values[k];
@@ -128,8 +132,8 @@ Comparison compare(const Output& output, double band) {
     if (same) continue;
     double share = std::numeric_limits<double>::infinity();
     if (std::isfinite(x) && std::isfinite(y) && a > 0.0) {
-      const long double rounding = epsilon / 2 * std::fabs(y) + output.weights * std::sqrt(squares.values[k]) + floor;
-      share = static_cast<double>(std::fabs(x - y) / (rounding + band * a));
+      const long double rounding = epsilon / 2 * std::fabs(y) + floor;
+      share = static_cast<double>(std::fabs(x - y) / (rounding + magnitude_share * a + squares_share * std::sqrt(squares.values[k])));
     }
     if (share <= worst.share) continue;
     const auto [n1, n2, n3] = std::array{actual.size[1], actual.size[2], actual.size[3]};
