@@ -53,6 +53,7 @@ def finish_rows(
 ):  # fmt: skip
     """Store lse in base 2, <dO, O> less dL as delta, and the block's sum of mbar * dL. dl_ptr: of this (batch, head)."""
     row_ok = offs_m < Nq
+    lse_log2 = tl.where(lse_log2 == float("inf"), float("nan"), lse_log2)  # a score of +inf: all its row is NaN, as in plain torch
     if HAS_DLSE:
         dl = tl.load(dl_ptr + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
         delta -= dl

@@ -106,7 +106,7 @@ def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
 def softmax_step(s, m_i, l_i):
     """One step of the online softmax, reference.py (2): p [BLOCK_M, BLOCK_N], the factor for what is already summed, m_i and l_i."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    m_finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
     rescale = tl.exp2(m_i - m_finite)
     p = tl.exp2(s - m_finite[:, None])
     return p, rescale, m_new, l_i * rescale + tl.sum(p, 1)
@@ -119,11 +119,11 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
     keep_scale is 1/(1-p) of dropout. It comes here, in float32: on P it would add a rounding to 16 bits that dP in backward has not, and
     delta would no longer cancel dP where few keys are left.
     l_i is 0 in a row without any live key: its output is 0 and its logsumexp -inf. A row whose live scores are
-    all -inf (m_i = -inf, l_i > 0) is NaN, with logsumexp -inf, as it is in plain torch.
+    all -inf (m_i = -inf, l_i > 0) is NaN, with logsumexp -inf, as it is in plain torch; so is one with a score of +inf, its logsumexp +inf.
     """
     dead = l_i == 0.0
     lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
-    l_i = tl.where((m_i == float("-inf")) & (l_i > 0.0), float("nan"), l_i)
+    l_i = tl.where((tl.abs(m_i) == float("inf")) & (l_i > 0.0), float("nan"), l_i)
     out = tl.where(dead[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
     return out, tl.where(dead, 0.0, mbar / l_i), lse
 

@@ -30,7 +30,7 @@ class MapTile {
     T lse_log2[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const T* row = static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first;
-      lse_log2[i] = static_cast<T>(i < q.count ? to_log2(row[i]) : __builtin_inf());
+      lse_log2[i] = static_cast<T>(i < q.count ? exponent_of(row[i]) : __builtin_inf());
     }
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);

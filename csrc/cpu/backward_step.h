@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward_plan.h"
+#include "cpu/dropout_tile.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -69,7 +70,7 @@ struct QueryTiles {
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
     for (int64_t i = 0; i < q.lanes; ++i) {
       const bool beyond = i >= q.count;
-      lse_log2[i] = beyond ? static_cast<T>(__builtin_inf()) : static_cast<T>(to_log2(t.lse[row + i]));  // so that P is 0
+      lse_log2[i] = beyond ? static_cast<T>(__builtin_inf()) : static_cast<T>(exponent_of(t.lse[row + i]));  // so that P is 0
       delta[i] = beyond ? T(0) : t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }

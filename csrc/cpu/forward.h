@@ -2,6 +2,7 @@
 // few the keys are split as well, and a second pass merges the parts.
 #pragma once
 
+#include "cpu/dropout_tile.h"
 #include "cpu/tiles.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
@@ -140,8 +141,8 @@ class Forward {
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
-  // What to subtract: exp2(-inf - -inf) would be NaN.
-  static Vec<T> finite_maximum(Vec<T> m) { return m == static_cast<T>(-__builtin_inf()) ? Vec<T>{} : m; }
+  // What to subtract: infinities less themselves would be NaN. The sum of a row whose maximum is +inf is so as well, or NaN, and its out NaN.
+  static Vec<T> finite_maximum(Vec<T> m) { return m - m == T(0) ? m : Vec<T>{}; }
 
   // One head against one key block.
   void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query,

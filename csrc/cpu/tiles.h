@@ -6,7 +6,6 @@
 #include "cpu/blocks.h"
 #include "cpu/exp2.h"
 #include "cpu/operands.h"
-#include "philox.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -18,6 +17,9 @@ constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558
 // Natural logarithms to exponents of 2 and back: rounded once, so that going there and back loses nothing that matters.
 inline double to_log2(double x) { return __builtin_fma(x, kLog2e, x * kLog2eRest); }
 inline double to_natural(double x) { return __builtin_fma(x, kLn2, x * kLn2Rest); }
+
+// What to subtract from the exponents of a row: lse, but where that is infinite NaN, as any softmax is there.
+inline double exponent_of(double lse) { return lse - lse == 0 ? to_log2(lse) : __builtin_nan(""); }
 
 // Nq and Nk cut into blocks of nearly equal size: fixed by the shape alone, so that every sum has one order.
 template <class T>
@@ -148,20 +150,6 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   if (k.attended == k.count) return;
   for (int64_t j = 0; j < k.count; ++j) {
     if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, T(0));
-  }
-}
-
-// C/(1-p) of (3).
-template <class T>
-inline void dropout_tile(const Dropout& dropout, int64_t bh, const QueryBlock& q, const KeyBlock& k, T* tile) {
-  const uint32_t threshold = dropout_threshold(dropout.p);
-  const T kept = static_cast<T>(1.0 / (1.0 - dropout.p));
-  for (int64_t j = 0; j < k.count; ++j) {
-    const auto key = static_cast<uint32_t>(k.first + j);
-    for (int64_t i = 0; i < q.lanes; ++i) {
-      const auto query = static_cast<uint32_t>(q.first + i);
-      tile[j * q.lanes + i] = dropout_keeps(dropout.seed, static_cast<uint32_t>(bh), query, key, threshold) ? kept : T(0);
-    }
   }
 }
 
