@@ -21,6 +21,7 @@ class Call:
     """A forward and backward of soft_masked_attention: sizes, dtype name, the gradients wanted, and how the mask lies in memory.
 
     Hkv: H unless given. mask: which of M's axes (batch, head, query) it has, the others being of size 1; None: no mask.
+    threads: of the CPU, None: torch's choice.
     """
 
     B: int
@@ -34,6 +35,7 @@ class Call:
     options: bool = False  # dropout, padding and a gradient of lse
     Hkv: int | None = None
     mask: tuple[bool, bool, bool] | None = (True, False, True)
+    threads: int | None = None
 
     def case(self, device: str = "cpu") -> Case:
         """Zeros, never written where the system commits memory lazily."""
@@ -169,6 +171,8 @@ def main(fields: str, backend: str) -> None:
     def compute(call: Call, case: Case) -> dict[str, torch.Tensor]:
         return run_plainly(case, call.needs) if backend == "plain" else run(case, backend, call.needs)
 
+    if call.threads is not None:
+        torch.set_num_threads(call.threads)
     warm_up = replace(call, Nq=4, Nk=64)
     compute(warm_up, warm_up.case())
     case = call.case()

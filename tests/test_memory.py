@@ -37,6 +37,15 @@ CALLS = {
     "half, one mask for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
     "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
 }
+MANY_THREADS = {
+    "many heads": Call(1, 32, 64, 1024, 128, threads=8),
+    "half, many heads": Call(1, 32, 64, 1024, 128, dtype="float16", threads=8),
+    "bfloat16, many heads": Call(1, 32, 64, 1024, 128, dtype="bfloat16", threads=8),
+    "many batches and heads": Call(8, 32, 64, 64, 128, threads=8),
+    "wide": Call(16, 8, 64, 64, 256, threads=64),
+    "double": Call(32, 8, 64, 64, 128, dtype="float64", threads=128),
+    "self1k": Call(1, 8, 1024, 1024, 64, threads=128),
+}
 SLOW = [name for name in CALLS if name != "hodor_infer"]
 ARCHS = (80, 90)
 
@@ -54,6 +63,14 @@ def extras(backend, call):
 def test_extra_memory_is_under_the_ceiling(fused_backend, name):
     for extra, ceiling in extras(fused_backend, CALLS[name]):
         assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in BACKENDS or DEVICE == "cuda", reason="the CPU's threads each have scratch of their own")
+@pytest.mark.parametrize("name", MANY_THREADS)
+def test_many_threads_stay_under_the_ceiling(name):
+    extra, ceiling = extra_resident(MANY_THREADS[name], "cpu")
+    assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
 
 
 @st.composite

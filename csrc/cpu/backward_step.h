@@ -92,6 +92,8 @@ class BackwardStep {
       : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0),
         weights_(kPack<E> > 1 || task.dropout.p > 0 ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
 
+  int64_t bytes() const { return bytes_in(p_, keep_, weights_, ds_); }
+
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
            const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {

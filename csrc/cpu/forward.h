@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/tiles.h"
+#include "cpu/workers.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -70,6 +71,11 @@ class Forward {
         value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
         weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
         rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
+
+  int64_t bytes() const {
+    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_,
+                    rests_);
+  }
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -297,21 +303,17 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
   const int64_t per_split = n.B * query_blocks * per_query_block;
   const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
-  parallel_for(threads, n.B * plan.groups * query_blocks * plan.splits, 1, [&](int64_t begin, int64_t end) {
-    Forward<E> forward(task, plan);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
-      const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
-      forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
-    }
+  const auto make = [&] { return Forward<E>(task, plan); };
+  const int64_t spare = kSpare - parts.bytes(), items = n.B * plan.groups * query_blocks * plan.splits;
+  for_each_item(threads, items, spare, make, [&](Forward<E>& forward, int64_t item) {
+    const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
+    const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
+    forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
   });
   if (plan.splits == 1) return;
-  parallel_for(threads, n.B * query_blocks * n.H, 1, [&](int64_t begin, int64_t end) {
-    Forward<E> forward(task, plan);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
-      forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
-    }
+  for_each_item(threads, n.B * query_blocks * n.H, spare, make, [&](Forward<E>& forward, int64_t item) {
+    const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
+    forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
   });
 }
 

@@ -106,6 +106,7 @@ class WeightTile {
     const Vectors<E> steps = by_step(by_lane(lanes), keys, lanes, steps_.get());
     return {steps.data, steps.stride};
   }
+  int64_t bytes() const { return bytes_in(tile_, steps_); }
 
  private:
   Buffer<E> tile_, steps_;
