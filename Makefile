@@ -39,7 +39,7 @@ lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.aot
 
-# The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in double.
+# The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
 # -O1: at -O2 the sanitizers' checks inside the unrolled products take gcc minutes.
 DRIVER := $(BIN)/cmake -S . -DSMATTN_DRIVER=ON $(CMAKE_ARGS)
 ARM64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64-static

@@ -1,5 +1,5 @@
 // The kernels without torch and without Python, for the sanitizers and for machines that are only emulated: odd problems through every
-// instruction set this machine has, on one thread and on several, against naive loops in double.
+// instruction set this machine has, on one thread and on several, against naive loops in long double.
 //
 //     smattn_driver [first [last]]    problems first..last - 1; each prints alike wherever it is run
 #include <algorithm>

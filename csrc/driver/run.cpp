@@ -11,8 +11,8 @@ namespace {
 // The outputs of one problem, made when a kernel is to write them.
 class Outputs {
  public:
-  void* make(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected) {
-    outputs_.push_back({name, asked ? Array(dtype, size) : Array(), &expected});
+  void* make(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected, double weights = 0.0) {
+    outputs_.push_back({name, asked ? Array(dtype, size) : Array(), &expected, weights});
     return outputs_.back().array.data();
   }
   std::vector<Output> take() { return std::move(outputs_); }
@@ -37,6 +37,18 @@ Scores scores_of(const Problem& p, const Inputs& in) {
 
 Shape mask_shape(const Problem& p) { return {p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}; }
 
+// Products of a 16-bit type may take their weights, P*C/(1-p) or dS, rounded to it: by half its epsilon at most, a standard deviation of
+// 1/sqrt(3) of that, each by itself; six times what comes of them all. Nothing else is rounded before its time. Above all not delta, which
+// cancels dP: it is taken from an output whose weights are two such numbers, one for what rounding took from the other.
+struct WeightsRounding {
+  double once, twice;  // shares of sqrt(Q(T))
+
+  explicit WeightsRounding(DType dtype) {
+    const double half = bytes_of(dtype) == 2 ? epsilon_of(dtype) / 2 : 0.0;
+    once = 6 / std::sqrt(3.0) * half, twice = once * half;
+  }
+};
+
 void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
@@ -46,9 +58,10 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   f.dropout = {p.dropout_p, in.seed};
   const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
   const bool rounded = acc != p.dtype;
-  f.out = make.make(true, "out", p.dtype, out_size, a.out);
+  const WeightsRounding rounding(p.dtype);
+  f.out = make.make(true, "out", p.dtype, out_size, a.out, rounding.once);
   f.lse = make.make(true, "lse", acc, row_size, a.lse);
-  f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out);
+  f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out, rounding.twice);
   f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar);
   kernels.forward(f, threads);
 
@@ -57,9 +70,9 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   g.dout = in.dout.tensor();
   if (p.out_saved) g.out = {rounded ? f.out_acc : f.out, acc, {H * Nq * Dv, Nq * Dv, Dv, 1}};
   g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar;
-  g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery);
-  g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey);
-  g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue);
+  g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, rounding.once);
+  g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, rounding.once);
+  g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue, rounding.once);
   g.dmask = make.make(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask);
   g.dalpha = make.make(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha);
   kernels.backward(g, threads);
@@ -106,14 +119,18 @@ Comparison compare(const Output& output, double band) {
   Comparison worst;
   if (!output.array.present()) return worst;
   const Dense actual = output.array.values();
-  const Dense &exact = output.expected->value, &magnitude = output.expected->magnitude;
+  const auto& [exact, magnitude, squares] = *output.expected;
   const double epsilon = epsilon_of(output.array.dtype()), floor = floor_of(output.array.dtype());
   for (size_t k = 0; k < actual.values.size(); ++k) {
-    const double x = actual.values[k], y = exact.values[k], a = magnitude.values[k];
+    const double x = actual.values[k], a = magnitude.values[k];
+    const long double y = exact.values[k];
     const bool same = std::isnan(y) ? std::isnan(x) : x == y;
     if (same) continue;
     double share = std::numeric_limits<double>::infinity();
-    if (std::isfinite(x) && std::isfinite(y) && a > 0.0) share = std::fabs(x - y) / (epsilon / 2 * std::fabs(y) + band * a + floor);
+    if (std::isfinite(x) && std::isfinite(y) && a > 0.0) {
+      const long double rounding = epsilon / 2 * std::fabs(y) + output.weights * std::sqrt(squares.values[k]) + floor;
+      share = static_cast<double>(std::fabs(x - y) / (rounding + band * a));
+    }
     if (share <= worst.share) continue;
     const auto [n1, n2, n3] = std::array{actual.size[1], actual.size[2], actual.size[3]};
     const auto n = static_cast<int64_t>(k);
