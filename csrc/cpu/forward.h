@@ -76,8 +76,7 @@ class Forward {
         weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
 
   int64_t bytes() const {
-    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_,
-                    rests_);
+    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_);
   }
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
