@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward_delta import finish_rows
+from .backward_delta import store_rows
 from .configs import TileConfig
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
@@ -79,8 +79,7 @@ def _map_rows_kernel(
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     if NEED_ROWS:
         dead = (lse == float("-inf")) & (eta == 0.0)  # not a row whose live scores are all -inf: its eta is NaN
-        delta = tl.load(weights_ptr + bh % H) * eta
-        finish_rows(delta, dead, lse * LOG2E, None, 0, mbar_ptr, rows_ptr, None, bh, offs_m, Nq, False, False)
+        store_rows(rows_ptr + 2 * bh * Nq, lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead, offs_m, row_ok)
     if NEED_MBAR:
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
     if NEED_ETA:
