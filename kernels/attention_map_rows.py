@@ -19,7 +19,7 @@ from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, prob
 FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
 
 
-@triton.jit(do_not_specialize=["Nq", "n_splits", "split_keys"])
+@triton.jit(do_not_specialize=["Nq", "n_splits", "split_blocks"])
 def _map_means_kernel(
     q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, do_ptr, lse_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
@@ -27,7 +27,7 @@ def _map_means_kernel(
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod,
-    H, Nq, Nk, n_splits, split_keys, n_rows, scale,
+    H, Nq, Nk, n_splits, split_blocks, n_rows, scale,
     GROUP: tl.constexpr, D: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, NEED_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -37,6 +37,7 @@ def _map_means_kernel(
     m_blocks = tl.cdiv(Nq, BLOCK_M)
     offs_m = pid // H % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     split = pid // H // m_blocks % n_splits
+    first_block = split * split_blocks
     b = (pid // H // m_blocks // n_splits).to(tl.int64)
     bh = b * H + h
     offs_d = tl.arange(0, BLOCK_D)
@@ -46,7 +47,7 @@ def _map_means_kernel(
     alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
     eta = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
-    for start_n in range(split * split_keys, tl.minimum(Nk, (split + 1) * split_keys), BLOCK_N):
+    for start_n in range(first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
@@ -89,12 +90,11 @@ def _map_rows_kernel(
 def run(inputs: Inputs, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
     """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk)."""
     t, tile = inputs.problem, inputs.tile("split")
-    split_keys = tile.block_n * triton.cdiv(t.Nk, splits_of(inputs) * tile.block_n)
-    splits = triton.cdiv(t.Nk, split_keys)
+    splits, split_blocks = splits_of(inputs)
     n_rows = t.B * t.H * t.Nq
     sums = inputs.accumulator(splits, n_rows, 2)
     means = inputs.score_arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_keys=split_keys, n_rows=n_rows, NEED_MBAR=mbar is not None
+        do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows, NEED_MBAR=mbar is not None
     )  # fmt: skip
     launch(_map_means_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, means, tile)
     finish = dict(

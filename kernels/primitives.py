@@ -142,7 +142,7 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
 def attend(
     q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-    offs_m, bh, lo, hi, Nq, scale, drop_threshold,
+    offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     ALLOW_TF32: tl.constexpr,
@@ -150,6 +150,7 @@ def attend(
 ):  # fmt: skip
     """Attention of one query block to the keys lo..hi, by the online softmax: acc, lost [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
 
+    lo..hi are whole blocks, or end at Nk: an index that the compiler knows to start at multiples of a block is loaded in wide words.
     lost is what acc lacks because P was rounded to 16 bits: backward takes delta from P in float32, and between the two nothing may be
     missing. It is a sum of its own, 0 unless SAVE_OUT: the bits of acc must not depend on whether it was asked for.
     A value without columns, DV = 0, leaves the rows alone: the softmax of an attention map.
@@ -168,7 +169,7 @@ def attend(
     any_live = tl.zeros([BLOCK_N], tl.int32)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr, offs_n, hi, stride_pn, HAS_PADDING)
+        live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
         k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
