@@ -13,6 +13,7 @@ from meters import LAYOUTS, Call, extra_of_launchers, extra_on_cuda, extra_resid
 from smattn.testing import run
 
 SCORES = 8 * 1024 * 16384 * 4  # bytes of one score tensor of the first call
+MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 CALLS = {
     "B1 H8 Nq1024 Nk16384 D32": Call(1, 8, 1024, 16384, 32),
     "queries100 at Nk 65536": Call(4, 8, 100, 65536, 32),
@@ -35,6 +36,9 @@ CALLS = {
     "half, key-only mask a head, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
     "half, key-only mask a head for the batch, grouped": Call(4, 32, 130, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
     "half, one mask for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
+    "map": Call(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True),
+    "half, map, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", needs=MAP_GRADIENTS, as_map=True),
+    "half, map, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
     "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
 }
 MANY_THREADS = {
