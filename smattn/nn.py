@@ -175,6 +175,7 @@ class SoftMaskedTransformerLayer(nn.Module):
         key_padding_mask: Tensor | None = None,
         query_pos: Tensor | None = None,
         features_pos: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -184,6 +185,7 @@ class SoftMaskedTransformerLayer(nn.Module):
             mask, key_padding_mask: as SoftMaskedAttention.forward; both of the cross-attention.
             query_pos: added to the queries, and to the keys of the self-attention: broadcast to query.
             features_pos: added to the keys of the cross-attention: broadcast to features.
+            query_padding_mask: bool (B, Nq), True = no query, not attended by the others; what comes out in its place means nothing.
 
         Returns:
             (B, Nq, embed_dim).
@@ -195,7 +197,7 @@ class SoftMaskedTransformerLayer(nn.Module):
 
         def among(x: Tensor) -> Tensor:
             placed = _plus(x, query_pos)
-            return self.self_attention(placed, placed, x)
+            return self.self_attention(placed, placed, x, query_padding_mask)
 
         def across(x: Tensor) -> Tensor:
             return self.cross_attention(_plus(x, query_pos), keys, features, *masks, key_padding_mask=key_padding_mask)

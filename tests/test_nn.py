@@ -209,6 +209,15 @@ def test_positions_steer_who_looks_where_but_are_not_read():
     torch.testing.assert_close(layer(query, constant, mask, features_pos=pos), expected)
 
 
+def test_a_padded_query_is_seen_by_no_other():
+    query, features, mask = tensors()
+    layer = SoftMaskedTransformerLayer(WIDTH, 4)
+    padding = torch.tensor([[False] * 4 + [True], [False] * 5])
+    out = layer(query, features, mask, query_padding_mask=padding)
+    torch.testing.assert_close(out[0, :4], layer(query[:, :4], features, mask[:, :4])[0])
+    torch.testing.assert_close(out[1], layer(query, features, mask)[1])
+
+
 def test_the_hard_twin_sees_only_what_the_mask_covers():
     query, features, mask = tensors()
     module = HardMaskedAttention(WIDTH, 4)
