@@ -1,0 +1,43 @@
+"""Cycles that start and end at the annotated frame. Between, masks are the network's own, and the gradient flows through them.
+
+A path is a list of steps (frames read, frame predicted). The one loss is on the last prediction, of frame 0.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .batches import Batch
+from .model import VOS
+
+Path = tuple[tuple[tuple[int, ...], int], ...]
+
+SELF: Path = (((0,), 0),)
+THERE_AND_BACK: Path = (((0,), 1), ((1,), 0))
+CHAIN: Path = (((0,), 1), ((1,), 2), ((2,), 1), ((1,), 0))
+HISTORY: Path = (((0,), 1), ((0, 1), 2), ((2,), 1), ((1, 2), 0))
+
+CYCLES: dict[str, tuple[tuple[Path, ...], ...]] = {  # the paths of a step, taken in turn
+    "all": ((SELF, THERE_AND_BACK), (SELF, CHAIN), (SELF, HISTORY)),
+    "frame0": ((SELF,),),  # the baseline that sees the annotated frame alone
+}
+
+
+def run(model: VOS, batch: Batch, paths: tuple[Path, ...]) -> list[Tensor]:
+    """For each path the logits (B, 1 + O, H/4, W/4) that it ends with, for frame 0."""
+    frames = [model.features(image) for image in batch.images.unbind(1)[: 1 + max(target for path in paths for _, target in path)]]
+    annotated = model.encode(frames[0], batch.mask, batch.present)
+    ends = []
+    for path in paths:
+        descriptors = {0: annotated}
+        for step, (sources, target) in enumerate(path, 1):
+            logits = model.decode([descriptors[s] for s in sources], batch.present, frames[target])
+            if step < len(path):
+                descriptors[target] = model.encode(frames[target], soft_masks(logits), batch.present)
+        ends.append(logits)
+    return ends
+
+
+def soft_masks(logits: Tensor) -> Tensor:
+    """Object masks (B, O, h, w) in [0, 1]: all channels compete in one softmax."""
+    return logits.softmax(1)[:, 1:]
