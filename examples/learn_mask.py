@@ -145,6 +145,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> list[Row]:
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))[1:]
+    return [Row(line[0], int(line[1]), int(line[2]), *map(float, line[3:])) for line in lines]
+
+
 def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
     """IoU over steps, every seed; beside it pictures that no network saw, and their masks."""
     import matplotlib.pyplot as plt
@@ -160,7 +166,8 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
         for course in courses:
             axes["iou"].plot(steps, [row.mask_iou for row in course], f"C{colour}", alpha=0.3, linewidth=0.8)
         median = [statistics.median(row.mask_iou for row in at) for at in zip(*courses, strict=True)]
-        axes["iou"].plot(steps, median, f"C{colour}", label=f"{masking}, median of {len(courses)} seeds", linewidth=2)
+        line = "--" if colour == 2 else "-"  # detached and hard may lie on one another
+        axes["iou"].plot(steps, median, f"C{colour}{line}", label=f"{masking}, median of {len(courses)} seeds", linewidth=2)
     axes["iou"].set(xlabel="step", ylabel="mask IoU on unseen pictures", ylim=(0, 1))
     axes["iou"].legend(loc="center right")
     with torch.no_grad():

@@ -87,3 +87,8 @@ def test_the_mask_head_sees_no_texture_and_the_values_no_colour(learn_mask):
     colour -= colour.mean(1, keepdim=True)
     network.mask_head[-1].weight.data.zero_()  # the same mask whatever the colour
     torch.testing.assert_close(network(image + colour)[0], network(image)[0], rtol=0, atol=1e-5)
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows(learn_mask):
+    table = learn_mask.table(learn_mask.read(ROOT / "examples" / "results" / "learn_mask.csv"))
+    assert table in (ROOT / "examples" / "README.md").read_text() and "| soft | 7 |" in table

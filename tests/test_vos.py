@@ -16,7 +16,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from vos import cycle, infer, losses, metrics, synthetic, train  # noqa: E402
-from vos.batches import Batch, sample  # noqa: E402
+from vos.batches import Batch, _other_view, sample  # noqa: E402
 from vos.config import CONFIGS, Config  # noqa: E402
 from vos.data import DataError, read_clip, read_clips  # noqa: E402
 from vos.model import VOS, grid_cells, mean_inside  # noqa: E402
@@ -263,6 +263,18 @@ def batch(written):
     return sample(read_clips(written, "train"), TINY, 1.0, torch.Generator().manual_seed(0))
 
 
+def test_the_other_view_shows_the_same_pixels_under_the_same_mask(written):
+    clip = read_clips(written, "train")[0]
+    mask = clip.first_mask()
+    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # a picture that is its own mask
+    views = [_other_view(flat, mask, torch.Generator().manual_seed(seed)) for seed in range(5)]
+    for view, seen in views:
+        assert seen.shape == mask.shape and set(seen.unique().tolist()) == {0, 1} and seen.sum(0).max() == 1
+        agree = (view[0] - seen.argmax(0) / 4).abs() < 1e-3
+        assert agree.float().mean() > 0.85  # all but the interpolated borders
+    assert len({seen.sum().item() for _, seen in views}) == 5
+
+
 def test_the_grid_of_the_background_covers_every_pixel_once():
     cells = grid_cells(torch.zeros(1, 1, 5, 7))
     assert cells.shape == (9, 5, 7) and (cells.sum(0) == 1).all() and cells.flatten(1).any(1).all()
@@ -289,7 +301,7 @@ def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
 
     monkeypatch.setattr(cycle, "soft_masks", watched)
     (end,) = cycle.run(model, batch, (path,))
-    torch.stack(losses.loss(end, batch.mask, batch.present)).sum().backward()
+    torch.stack(losses.loss(end, batch.mask_again, batch.present)).sum().backward()
     assert len(between) == len(path) - 1 and all(((0 <= m) & (m <= 1)).all() for m in between)
     return [masks.grad is not None and bool(masks.grad.any()) for masks in between]
 
@@ -306,7 +318,8 @@ def test_and_through_none_of_them_otherwise(batch, monkeypatch, masking):
 
 def test_objects_that_are_not_there_change_nothing(batch):
     model = VOS(dataclasses.replace(TINY, dropout=0.0))
-    more = Batch(batch.images, torch.nn.functional.pad(batch.mask, (0, 0, 0, 0, 0, 2)), torch.nn.functional.pad(batch.present, (0, 2)))
+    mask, mask_again = (torch.nn.functional.pad(m, (0, 0, 0, 0, 0, 2)) for m in (batch.mask, batch.mask_again))
+    more = Batch(batch.images, mask, mask_again, torch.nn.functional.pad(batch.present, (0, 2)))
     (end,), (with_more,) = (cycle.run(model, b, (cycle.HISTORY,)) for b in (batch, more))
     torch.testing.assert_close(with_more[:, : end.shape[1]], end, rtol=1e-4, atol=1e-4)
 
@@ -314,7 +327,7 @@ def test_objects_that_are_not_there_change_nothing(batch):
 def test_every_parameter_learns(batch):
     model = VOS(TINY)
     ends = cycle.run(model, batch, (cycle.SELF, cycle.HISTORY))
-    sum(torch.stack(losses.loss(end, batch.mask, batch.present)).sum() for end in ends).backward()
+    sum(torch.stack(losses.loss(end, batch.mask_again, batch.present)).sum() for end in ends).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

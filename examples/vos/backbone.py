@@ -1,4 +1,4 @@
-"""A frame's features: a pyramid from a small convolutional network, or from timm, brought to one width at strides 8 and 4."""
+"""A frame's features: a pyramid from a small convolutional network, or from timm, brought to one width at strides s and s/2."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .config import Config
 
 
 class SmallBackbone(nn.Module):
-    """Feature maps at strides 4, 8 and 16; group norms, since batches are a few frames."""
+    """Feature maps at strides s/2, s and 2s, s = 4 or 8; group norms, since batches are a few frames."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         self.channels = [width, 2 * width, 4 * width]
-        self.stem = _block(3, width, stride=2)
+        self.stem = _block(3, width, stride=stride // 4)
         self.stages = nn.ModuleList(
             nn.Sequential(_block(before, after, stride=2), _block(after, after))
             for before, after in zip([width, *self.channels], self.channels, strict=False)
@@ -30,7 +30,7 @@ class SmallBackbone(nn.Module):
 
 
 class TimmBackbone(nn.Module):
-    """The same three maps from a timm model; some of them, Swin's, come channels last."""
+    """Three such maps, at strides 4, 8 and 16, from a timm model; some of them, Swin's, come channels last."""
 
     def __init__(self, name: str, pretrained: bool, height: int | None) -> None:
         super().__init__()
@@ -52,12 +52,14 @@ class TimmBackbone(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Backbone and FPN: (B, 3, H, W) in [0, 1] -> stride 8 and stride 4, each (B, C, H/s, W/s)."""
+    """Backbone and FPN: (B, 3, H, W) in [0, 1] -> coarse (B, C, H/s, W/s) and fine, at half that stride."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         if config.backbone == "small":
-            self.backbone: nn.Module = SmallBackbone(config.width)
+            self.backbone: nn.Module = SmallBackbone(config.width, config.stride)
+        elif config.stride != 8:
+            raise ValueError(f"stride: expected 8 with a backbone of timm's, got {config.stride}")
         else:
             self.backbone = TimmBackbone(config.backbone, config.pretrained, config.height)
         self.lateral = nn.ModuleList(nn.Conv2d(channels, config.width, 1) for channels in self.backbone.channels)
@@ -67,10 +69,10 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         maps = self.backbone((image - self.mean) / self.std)
-        f4, f8, f16 = (lateral(x) for lateral, x in zip(self.lateral, maps, strict=True))
-        f8 = f8 + F.interpolate(f16, f8.shape[-2:], mode="nearest")
-        f4 = f4 + F.interpolate(f8, f4.shape[-2:], mode="nearest")
-        return self.smooth[0](f8), self.smooth[1](f4)
+        fine, coarse, coarsest = (lateral(x) for lateral, x in zip(self.lateral, maps, strict=True))
+        coarse = coarse + F.interpolate(coarsest, coarse.shape[-2:], mode="nearest")
+        fine = fine + F.interpolate(coarse, fine.shape[-2:], mode="nearest")
+        return self.smooth[0](coarse), self.smooth[1](fine)
 
 
 def _block(before: int, after: int, stride: int = 1) -> nn.Module:

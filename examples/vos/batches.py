@@ -1,7 +1,12 @@
-"""Training batches: three frames of a clip, the first annotated, flipped and recoloured alike; a function of seed and step."""
+"""Training batches: three frames of a clip, the first annotated, and that first one again from another view; a function of seed and step.
+
+The other view is flipped, turned, moved, scaled and recoloured. Without it the cycles have an answer that tracks nothing: masks that stay
+in their place come back to frame 0 unharmed, whatever has moved between.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,12 +16,11 @@ from torch.nn import functional as F
 from .config import Config
 from .data import Clip
 
-FRAMES = 3
-
 
 class Batch(NamedTuple):
-    images: Tensor  # (B, FRAMES, 3, H, W) in [0, 1]; frame 0 is the annotated one
+    images: Tensor  # (B, 4, 3, H, W) in [0, 1]: the annotated frame 0, two others in order of time, frame 0 in another view
     mask: Tensor  # (B, O, H, W) one-hot, of frame 0
+    mask_again: Tensor  # (B, O, H, W), of its other view
     present: Tensor  # bool (B, O): which of the O objects the clip has
 
 
@@ -25,10 +29,11 @@ def sample(clips: list[Clip], config: Config, progress: float, g: torch.Generato
     items = [_item(clips[_below(len(clips), g)], config, progress, g) for _ in range(config.batch)]
     height = min(images.shape[-2] for images, _ in items)
     width = min(images.shape[-1] for images, _ in items)
-    most = max(len(mask) for _, mask in items)
+    most = max(mask.shape[1] for _, mask in items)
     cropped = [_crop(images, mask, height, width, g) for images, mask in items]
-    masks = torch.stack([F.pad(mask, (0, 0, 0, 0, 0, most - len(mask))) for _, mask in cropped])
-    return Batch(torch.stack([images for images, _ in cropped]), masks, masks.flatten(2).any(-1))
+    masks = torch.stack([F.pad(mask, (0, 0, 0, 0, 0, most - mask.shape[1])) for _, mask in cropped])
+    mask, mask_again = masks.unbind(1)
+    return Batch(torch.stack([images for images, _ in cropped]), mask, mask_again, mask.flatten(2).any(-1))
 
 
 def resized(images: Tensor, height: int | None) -> Tensor:
@@ -45,6 +50,7 @@ def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _item(clip: Clip, config: Config, progress: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (4, 3, H, W) and the two masks (2, O, H, W)."""
     reach = min(len(clip) - 1, 2 + int(progress * len(clip)))
     last = 1 + _below(reach, g) if len(clip) > 1 else 0
     between = 1 + _below(last, g) if last else 0
@@ -52,9 +58,29 @@ def _item(clip: Clip, config: Config, progress: float, g: torch.Generator) -> tu
     mask = resized_mask(clip.first_mask(), images.shape[-2:])
     if _below(2, g):
         images, mask = images.flip(-1), mask.flip(-1)
-    gain = 1 + 0.2 * (2 * torch.rand(3, 1, 1, generator=g) - 1)
-    shift = 0.1 * (2 * torch.rand(3, 1, 1, generator=g) - 1)
-    return (images * gain + shift).clamp(0, 1), mask
+    images = _recoloured(images, 0.2, g)
+    again, mask_again = _other_view(images[0], mask, g)
+    return torch.cat([images, _recoloured(again, 0.1, g)[None]]), torch.stack([mask, mask_again])
+
+
+def _recoloured(images: Tensor, by: float, g: torch.Generator) -> Tensor:
+    gain, shift = (by * (2 * torch.rand(3, 1, 1, generator=g) - 1) for _ in range(2))
+    return (images * (1 + gain) + shift / 2).clamp(0, 1)
+
+
+def _other_view(image: Tensor, mask: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) and mask (O, H, W) under one random similarity; what lies outside is mirrored."""
+    H, W = image.shape[-2:]
+    angle, scale, down, right = (2 * torch.rand(4, generator=g) - 1).tolist()
+    cos, sin = (f(0.3 * angle) * math.exp(0.25 * scale) for f in (math.cos, math.sin))
+    flip = 1 - 2 * _below(2, g)
+    affine = torch.tensor([[[flip * cos, -sin * H / W, 0.5 * right], [flip * sin * W / H, cos, 0.5 * down]]])
+    grid = F.affine_grid(affine, [1, 3, H, W], align_corners=False)
+    view, seen = (
+        F.grid_sample(x[None], grid, mode=mode, padding_mode="reflection", align_corners=False)[0]
+        for x, mode in ((image, "bilinear"), (mask, "nearest"))
+    )
+    return view, seen
 
 
 def _crop(images: Tensor, mask: Tensor, height: int, width: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ class Config:
     backbone: str = "small"  # or any name that timm.create_model(features_only=True) knows, if timm is installed
     pretrained: bool = False  # timm's weights; "small" has none
     width: int = 32  # C: of descriptors and of both feature maps
+    stride: int = 4  # of the features that descriptors read; masks are predicted at half of it
     heads: int = 4
     encoder_layers: int = 2
     decoder_layers: int = 2
@@ -28,7 +29,7 @@ class Config:
 CONFIGS = {
     "small": Config(),
     "paper": Config(
-        backbone="swin_tiny_patch4_window7_224", pretrained=True, width=256, heads=8, encoder_layers=5, decoder_layers=5,
+        backbone="swin_tiny_patch4_window7_224", pretrained=True, width=256, stride=8, heads=8, encoder_layers=5, decoder_layers=5,
         dropout=0.1, height=480, batch=8, steps=20_000, lr=1e-4, alpha_lr=1e-2, weight_decay=0.05, warmup=1000,
     ),
 }  # fmt: skip

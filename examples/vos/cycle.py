@@ -1,6 +1,6 @@
 """Cycles that start and end at the annotated frame. Between, masks are the network's own, and the gradient flows through them.
 
-A path is a list of steps (frames read, frame predicted). The one loss is on the last prediction, of frame 0.
+A path is a list of steps (frames read, frame predicted). The one loss is on the last prediction, of frame 0 in another view.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from .model import VOS
 
 Path = tuple[tuple[tuple[int, ...], int], ...]
 
-SELF: Path = (((0,), 0),)
-THERE_AND_BACK: Path = (((0,), 1), ((1,), 0))
-CHAIN: Path = (((0,), 1), ((1,), 2), ((2,), 1), ((1,), 0))
-HISTORY: Path = (((0,), 1), ((0, 1), 2), ((2,), 1), ((1, 2), 0))
+AGAIN = 3  # frame 0 in another view: see batches.py
+SELF: Path = (((0,), AGAIN),)
+THERE_AND_BACK: Path = (((0,), 1), ((1,), AGAIN))
+CHAIN: Path = (((0,), 1), ((1,), 2), ((2,), 1), ((1,), AGAIN))
+HISTORY: Path = (((0,), 1), ((0, 1), 2), ((2,), 1), ((1, 2), AGAIN))
 
 CYCLES: dict[str, tuple[tuple[Path, ...], ...]] = {  # the paths of a step, taken in turn
     "all": ((SELF, THERE_AND_BACK), (SELF, CHAIN), (SELF, HISTORY)),
@@ -24,15 +25,15 @@ CYCLES: dict[str, tuple[tuple[Path, ...], ...]] = {  # the paths of a step, take
 
 
 def run(model: VOS, batch: Batch, paths: tuple[Path, ...]) -> list[Tensor]:
-    """For each path the logits (B, 1 + O, H/4, W/4) that it ends with, for frame 0."""
-    frames = [model.features(image) for image in batch.images.unbind(1)[: 1 + max(target for path in paths for _, target in path)]]
+    """For each path the logits (B, 1 + O, 2H/s, 2W/s) that it ends with."""
+    frames = {t: model.features(batch.images[:, t]) for t in {0} | {target for path in paths for _, target in path}}
     annotated = model.encode(frames[0], batch.mask, batch.present)
     ends = []
     for path in paths:
         descriptors = {0: annotated}
-        for step, (sources, target) in enumerate(path, 1):
+        for sources, target in path:
             logits = model.decode([descriptors[s] for s in sources], batch.present, frames[target])
-            if step < len(path):
+            if target != AGAIN:
                 descriptors[target] = model.encode(frames[target], soft_masks(logits), batch.present)
         ends.append(logits)
     return ends

@@ -8,10 +8,13 @@ from torch.nn import functional as F
 
 
 def loss(logits: Tensor, mask: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice and cross-entropy, each a scalar: logits (B, 1 + O, h, w) brought to the size of mask, one-hot (B, O, H, W)."""
+    """Dice and cross-entropy, each a scalar: logits (B, 1 + O, h, w) brought to the size of mask, one-hot (B, O, H, W).
+
+    An object that this frame does not show, though the clip has it, is the cross-entropy's alone.
+    """
     logits = F.interpolate(logits, mask.shape[-2:], mode="bilinear")
     index = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1)
-    return dice(logits.softmax(1)[:, 1:], mask, present), F.cross_entropy(logits, index)
+    return dice(logits.softmax(1)[:, 1:], mask, present & mask.flatten(2).any(-1)), F.cross_entropy(logits, index)
 
 
 def dice(probability: Tensor, mask: Tensor, present: Tensor) -> Tensor:

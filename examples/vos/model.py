@@ -22,8 +22,8 @@ CELLS = GRID * GRID
 
 
 class Frame(NamedTuple):
-    f8: Tensor  # (B, C, H/8, W/8)
-    f4: Tensor  # (B, C, H/4, W/4)
+    coarse: Tensor  # (B, C, H/s, W/s), s the configuration's stride
+    fine: Tensor  # (B, C, 2H/s, 2W/s)
 
 
 class VOS(nn.Module):
@@ -46,11 +46,11 @@ class VOS(nn.Module):
         return Frame(*self.pyramid(image))
 
     def encode(self, frame: Frame, masks: Tensor, present: Tensor) -> Tensor:
-        """Descriptors (B, 9 + O, C) of a frame under soft masks (B, O, H/s, W/s) of any stride s."""
-        masks = F.interpolate(masks, frame.f8.shape[-2:], mode="bilinear", antialias=True)
+        """Descriptors (B, 9 + O, C) of a frame under soft masks (B, O, h, w) of any size."""
+        masks = F.interpolate(masks, frame.coarse.shape[-2:], mode="bilinear", antialias=True)
         background = (1 - masks.sum(1, keepdim=True)).clamp_min(0)
         soft = torch.cat([background * grid_cells(masks), masks], 1).flatten(2)  # (B, 9 + O, N)
-        features = frame.f8.flatten(2).mT  # (B, N, C)
+        features = frame.coarse.flatten(2).mT  # (B, N, C)
         descriptors = mean_inside(features, soft)
         kind = torch.cat([self.kind[:CELLS], self.kind[CELLS:].expand(masks.shape[1], -1)])
         for layer in self.encoder:
@@ -58,14 +58,14 @@ class VOS(nn.Module):
         return descriptors
 
     def decode(self, memory: list[Tensor], present: Tensor, frame: Frame) -> Tensor:
-        """Logits (B, 1 + O, H/4, W/4), background first, from the descriptors of one or more other frames."""
+        """Logits (B, 1 + O, 2H/s, 2W/s), background first, from the descriptors of one or more other frames."""
         descriptors = torch.cat(memory, 1)  # (B, T * (9 + O), C)
         padding = absent(present).repeat(1, len(memory))
         is_object = (torch.arange(CELLS + present.shape[1], device=present.device) >= CELLS).repeat(len(memory))
-        x = frame.f8
+        x = frame.coarse
         for layer in self.decoder:
             x = layer(x, descriptors, is_object, padding)
-        pixels = self.fuse(F.interpolate(x, frame.f4.shape[-2:], mode="bilinear") + frame.f4)
+        pixels = self.fuse(F.interpolate(x, frame.fine.shape[-2:], mode="bilinear") + frame.fine)
         channels = self.classifier(torch.stack(memory, 1))  # (B, T, 9 + O, C)
         logits = torch.einsum("btoc,bchw->btohw", channels, pixels).amax(1) / pixels.shape[1] ** 0.5
         elsewhere = torch.einsum("c,bchw->bhw", self.elsewhere, pixels)[:, None]

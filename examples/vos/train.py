@@ -61,7 +61,7 @@ class Trainer:
         batch = type(batch)(*(tensor.to(self.device) for tensor in batch))
         turns = CYCLES[self.run.cycles]
         ends = run(self.model, batch, turns[self.step % len(turns)])
-        parts = torch.stack([torch.stack(loss(logits, batch.mask, batch.present)) for logits in ends]).mean(0)
+        parts = torch.stack([torch.stack(loss(logits, batch.mask_again, batch.present)) for logits in ends]).mean(0)
         self.optimizer.zero_grad()
         parts.sum().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
