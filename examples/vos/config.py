@@ -18,8 +18,8 @@ class Config:
     alpha_init: float | tuple[float, ...] | None = None  # None: HODOR's pattern
     height: int | None = None  # frames are resized to this height, width to scale, both to multiples of 8; None: as they are
     batch: int = 4  # clips a step
-    steps: int = 400
-    lr: float = 1e-3
+    steps: int = 200
+    lr: float = 3e-3
     alpha_lr: float = 1e-2
     weight_decay: float = 1e-4
     warmup: int = 20  # steps of linear warm-up; cosine decay to 0 after

@@ -38,7 +38,9 @@ class VOS(nn.Module):
         )
         self.decoder = nn.ModuleList(DecoderLayer(C, config.heads, config.dropout) for _ in range(config.decoder_layers))
         self.fuse = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.GroupNorm(8, C), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1))
+        self.norm = nn.LayerNorm(C)
         self.classifier = nn.Linear(C, C)
+        nn.init.eye_(self.classifier.weight)  # descriptors begin as means of features: similarity is where matching starts
         self.elsewhere = nn.Parameter(torch.randn(C) * C**-0.5)  # the catch-all background channel
 
     def features(self, image: Tensor) -> Frame:
@@ -65,10 +67,11 @@ class VOS(nn.Module):
         x = frame.coarse
         for layer in self.decoder:
             x = layer(x, descriptors, is_object, padding)
-        pixels = self.fuse(F.interpolate(x, frame.fine.shape[-2:], mode="bilinear") + frame.fine)
+        x = F.interpolate(x, frame.fine.shape[-2:], mode="bilinear") + frame.fine
+        pixels = self.norm((x + self.fuse(x)).movedim(1, -1))  # (B, h, w, C)
         channels = self.classifier(torch.stack(memory, 1))  # (B, T, 9 + O, C)
-        logits = torch.einsum("btoc,bchw->btohw", channels, pixels).amax(1) / pixels.shape[1] ** 0.5
-        elsewhere = torch.einsum("c,bchw->bhw", self.elsewhere, pixels)[:, None]
+        logits = torch.einsum("btoc,bhwc->btohw", channels, pixels).amax(1) / pixels.shape[-1] ** 0.5
+        elsewhere = (pixels @ self.elsewhere)[:, None]
         background = torch.cat([elsewhere, logits[:, :CELLS]], 1).amax(1, keepdim=True)
         objects = logits[:, CELLS:].masked_fill(~present[:, :, None, None], NEVER)
         return torch.cat([background, objects], 1)
