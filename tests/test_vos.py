@@ -15,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from vos import cycle, infer, losses, metrics, synthetic, train  # noqa: E402
+from vos import cycle, infer, losses, metrics, study, synthetic, train  # noqa: E402
 from vos.batches import Batch, _other_view, sample  # noqa: E402
 from vos.config import CONFIGS, Config  # noqa: E402
 from vos.data import DataError, read_clip, read_clips  # noqa: E402
@@ -388,3 +388,31 @@ def test_the_papers_sizes_are_a_configuration():
     model = VOS(paper)
     assert len(model.encoder) == len(model.decoder) == 5
     assert model.encoder[0].cross_attention.scaling_factors.tolist() == [32, 32, 16, 16, 8, 8, 4, 4]
+
+
+def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
+    arguments = ["study", "--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs"]
+    arguments += ["--contestants", "soft", "copy"]
+
+    def say(seeds):
+        monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--seeds", seeds]])
+        study.main()
+        return capsys.readouterr().out
+
+    say(1)
+    before = study.read(tmp_path / "out" / "found.csv")
+    trained = []
+    monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.append(out.name))
+    assert "| soft | 2 | 1 |" in (said := say(2)) and "| copy | 1 | 0 |" in said
+    rows = study.read(tmp_path / "out" / "found.csv")
+    assert trained == ["soft-1"] and rows[: len(before)] == before and len(rows) == len(before) + 1 + 3
+    assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
+
+
+def test_the_first_mask_copied_scores_what_it_overlaps(written):
+    clip = read_clips(written, "val")[0]
+    scores = infer.score(clip, [study.copied(clip)] * len(clip))
+    first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
+    (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
+    assert one.J == (first & second).sum().item() / (first | second).sum().item()
