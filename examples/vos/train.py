@@ -57,9 +57,10 @@ class Trainer:
         config = self.run.config
         torch.manual_seed(hash((self.run.seed, self.step)) % 2**63)  # dropout; ints hash alike in every process
         g = torch.Generator().manual_seed(1_000_003 * self.run.seed + self.step)
-        batch = sample(self.clips, config, self.step / config.steps, g)
+        progress = self.step / config.steps
+        batch = sample(self.clips, config, progress, g)
         batch = type(batch)(*(tensor.to(self.device) for tensor in batch))
-        turns = CYCLES[self.run.cycles]
+        turns = CYCLES["frame0" if progress < config.cycles_from else self.run.cycles]
         ends = run(self.model, batch, turns[self.step % len(turns)])
         parts = torch.stack([torch.stack(loss(logits, batch.mask_again, batch.present)) for logits in ends]).mean(0)
         self.optimizer.zero_grad()
