@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import learn_mask
-from vos import study
+from vos import cost, study
 
 HERE = Path(__file__).parent
 
@@ -25,8 +25,8 @@ def put(readme: Path, name: str, content: str) -> None:
 def main() -> None:
     results = HERE / "results"
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
-    for path in sorted(results.glob("vos_*.csv")):
-        put(HERE / "vos" / "README.md", path.stem, study.table(study.read(path)))
+    for name, module in (("vos_synthetic", study), ("vos_real", study), ("vos_cost", cost)):
+        put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
 
 
 if __name__ == "__main__":

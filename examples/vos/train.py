@@ -55,8 +55,8 @@ class Trainer:
     def advance(self) -> tuple[float, ...]:
         """One step; the row of the log."""
         config = self.run.config
-        torch.manual_seed(hash((self.run.seed, self.step)) % 2**63)  # dropout; ints hash alike in every process
         g = torch.Generator().manual_seed(1_000_003 * self.run.seed + self.step)
+        torch.manual_seed(g.initial_seed())  # dropout's
         progress = self.step / config.steps
         batch = sample(self.clips, config, progress, g)
         batch = type(batch)(*(tensor.to(self.device) for tensor in batch))
