@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/smattn.stamp
+PYTEST := $(BIN)/pytest -n auto --dist worksteal
 PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm64`
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -13,10 +14,10 @@ bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain
 	$(BIN)/python bench/run.py
 
 test: $(INSTALLED)  ## the fast tier
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench-readme: $(INSTALLED)  ## every measurement that README.md shows, and README.md from them: a quarter of an hour on a quiet machine
 	touch $(VENV)/began

@@ -2,8 +2,9 @@
 
 Time. Every contestant is called in turn, round after round, after a warm-up of its own, so that a disturbance of the machine meets them
 all. A contestant stays in the rounds until it has used its time budget, and for MIN_REPS calls at least, or SLOW_REPS when those already
-take three budgets. No sample is dropped. With warm caches each timed call follows an untimed one of the same contestant; with cold ones
-it follows the reading of a buffer that is FLUSH times as large as the device's largest cache. That too is part of the budget.
+take three budgets. No sample is dropped. With warm caches each timed call follows untimed ones of the same contestant, one at least and as
+many as fit in WARM_MS: the steady state of a loop, worker threads awake. With cold caches it follows the reading of a buffer that is
+FLUSH times as large as the device's largest cache. That too is part of the budget.
 
 Memory. What the process grows by at its highest point during one call, less the outputs and gradients the call returns: whatever a call
 needs besides its inputs and results, scratch that it keeps for the next call included. On a GPU that is torch.cuda.max_memory_allocated.
@@ -33,6 +34,7 @@ from smattn.testing import Case, Workload, make_case
 
 FLUSH = 8
 SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
+WARM_MS = 5.0
 WARM_UP_SECONDS = 1.0  # a warm-up is two calls, or one that took this long
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -135,17 +137,25 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`.
 
-    Before each timed call comes `before`, or the same call once more.
+    Before each timed call comes `before`, or the same call, untimed, for WARM_MS.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     used = dict.fromkeys(calls, 0.0)  # ms
     gc.collect()
     while running := [name for name, taken in samples.items() if _goes_on(len(taken), used[name] / 1e3, seconds)]:
         for name in running:
-            used[name] += once(before or calls[name], device)
+            used[name] += once(before, device) if before else in_a_loop(calls[name], device)
             samples[name].append(once(calls[name], device))
             used[name] += samples[name][-1]
     return samples
+
+
+def in_a_loop(call: Callable[[], object], device: str) -> float:
+    """Call it for WARM_MS, once at least; the milliseconds that took."""
+    taken = once(call, device)
+    while taken < WARM_MS:
+        taken += once(call, device)
+    return taken
 
 
 def cache_flush(device: str) -> Callable[[], object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FORWARD, BOTH = "forward", "forward+backward"
-WARM, COLD = "warm", "cold"  # what the caches hold before a call: what the same call left there, or nothing of it
+WARM, COLD = "warm", "cold"  # what the caches hold before a call: what the same call left there, in a loop, or nothing of it
 MATMUL = "matmul2048"  # the calibration row: torch.mm at 2048^3, in the same run
 OURS = "smattn/"  # a backend of smattn is "smattn/cpu"; any other name is a peer's
 

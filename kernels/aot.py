@@ -48,12 +48,17 @@ class Variant(NamedTuple):
     dlse: bool = False
     tf32: bool = False
     keep_out: bool = True  # unrounded, for delta
+    as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
 
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
+MAP = Variant("map", as_map=True)
 OTHERS = (
+    MAP._replace(name="map padding gqa", padding=True, group=2),
+    MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
+    MAP._replace(name="map, no mask", mask=None),
     Variant("no mask", mask=None),
     Variant("mask shared by the batch", mask=(1, 1, 2), padding=True),
     Variant("mask per head", mask=(2, 2, 2), dropout=True),
@@ -101,7 +106,7 @@ class Row(NamedTuple):
 
 def jobs(archs: list[int], full: bool) -> Iterator[Job]:
     """Every kernel, dtype and head size with the plain mask, then each variant once on the last chip. `full`: all products, and D = 256."""
-    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), *OTHERS)
+    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), MAP, *OTHERS)
     if full:
         for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
             if dtype == torch.float32 or not variant.tf32:
@@ -112,6 +117,8 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
             yield Job(arch, dtype, D, Nq, PLAIN)
         for Nq in FEW[1:]:
             yield Job(arch, dtype, 64, Nq, PLAIN)
+        for Nq in (FEW[0], MANY):
+            yield Job(arch, dtype, 64, Nq, MAP)
         if dtype != torch.bfloat16:  # same tiles as float16
             for Nq in (FEW[0], MANY):
                 yield Job(arch, dtype, WIDEST, Nq, PLAIN)
@@ -123,7 +130,7 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
 
 
 def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
-    """The launches of one forward and backward."""
+    """The launches of one forward and backward, of attention or of its map."""
     v, B, H, Nk = job.variant, 2, 4, 4096
 
     def tensor(*sizes: int, dtype: torch.dtype = job.dtype) -> Tensor:
@@ -139,17 +146,22 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
     )  # fmt: skip
     query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
-    rest = (
-        query, key, key, mask, None if mask is None else tensor(H, dtype=torch.float32),
-        tensor(B, Nk, dtype=torch.bool) if v.padding else None, tensor(1, dtype=torch.int64) if v.dropout else None,
-    )  # fmt: skip
+    alpha = None if mask is None else tensor(H, dtype=torch.float32)
+    padding = tensor(B, Nk, dtype=torch.bool) if v.padding else None
+    seed = tensor(1, dtype=torch.int64) if v.dropout else None
     recorder = launch.Recorder(job.arch)
     launch.record(recorder)
     try:
-        out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out, save_mbar=True)
-        unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
-        dlse = torch.empty_like(lse) if v.dlse else None
-        backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
+        if v.as_map:
+            inputs = (query, key, mask, alpha, tensor(H, dtype=torch.float32), padding)
+            amap, lse = backend.attention_map(problem, *inputs)
+            backend.attention_map_backward(problem, amap, *inputs, lse, v.needs)
+        else:
+            rest = (query, key, key, mask, alpha, padding, seed)
+            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out, save_mbar=True)
+            unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
+            dlse = torch.empty_like(lse) if v.dlse else None
+            backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
     finally:
         launch.record(None)
     return recorder.launches

@@ -57,11 +57,17 @@ def finish_rows(
     if HAS_DLSE:
         dl = tl.load(dl_ptr + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
         delta -= dl
-    tl.store(rows_ptr + 2 * (bh * Nq + offs_m), tl.where(dead, float("inf"), lse_log2), mask=row_ok)
-    tl.store(rows_ptr + 2 * (bh * Nq + offs_m) + 1, tl.where(dead, 0.0, delta), mask=row_ok)
+    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, dead, offs_m, row_ok)
     if NEED_DALPHA:
         mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
         tl.store(dalpha_ptr, tl.sum(tl.where(dead, 0.0, mbar * dl), 0))
+
+
+@triton.jit
+def store_rows(rows_ptr, lse_log2, delta, dead, offs_m, row_ok):
+    """Store a block of rows. rows_ptr: of this (batch, head)."""
+    tl.store(rows_ptr + 2 * offs_m, tl.where(dead, float("inf"), lse_log2), mask=row_ok)
+    tl.store(rows_ptr + 2 * offs_m + 1, tl.where(dead, 0.0, delta), mask=row_ok)
 
 
 def partials(queries: int) -> int:

@@ -51,7 +51,7 @@ def _delta_sweep_kernel(
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
         _, p_dp = score_gradient(  # with a delta of 0
-            q, do, k, v, m, live, lse_log2, tl.zeros([BLOCK_M], tl.float32), offs_m, offs_n, bh, scale, alpha, seed, drop_threshold,
+            q, do, k, v, None, m, live, lse_log2, tl.zeros([BLOCK_M], tl.float32), offs_m, offs_n, bh, scale, alpha, seed, drop_threshold,
             keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)

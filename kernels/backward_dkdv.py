@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
     dot,
     dropout_keep,
     gradient_tile,
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
@@ -28,7 +29,7 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, dk_ptr, dv_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -71,7 +72,10 @@ def _dkdv_kernel(
             m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, live, offs_m < Nq, HAS_MASK)
             qk = matmul(k, tl.trans(q), BLOCK_N, BLOCK_M, ALLOW_TF32)
             s = score_tile(qk, m, live[:, None], scale, alpha, HAS_MASK)  # [BLOCK_N, BLOCK_M]
-            dp = matmul(v, tl.trans(do), BLOCK_N, BLOCK_M, ALLOW_TF32)
+            dmap_tile = do_ptr + b * stride_dob
+            dp = load_map_gradient(dmap_tile, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
+            if dp is None:
+                dp = matmul(v, tl.trans(do), BLOCK_N, BLOCK_M, ALLOW_TF32)
             keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
             p, ds = gradient_tile(s, dp, lse_log2[None, :], delta[None, :], keep, keep_scale, HAS_DROPOUT)
             if NEED_DV:
@@ -95,8 +99,8 @@ def _dkdv_kernel(
 def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
     """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and a key-only mask's dmask (B, H|Hkv, 1, Nk), any dtype."""
     t, tile = inputs.problem, inputs.tile("dkdv")
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, rows_ptr=rows, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
+    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+        dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
         MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,
     )  # fmt: skip

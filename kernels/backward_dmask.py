@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
@@ -24,7 +25,7 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dmask_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, mbar_ptr, dmask_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dmask_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -74,8 +75,10 @@ def _dmask_kernel(
                 )  # fmt: skip
                 k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
                 v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+                dmap_tile = do_ptr + b * stride_dob
+                dp = load_map_gradient(dmap_tile, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
                 _, ds = score_gradient(
-                    q, do, k, v, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
+                    q, do, k, v, dp, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
                     HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 dm += tl.where(live[None, :], alpha * ds, 0.0)
@@ -93,12 +96,12 @@ def partials(inputs: Inputs) -> int:
     return triton.cdiv(inputs.problem.Nq, tile.block_m) * triton.cdiv(inputs.problem.Nk, tile.block_n)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor, dmask: Tensor, dalpha: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
     """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dmask")
     mask_batches, mask_heads, mask_queries, _ = dmask.shape
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, rows_ptr=rows, mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
+    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+        mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
         B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
     programs = mask_batches * mask_heads * triton.cdiv(mask_queries, tile.block_m) * triton.cdiv(t.Nk, tile.block_n)

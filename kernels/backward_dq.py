@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
     dot,
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
@@ -25,7 +26,7 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -60,8 +61,10 @@ def _dq_kernel(
         v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+        dmap_tile = do_ptr + b * stride_dob
+        dp = load_map_gradient(dmap_tile, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
         _, ds = score_gradient(
-            q, do, k, v, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
+            q, do, k, v, dp, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
             HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if NEED_DQ:
@@ -79,11 +82,11 @@ def partials(inputs: Inputs) -> int:
     return triton.cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor, dquery: Tensor | None, dalpha: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
     """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dq")
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, rows_ptr=rows, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha,
+    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+        mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha,
         NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
     launch(_dq_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import configs
 from .configs import TileConfig
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
     dot,
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
@@ -44,7 +45,8 @@ def serves(inputs: Inputs, gradients: list[Tensor | None]) -> bool:
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _few_queries_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr,
+    mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -81,8 +83,9 @@ def _few_queries_kernel(
             for group in range(g_lo, g_hi):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,
-                    do_ptr + b * stride_dob, rows_ptr, mbar_ptr, dq_ptr + (split * B + b) * H * Nq * D if NEED_DQ else None, dk_ptr, dv_ptr,
-                    dmask_ptr, dalpha_ptr + tl.cast(n_block, tl.int64) * B * H if NEED_DALPHA else None,
+                    do_ptr + b * stride_dob, weights_ptr, rows_ptr, mbar_ptr,
+                    dq_ptr + (split * B + b) * H * Nq * D if NEED_DQ else None, dk_ptr, dv_ptr, dmask_ptr,
+                    dalpha_ptr + tl.cast(n_block, tl.int64) * B * H if NEED_DALPHA else None,
                     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
                     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod,
                     b, tl.cast(group, tl.int64), offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
@@ -98,7 +101,8 @@ def _few_queries_kernel(
 
 @triton.jit
 def _kv_head(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, seed_ptr, do_ptr, rows_ptr, mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr,
     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod,
     b, g, offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
@@ -132,8 +136,9 @@ def _kv_head(
             m_head = load_mask(mask_ptr + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, offs_m < Nq, live, HAS_MASK)
         else:
             m_head = m
+        dp = load_map_gradient(do_ptr, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, offs_m < Nq, live, DV)
         p, ds = score_gradient(
-            q, do, k, v, m_head, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
+            q, do, k, v, dp, m_head, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
             HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if NEED_DV:
@@ -188,7 +193,7 @@ def run(
     inputs: Inputs,
     dout: Tensor,
     rows: Tensor,
-    mbar: Tensor,
+    mbar: Tensor | None,
     dquery: Tensor | None,
     dkey: Tensor | None,
     dvalue: Tensor | None,
@@ -204,8 +209,8 @@ def run(
         owners = (1 if shared["SHARED_B"] else t.B) * (1 if shared["SHARED_H"] else t.Hkv)
     split_blocks, splits = _splits(inputs, tile, owners, gradients)
     partial = inputs.accumulator(splits, *dquery.shape) if dquery is not None else None
-    arguments: dict[str, Any] = inputs.arguments(tile) | strides("do", "bhmd", dout) | shared | dict(
-        do_ptr=dout, rows_ptr=rows, mbar_ptr=mbar, dq_ptr=partial, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=dalpha,
+    arguments: dict[str, Any] = inputs.gradient_arguments(tile, dout, rows) | shared | dict(
+        mbar_ptr=mbar, dq_ptr=partial, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=dalpha,
         B=t.B, n_splits=splits, split_blocks=split_blocks,
         NEED_DQ=dquery is not None, NEED_DK=dkey is not None, NEED_DV=dvalue is not None,
         NEED_DMASK=dmask is not None, NEED_DALPHA=dalpha is not None,

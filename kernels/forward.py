@@ -46,7 +46,7 @@ def _forward_kernel(
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-        offs_m, bh.to(tl.int32), 0, Nk, Nq, scale, drop_threshold,
+        offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
         D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip

@@ -18,18 +18,22 @@ PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the sh
 MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
 
 
-def splits_of(inputs: Inputs) -> int:
-    """How many parts the keys are cut into; 1: not worth it. The same whether or not the unrounded output is wanted: so are the bits."""
+def splits_of(inputs: Inputs) -> tuple[int, int]:
+    """How many parts the keys are cut into, and the key blocks of each; 1: not worth it. The same whether or not the unrounded output
+    is wanted: so are the bits.
+    """
     t, tile = inputs.problem, inputs.tile("split")
     rows = t.B * t.H * t.Nq
     wanted = SPLIT_PROGRAMS // (t.B * t.H * triton.cdiv(t.Nq, tile.block_m))
     outputs = 1 if t.dtype == t.acc_dtype else 2  # with what rounding P to 16 bits lost
     affordable = PARTIALS_BYTES // (4 * rows * (outputs * t.Dv + 3))
     most = triton.cdiv(t.Nk, 2 * tile.block_n)
-    return max(1, min(wanted, affordable, most))
+    blocks = triton.cdiv(t.Nk, tile.block_n)
+    split_blocks = triton.cdiv(blocks, max(1, min(wanted, affordable, most)))
+    return triton.cdiv(blocks, split_blocks), split_blocks
 
 
-@triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_keys"])
+@triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _partial_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, acc_ptr, lost_ptr, rows_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
@@ -37,7 +41,7 @@ def _partial_kernel(
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ah, stride_pb, stride_pn,
-    H, Nq, Nk, n_splits, split_keys, n_rows, scale, drop_threshold, keep_scale,
+    H, Nq, Nk, n_splits, split_blocks, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
@@ -48,6 +52,7 @@ def _partial_kernel(
     m_blocks = tl.cdiv(Nq, BLOCK_M)
     offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = pid // H // m_blocks % n_splits
+    first_block = split * split_blocks
     b = (pid // H // m_blocks // n_splits).to(tl.int64)
     bh = b * H + h
     g = h // GROUP
@@ -63,7 +68,8 @@ def _partial_kernel(
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-        offs_m, bh.to(tl.int32), split * split_keys, tl.minimum(Nk, (split + 1) * split_keys), Nq, scale, drop_threshold,
+        offs_m, bh.to(tl.int32), first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), Nq, Nk,
+        scale, drop_threshold,
         D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
@@ -112,17 +118,16 @@ def _merge_kernel(
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(inputs: Inputs, splits: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
     """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
     t, tile = inputs.problem, inputs.tile("split")
-    split_keys = tile.block_n * triton.cdiv(t.Nk, splits * tile.block_n)
-    splits = triton.cdiv(t.Nk, split_keys)
+    splits, split_blocks = splits_of(inputs)
     n_rows = t.B * t.H * t.Nq
     acc = inputs.accumulator(splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
     rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
     partial = inputs.arguments(tile) | dict(
-        acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_keys=split_keys, n_rows=n_rows,
+        acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )
     launch(_partial_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, partial, tile)

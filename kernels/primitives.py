@@ -103,6 +103,16 @@ def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def probabilities(
+    q, k, m, live, lse, scale, alpha, HAS_MASK: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """P = exp(S - L) of a query and a key block, reference.py (2): exactly 0 where the key is not live, dead rows (lse = -inf) included."""
+    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
+    return tl.where(live[None, :], tl.exp2(s - (lse * LOG2E)[:, None]), 0.0)
+
+
+@triton.jit
 def softmax_step(s, m_i, l_i):
     """One step of the online softmax, reference.py (2): p [BLOCK_M, BLOCK_N], the factor for what is already summed, m_i and l_i."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -132,7 +142,7 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
 def attend(
     q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-    offs_m, bh, lo, hi, Nq, scale, drop_threshold,
+    offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     ALLOW_TF32: tl.constexpr,
@@ -140,8 +150,10 @@ def attend(
 ):  # fmt: skip
     """Attention of one query block to the keys lo..hi, by the online softmax: acc, lost [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
 
+    lo..hi are whole blocks, or end at Nk: an index that the compiler knows to start at multiples of a block is loaded in wide words.
     lost is what acc lacks because P was rounded to 16 bits: backward takes delta from P in float32, and between the two nothing may be
     missing. It is a sum of its own, 0 unless SAVE_OUT: the bits of acc must not depend on whether it was asked for.
+    A value without columns, DV = 0, leaves the rows alone: the softmax of an attention map.
     acc, lost and mbar are not yet divided by l_i, nor the first two by 1-p of dropout; m_i is in base 2. Where every live score is -inf,
     l_i says 1, and where no key is live, 0.
     """
@@ -157,7 +169,7 @@ def attend(
     any_live = tl.zeros([BLOCK_N], tl.int32)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr, offs_n, hi, stride_pn, HAS_PADDING)
+        live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
         k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
@@ -169,11 +181,12 @@ def attend(
         if HAS_DROPOUT:
             keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
             p = tl.where(keep, p, 0.0)
-        v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-        p_rounded = p.to(v.dtype)
-        acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
-        if SAVE_OUT:
-            lost = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, lost * rescale[:, None], ALLOW_TF32)
+        if DV > 0:
+            v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+            p_rounded = p.to(v.dtype)
+            acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
+            if SAVE_OUT:
+                lost = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, lost * rescale[:, None], ALLOW_TF32)
     l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
     return acc, lost, mbar, m_i, l_i
 
@@ -196,14 +209,24 @@ def load_queries(q_ptr, do_ptr, rows_ptr, offs_m, offs_d, offs_dv, stride_qm, st
 
 
 @triton.jit
+def load_map_gradient(dmap_ptr, weights_ptr, h, rows, cols, stride_row, stride_col, row_ok, col_ok, DV: tl.constexpr):
+    """dP of an attention map, w_h dA, reference.py (10), for a tile; None where there is a value, through which dP comes instead."""
+    if DV == 0:
+        return tl.load(weights_ptr + h) * load_tile(dmap_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok)
+    else:
+        return None
+
+
+@triton.jit
 def score_gradient(
-    q, do, k, v, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
+    q, do, k, v, dp, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
     HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """P where kept, without the 1/(1-p), and dS [BLOCK_M, BLOCK_N] of a query and a key block, reference.py (6)."""
+    """P where kept, without the 1/(1-p), and dS [BLOCK_M, BLOCK_N] of a query and a key block, reference.py (6). dp: None, dO V^T then."""
     qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
     s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
-    dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
+    if dp is None:
+        dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
     keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
     return gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
 

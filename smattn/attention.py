@@ -54,7 +54,7 @@ def soft_masked_attention(
             dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask has an expanded one.
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
         alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when mask is.
-            Pass a tensor for what changes: torch.compile makes a new graph for each float.
+            Pass a tensor for what changes: torch.compile makes a new graph for each float, here and in scale and dropout_p.
         mask_logits: reserved for M = sigmoid(mask_logits); not supported yet.
         scale: factor on Q K^T, 1/sqrt(D) unless given.
         dropout_p: probability, in [0, 1), of dropping an attention weight; the others are scaled by 1/(1 - dropout_p).
@@ -65,8 +65,7 @@ def soft_masked_attention(
         backend: "triton", "cuda", "cpu" or "reference", used or refused, never replaced; None takes the best that can run the call.
 
     Returns:
-        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, differentiable, float32 (float64 for
-        float64 inputs).
+        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, differentiable, in float32 or float64.
         Under autocast q, k, v that are floating and not float64 are cast to the autocast dtype, the output's dtype; mask and alpha are not.
 
     Raises:
@@ -78,7 +77,7 @@ def soft_masked_attention(
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     validate(
         query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
-        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
+        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
     )  # fmt: skip
     alpha_h = _per_head(alpha, query)
     out, lse = call(

@@ -112,6 +112,7 @@ def validate(
     dropout_p: float = 0.0,
     key_padding_mask: Tensor | None,
     enable_gqa: bool,
+    return_lse: bool = False,
     backend: str | None,
     is_map: bool = False,
 ) -> None:
@@ -119,6 +120,9 @@ def validate(
 
     Raises TypeError for a wrong type, ValueError for anything else, NotImplementedError for mask_logits.
     """
+    for name, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            _wrong_type(name, "a bool", flag)
     _check_qkv(query, key, value, enable_gqa, is_map)
     B, H, Nq, _ = query.shape
     Nk = key.shape[2]
@@ -139,6 +143,7 @@ def validate(
             _refuse("key_padding_mask", f"shape (B, Nk) = ({B}, {Nk})", _shape(key_padding_mask))
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt))):
         _wrong_type("scale", "a float or None", scale)
+    _check_range("scale", scale, query)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat, torch.SymInt)):
         _wrong_type("dropout_p", "a float", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
@@ -161,8 +166,6 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: boo
             _refuse(name, f"query's dtype {query.dtype}", str(tensor.dtype))
         if tensor.shape[1] < 1 or tensor.shape[3] < 1:
             _refuse(name, "at least one head and a head size of at least 1", f"shape {_shape(tensor)}")
-    if not isinstance(enable_gqa, bool):
-        _wrong_type("enable_gqa", "a bool", enable_gqa)
     B, H, _, D = query.shape
     Hkv = key.shape[1]
     if key.shape[0] != B or key.shape[3] != D:
@@ -199,8 +202,14 @@ def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor
             _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
     elif isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
         _wrong_type("alpha", "a float or a tensor", alpha)
-    elif abs(alpha) > torch.finfo(acc_dtype(query.dtype)).max:
-        _refuse("alpha", f"a number that {acc_dtype(query.dtype)} can hold", str(alpha))
+    else:
+        _check_range("alpha", alpha, query)
+
+
+def _check_range(name: str, number: float | None, query: Tensor) -> None:
+    acc = acc_dtype(query.dtype)
+    if number is not None and abs(number) > torch.finfo(acc).max:
+        _refuse(name, f"a number that {acc} can hold", str(number))
 
 
 def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ TABLE = {
     "cpu": {
         "cpu": Expected(ALL_DTYPES, attention_map=True, fused=True),
         "reference": Expected(ALL_DTYPES, attention_map=True, fused=False),
-        "triton": Expected(HALF_AND_SINGLE, attention_map=False, fused=True),  # interpreted
+        "triton": Expected(HALF_AND_SINGLE, attention_map=True, fused=True),  # interpreted
     },
     "cuda": {
         "reference": Expected(ALL_DTYPES, attention_map=True, fused=False),
-        "triton": Expected(HALF_AND_SINGLE, attention_map=False, fused=True),
+        "triton": Expected(HALF_AND_SINGLE, attention_map=True, fused=True),
     },
 }
 BACKENDS = TABLE[DEVICE]

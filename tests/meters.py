@@ -18,9 +18,10 @@ from smattn.testing import Case, plain, run
 
 @dataclass(frozen=True)
 class Call:
-    """A forward and backward of soft_masked_attention: sizes, dtype name, the gradients wanted, and how the mask lies in memory.
+    """A forward and backward, of soft_masked_attention or of its map: sizes, dtype name, the gradients wanted, how the mask lies in memory.
 
     Hkv: H unless given. mask: which of M's axes (batch, head, query) it has, the others being of size 1; None: no mask.
+    threads: of the CPU, None: torch's choice.
     """
 
     B: int
@@ -34,6 +35,8 @@ class Call:
     options: bool = False  # dropout, padding and a gradient of lse
     Hkv: int | None = None
     mask: tuple[bool, bool, bool] | None = (True, False, True)
+    threads: int | None = None
+    as_map: bool = False
 
     def case(self, device: str = "cpu") -> Case:
         """Zeros, never written where the system commits memory lazily."""
@@ -52,7 +55,8 @@ class Call:
             value=zeros(self.B, Hkv, self.Nk, self.D),
             mask=mask,
             alpha=None if mask is None else zeros(self.H, dtype=torch.float32),
-            dout=zeros(self.B, self.H, self.Nq, self.D),
+            dout=zeros(self.B, self.Nq, self.Nk, dtype=torch.float32) if self.as_map else zeros(self.B, self.H, self.Nq, self.D),
+            head_weights=zeros(self.H, dtype=torch.float32) if self.as_map else None,
             dlse=zeros(self.B, self.H, self.Nq, dtype=torch.float32) if self.options else None,
             dropout_p=0.1 if self.options else 0.0,
             key_padding_mask=zeros(self.B, self.Nk, dtype=torch.bool) if self.options else None,
@@ -169,6 +173,8 @@ def main(fields: str, backend: str) -> None:
     def compute(call: Call, case: Case) -> dict[str, torch.Tensor]:
         return run_plainly(case, call.needs) if backend == "plain" else run(case, backend, call.needs)
 
+    if call.threads is not None:
+        torch.set_num_threads(call.threads)
     warm_up = replace(call, Nq=4, Nk=64)
     compute(warm_up, warm_up.case())
     case = call.case()

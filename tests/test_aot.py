@@ -11,6 +11,7 @@ import pytest
 ROWS = re.compile(r"^(\w+) +sm_(\d+) (\w+) +D=(\d+) +Nq=(\d+) .* (\d+) regs +(\d+) spill +(\d+) shared *(.*)$", re.MULTILINE)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have: CUDA C++ programming guide, table of compute capabilities
 KERNELS = {"forward", "partial", "merge", "delta", "few_queries", "dkdv", "dq", "dmask"}
+MAP_KERNELS = {"map", "map_means", "map_rows"}
 
 ONE_OF_EACH_REGIME = """
 import json, torch
@@ -57,3 +58,4 @@ def test_every_kernel_dtype_and_head_size_compiles():
             for D in ("32", "48", "64", "128"):
                 missing = {kernel for kernel in KERNELS if (kernel, arch, dtype, D) not in compiled}
                 assert missing == set(), (arch, dtype, D)
+            assert {kernel for kernel in MAP_KERNELS if (kernel, arch, dtype, "64") not in compiled} == set(), (arch, dtype)

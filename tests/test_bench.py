@@ -69,6 +69,18 @@ def test_contestants_are_called_in_turn_until_their_budget_is_used():
     assert min(samples["slow"]) >= 20 and 5 <= min(samples["fast"]) < 20
 
 
+def test_a_timed_call_follows_others_of_its_own_for_some_milliseconds():
+    began: list[float] = []
+
+    def quick():
+        began.append(time.perf_counter())
+        time.sleep(0.001)
+
+    samples = harness.time_interleaved({"quick": quick}, "cpu", 0.1)["quick"]
+    assert len(began) > 2 * len(samples) and max(samples) < harness.WARM_MS
+    assert 0.1 <= time.perf_counter() - began[0] < 0.2, "the untimed calls are part of the budget"
+
+
 def test_a_slow_contestant_is_called_fewer_times_but_never_once():
     samples = harness.time_interleaved({"slow": lambda: time.sleep(0.02)}, "cpu", 0.001)
     assert len(samples["slow"]) == harness.SLOW_REPS

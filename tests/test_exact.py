@@ -98,6 +98,14 @@ def test_mask_broadcasts(backend, device, shape, Nq):
 
 
 @pytest.mark.parametrize("Nq", [5, 131])
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_mask_broadcasts_of_a_map(map_backend, device, shape, Nq):
+    sizes = (*shape[:-1], Nq if shape[-1] == 2 else 1, 35)
+    case = make_case(2, 2, Nq, 35, 8, Hkv=1, mask_shape=sizes, as_map=True, padded=0.3, device=device)
+    assert_within_budget(run(case, map_backend), case)
+
+
+@pytest.mark.parametrize("Nq", [5, 131])
 @pytest.mark.parametrize("option", ["no mask", "dropout", "padding", "lse", "gqa", "blob", "all"])
 def test_options(backend, dtype, device, Nq, option):
     chosen = {

@@ -63,7 +63,7 @@ def test_triton_on_a_cpu_says_how_to_interpret_it():
 
 
 def test_the_public_names():
-    assert sorted(smattn.__all__) == ["__version__", "attention_map", "backends", "soft_masked_attention"]
+    assert sorted(smattn.__all__) == ["__version__", "attention_map", "backends", "nn", "soft_masked_attention"]
     assert all(hasattr(smattn, name) for name in smattn.__all__) and smattn.__version__ == version("smattn")
 
 

@@ -13,6 +13,7 @@ from meters import LAYOUTS, Call, extra_of_launchers, extra_on_cuda, extra_resid
 from smattn.testing import run
 
 SCORES = 8 * 1024 * 16384 * 4  # bytes of one score tensor of the first call
+MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 CALLS = {
     "B1 H8 Nq1024 Nk16384 D32": Call(1, 8, 1024, 16384, 32),
     "queries100 at Nk 65536": Call(4, 8, 100, 65536, 32),
@@ -35,7 +36,19 @@ CALLS = {
     "half, key-only mask a head, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
     "half, key-only mask a head for the batch, grouped": Call(4, 32, 130, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
     "half, one mask for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
+    "map": Call(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True),
+    "half, map, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", needs=MAP_GRADIENTS, as_map=True),
+    "half, map, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
     "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
+}
+MANY_THREADS = {
+    "many heads": Call(1, 32, 64, 1024, 128, threads=8),
+    "half, many heads": Call(1, 32, 64, 1024, 128, dtype="float16", threads=8),
+    "bfloat16, many heads": Call(1, 32, 64, 1024, 128, dtype="bfloat16", threads=8),
+    "many batches and heads": Call(8, 32, 64, 64, 128, threads=8),
+    "wide": Call(16, 8, 64, 64, 256, threads=64),
+    "double": Call(32, 8, 64, 64, 128, dtype="float64", threads=128),
+    "self1k": Call(1, 8, 1024, 1024, 64, threads=128),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
 ARCHS = (80, 90)
@@ -54,6 +67,14 @@ def extras(backend, call):
 def test_extra_memory_is_under_the_ceiling(fused_backend, name):
     for extra, ceiling in extras(fused_backend, CALLS[name]):
         assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in BACKENDS or DEVICE == "cuda", reason="the CPU's threads each have scratch of their own")
+@pytest.mark.parametrize("name", MANY_THREADS)
+def test_many_threads_stay_under_the_ceiling(name):
+    extra, ceiling = extra_resident(MANY_THREADS[name], "cpu")
+    assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
 
 
 @st.composite

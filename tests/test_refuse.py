@@ -96,6 +96,8 @@ REFUSED = [
     (dict(key_padding_mask=z(B, 1, 1, NK).bool()), ValueError, "key_padding_mask: expected shape (B, Nk) = (2, 5), got (2, 1, 1, 5)"),
     (dict(scale="1"), TypeError, "scale: expected a float or None, got str"),
     (dict(scale=torch.tensor(1.0)), TypeError, "scale: expected a float or None, got Tensor"),
+    (dict(scale=10**400), ValueError, f"scale: expected a number that torch.float32 can hold, got {10**400}"),
+    (dict(return_lse="no"), TypeError, "return_lse: expected a bool, got str"),
     (dict(scale=True), TypeError, "scale: expected a float or None, got bool"),
     (dict(dropout_p="0.1"), TypeError, "dropout_p: expected a float, got str"),
     (dict(dropout_p=None), TypeError, "dropout_p: expected a float, got NoneType"),
@@ -112,7 +114,7 @@ MAP_REFUSED = [
     (dict(head_weights=z(H).int()), ValueError, "head_weights: expected dtype float16, bfloat16, float32 or float64, got torch.int32"),
     (dict(head_weights=z(H, device=META)), ValueError, "head_weights: expected query's device cpu, got meta"),
 ]
-FOR_ATTENTION_ALONE = {"value", "dropout_p"}
+FOR_ATTENTION_ALONE = {"value", "dropout_p", "return_lse"}
 
 
 def refusal(call, changes, error):

@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/workers.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -13,6 +14,8 @@ class MapTile {
   explicit MapTile(const MapParams& params)
       : p_(params), s_(params.scores), n_(s_.size), query_(kQueries * round_up(n_.D, kLanes<T>)), keys_(kKeys * round_up(n_.D, kLanes<T>)),
         rows_(kQueries * larger_of(kKeys, round_up(n_.D, kLanes<T>))), mask_(kKeys * kQueries), sum_(kKeys * kQueries) {}
+
+  int64_t bytes() const { return bytes_in(query_, keys_, rows_, mask_, sum_); }
 
   void run(int64_t b, const QueryBlock& q, const KeyBlock& k) {
     fill<T>(sum_, kKeys * q.lanes, T(0));
@@ -56,13 +59,12 @@ inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   softmax.lse = p.lse;
   forward_of<T>(softmax, threads);
   const Blocking<T> blocking(n);
-  parallel_for(threads, n.B * blocking.query_blocks * blocking.key_blocks, 1, [&](int64_t begin, int64_t end) {
-    MapTile<T> tile(p);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t kb = item % blocking.key_blocks, qb = item / blocking.key_blocks % blocking.query_blocks;
-      const int64_t b = item / (blocking.key_blocks * blocking.query_blocks);
-      tile.run(b, query_block(blocking, qb), key_block(p.scores, blocking, b, kb));
-    }
+  const int64_t tiles = n.B * blocking.query_blocks * blocking.key_blocks;
+  const auto make = [&] { return MapTile<T>(p); };
+  for_each_item(threads, tiles, kSpare, make, [&](MapTile<T>& tile, int64_t item) {
+    const int64_t kb = item % blocking.key_blocks, qb = item / blocking.key_blocks % blocking.query_blocks;
+    const int64_t b = item / (blocking.key_blocks * blocking.query_blocks);
+    tile.run(b, query_block(blocking, qb), key_block(p.scores, blocking, b, kb));
   });
 }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/tiles.h"
+#include "cpu/workers.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -38,25 +39,32 @@ struct Pair {
   bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
 };
 
-// What the items' own sums may take: a fifth of the inputs, of out and its gradient and of the gradients asked for, less what is held
-// besides, and 8 MiB.
-template <class T>
-inline int64_t bytes_for_sums(const BackwardTask<T>& t) {
-  const Scores& s = t.scores;
-  const Sizes& n = s.size;
-  const int64_t query = n.B * n.H * n.Nq, key = n.B * n.Hkv * n.Nk;
-  const int64_t elements = query * (n.D + 2 * n.Dv + (t.dquery != nullptr ? n.D : 0)) +
-                           key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
-  const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
-  const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
-  const int64_t held = (query * (4 + (t.unrounded_out ? n.Dv : 0)) +  // lse, mbar, delta and dlse
-                        (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) * static_cast<int64_t>(sizeof(T));
-  const int64_t io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
-  return larger_of<int64_t>(0, io / 5 - held) + (8 << 20);
-}
+// What a call may hold besides its inputs and results: a quarter of them (out and its gradient, and the gradients asked for, included),
+// and a little whatever its size; less what is held in any case.
+struct BackwardMemory {
+  int64_t io, held;
+
+  template <class T>
+  explicit BackwardMemory(const BackwardTask<T>& t) {
+    const Scores& s = t.scores;
+    const Sizes& n = s.size;
+    const int64_t query = n.B * n.H * n.Nq, key = n.B * n.Hkv * n.Nk;
+    const int64_t elements = query * (n.D + 2 * n.Dv + (t.dquery != nullptr ? n.D : 0)) +
+                             key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
+    const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
+    const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
+    held = (query * (4 + (t.unrounded_out ? n.Dv : 0)) +  // lse, mbar, delta and dlse
+            (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) * static_cast<int64_t>(sizeof(T));
+    io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
+  }
+
+  int64_t for_sums() const { return larger_of<int64_t>(0, io / 5 - held) + (8 << 20); }
+  int64_t for_workers(int64_t sums) const { return larger_of<int64_t>(0, io / 4 - held) + kSpare - sums; }
+};
 
 template <class T>
 struct BackwardPlan {
+  BackwardMemory memory;
   Blocking<T> blocking;
   Sizes n;
   bool outer_keys;
@@ -70,11 +78,11 @@ struct BackwardPlan {
   int64_t dmask_rows;          // a group's rows of dM where M lacks the queries' extent
   int64_t round;               // how many groups at a time
 
-  explicit BackwardPlan(const BackwardTask<T>& t) : blocking(t.scores.size), n(t.scores.size) {
+  explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size) {
     const Scores& s = t.scores;
     const bool full_mask = s.mask.data != nullptr && s.mask_size[2] != 1;
     tile_dmask = t.dmask != nullptr && full_mask;
-    const int64_t bytes = bytes_for_sums(t);
+    const int64_t bytes = memory.for_sums();
     const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
       const bool wanted = by_keys ? t.dquery != nullptr : t.dkey != nullptr || t.dvalue != nullptr;
       const int64_t size = by_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
@@ -134,22 +142,19 @@ struct BackwardPlan {
 
   // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
   // batch and has heads, those of one head are.
-  void list(int64_t group, Pair* to) const {
+  Pair pair(int64_t group, int64_t i) const {
     const int64_t per_kv = n.H / n.Hkv;
-    const int64_t b0 = first_batch(group), g0 = first_kv_head(group);
     const bool heads_outside = batch_inside && mask_by_head_;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t b = heads_outside ? i % batches : i / (kv_heads * per_kv);
-      const int64_t h = heads_outside ? i / batches : i % (kv_heads * per_kv);
-      const int64_t inside = h % per_kv;
-      to[i] = {.b = b0 + b,
-               .h = g0 * per_kv + h,
-               .kv = b * kv_heads + h / per_kv,
-               .first_of_kv = inside == 0,
-               .last_of_kv = inside == per_kv - 1,
-               .first_of_mask = mask_by_head_ ? !heads_outside || b == 0 : i == 0,
-               .last_of_mask = mask_by_head_ ? !heads_outside || b == batches - 1 : i == pairs - 1};
-    }
+    const int64_t b = heads_outside ? i % batches : i / (kv_heads * per_kv);
+    const int64_t h = heads_outside ? i / batches : i % (kv_heads * per_kv);
+    const int64_t inside = h % per_kv;
+    return {.b = first_batch(group) + b,
+            .h = first_kv_head(group) * per_kv + h,
+            .kv = b * kv_heads + h / per_kv,
+            .first_of_kv = inside == 0,
+            .last_of_kv = inside == per_kv - 1,
+            .first_of_mask = mask_by_head_ ? !heads_outside || b == 0 : i == 0,
+            .last_of_mask = mask_by_head_ ? !heads_outside || b == batches - 1 : i == pairs - 1};
   }
 
  private:

@@ -93,6 +93,8 @@ class BackwardStep {
       : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0),
         weights_(kPack<E> > 1 || task.dropout.p > 0 ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
 
+  int64_t bytes() const { return bytes_in(p_, keep_, weights_, ds_); }
+
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
            const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {
@@ -114,8 +116,8 @@ class BackwardStep {
     if (sums.dquery != nullptr) {
       const int64_t stride = round_up(n_.D, kLanes<T>);
       product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), Ahead{},
-              [&](int64_t i, int64_t c, Vec<T> sum) {
-                T* to = sums.dquery + i * stride + c * kLanes<T>;
+              [dquery = sums.dquery, stride](int64_t i, int64_t c, Vec<T> sum) {
+                T* to = dquery + i * stride + c * kLanes<T>;
                 store(to, load(to) + sum);
               });
     }
@@ -125,40 +127,42 @@ class BackwardStep {
   // P (2), from the saved logsumexp, and P*C/(1-p).
   void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> key, const T* mask,
                      const T* keep, const StepAhead& ahead) {
-    const bool padding = k.attended < k.count;
-    score_tile(t_.scores, h, key, tiles.query, q, k, mask, ahead.values, [&](int64_t j, int64_t lane, Vec<T> s) {
-      const int64_t at = j * q.lanes + lane;
-      Vec<T> p = exp2<T>(s - load(tiles.lse_log2 + lane));
-      if (padding && k.padded[j]) p = Vec<T>{};  // where lse is NaN
-      store(p_ + at, p);
-      if (keep != nullptr) {
-        weights_.put(at, p * load(keep + at));
-      } else if constexpr (kPack<E> > 1) {
-        weights_.put(at, p);
-      }
-    });
+    const bool* padded = k.attended < k.count ? k.padded : nullptr;
+    score_tile(t_.scores, h, key, tiles.query, q, k, mask, ahead.values,
+               [padded, keep, lanes = q.lanes, lse = tiles.lse_log2, to = p_.get(), weights = weights_.get()](int64_t j, int64_t lane, Vec<T> s) {
+                 const int64_t at = j * lanes + lane;
+                 Vec<T> p = exp2<T>(s - load(lse + lane));
+                 if (padded != nullptr && padded[j]) p = Vec<T>{};  // where lse is NaN
+                 store(to + at, p);
+                 if (keep != nullptr) {
+                   WeightTile<E>::put(weights, at, p * load(keep + at));
+                 } else if constexpr (kPack<E> > 1) {
+                   WeightTile<E>::put(weights, at, p);
+                 }
+               });
   }
 
   // dS, and what is summed of it element by element.
   void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> value, const T* mask,
                        const T* dmap, const T* keep, const StepAhead& ahead, const Sums<T>& sums) {
-    const bool padding = k.attended < k.count;
-    const T alpha = alpha_of<T>(t_.scores, h);
-    const auto finish = [&](int64_t j, int64_t lane, Vec<T> dp) {
-      const int64_t at = j * q.lanes + lane;
+    const bool* padded = k.attended < k.count ? k.padded : nullptr;
+    const auto finish = [padded, keep, mask, lanes = q.lanes, alpha = alpha_of<T>(t_.scores, h), p = p_.get(), to = ds_.get(),
+                         delta = tiles.delta, mbar = tiles.mbar, dmask = sums.dmask, dmask_is_new = sums.dmask_is_new,
+                         dalpha = sums.dalpha](int64_t j, int64_t lane, Vec<T> dp) {
+      const int64_t at = j * lanes + lane;
       if (keep != nullptr) dp *= load(keep + at);
-      Vec<T> ds = load(p_ + at) * (dp - load(tiles.delta + lane));
-      if (padding && k.padded[j]) ds = Vec<T>{};
-      ds_.put(at, ds);
-      if (sums.dmask != nullptr) store(sums.dmask + at, sums.dmask_is_new ? alpha * ds : load(sums.dmask + at) + alpha * ds);
-      if (sums.dalpha != nullptr) {
-        T* to = sums.dalpha + (j % kChains) * kQueries + lane;
-        store(to, load(to) + ds * (load(mask + at) - load(tiles.mbar + lane)));
+      Vec<T> ds = load(p + at) * (dp - load(delta + lane));
+      if (padded != nullptr && padded[j]) ds = Vec<T>{};
+      WeightTile<E>::put(to, at, ds);
+      if (dmask != nullptr) store(dmask + at, dmask_is_new ? alpha * ds : load(dmask + at) + alpha * ds);
+      if (dalpha != nullptr) {
+        T* sum = dalpha + (j % kChains) * kQueries + lane;
+        store(sum, load(sum) + ds * (load(mask + at) - load(mbar + lane)));
       }
     };
     if (dmap == nullptr) {
       product(value, Vectors<E>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), ahead.next_keys,
-              [&](int64_t j, int64_t c, Vec<T> dp) { finish(j, c * kLanes<T>, dp); });
+              [finish](int64_t j, int64_t c, Vec<T> dp) { finish(j, c * kLanes<T>, dp); });
       return;
     }
     for (int64_t j = 0; j < k.count; ++j) {
@@ -170,13 +174,14 @@ class BackwardStep {
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Sums<T>& sums,
                 void* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
-    product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), Ahead{}, [&](int64_t j, int64_t c, Vec<T> x) {
-      const int64_t at = j * stride + c * kLanes<T>;
-      if constexpr (kPack<E> > 1) x *= factor;
-      if (sums.dkv_is_final) return stream_at<E>(sum, at, x);
-      T* to = static_cast<T*>(sum) + at;
-      store(to, sums.dkv_is_new ? x : load(to) + x);
-    });
+    product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), Ahead{},
+            [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final](int64_t j, int64_t c, Vec<T> x) {
+              const int64_t at = j * stride + c * kLanes<T>;
+              if constexpr (kPack<E> > 1) x *= factor;
+              if (is_final) return stream_at<E>(sum, at, x);
+              T* to = static_cast<T*>(sum) + at;
+              store(to, is_new ? x : load(to) + x);
+            });
   }
 
   const BackwardTask<T>& t_;

@@ -4,6 +4,7 @@
 
 #include "cpu/dropout_tile.h"
 #include "cpu/tiles.h"
+#include "cpu/workers.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -16,6 +17,11 @@ struct ForwardTask {
   Tensor4 dout{};    // [B, H, Nq, Dv], what dP is made of; one of the two where there is eta
   T* eta = nullptr;  // [B, H, Nq]
 };
+
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, the sums of their products with M and with what
+// eta is the mean of, and the sum of the weights in O. Of pairs the weights are the probabilities rounded: a mean under them keeps what all
+// of v share, so that backward's <dO, O> takes it off dP exactly; dividing by the other sum would leave a share of it.
+enum Row { kMaximum, kSum, kMbar, kEta, kWeight, kRows };
 
 // How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
 template <class E>
@@ -36,9 +42,8 @@ struct ForwardPlan {
                         larger_of<int64_t>(1, blocking.key_blocks));
   }
 
-  // What one split leaves of one head and query block: O [lane][Dv], then the row maximum, the row sum, mbar and eta, each [lane]; of
-  // pairs also what O lacks because the probabilities were rounded, [lane][Dv].
-  int64_t part_size(const Sizes& n) const { return (kPack<E> * round_up(n.Dv, kLanes<T>) + 4) * blocking.queries; }
+  // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane].
+  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
 };
 
 template <class E>
@@ -69,8 +74,11 @@ class Forward {
         keys_(kKeys * row_elements<E>(n_.D)),
         values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
-        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
-        rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
+        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
+
+  int64_t bytes() const {
+    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_);
+  }
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -107,7 +115,7 @@ class Forward {
   void merge(int64_t b, int64_t h, int64_t query_index, const T* parts, int64_t stride) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     T* to = part_;
-    const int64_t max_row = q.lanes * Dvp_, sums = max_row + q.lanes, end = sums + 3 * q.lanes;
+    const int64_t max_row = q.lanes * Dvp_, sums = max_row + kSum * q.lanes, end = max_row + kRows * q.lanes;
     fill<T>(to, part_size_, T(0));
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       Vec<T> m = broadcast(static_cast<T>(-__builtin_inf()));
@@ -122,22 +130,14 @@ class Forward {
         store(weight + lane, w);
         for (int64_t at = sums + lane; at < end; at += q.lanes) store(to + at, load(to + at) + w * load(from + at));
       }
-      add_rows(q, weight, from, to);
-      if (wants_rest()) add_rows(q, weight, from + end, to + end);
+      for (int64_t i = 0; i < q.count; ++i) {
+        for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
+      }
     }
     write(b, h, q, to);
   }
 
  private:
-  // Whether the unrounded output is asked for, and rounding the probabilities would be in it: backward's delta must not differ from P*dP.
-  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr; }
-
-  void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
-    for (int64_t i = 0; i < q.count; ++i) {
-      for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
-    }
-  }
-
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
@@ -153,7 +153,7 @@ class Forward {
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
     score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
-               [&](int64_t j, int64_t lane, Vec<T> s) { store(scores_ + j * q.lanes + lane, s); });
+               [scores = scores_.get(), lanes = q.lanes](int64_t j, int64_t lane, Vec<T> s) { store(scores + j * lanes + lane, s); });
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
@@ -177,22 +177,18 @@ class Forward {
     } else {
       weights = {weights_, q.lanes};
     }
-    const auto add = [&](ColumnMajor<E> w, T* to, const Ahead& ahead) {
-      product(w, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), ahead, [&](int64_t i, int64_t c, Vec<T> sum) {
-        T* out = to + i * Dvp_ + c * kLanes<T>;
-        store(out, load(out) * rescale[i] + sum);
-      });
-    };
-    add(weights, part, next_keys);
-    if constexpr (kPack<E> > 1) {
-      if (wants_rest()) add({rests_, q.lanes}, part + q.lanes * (Dvp_ + 4), Ahead{});
-    }
+    product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
+            [part, stride = Dvp_, factor = &rescale[0]](int64_t i, int64_t c, Vec<T> sum) {
+              T* out = part + i * stride + c * kLanes<T>;
+              store(out, load(out) * factor[i] + sum);
+            });
   }
 
-  // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: the running maximum, sum, mbar and eta.
+  // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: kRows of them.
   void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* keep, T* rows, T* rescale) {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
-    const Vec<T> before = load(rows + lane);
+    const auto row_of = [&](Row row) { return rows + row * q.lanes + lane; };
+    const Vec<T> before = load(row_of(kMaximum));
     Vec<T> chain[kChains] = {before, before, before, before};
     int64_t row = 0;
     for (; row + kChains <= k.count; row += kChains) {
@@ -202,64 +198,58 @@ class Forward {
     for (; row < k.count; ++row) chain[0] = larger(chain[0], load(scores_ + row * q.lanes + lane));
     const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
     const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
-    Vec<T> sum{}, mbar{}, eta{};
-    const auto weight = [&](int64_t j) {
+    Vec<T> sum{}, mbar{}, eta{}, weight_sum{};
+    const auto probability = [&](int64_t j) {
       const int64_t at = j * q.lanes + lane;
       const Vec<T> p = exp2<T>(load(scores_ + at) - subtracted);
       sum += p;
       if (mask != nullptr) mbar += p * load(mask + at);
       if (dmap != nullptr) eta += p * load(dmap + at);
-      return keep != nullptr ? p * load(keep + at) : p;
+      return p;
     };
     for (int64_t j = 0; j < k.count; j += kPack<E>) {
+      const T* kept = keep == nullptr ? nullptr : keep + j * q.lanes + lane;
       if constexpr (kPack<E> == 1) {
-        store(scores_ + j * q.lanes + lane, weight(j));
+        const Vec<T> p = probability(j);
+        store(scores_ + j * q.lanes + lane, kept != nullptr ? p * load(kept) : p);
       } else {
-        const Vec<T> first = weight(j), second = j + 1 < k.count ? weight(j + 1) : Vec<T>{};
-        const Vec<E> pair = paired(first, second);
+        const Vec<T> first = probability(j), second = j + 1 < k.count ? probability(j + 1) : Vec<T>{};
+        Vec<E> pair = paired(first, second);
+        add_numbers(weight_sum, pair);
+        if (kept != nullptr) pair = chosen(pair, load(kept) != T(0), load(kept + q.lanes) != T(0));
         store(weights_ + j / 2 * q.lanes + lane, pair);
-        if (wants_rest()) store(rests_ + j / 2 * q.lanes + lane, paired(first - (Vec<T>)(pair << 16), second - (Vec<T>)(pair >> 16 << 16)));
       }
     }
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
-    store(rows + lane, m);
-    store(rows + q.lanes + lane, load(rows + q.lanes + lane) * factor + sum);
-    store(rows + 2 * q.lanes + lane, load(rows + 2 * q.lanes + lane) * factor + mbar);
-    store(rows + 3 * q.lanes + lane, load(rows + 3 * q.lanes + lane) * factor + eta);
+    store(row_of(kMaximum), m);
+    const auto add = [&](Row row, Vec<T> x) { store(row_of(row), load(row_of(row)) * factor + x); };
+    add(kSum, sum), add(kMbar, mbar), add(kEta, eta), add(kWeight, kPack<E> > 1 ? weight_sum : sum);
   }
 
-  // Divides by the row sum and stores what was asked for. A row without a key: its out is 0 and its lse -inf. Where there are keys
+  // Divides by the row sums and stores what was asked for. A row without a key: its out is 0 and its lse -inf. Where there are keys
   // and all score -inf, the sum is 0 as well, and out NaN, as in any softmax.
   void write(int64_t b, int64_t h, const QueryBlock& q, T* part) {
-    T* row_max = part + q.lanes * Dvp_;
-    T* row_sum = row_max + q.lanes;
-    T* mbar = row_sum + q.lanes;
-    T* eta = mbar + q.lanes;
+    T* rows = part + q.lanes * Dvp_;
     const int64_t row = (b * n_.H + h) * n_.Nq + q.first;
     const bool alive = has_keys(s_, b);
+    const T kept = kPack<E> > 1 && p_.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p_.dropout.p)) : T(1);  // the others' weights have it
     T inverse[kQueries];
-    for (int64_t i = 0; i < q.lanes; ++i) {
-      inverse[i] = alive ? 1 / row_sum[i] : T(0);
-      mbar[i] *= inverse[i];
-      eta[i] *= inverse[i];
-    }
     for (int64_t i = 0; i < q.count; ++i) {
-      if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = mbar[i];
-      if (t_.eta != nullptr) t_.eta[row + i] = eta[i];
+      const auto at = [&](Row which) { return rows[which * q.lanes + i]; };
+      inverse[i] = alive ? kept / at(kWeight) : T(0);
+      const T mean = alive ? 1 / at(kSum) : T(0);
+      if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = at(kMbar) * mean;
+      if (t_.eta != nullptr) t_.eta[row + i] = at(kEta) * mean;
       if (p_.lse == nullptr) continue;
-      const double lse = to_natural(static_cast<double>(row_max[i])) + __builtin_log(static_cast<double>(row_sum[i]));
+      const double lse = to_natural(static_cast<double>(at(kMaximum))) + __builtin_log(static_cast<double>(at(kSum)));
       static_cast<T*>(p_.lse)[row + i] = static_cast<T>(lse);
     }
     if (p_.out == nullptr) return;
-    const T* rest = wants_rest() ? eta + q.lanes : nullptr;
     for (int64_t i = 0; i < q.count; ++i) {
       for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] *= inverse[i];
     }
     write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
-    for (int64_t i = 0; rest != nullptr && i < q.count; ++i) {
-      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] += rest[i * Dvp_ + d] * inverse[i];
-    }
     if (p_.out_acc != nullptr) write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }
 
@@ -284,7 +274,6 @@ class Forward {
   Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
   Buffer<E> value_steps_memory_;
   Buffer<E> weights_;  // the probabilities as pairs of keys
-  Buffer<E> rests_;    // what rounding took from them
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
   Held queries_read_;
@@ -298,21 +287,17 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
   const int64_t per_split = n.B * query_blocks * per_query_block;
   const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
-  parallel_for(threads, n.B * plan.groups * query_blocks * plan.splits, 1, [&](int64_t begin, int64_t end) {
-    Forward<E> forward(task, plan);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
-      const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
-      forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
-    }
+  const auto make = [&] { return Forward<E>(task, plan); };
+  const int64_t spare = kSpare - parts.bytes(), items = n.B * plan.groups * query_blocks * plan.splits;
+  for_each_item(threads, items, spare, make, [&](Forward<E>& forward, int64_t item) {
+    const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
+    const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
+    forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
   });
   if (plan.splits == 1) return;
-  parallel_for(threads, n.B * query_blocks * n.H, 1, [&](int64_t begin, int64_t end) {
-    Forward<E> forward(task, plan);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
-      forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
-    }
+  for_each_item(threads, n.B * query_blocks * n.H, spare, make, [&](Forward<E>& forward, int64_t item) {
+    const int64_t h = item % n.H, qb = item / n.H % query_blocks, b = item / (n.H * query_blocks);
+    forward.merge(b, h, qb, parts + item * plan.part_size(n), per_split);
   });
 }
 

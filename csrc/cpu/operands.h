@@ -53,9 +53,19 @@ inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* s
   const __m256i below = second == nullptr ? _mm256_setzero_si256() : numbers(second);
   return in_turn(_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(numbers(first)), 0xf0, below));
 }
+// The numbers of pairs, added to a sum.
+inline void add_numbers(Vec<float>& sum, Vec<BFloat16Pair> pairs) {
+  multiply_add(sum, pairs, broadcast<BFloat16Pair>(0x3f803f80));  // 1, 1
+}
+// The numbers, first or second of their pairs, whose lane is true; else 0.
+inline Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second) {
+  return pairs & ((first & 0xffff) | (second << 16));
+}
 #else  // nobody calls them
 Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second);
 Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);
+void add_numbers(Vec<float>& sum, Vec<BFloat16Pair> pairs);
+Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second);
 #endif
 
 // Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`.
@@ -92,20 +102,22 @@ class WeightTile {
  public:
   explicit WeightTile(int64_t size) : tile_(packed<E>(size)), steps_(kPack<E> == 1 ? 0 : packed<E>(size)) {}
 
-  void put(int64_t at, Sum<E> x) {
+  E* get() const { return tile_; }
+  static void put(E* tile, int64_t at, Sum<E> x) {
 #if defined(__AVX512BF16__)
     if constexpr (kPack<E> > 1) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile_.get()) + at), rounded(x));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile) + at), rounded(x));
       return;
     }
 #endif
-    if constexpr (kPack<E> == 1) store(tile_ + at, x);
+    if constexpr (kPack<E> == 1) store(tile + at, x);
   }
   RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(lanes)}; }  // for a sum over the lanes
   ColumnMajor<E> by_key(int64_t keys, int64_t lanes) {                            // over the keys
     const Vectors<E> steps = by_step(by_lane(lanes), keys, lanes, steps_.get());
     return {steps.data, steps.stride};
   }
+  int64_t bytes() const { return bytes_in(tile_, steps_); }
 
  private:
   Buffer<E> tile_, steps_;

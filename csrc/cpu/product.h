@@ -26,6 +26,14 @@ constexpr int64_t kPack = 1;  // steps in an element
 template <>
 constexpr int64_t kPack<BFloat16Pair> = 2;
 
+// An element, wherever it lies.
+template <class E>
+inline E element_at(const void* p) {
+  E x;
+  __builtin_memcpy(&x, p, sizeof(E));
+  return x;
+}
+
 template <class V>
 inline void multiply_add(V& sum, V a, V b) {
   sum += a * b;
@@ -34,14 +42,14 @@ inline void multiply_add(V& sum, V a, V b) {
 inline void multiply_add(Vec<float>& sum, Vec<BFloat16Pair> a, Vec<BFloat16Pair> b) {
   sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);  // no subnormals
 }
+// The same of one element of a. gcc 12 has no pattern that broadcasts it on the way from memory.
+inline void multiply_add_element(Vec<float>& sum, const BFloat16Pair* a, Vec<BFloat16Pair> b) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+}
 #endif
-
-// An element, wherever it lies.
 template <class E>
-inline E element_at(const void* p) {
-  E x;
-  __builtin_memcpy(&x, p, sizeof(E));
-  return x;
+inline void multiply_add_element(Sum<E>& sum, const E* a, Vec<E> b) {
+  multiply_add(sum, broadcast(element_at<E>(a)), b);
 }
 
 // a(r, k), the steps k side by side.
@@ -74,7 +82,7 @@ struct Reader<E, R, RowMajor<E>> {
   explicit Reader(RowMajor<E> a) : stride(a.stride) {
     for (int g = 0; g < (R + 3) / 4; ++g) group[g] = a.data + 4 * g * a.stride;
   }
-  E operator()(int r) const { return element_at<E>(group[r / 4] + (r % 4) * stride); }
+  const E* operator()(int r) const { return group[r / 4] + (r % 4) * stride; }
   void next() {
     for (int g = 0; g < (R + 3) / 4; ++g) ++group[g];
   }
@@ -86,7 +94,7 @@ struct Reader<E, R, ColumnMajor<E>> {
   int64_t stride;
 
   explicit Reader(ColumnMajor<E> a) : step(a.data), stride(a.stride) {}
-  E operator()(int r) const { return element_at<E>(step + r); }
+  const E* operator()(int r) const { return step + r; }
   void next() { step += stride; }
 };
 
@@ -112,7 +120,9 @@ struct Ahead {
 };
 
 template <class E, int R, int C, class A, class Done>
-inline void product_tile(A a, Vectors<E> b, int64_t steps, Ahead& ahead, const Done& done) {
+inline void product_tile(A a, Vectors<E> b, int64_t steps, Ahead& to_fetch, const Done& done) {
+  const Done finish = done;  // copies, for the registers: what is stored might otherwise change them
+  Ahead ahead = to_fetch;
   Sum<E> acc[R][C] = {};
   Reader<E, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
@@ -121,18 +131,23 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Ahead& ahead, const D
     for (int c = 0; c < C; ++c) row[c] = load(b.data + c * kLanes<E>);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r) {
-      const Vec<E> x = broadcast(element(r));
+      if constexpr (C == 1) {
+        multiply_add_element(acc[r][0], element(r), row[0]);
+      } else {
+        const Vec<E> x = broadcast(element_at<E>(element(r)));
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) multiply_add(acc[r][c], x, row[c]);
+        for (int c = 0; c < C; ++c) multiply_add(acc[r][c], x, row[c]);
+      }
     }
     ahead.step();
     element.next();
     b.data += b.stride;
   }
+  to_fetch = ahead;
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) done(r, c, acc[r][c]);
+    for (int c = 0; c < C; ++c) finish(r, c, acc[r][c]);
   }
 }
 
@@ -157,7 +172,7 @@ inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Ahead&
   int64_t row = 0;
   for (int64_t tiles = blocks_of(rows, height_of(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
-    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [&](int r, int c, Sum<E> acc) { done(row + r, c, acc); });
+    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [done, row](int r, int c, Sum<E> acc) { done(row + r, c, acc); });
     row += height;
   }
 }
@@ -167,7 +182,7 @@ template <class E, class A, class Done>
 inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t steps, Ahead ahead, const Done& done) {
   for (int64_t first = 0; first < vectors; first += kPanel) {
     const Vectors<E> panel = {b.data + first * kLanes<E>, b.stride};
-    const auto at = [&](int64_t r, int c, Sum<E> acc) { done(r, first + c, acc); };
+    const auto at = [done, first](int64_t r, int c, Sum<E> acc) { done(r, first + c, acc); };
     const int width = static_cast<int>(smaller_of<int64_t>(vectors - first, kPanel));
     if (first == 0) ahead.spread_over(blocks_of(rows, height_of(width)) * blocks_of(vectors, width) * steps);
     if (width == 1) product_panel<E, 1>(a, panel, rows, steps, ahead, at);

@@ -159,13 +159,13 @@ template <class E, class T, class Done>
 inline void score_tile(const Scores& s, int64_t h, RowMajor<E> key, const E* query, const QueryBlock& q, const KeyBlock& k, const T* mask,
                        const Ahead& ahead, const Done& done) {
   const T factor = static_cast<T>(s.scale * kLog2e), alpha_log2 = alpha_of<T>(s, h) * static_cast<T>(kLog2e);
-  const Vec<T> never = broadcast(static_cast<T>(-__builtin_inf()));
-  const bool padding = k.attended < k.count;
-  product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s.size.D), ahead, [&](int64_t j, int64_t c, Vec<T> x) {
+  const bool* padded = k.attended < k.count ? k.padded : nullptr;
+  const int64_t lanes = q.lanes;
+  product(key, Vectors<E>{query, lanes}, k.count, lanes / kLanes<T>, packed<E>(s.size.D), ahead, [=](int64_t j, int64_t c, Vec<T> x) {
     const int64_t lane = c * kLanes<T>;
     if constexpr (kPack<E> > 1) x *= factor;
-    if (mask != nullptr) x += alpha_log2 * load(mask + j * q.lanes + lane);
-    if (padding && k.padded[j]) x = never;
+    if (mask != nullptr) x += alpha_log2 * load(mask + j * lanes + lane);
+    if (padded != nullptr && padded[j]) x = broadcast(static_cast<T>(-__builtin_inf()));
     done(j, lane, x);
   });
 }

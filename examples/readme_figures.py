@@ -1,0 +1,33 @@
+"""Write the tables of the examples' READMEs from the committed CSV files.
+
+    python examples/readme_figures.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import learn_mask
+from vos import cost, study
+
+HERE = Path(__file__).parent
+
+
+def put(readme: Path, name: str, content: str) -> None:
+    """Replace what stands between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    text = readme.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme}: expected one place marked {name}")
+    readme.write_text(text[: text.index(begin) + len(begin)] + content + "\n" + text[text.index(end) :])
+
+
+def main() -> None:
+    results = HERE / "results"
+    put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
+    for name, module in (("vos_synthetic", study), ("vos_real", study), ("vos_cost", cost)):
+        put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""examples/vos: metrics on hand-made cases, bad data named by its file, gradients through the cycle, resuming bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from vos import cycle, infer, losses, metrics, study, synthetic, train  # noqa: E402
+from vos.batches import Batch, _other_view, sample  # noqa: E402
+from vos.config import CONFIGS, Config  # noqa: E402
+from vos.data import DataError, read_clip, read_clips  # noqa: E402
+from vos.model import VOS, grid_cells, mean_inside  # noqa: E402
+
+TINY = Config(width=16, heads=2, encoder_layers=1, decoder_layers=1, batch=2, steps=6, warmup=2, dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    synthetic.write_clips(root, train=3, val=1, frames=5, height=40, width=48)
+    return root
+
+
+@pytest.fixture
+def data(written, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(written, tmp_path / "data"))
+
+
+def square(top, left, side, size=40):
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+# metrics
+
+
+@pytest.mark.parametrize(
+    "predicted, true, J",
+    [
+        (square(5, 5, 10), square(5, 5, 10), 1.0),
+        (square(5, 5, 10), square(5, 10, 10), 50 / 150),
+        (square(5, 5, 10), square(20, 20, 10), 0.0),
+        (square(0, 0, 0), square(20, 20, 10), 0.0),
+        (square(0, 0, 0), square(0, 0, 0), 1.0),
+    ],
+)
+def test_region_overlap(predicted, true, J):
+    assert metrics.region(predicted, true) == pytest.approx(J)
+
+
+def test_the_boundary_of_a_square_in_the_open():
+    edges = metrics.edges(square(5, 5, 4, size=12))
+    ring = square(4, 4, 5, size=12) & ~square(5, 5, 3, size=12)  # shifted up and left by the half pixel of "right and below"
+    assert torch.equal(edges, ring)
+
+
+def test_a_mask_to_the_border_has_no_boundary_there():
+    everything = torch.ones(6, 7, dtype=torch.bool)
+    assert not metrics.edges(everything).any()
+    half = everything.clone()
+    half[:, 3:] = False
+    assert metrics.edges(half).nonzero()[:, 1].unique().tolist() == [2]
+
+
+def test_dilation_is_by_a_disk():
+    one = torch.zeros(9, 9, dtype=torch.bool)
+    one[4, 4] = True
+    grown = metrics.dilated(one, 2)
+    assert grown.sum() == 13 and grown[4, 6] and grown[2, 4] and grown[3, 3] and not grown[2, 2] and not grown[4, 7]
+
+
+def test_boundary_agreement_allows_for_the_tolerance_and_no_more():
+    true = square(10, 10, 12)  # tolerance of 0.008 * 56.6 pixels, rounded up: 1
+    assert metrics.boundary(true, true) == 1.0
+    assert metrics.boundary(square(10, 11, 12), true) == 1.0
+    # moved by 2: of the 48 pixels of either boundary, the two sides of 11 across the motion leave the tolerance
+    assert metrics.boundary(square(10, 12, 12), true) < 0.75
+    assert metrics.boundary(square(28, 28, 8), square(2, 2, 8)) == 0.0
+
+
+def test_boundary_of_empty_masks():
+    empty, some = square(0, 0, 0), square(10, 10, 10)
+    assert metrics.boundary(empty, empty) == 1.0
+    assert metrics.boundary(empty, some) == metrics.boundary(some, empty) == 0.0
+
+
+def test_precision_and_recall_of_the_boundary():
+    true = square(5, 5, 6) | square(25, 25, 6)
+    found = square(5, 5, 6)  # all of what is found is right, half of what is there is found
+    assert metrics.boundary(found, true) == pytest.approx(2 * 1 * 0.5 / 1.5)
+
+
+def test_scores_are_means_over_frames_then_objects():
+    Score = metrics.Score
+    scores = [Score("a", 1, 1, 1.0, 0.5), Score("a", 2, 1, 0.0, 0.5), Score("b", 1, 1, 1.0, 1.0)]
+    assert metrics.mean_scores(scores) == (100 * (0.75 + 0.75) / 2, 75.0, 75.0)
+
+
+def test_each_object_is_scored_for_itself():
+    label = torch.zeros(40, 40, dtype=torch.int64)
+    label[square(5, 5, 10)] = 2
+    true = torch.stack([square(25, 25, 10), square(5, 5, 10)]).float()
+    first, second = metrics.frame_scores("a", 3, label, true)
+    assert (first.object, first.J, first.F) == (1, 0.0, 0.0) and (second.object, second.J, second.F) == (2, 1.0, 1.0)
+
+
+# data
+
+
+def test_what_is_written_is_read(written):
+    clips = read_clips(written, "train")
+    assert [clip.name for clip in clips] == ["train-000", "train-001", "train-002"] and all(len(clip) == 5 for clip in clips)
+    for clip in clips:
+        mask = clip.first_mask()
+        assert mask.shape == (clip.objects, 40, 48) and mask.flatten(1).any(1).all() and mask.sum(0).max() == 1
+        assert clip.image(0).shape == (3, 40, 48) and clip.annotated() == list(range(5))
+
+
+def paths(data, name="train-001"):
+    return data / "JPEGImages" / "480p" / name, data / "Annotations" / "480p" / name
+
+
+def repaint(path, change):
+    image = Image.open(path)
+    palette = image.getpalette()
+    label = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+    changed = Image.fromarray(change(label).numpy()).convert("P")
+    changed.putpalette(palette)
+    changed.save(path)
+
+
+def missing_first(images, annotations):
+    (annotations / "00000.png").unlink()
+    return annotations / "00000.png"
+
+
+def no_frames(images, annotations):
+    shutil.rmtree(images)
+    return images
+
+
+def annotation_of_another_size(images, annotations):
+    repaint(annotations / "00000.png", lambda label: label[:, :-3].contiguous())
+    return annotations / "00000.png"
+
+
+def frame_of_another_size(images, annotations):
+    Image.open(images / "00002.jpg").resize((10, 10)).save(images / "00002.jpg")
+    return images / "00002.jpg"
+
+
+def no_object(images, annotations):
+    repaint(annotations / "00000.png", torch.zeros_like)
+    return annotations / "00000.png"
+
+
+def an_empty_object(images, annotations):
+    repaint(annotations / "00000.png", lambda label: label * 2)
+    return annotations / "00000.png"
+
+
+def colours_instead_of_a_palette(images, annotations):
+    Image.open(annotations / "00000.png").convert("RGB").save(annotations / "00000.png")
+    return annotations / "00000.png"
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (missing_first, "no annotation"),
+        (no_frames, "no .jpg frame here"),
+        (annotation_of_another_size, "is 45x40, its frame 48x40"),
+        (frame_of_another_size, "is 10x10, the first frame 48x40"),
+        (no_object, "no object in the first frame"),
+        (an_empty_object, "object 1 of . is empty in the first frame"),
+        (colours_instead_of_a_palette, "expected a palette PNG, got mode RGB"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bad_data_is_one_error_that_names_the_file(data, spoil, says):
+    path = spoil(*paths(data))
+    with pytest.raises(DataError, match=says) as error:
+        read_clips(data, "train")
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_palette_index_beyond_the_objects(data):
+    path = paths(data)[1] / "00003.png"
+    repaint(path, lambda label: label + 4)
+    with pytest.raises(DataError, match="palette index . but the first frame has . objects".replace(" but", ", but")) as error:
+        read_clip(data, "train-001").mask(3)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["jpeg", "png"])
+def test_a_truncated_file(data, kind):
+    folder = paths(data)[kind]
+    path = folder / ("00002.jpg" if kind == 0 else "00002.png")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    clip = read_clip(data, "train-001")
+    with pytest.raises(DataError, match="cannot be read") as error:
+        clip.image(2) if kind == 0 else clip.mask(2)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("content, says", [(None, "no such file"), ("", "names no clip"), ("nothing-here", "no .jpg frame here")])
+def test_a_list_of_clips_that_is_wrong(data, content, says):
+    names = data / "ImageSets" / "2017" / "train.txt"
+    names.unlink() if content is None else names.write_text(content)
+    with pytest.raises(DataError, match=says):
+        read_clips(data, "train")
+
+
+def test_training_reads_no_annotation_but_the_first(data):
+    for name in ("train-000", "train-001", "train-002"):
+        for path in paths(data, name)[1].glob("*.png"):
+            if path.stem != "00000":
+                path.unlink()
+    trainer = train.Trainer(train.Run(TINY), read_clips(data, "train"))
+    assert math.isfinite(trainer.advance()[1])
+
+
+# losses
+
+
+def test_dice_of_an_object_missed_entirely_is_whole_and_has_a_gradient():
+    mask = torch.zeros(1, 2, 8, 8)
+    mask[0, 0, :4], mask[0, 1, 6:] = 1, 1
+    probability = torch.stack([mask[:, 0], torch.zeros(1, 8, 8)], 1).requires_grad_()
+    present = torch.ones(1, 2, dtype=torch.bool)
+    dice = losses.dice(probability, mask, present)
+    assert dice.item() == pytest.approx(0.5)
+    (gradient,) = torch.autograd.grad(dice, probability)
+    assert (gradient[0, 1, 6:] < 0).all()
+    assert losses.dice(probability, mask, torch.tensor([[True, False]])).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_losses_of_a_perfect_prediction_are_nothing():
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6, 2:6] = 1
+    logits = 50 * torch.cat([1 - mask, mask], 1)
+    dice, cross_entropy = losses.loss(logits, mask, torch.ones(1, 1, dtype=torch.bool))
+    assert dice.item() == pytest.approx(0, abs=1e-5) and cross_entropy.item() == pytest.approx(0, abs=1e-5)
+
+
+# model and cycle
+
+
+@pytest.fixture
+def batch(written):
+    return sample(read_clips(written, "train"), TINY, 1.0, torch.Generator().manual_seed(0))
+
+
+def test_the_other_view_shows_the_same_pixels_under_the_same_mask(written):
+    clip = read_clips(written, "train")[0]
+    mask = clip.first_mask()
+    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # a picture that is its own mask
+    views = [_other_view(flat, mask, torch.Generator().manual_seed(seed)) for seed in range(5)]
+    for view, seen in views:
+        assert seen.shape == mask.shape and set(seen.unique().tolist()) == {0, 1} and seen.sum(0).max() == 1
+        agree = (view[0] - seen.argmax(0) / 4).abs() < 1e-3
+        assert agree.float().mean() > 0.85  # all but the interpolated borders
+    assert len({seen.sum().item() for _, seen in views}) == 5
+
+
+def test_the_grid_of_the_background_covers_every_pixel_once():
+    cells = grid_cells(torch.zeros(1, 1, 5, 7))
+    assert cells.shape == (9, 5, 7) and (cells.sum(0) == 1).all() and cells.flatten(1).any(1).all()
+
+
+def test_descriptors_start_as_the_mean_inside():
+    features = torch.arange(6.0).view(1, 6, 1)
+    masks = torch.tensor([[[0, 0.9, 0.6, 0, 0, 0.5], [0, 0, 0.25, 0.25, 0, 0], [0.0] * 6]])
+    torch.testing.assert_close(mean_inside(features, masks)[0, :, 0], torch.tensor([1.5, 2.5, 2.5]), rtol=0, atol=1e-4)
+
+
+def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
+    """Whether the loss at the end of a path reaches the masks predicted in between."""
+    torch.manual_seed(0)
+    model = VOS(dataclasses.replace(TINY, dropout=0.0), masking)
+    between = []
+    real = cycle.soft_masks
+
+    def watched(logits):
+        masks = real(logits)
+        masks.retain_grad()
+        between.append(masks)
+        return masks
+
+    monkeypatch.setattr(cycle, "soft_masks", watched)
+    (end,) = cycle.run(model, batch, (path,))
+    torch.stack(losses.loss(end, batch.mask_again, batch.present)).sum().backward()
+    assert len(between) == len(path) - 1 and all(((0 <= m) & (m <= 1)).all() for m in between)
+    return [masks.grad is not None and bool(masks.grad.any()) for masks in between]
+
+
+@pytest.mark.parametrize("path", [cycle.THERE_AND_BACK, cycle.CHAIN, cycle.HISTORY], ids=["there and back", "chain", "history"])
+def test_the_gradient_flows_through_every_intermediate_soft_mask(batch, monkeypatch, path):
+    assert all(gradient_of_intermediate_masks("soft", batch, monkeypatch, path))
+
+
+@pytest.mark.parametrize("masking", ["detached", "hard", "none"])
+def test_and_through_none_of_them_otherwise(batch, monkeypatch, masking):
+    assert not any(gradient_of_intermediate_masks(masking, batch, monkeypatch, cycle.CHAIN))
+
+
+def test_objects_that_are_not_there_change_nothing(batch):
+    model = VOS(dataclasses.replace(TINY, dropout=0.0))
+    mask, mask_again = (torch.nn.functional.pad(m, (0, 0, 0, 0, 0, 2)) for m in (batch.mask, batch.mask_again))
+    more = Batch(batch.images, mask, mask_again, torch.nn.functional.pad(batch.present, (0, 2)))
+    (end,), (with_more,) = (cycle.run(model, b, (cycle.HISTORY,)) for b in (batch, more))
+    torch.testing.assert_close(with_more[:, : end.shape[1]], end, rtol=1e-4, atol=1e-4)
+
+
+def test_every_parameter_learns(batch):
+    model = VOS(TINY)
+    ends = cycle.run(model, batch, (cycle.SELF, cycle.HISTORY))
+    sum(torch.stack(losses.loss(end, batch.mask_again, batch.present)).sum() for end in ends).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# training
+
+
+def run_to_the_end(trainer, out, **options):
+    train.train(trainer, out, save_every=2, **options)
+    return trainer.model.state_dict(), (out / "log.csv").read_bytes()
+
+
+def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(written, tmp_path):
+    clips, plan = read_clips(written, "train"), train.Run(TINY)
+    weights, log = run_to_the_end(train.Trainer(plan, clips), tmp_path / "whole")
+    train.train(train.Trainer(plan, clips), tmp_path / "parts", save_every=2, stop=4)
+    with open(tmp_path / "parts" / "log.csv", "a") as file:
+        file.write("5,1,1,1,1,1\n")  # as if killed after the checkpoint
+    torch.rand(7)  # whatever else the process draws
+    again, log_again = run_to_the_end(train.Trainer(plan, clips), tmp_path / "parts", resume=True)
+    assert log_again == log and len(list(csv.reader(log.decode().splitlines()))) == 1 + TINY.steps
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_a_checkpoint_of_another_run_is_refused(written, tmp_path):
+    clips = read_clips(written, "train")
+    train.train(train.Trainer(train.Run(TINY), clips), tmp_path, stop=1, save_every=1)
+    with pytest.raises(ValueError, match="a checkpoint of another run"):
+        train.train(train.Trainer(train.Run(TINY, seed=1), clips), tmp_path, resume=True)
+
+
+def test_inference_writes_scores_and_pictures(written, tmp_path, monkeypatch, capsys):
+    train.train(train.Trainer(train.Run(TINY), read_clips(written, "train")), tmp_path, stop=1, save_every=1)
+    arguments = ["infer", "--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    infer.main()
+    assert capsys.readouterr().out.startswith("J&F ")
+    clip = read_clips(written, "val")[0]
+    with open(tmp_path / "shown" / "scores.csv", newline="") as file:
+        assert sum(1 for _ in file) == 1 + clip.objects * 3  # neither the first frame nor the last
+    assert len(list((tmp_path / "shown" / clip.name).glob("*.png"))) == 5
+    with Image.open(tmp_path / "shown" / f"{clip.name}.gif") as gif:
+        assert gif.n_frames == 5
+    label = Image.open(tmp_path / "shown" / "labels" / clip.name / "00000.png")
+    assert label.mode == "P" and label.tobytes() == Image.open(clip.annotations / "00000.png").tobytes()
+
+
+def test_inference_keeps_the_annotated_frame_and_a_history(written, monkeypatch):
+    clip, read = read_clips(written, "val")[0], []
+    model = VOS(TINY)
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda memory, *rest: read.append([id(d) for d in memory]) or decode(memory, *rest))
+    infer.propagate(model, clip, dataclasses.replace(TINY, history=2))
+    assert [len(memory) for memory in read] == [1, 2, 3, 3] and len({memory[0] for memory in read}) == 1
+
+
+def test_the_papers_sizes_are_a_configuration():
+    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not a need
+    model = VOS(paper)
+    assert len(model.encoder) == len(model.decoder) == 5
+    assert model.encoder[0].cross_attention.scaling_factors.tolist() == [32, 32, 16, 16, 8, 8, 4, 4]
+
+
+def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
+    arguments = ["study", "--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs"]
+    arguments += ["--contestants", "soft", "copy"]
+
+    def say(seeds):
+        monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--seeds", seeds]])
+        study.main()
+        return capsys.readouterr().out
+
+    say(1)
+    before = study.read(tmp_path / "out" / "found.csv")
+    trained = []
+    monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.append(out.name))
+    assert "| soft | 2 | 1 |" in (said := say(2)) and "| copy | 1 | 0 |" in said
+    rows = study.read(tmp_path / "out" / "found.csv")
+    assert trained == ["soft-1"] and rows[: len(before)] == before and len(rows) == len(before) + 1 + 3
+    assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
+
+
+def test_the_first_mask_copied_scores_what_it_overlaps(written):
+    clip = read_clips(written, "val")[0]
+    scores = infer.score(clip, [study.copied(clip)] * len(clip))
+    first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
+    (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
+    assert one.J == (first & second).sum().item() / (first | second).sum().item()
