@@ -334,6 +334,8 @@ def test_every_parameter_learns(batch):
 class FakeTimm(torch.nn.Module):
     """As timm's features_only models are: maps at strides 2 to 32, channels last, and what they are."""
 
+    output_fmt = "NHWC"
+
     class feature_info:
         reduction = staticmethod(lambda: [2, 4, 8, 16, 32])
         channels = staticmethod(lambda: [8, 16, 24, 40, 48])
