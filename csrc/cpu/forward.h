@@ -36,8 +36,8 @@ struct ForwardPlan {
     groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
     const int64_t items = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
-    splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
-                        larger_of<int64_t>(1, blocking.key_blocks));
+    const int64_t wanted = items < kItems / 2 ? blocks_of(kItems, items) : 1;  // two would cost more to merge than they bring
+    splits = smaller_of(smaller_of(wanted, larger_of<int64_t>(1, kPartBytes / part_bytes)), larger_of<int64_t>(1, blocking.key_blocks));
   }
 
   // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane].
@@ -125,13 +125,17 @@ class Forward {
         for (int64_t at = sums + lane; at < end; at += q.lanes) store(to + at, load(to + at) + w * load(from + at));
       }
       for (int64_t i = 0; i < q.count; ++i) {
-        for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
+        for (int64_t at = i * Dvp_; at < (i + 1) * Dvp_; at += kLanes<T>) store(to + at, load(to + at) + weight[i] * load(from + at));
       }
     }
     write(b, h, q, to);
   }
 
  private:
+  E* weights() {
+    if constexpr (kPack<E> == 1) return scores_;
+    return weights_;
+  }
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
@@ -161,25 +165,55 @@ class Forward {
     }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
+      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, part + q.lanes * Dvp_, rescale);
     }
+    if (keep != nullptr) drop(q, k, keep);
     if (p_.out == nullptr) return;
     if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    ColumnMajor<E> weights;
-    if constexpr (kPack<E> == 1) {
-      weights = {scores_, q.lanes};
-    } else {
-      weights = {weights_, q.lanes};
-    }
-    product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
+    product(ColumnMajor<E>{weights(), q.lanes}, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
             [part, stride = Dvp_, factor = &rescale[0]](int64_t i, int64_t c, Vec<T> sum) {
               T* out = part + i * stride + c * kLanes<T>;
               store(out, load(out) * factor[i] + sum);
             });
   }
 
+  // Scores to weights for one vector of queries, `N` keys at a time; pointers to its lanes, `stride` from key to key (or pair).
+  struct Weighing {
+    const T *scores, *mask, *dmap;
+    E* weights;
+    int64_t stride, keys;
+    Vec<T> subtracted, sum{}, mbar{}, eta{}, weight{};
+
+    template <int N, bool kWhole>  // else the last of them may lie beyond the keys
+    void next(int64_t j) {
+      Vec<T> p[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) p[i] = load(scores + (j + i) * stride) - subtracted;
+      exp2_each<T, N>(p);
+      if (!kWhole && j + N > keys) p[N - 1] = Vec<T>{};
+      const int used = kWhole || j + N <= keys ? N : N - 1;
+      sum += sum_of(p);
+      const auto add_products = [&](Vec<T>& to, const T* factors) {
+#pragma GCC unroll 8
+        for (int i = 0; i < used; ++i) to += p[i] * load(factors + (j + i) * stride);
+      };
+      if (mask != nullptr) add_products(mbar, mask);
+      if (dmap != nullptr) add_products(eta, dmap);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i += kPack<E>) {
+        if constexpr (kPack<E> == 1) {
+          store(weights + (j + i) * stride, p[i]);
+        } else {
+          const Vec<E> pair = paired(p[i], p[i + 1]);
+          add_numbers(weight, pair);
+          store(weights + (j + i) / 2 * stride, pair);
+        }
+      }
+    }
+  };
+
   // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: kRows of them.
-  void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* keep, T* rows, T* rescale) {
+  [[gnu::noinline]] void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, T* rows, T* rescale) {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
     const auto row_of = [&](Row row) { return rows + row * q.lanes + lane; };
     const Vec<T> before = load(row_of(kMaximum));
@@ -191,34 +225,36 @@ class Forward {
     }
     for (; row < k.count; ++row) chain[0] = larger(chain[0], load(scores_ + row * q.lanes + lane));
     const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
-    const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
-    Vec<T> sum{}, mbar{}, eta{}, weight_sum{};
-    const auto probability = [&](int64_t j) {
-      const int64_t at = j * q.lanes + lane;
-      const Vec<T> p = exp2<T>(load(scores_ + at) - subtracted);
-      sum += p;
-      if (mask != nullptr) mbar += p * load(mask + at);
-      if (dmap != nullptr) eta += p * load(dmap + at);
-      return p;
-    };
-    for (int64_t j = 0; j < k.count; j += kPack<E>) {
-      const T* kept = keep == nullptr ? nullptr : keep + j * q.lanes + lane;
-      if constexpr (kPack<E> == 1) {
-        const Vec<T> p = probability(j);
-        store(scores_ + j * q.lanes + lane, kept != nullptr ? p * load(kept) : p);
-      } else {
-        const Vec<T> first = probability(j), second = j + 1 < k.count ? probability(j + 1) : Vec<T>{};
-        Vec<E> pair = paired(first, second);
-        add_numbers(weight_sum, pair);
-        if (kept != nullptr) pair = chosen(pair, load(kept) != T(0), load(kept + q.lanes) != T(0));
-        store(weights_ + j / 2 * q.lanes + lane, pair);
-      }
-    }
+    Weighing w{.scores = scores_ + lane,
+               .mask = mask == nullptr ? nullptr : mask + lane,
+               .dmap = t_.eta == nullptr ? nullptr : dmap_ + lane,
+               .weights = weights() + lane,
+               .stride = q.lanes,
+               .keys = k.count,
+               .subtracted = subtracted};
+    int64_t j = 0;
+    for (; j + kExpAtOnce <= k.count; j += kExpAtOnce) w.template next<kExpAtOnce, true>(j);
+    for (; j < k.count; j += kPack<E>) w.template next<kPack<E>, false>(j);
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
     store(row_of(kMaximum), m);
     const auto add = [&](Row row, Vec<T> x) { store(row_of(row), load(row_of(row)) * factor + x); };
-    add(kSum, sum), add(kMbar, mbar), add(kEta, eta), add(kWeight, kPack<E> > 1 ? weight_sum : sum);
+    add(kSum, w.sum), add(kMbar, w.mbar), add(kEta, w.eta), add(kWeight, kPack<E> > 1 ? w.weight : w.sum);
+  }
+
+  // The weights times C/(1-p), of pairs times C.
+  void drop(const QueryBlock& q, const KeyBlock& k, const T* keep) {
+    for (int64_t j = 0; j < k.count; j += kPack<E>) {
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+        const T* kept = keep + j * q.lanes + lane;
+        E* weight = weights() + j / kPack<E> * q.lanes + lane;
+        if constexpr (kPack<E> == 1) {
+          store(weight, load(weight) * load(kept));
+        } else {
+          store(weight, chosen(load(weight), load(kept) != T(0), load(kept + q.lanes) != T(0)));
+        }
+      }
+    }
   }
 
   // Divides by the row sums and stores what was asked for. A row without a key: its out is 0 and its lse -inf. Where there are keys
