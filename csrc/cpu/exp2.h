@@ -43,8 +43,9 @@ inline Vec<double> bounded(Vec<double> x) {
   constexpr __mmask8 kAll = 0xff;
   return _mm512_maskz_min_pd(kAll, _mm512_set1_pd(1100.0), _mm512_maskz_max_pd(kAll, _mm512_set1_pd(-1100.0), x));
 }
-inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
+inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
 inline Vec<float> times_exp2(Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
 inline Vec<double> times_exp2(Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(0xff, x, n); }
 

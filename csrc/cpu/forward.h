@@ -16,10 +16,9 @@ struct ForwardTask {
   T* eta = nullptr;  // [B, H, Nq]
 };
 
-// The rows that go with O: the maximum score, the sum of the probabilities relative to it, the sums of their products with M and with what
-// eta is the mean of, and the sum of the weights in O. Of pairs the weights are the probabilities rounded: a mean under them keeps what all
-// of v share, so that backward's <dO, O> takes it off dP exactly; dividing by the other sum would leave a share of it.
-enum Row { kMaximum, kSum, kMbar, kEta, kWeight, kRows };
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, and the sums of their products with M and with
+// what eta is the mean of.
+enum Row { kMaximum, kSum, kMbar, kEta, kRows };
 
 // How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
 template <class E>
@@ -40,8 +39,9 @@ struct ForwardPlan {
     splits = smaller_of(smaller_of(wanted, larger_of<int64_t>(1, kPartBytes / part_bytes)), larger_of<int64_t>(1, blocking.key_blocks));
   }
 
-  // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane].
-  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
+  // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane]; of
+  // pairs also what O lacks because the probabilities were rounded, [lane][Dv].
+  int64_t part_size(const Sizes& n) const { return (kPack<E> * round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
 };
 
 template <class E>
@@ -72,7 +72,8 @@ class Forward {
         keys_(kKeys * row_elements<E>(n_.D)),
         values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
-        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
+        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
+        rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
@@ -124,14 +125,22 @@ class Forward {
         store(weight + lane, w);
         for (int64_t at = sums + lane; at < end; at += q.lanes) store(to + at, load(to + at) + w * load(from + at));
       }
-      for (int64_t i = 0; i < q.count; ++i) {
-        for (int64_t at = i * Dvp_; at < (i + 1) * Dvp_; at += kLanes<T>) store(to + at, load(to + at) + weight[i] * load(from + at));
-      }
+      add_rows(q, weight, from, to);
+      if (wants_rest()) add_rows(q, weight, from + end, to + end);
     }
     write(b, h, q, to);
   }
 
  private:
+  // Whether the unrounded output is asked for, and rounding the probabilities would be in it: backward's delta must not differ from P*dP.
+  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr; }
+
+  void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
+    for (int64_t i = 0; i < q.count; ++i) {
+      for (int64_t at = i * Dvp_; at < (i + 1) * Dvp_; at += kLanes<T>) store(to + at, load(to + at) + weight[i] * load(from + at));
+    }
+  }
+
   E* weights() {
     if constexpr (kPack<E> == 1) return scores_;
     return weights_;
@@ -150,39 +159,42 @@ class Forward {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
-    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
-               [scores = scores_.get(), lanes = q.lanes](int64_t j, int64_t lane, Vec<T> s) { store(scores + j * lanes + lane, s); });
+    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv), scores_.get());
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
     if (t_.dout.data != nullptr) {
-      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, [&](int64_t j, int64_t c, Vec<T> dp) {
-        const int64_t at = j * q.lanes + c * kLanes<T>;
-        store(dmap_ + at, keep == nullptr ? dp : dp * load(keep + at));
-      });
+      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, StoreTile<T>{dmap_, q.lanes});
+      const int64_t size = keep == nullptr ? 0 : k.count * q.lanes;
+      for (int64_t at = 0; at < size; at += kLanes<T>) store(dmap_ + at, load(dmap_ + at) * load(keep + at));
     }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       softmax(q, k, lane, wants_mbar_ ? mask : nullptr, part + q.lanes * Dvp_, rescale);
     }
-    if (keep != nullptr) drop(q, k, keep);
+    if (keep != nullptr) drop(q, k, keep, weights());
+    if (keep != nullptr && wants_rest()) drop(q, k, keep, rests_);
     if (p_.out == nullptr) return;
     if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    product(ColumnMajor<E>{weights(), q.lanes}, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
-            [part, stride = Dvp_, factor = &rescale[0]](int64_t i, int64_t c, Vec<T> sum) {
-              T* out = part + i * stride + c * kLanes<T>;
-              store(out, load(out) * factor[i] + sum);
-            });
+    const auto add = [&](const E* w, T* to, const Ahead& ahead) {
+      product(ColumnMajor<E>{w, q.lanes}, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), ahead,
+              [to, stride = Dvp_, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
+                T* out = to + i * stride + c * kLanes<T>;
+                for (int v = 0; v < N; ++v, out += kLanes<T>) store(out, load(out) * factor[i] + sums[v]);
+              });
+    };
+    add(weights(), part, next_keys);
+    if (wants_rest()) add(rests_, part + q.lanes * (Dvp_ + kRows), Ahead{});
   }
 
   // Scores to weights for one vector of queries, `N` keys at a time; pointers to its lanes, `stride` from key to key (or pair).
   struct Weighing {
     const T *scores, *mask, *dmap;
-    E* weights;
+    E *weights, *rests;
     int64_t stride, keys;
-    Vec<T> subtracted, sum{}, mbar{}, eta{}, weight{};
+    Vec<T> subtracted, sum{}, mbar{}, eta{};
 
     template <int N, bool kWhole>  // else the last of them may lie beyond the keys
     void next(int64_t j) {
@@ -205,8 +217,10 @@ class Forward {
           store(weights + (j + i) * stride, p[i]);
         } else {
           const Vec<E> pair = paired(p[i], p[i + 1]);
-          add_numbers(weight, pair);
           store(weights + (j + i) / 2 * stride, pair);
+          if (rests == nullptr) continue;
+          const Vec<T> first = p[i] - (Vec<T>)(pair << 16), second = p[i + 1] - (Vec<T>)(pair >> 16 << 16);
+          store(rests + (j + i) / 2 * stride, paired(first, second));
         }
       }
     }
@@ -229,6 +243,7 @@ class Forward {
                .mask = mask == nullptr ? nullptr : mask + lane,
                .dmap = t_.eta == nullptr ? nullptr : dmap_ + lane,
                .weights = weights() + lane,
+               .rests = wants_rest() ? rests_ + lane : nullptr,
                .stride = q.lanes,
                .keys = k.count,
                .subtracted = subtracted};
@@ -239,15 +254,15 @@ class Forward {
     store(rescale + lane, factor);
     store(row_of(kMaximum), m);
     const auto add = [&](Row row, Vec<T> x) { store(row_of(row), load(row_of(row)) * factor + x); };
-    add(kSum, w.sum), add(kMbar, w.mbar), add(kEta, w.eta), add(kWeight, kPack<E> > 1 ? w.weight : w.sum);
+    add(kSum, w.sum), add(kMbar, w.mbar), add(kEta, w.eta);
   }
 
   // The weights times C/(1-p), of pairs times C.
-  void drop(const QueryBlock& q, const KeyBlock& k, const T* keep) {
+  void drop(const QueryBlock& q, const KeyBlock& k, const T* keep, E* weights) const {
     for (int64_t j = 0; j < k.count; j += kPack<E>) {
       for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
         const T* kept = keep + j * q.lanes + lane;
-        E* weight = weights() + j / kPack<E> * q.lanes + lane;
+        E* weight = weights + j / kPack<E> * q.lanes + lane;
         if constexpr (kPack<E> == 1) {
           store(weight, load(weight) * load(kept));
         } else {
@@ -267,8 +282,8 @@ class Forward {
     T inverse[kQueries];
     for (int64_t i = 0; i < q.count; ++i) {
       const auto at = [&](Row which) { return rows[which * q.lanes + i]; };
-      inverse[i] = alive ? kept / at(kWeight) : T(0);
       const T mean = alive ? 1 / at(kSum) : T(0);
+      inverse[i] = kept * mean;
       if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = at(kMbar) * mean;
       if (t_.eta != nullptr) t_.eta[row + i] = at(kEta) * mean;
       if (p_.lse == nullptr) continue;
@@ -280,6 +295,10 @@ class Forward {
       for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] *= inverse[i];
     }
     write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
+    const T* rest = rows + kRows * q.lanes;
+    for (int64_t i = 0; wants_rest() && i < q.count; ++i) {
+      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] += rest[i * Dvp_ + d] * inverse[i];
+    }
     if (p_.out_acc != nullptr) write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }
 
@@ -304,6 +323,7 @@ class Forward {
   Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
   Buffer<E> value_steps_memory_;
   Buffer<E> weights_;  // the probabilities as pairs of keys
+  Buffer<E> rests_;    // what rounding took from them
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
   Held queries_read_;
