@@ -16,7 +16,7 @@ class MapTile {
         rows_(kQueries * larger_of(kKeys, round_up(n_.D, kLanes<T>))), mask_(kKeys * kQueries), scores_(kKeys * kQueries),
         sum_(kKeys * kQueries) {}
 
-  int64_t bytes() const { return bytes_in(query_, keys_, rows_, mask_, sum_); }
+  int64_t bytes() const { return bytes_in(query_, keys_, rows_, mask_, scores_, sum_); }
 
   void run(int64_t b, const QueryBlock& q, const KeyBlock& k) {
     fill<T>(sum_, kKeys * q.lanes, T(0));

@@ -90,7 +90,7 @@ class BackwardStep {
       : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0), dp_(kKeys * kQueries),
         weights_(kPack<E> > 1 || task.dropout.p > 0 || task.scores.padding != nullptr ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
 
-  int64_t bytes() const { return bytes_in(p_, keep_, weights_, ds_); }
+  int64_t bytes() const { return bytes_in(p_, keep_, dp_, weights_, ds_); }
 
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
