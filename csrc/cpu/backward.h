@@ -69,7 +69,7 @@ class Backward {
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
       step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
-                ahead(pair_index, k), sums);
+                ahead(pair_index, i, k), sums);
     } else {
       if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
       if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));
@@ -82,14 +82,27 @@ class Backward {
     if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery);
   }
 
-  // Only where the next pair comes next: its keys, and this one's values.
-  StepAhead ahead(int64_t pair_index, const KeyBlock& k) const {
-    if (!plan_.outer_keys || (plan_.inner_blocks() > 1 && !plan_.pairs_innermost)) return {};
-    const bool last = pair_index == plan_.pairs - 1;
-    const Pair& next = pairs_[last ? 0 : pair_index + 1];
+  // This visit's values and the next one's keys, where they are not those of the visit before, and the next one's queries.
+  StepAhead ahead(int64_t pair_index, int64_t i, const KeyBlock& k) const {
+    if (!plan_.outer_keys) return {};
+    const int64_t inner = plan_.inner_blocks();
+    const bool pairs_turn = inner == 1 || plan_.pairs_innermost, last_pair = pair_index == plan_.pairs - 1, last_inner = i == inner - 1;
+    const bool same_pair_next = !pairs_turn && !last_inner;
     const Pair& pair = pairs_[pair_index];
-    return {t_.value.data == nullptr ? Ahead{} : keys_ahead(t_.value, n_, pair.b, pair.h, k.first, k.count, n_.Dv),
-            keys_ahead(t_.scores.key, n_, next.b, next.h, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D)};
+    const Pair& next = same_pair_next ? pair : pairs_[last_pair ? 0 : pair_index + 1];
+    const bool with_value = t_.value.data != nullptr;
+    StepAhead ahead;
+    if (with_value && (pairs_turn || i == 0)) ahead.values = keys_ahead(t_.value, n_, pair.b, pair.h, k.first, k.count, n_.Dv);
+    if (!same_pair_next) {
+      const int64_t first = last_pair && last_inner ? k.first + k.count : k.first;
+      ahead.next_keys = keys_ahead(t_.scores.key, n_, next.b, next.h, first, plan_.blocking.keys, n_.D);
+    }
+    if (tile_slots() == 1) {
+      const QueryBlock q = query_block(plan_.blocking, (pairs_turn && !last_pair ? i : i + 1) % inner);
+      ahead.next_queries = rows_ahead(t_.scores.query, next.b, next.h, q.first, q.count, n_.D);
+      if (with_value) ahead.next_douts = rows_ahead(t_.dout, next.b, next.h, q.first, q.count, n_.Dv);
+    }
+    return ahead;
   }
 
   // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.

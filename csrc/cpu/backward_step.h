@@ -19,9 +19,9 @@ struct Sums {
   T* dalpha;  // [lane]
 };
 
-// What to fetch meanwhile.
+// What to fetch meanwhile, product by product.
 struct StepAhead {
-  Ahead values, next_keys;
+  Ahead values, next_keys, next_queries, next_douts;
 };
 
 // Query-side tiles of one pair and query block, and its rows.
@@ -107,12 +107,17 @@ class BackwardStep {
       if constexpr (kPack<E> == 1) {
         if (keep == nullptr) weights.data = p_;
       }
-      add_rows(weights, q, k, tiles.dout_steps, n_.Dv, T(1), sums, sums.dvalue);
+      add_rows(weights, q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums, sums.dvalue);
     }
-    if (sums.dkey != nullptr) add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, static_cast<T>(t_.scores.scale), sums, sums.dkey);
+    const int64_t stride = round_up(n_.D, kLanes<T>);
+    if (sums.dkey != nullptr) {
+      const char* dquery = reinterpret_cast<const char*>(sums.dquery);
+      const Ahead sums_ahead = dquery == nullptr ? Ahead{} : Ahead{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1};
+      const T scale = static_cast<T>(t_.scores.scale);
+      add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums, sums.dkey);
+    }
     if (sums.dquery != nullptr) {
-      const int64_t stride = round_up(n_.D, kLanes<T>);
-      product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), Ahead{},
+      product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), ahead.next_douts,
               [dquery = sums.dquery, stride]<int N>(int64_t i, int64_t c, const Vec<T>(&added)[N]) {
                 T* to = dquery + i * stride + c * kLanes<T>;
                 for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) + added[v]);
@@ -221,10 +226,10 @@ class BackwardStep {
   };
 
   // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
-  void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Sums<T>& sums,
-                void* sum) {
+  void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Ahead& ahead,
+                const Sums<T>& sums, void* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
-    product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), Ahead{},
+    product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
             [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final]<int N>(int64_t j, int64_t c,
                                                                                                const Vec<T>(&added)[N]) {
               Vec<T> x[N];

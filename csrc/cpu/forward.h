@@ -31,14 +31,14 @@ struct ForwardPlan {
   int64_t group_heads, groups, splits;
 
   explicit ForwardPlan(const Sizes& n) : blocking(n) {
-    constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = 8 << 20, kItems = 32;
+    constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = 8 << 20, kItems = 16;
     const int64_t head_bytes = blocking.queries * (n.D + n.Dv) * static_cast<int64_t>(sizeof(T));
     group_heads = smaller_of(n.H, larger_of<int64_t>(1, kGroupBytes / larger_of<int64_t>(head_bytes, 1)));
     groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
     const int64_t items = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
-    const int64_t wanted = items < kItems / 2 ? blocks_of(kItems, items) : 1;  // two would cost more to merge than they bring
-    splits = smaller_of(smaller_of(wanted, larger_of<int64_t>(1, kPartBytes / part_bytes)), larger_of<int64_t>(1, blocking.key_blocks));
+    splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
+                        larger_of<int64_t>(1, blocking.key_blocks));
   }
 
   // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane]; of

@@ -122,13 +122,15 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   return {copy, stride};
 }
 
-// `count` rows of key or value from `first` on, to be fetched ahead of their use; nothing where they are not side by side.
-inline Ahead keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
-  count = smaller_of(count, n.Nk - first);
+// `count` rows from `first` on, to be fetched ahead of their use; nothing where they are not side by side.
+inline Ahead rows_ahead(const Tensor4& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
   if (t.stride[3] != 1 || t.stride[2] != size || count <= 0) return {};
   const int64_t bytes = bytes_of(t.dtype);
-  const char* start = static_cast<const char*>(t.data) + rows_of(t, b, kv_head(n, h), first).offset * bytes;
+  const char* start = static_cast<const char*>(t.data) + rows_of(t, b, h, first).offset * bytes;
   return {start, start + (count * size - 1) * bytes};
+}
+inline Ahead keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
+  return rows_ahead(t, b, kv_head(n, h), first, smaller_of(count, n.Nk - first), size);
 }
 
 // A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
