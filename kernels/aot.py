@@ -1,8 +1,9 @@
 """Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90] [--full]`.
 
 The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
-specialisation, same tiles as there. Prints registers, spills and shared memory, and fails when a kernel does not compile or wants more
-shared memory than its chip has. Must run without TRITON_INTERPRET, under which there is no compiler.
+specialisation, same tiles as there. Prints registers, spills and shared memory, and fails when a kernel does not compile, wants more shared
+memory than its chip has, or spills registers and SPILLING does not say so. Must run without TRITON_INTERPRET, under which there is no
+compiler.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from triton.compiler import ASTSource
 
 from ..problem import Problem
 from . import backend, launch
-from .configs import TileConfig
+from .configs import TileConfig, block_of, bucket
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,6 +36,8 @@ POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 HEAD_SIZES = (32, 48, 64, 128)
 WIDEST = 256
 FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
+# (kernel, chip, bytes of an element, head size in a tile, queries in a tile) that spill registers, for want of a tile that does not
+SPILLING: frozenset[tuple[str, int, int, int, int]] = frozenset()
 
 
 class Variant(NamedTuple):
@@ -94,8 +97,11 @@ class Row(NamedTuple):
     def failure(self) -> str:
         if self.error:
             return self.error
-        limit = SHARED_MEMORY[self.job.arch]
-        return f"{self.shared} bytes of shared memory, the chip has {limit}" if self.shared > limit else ""
+        j, limit = self.job, SHARED_MEMORY[self.job.arch]
+        if self.shared > limit:
+            return f"{self.shared} bytes of shared memory, the chip has {limit}"
+        known = (self.kernel, j.arch, j.dtype.itemsize, block_of(j.D), bucket(j.Nq)) in SPILLING
+        return f"spills {self.spill_bytes} bytes" if self.spill_bytes and not known else ""
 
     def text(self) -> str:
         j, t = self.job, self.tile

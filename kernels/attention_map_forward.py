@@ -32,12 +32,12 @@ def _map_kernel(
     row_ok = offs_m < Nq
     live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
     mask_tile = mask_ptr + b * stride_mb if HAS_MASK else None
-    m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+    m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for head in range(0, H):
         h = tl.cast(head, tl.int64)
         if MASK_PER_HEAD:
-            m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+            m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
         q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         lse = tl.load(lse_ptr + (b * H + h) * Nq + offs_m, mask=row_ok, other=0.0)

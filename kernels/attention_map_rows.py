@@ -52,7 +52,7 @@ def _map_means_kernel(
         live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
         p = probabilities(q, k, m, live, lse, scale, alpha, HAS_MASK, ALLOW_TF32, BLOCK_M, BLOCK_N)
         eta += tl.sum(p * load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live), 1)
         if NEED_MBAR:

@@ -13,17 +13,14 @@ from torch import Tensor
 from .launch import Inputs, launch
 from .primitives import (
     dot,
-    dropout_keep,
-    gradient_tile,
     live_keys,
     load_alpha,
     load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
-    matmul,
-    score_tile,
-    store_tile,
+    score_gradient,
+    store_key_gradients,
 )
 
 
@@ -69,15 +66,12 @@ def _dkdv_kernel(
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
             mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, live, offs_m < Nq, HAS_MASK)
-            qk = matmul(k, tl.trans(q), BLOCK_N, BLOCK_M, ALLOW_TF32)
-            s = score_tile(qk, m, live[:, None], scale, alpha, HAS_MASK)  # [BLOCK_N, BLOCK_M]
-            dmap_tile = do_ptr + b * stride_dob
-            dp = load_map_gradient(dmap_tile, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
-            if dp is None:
-                dp = matmul(v, tl.trans(do), BLOCK_N, BLOCK_M, ALLOW_TF32)
-            keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-            p, ds = gradient_tile(s, dp, lse_log2[None, :], delta[None, :], keep, keep_scale, HAS_DROPOUT)
+            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], HAS_MASK, HAS_PADDING)
+            dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
+            p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
+                k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
+                scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
             if NEED_DV:
                 dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)
             if NEED_DK:
@@ -89,11 +83,7 @@ def _dkdv_kernel(
             dm = tl.zeros([BLOCK_N], tl.float32)
     if NEED_DMASK and not MASK_PER_HEAD:
         tl.store(dmask_ptr + bg * Nk + offs_n, tl.where(live, dm, 0.0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
-    # a padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN
-    if NEED_DK:
-        store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
-    if NEED_DV:
-        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv * keep_scale, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
+    store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from .primitives import (
     load_queries,
     load_tile,
     score_gradient,
+    store_dalpha,
     store_mask_tile,
 )
 
@@ -48,23 +49,20 @@ def _dmask_kernel(
     mask_heads = 1 if SHARED_H else H
     b_lo = outer // mask_heads
     h_lo = outer % mask_heads
-    b_hi = B if SHARED_B else b_lo + 1
-    h_hi = H if SHARED_H else h_lo + 1
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, m_blocks if SHARED_M else 1):
-        m_block = m_lo + step
+    for m_block in range(m_lo, m_blocks if SHARED_M else m_lo + 1):
         offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = offs_m < Nq
-        for batch in range(b_lo, b_hi):
+        for batch in range(b_lo, B if SHARED_B else b_lo + 1):
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
-            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
-            for head in range(h_lo, h_hi):
+            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+            for head in range(h_lo, H if SHARED_H else h_lo + 1):
                 h = tl.cast(head, tl.int64)
                 bh = b * H + h
                 g = h // GROUP
@@ -75,17 +73,15 @@ def _dmask_kernel(
                 )  # fmt: skip
                 k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
                 v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-                dmap_tile = do_ptr + b * stride_dob
-                dp = load_map_gradient(dmap_tile, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
+                dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
                 _, ds = score_gradient(
-                    q, do, k, v, dp, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
-                    HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+                    q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+                    scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 dm += tl.where(live[None, :], alpha * ds, 0.0)
                 if NEED_DALPHA:
-                    mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-                    partial = dalpha_ptr + (m_block * n_blocks + n_block).to(tl.int64) * B * H + bh
-                    tl.store(partial, tl.sum(tl.sum(ds * (m - mbar[:, None]), 1), 0))
+                    partial = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + bh
+                    store_dalpha(partial, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
     offs_m = m_lo * BLOCK_M + tl.arange(0, BLOCK_M)
     store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), offs_m, offs_n, Nq, Nk, SHARED_M)
 

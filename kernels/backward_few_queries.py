@@ -26,8 +26,9 @@ from .primitives import (
     load_tile,
     matmul,
     score_gradient,
+    store_dalpha,
+    store_key_gradients,
     store_mask_tile,
-    store_tile,
 )
 
 REDUCE = TileConfig(block_m=1, block_n=256, num_warps=4, num_stages=1)
@@ -79,7 +80,7 @@ def _few_queries_kernel(
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + b * stride_mb if HAS_MASK else None
-            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, offs_m < Nq, live, HAS_MASK and SHARED_H)
+            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK and SHARED_H, HAS_PADDING)
             for group in range(g_lo, g_hi):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,
@@ -133,13 +134,13 @@ def _kv_head(
             offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
         )  # fmt: skip
         if HAS_MASK and not SHARED_H:
-            m_head = load_mask(mask_ptr + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, offs_m < Nq, live, HAS_MASK)
+            m_head = load_mask(mask_ptr + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
         else:
             m_head = m
         dp = load_map_gradient(do_ptr, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, offs_m < Nq, live, DV)
         p, ds = score_gradient(
-            q, do, k, v, dp, m_head, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
-            HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+            q, k, do, v, dp, m_head, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+            scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if NEED_DV:
             dv = dot(tl.trans(p.to(do.dtype)), do, dv, ALLOW_TF32)
@@ -149,19 +150,14 @@ def _kv_head(
             dq = matmul(ds.to(k.dtype), k, BLOCK_M, BLOCK_D, ALLOW_TF32)
             _add_tile(dq_ptr + h * Nq * D, dq, offs_m, offs_d, D, started, offs_m < Nq, offs_d < D)
         if NEED_DALPHA:
-            mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=offs_m < Nq, other=0.0)
-            tl.store(dalpha_ptr + bh, tl.sum(tl.sum(ds * (m_head - mbar[:, None]), 1), 0))
+            store_dalpha(dalpha_ptr + bh, ds, m_head, mbar_ptr + bh * Nq, offs_m, offs_m < Nq)
         if NEED_DMASK:
             dm += tl.where(live[None, :], alpha * ds, 0.0)
             if not (SHARED_H or SUM_B):
                 store_mask_tile(dmask_ptr, dm, bh, offs_m, offs_n, Nq, Nk, SHARED_M)
                 dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # a padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN
-    row = (b * (H // GROUP) + g) * Nk
-    if NEED_DK:
-        store_tile(dk_ptr + row * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
-    if NEED_DV:
-        store_tile(dv_ptr + row * DV, tl.where(live[:, None], dv * keep_scale, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
+    bg = b * (H // GROUP) + g
+    store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
     return dm
 
 

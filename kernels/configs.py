@@ -38,37 +38,41 @@ T = TileConfig
 NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
-    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2)),
+    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 4, 2), T(64, 16, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
-    ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(128, 64, 8, 1), T(64, 32, 8, 1)),
-    ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 2)),
+    ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 4, 2), T(64, 16, 8, 2)),
+    ("forward", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 16, 8, 2)),
+    ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("split_32", 80, 2): (T(32, 128, 4, 3), T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2)),
-    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 2), T(32, 64, 8, 1), T(32, 32, 8, 1)),
-    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 64, 4, 3), T(64, 64, 4, 2), T(64, 32, 8, 2)),
-    ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 1), T(32, 32, 8, 1)),
+    ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
+    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
+    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
+    ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1), T(16, 16, 8, 1), T(16, 16, 16, 1)),
-    ("few_32", 80, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
+    ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1), T(32, 16, 16, 1)),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1)),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 32, 16, 1), T(64, 16, 16, 1), NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 16, 16, 1), T(64, 16, 16, 1), NONE),
     ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), NONE),
-    ("few_128", 80, 4): (T(128, 32, 16, 1), T(128, 16, 16, 1), NONE, NONE),
+    ("few_128", 80, 4): (T(128, 16, 16, 1), T(128, 16, 16, 1), NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(32, 32, 8, 1)),
-    ("dmask", 80, 4): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+    ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
+    ("dmask", 90, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
 
 
 def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
-    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER; a chip without a row of its own takes sm_80's, and
-    those of SMALL_SHARED sm_86's where there is one."""
+    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes sm_80's row, but those of SMALL_SHARED
+    sm_86's and all other newer ones sm_90's, where there is one.
+    """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
     return _tile(kernel, bucket(problem.Nq), arch, size, head)
@@ -81,8 +85,9 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    known = 86 if arch in SMALL_SHARED and (kernel, 86, size) in TABLE else 80
-    return TABLE[kernel, known, size][next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+    own = 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
+    row = TABLE.get((kernel, own, size)) or TABLE[kernel, 80, size]
+    return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
 def bucket(queries: int) -> int:

@@ -76,10 +76,16 @@ def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok, HAS_MASK: tl.constexpr):
-    """Tile of M in float32, whatever its dtype; 0 where not ok, and the scalar 0 without a mask."""
+def load_mask(
+    mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr
+):  # fmt: skip
+    """Tile of M in float32, whatever its dtype; 0 past the ends and where the key is not live, and the scalar 0 without a mask.
+
+    Padding is selected out of what was loaded: a load that skips keys in the middle is one of single elements.
+    """
     if HAS_MASK:
-        return load_tile(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok).to(tl.float32)
+        m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, rows < n_rows, cols < n_cols).to(tl.float32)
+        return tl.where(live, m, 0.0) if HAS_PADDING else m
     else:
         return 0.0
 
@@ -165,7 +171,6 @@ def attend(
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    row_ok = offs_m < Nq
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -179,7 +184,7 @@ def attend(
         any_live |= live.to(tl.int32)
         k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
         s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
@@ -225,16 +230,48 @@ def load_map_gradient(dmap_ptr, weights_ptr, h, rows, cols, stride_row, stride_c
 
 @triton.jit
 def score_gradient(
-    q, do, k, v, dp, m, live, lse_log2, delta, offs_m, offs_n, bh, scale, alpha, seed, drop_threshold, keep_scale,
-    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
+    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """P where kept, without the 1/(1-p), and dS [BLOCK_M, BLOCK_N] of a query and a key block, reference.py (6). dp: None, dO V^T then."""
-    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
+    """P where kept, without the 1/(1-p), and dS [ROWS, COLS] of a query and a key block, reference.py (6), queries along either axis.
+
+    a, b are Q, K and c, d are dO, V, or the other way round. dp: None, then c d^T. live, lse, delta and the indices of queries, i, and of
+    keys, j: shaped to broadcast.
+    """
+    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, HAS_MASK)
     if dp is None:
-        dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
-    keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-    return gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
+        dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
+    p = tl.exp2(s - lse_log2)
+    p_kept = p
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
+        p_kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p_kept, p * (dp - delta)
+
+
+@triton.jit
+def store_dalpha(ptr, ds, m, mbar_ptr, offs_m, row_ok):
+    """Store a tile's share of dalpha, reference.py (8). mbar_ptr: of this (batch, head)."""
+    mbar = tl.load(mbar_ptr + offs_m, mask=row_ok, other=0.0)
+    tl.store(ptr, tl.sum(tl.sum(ds * (m - mbar[:, None]), 1), 0))
+
+
+@triton.jit
+def store_key_gradients(
+    dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Store the finished dK and dV of a key block, reference.py (7), bg = b * Hkv + g.
+
+    A padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    if NEED_DK:
+        store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
+    if NEED_DV:
+        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv * keep_scale, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
 
 
 @triton.jit
@@ -242,14 +279,3 @@ def dropout_keep(seed, i, j, bh, threshold):
     """Word 0 of Philox4x32-10 under key `seed` and counter (j, i, bh, 0) is at least `threshold`: the weight is kept."""
     word, _, _, _ = tl.philox(seed, j, i, bh, 0)
     return word >= threshold.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def gradient_tile(s, dp, lse_log2, delta, keep, keep_scale, HAS_DROPOUT: tl.constexpr):
-    """P where kept, without the 1/(1-p), and dS of a tile, from its scores and dO V^T, reference.py (6). lse, delta shaped to broadcast."""
-    p = tl.exp2(s - lse_log2)
-    p_kept = p
-    if HAS_DROPOUT:
-        p_kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p_kept, p * (dp - delta)

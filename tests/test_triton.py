@@ -30,7 +30,7 @@ def backward_passes(Nq, needs, device, arch=90, as_map=False):
         (("query", "key", "value"), {"dmask"}),
         ((), {"dkdv", "dq", "dmask", "delta"}),
     ],
-    ids=str,
+    ids=lambda names: " ".join(sorted(names)) or "none",
 )
 def test_passes_that_no_gradient_needs_are_not_launched(device, needs, absent):
     passes = backward_passes(1045, needs, device)
@@ -50,7 +50,7 @@ def test_passes_that_no_gradient_needs_are_not_launched(device, needs, absent):
         (("alpha",), {"map_means", "map_rows", "dq"}),
         ((), set()),
     ],
-    ids=str,
+    ids=lambda names: " ".join(sorted(names)) or "none",
 )
 def test_a_map_takes_the_passes_of_attention_that_its_gradients_need(device, needs, passes):
     assert sorted(backward_passes(1045, needs, device, as_map=True)) == sorted(passes)

@@ -331,6 +331,38 @@ def test_every_parameter_learns(batch):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+class FakeTimm(torch.nn.Module):
+    """As timm's features_only models are: maps at strides 2 to 32, channels last, and what they are."""
+
+    output_fmt = "NHWC"
+
+    class feature_info:
+        reduction = staticmethod(lambda: [2, 4, 8, 16, 32])
+        channels = staticmethod(lambda: [8, 16, 24, 40, 48])
+
+    @classmethod
+    def create_model(cls, name, pretrained, features_only, **options):
+        assert features_only and name == "some_model" and not options
+        return cls()
+
+    def forward(self, image):
+        B, _, H, W = image.shape
+        maps = zip(self.feature_info.reduction(), self.feature_info.channels(), strict=True)
+        return [torch.ones(B, H // stride, W // stride, channels) for stride, channels in maps]
+
+
+def test_a_backbone_of_timm(monkeypatch):
+    config = dataclasses.replace(TINY, backbone="some_model", stride=8)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="backbone 'some_model' is timm's: pip install timm"):
+        VOS(config)
+    monkeypatch.setitem(sys.modules, "timm", FakeTimm)
+    coarse, fine = VOS(config).features(torch.rand(2, 3, 64, 96))
+    assert coarse.shape == (2, 16, 8, 12) and fine.shape == (2, 16, 16, 24)
+    with pytest.raises(ValueError, match="stride: expected 8"):
+        VOS(dataclasses.replace(config, stride=4))
+
+
 # training
 
 

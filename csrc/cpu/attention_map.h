@@ -13,9 +13,10 @@ class MapTile {
  public:
   explicit MapTile(const MapParams& params)
       : p_(params), s_(params.scores), n_(s_.size), query_(kQueries * round_up(n_.D, kLanes<T>)), keys_(kKeys * round_up(n_.D, kLanes<T>)),
-        rows_(kQueries * larger_of(kKeys, round_up(n_.D, kLanes<T>))), mask_(kKeys * kQueries), sum_(kKeys * kQueries) {}
+        rows_(kQueries * larger_of(kKeys, round_up(n_.D, kLanes<T>))), mask_(kKeys * kQueries), scores_(kKeys * kQueries),
+        sum_(kKeys * kQueries) {}
 
-  int64_t bytes() const { return bytes_in(query_, keys_, rows_, mask_, sum_); }
+  int64_t bytes() const { return bytes_in(query_, keys_, rows_, mask_, scores_, sum_); }
 
   void run(int64_t b, const QueryBlock& q, const KeyBlock& k) {
     fill<T>(sum_, kKeys * q.lanes, T(0));
@@ -37,17 +38,19 @@ class MapTile {
     }
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
-    score_tile(s_, h, key, query_.get(), q, k, mask, Ahead{}, [&](int64_t j, int64_t lane, Vec<T> s) {
-      if (k.padded[j]) return;
-      T* to = sum_ + j * q.lanes + lane;
-      store(to, load(to) + weight * exp2<T>(s - load(lse_log2 + lane)));
-    });
+    score_tile(s_, h, key, query_.get(), q, k, mask, Ahead{}, scores_.get());
+    for (int64_t j = 0; j < k.count; ++j) {
+      for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
+        T* to = sum_ + j * q.lanes + lane;
+        store(to, load(to) + weight * exp2<T>(load(scores_ + j * q.lanes + lane) - load(lse_log2 + lane)));
+      }
+    }
   }
 
   const MapParams& p_;
   const Scores& s_;
   const Sizes& n_;
-  Buffer<T> query_, keys_, rows_, mask_, sum_;
+  Buffer<T> query_, keys_, rows_, mask_, scores_, sum_;
 };
 
 template <class T>

@@ -16,7 +16,7 @@ class Backward {
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
         tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
         sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
-        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kChains * kQueries), mask_(kKeys * kQueries),
+        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
         dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
         key_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
@@ -34,7 +34,7 @@ class Backward {
     slot_ = slot;
     begins_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) == 0;
     ends_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) + plan_.batches == n_.B;
-    fill<T>(dalpha_, plan_.pairs * kChains * kQueries, T(0));
+    fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
     const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
     clear_own_part(split);
     for (int64_t o = outer * split / plan_.splits; o < outer * (split + 1) / plan_.splits; ++o) {
@@ -50,7 +50,7 @@ class Backward {
     }
     for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
       T sum = 0;
-      for (int64_t i = 0; i < kChains * kQueries; ++i) sum += dalpha_[pair * kChains * kQueries + i];
+      for (int64_t i = 0; i < kQueries; ++i) sum += dalpha_[pair * kQueries + i];
       parts_.dalpha[split * parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
     }
     drain();
@@ -139,7 +139,7 @@ class Backward {
             .dkv_is_final = direct,
             .dmask = dmask,
             .dmask_is_new = !tile || (pair.first_of_mask && begins_dmask_),
-            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kChains * kQueries : nullptr};
+            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kQueries : nullptr};
   }
 
   // Fills the tiles of this visit, those that are not there from the last one; returns M's.
@@ -197,7 +197,7 @@ class Backward {
   BackwardStep<E> step_;
   Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
   Buffer<T> dmask_;   // [inner block or one][key][lane]
-  Buffer<T> dalpha_;  // [pair][kChains][lane]
+  Buffer<T> dalpha_;  // [pair][lane]
   Buffer<T> mask_, dmap_, rows_;
   Buffer<E> keys_, values_, key_steps_memory_;
   KeyTiles<E> keys_read_{};

@@ -6,9 +6,6 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
-// dalpha is summed in this many places in turn, so that one addition need not wait for the last.
-constexpr int kChains = 8;
-
 // Where the step adds its results; null where not asked for.
 template <class T>
 struct Sums {
@@ -19,7 +16,7 @@ struct Sums {
   bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
   T* dmask;   // [key][lane]
   bool dmask_is_new;
-  T* dalpha;  // [kChains][lane]
+  T* dalpha;  // [lane]
 };
 
 // What to fetch meanwhile.
@@ -90,10 +87,10 @@ class BackwardStep {
   using T = typename SumOf<E>::type;
 
   explicit BackwardStep(const BackwardTask<T>& task)
-      : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0),
-        weights_(kPack<E> > 1 || task.dropout.p > 0 ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
+      : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0), dp_(kKeys * kQueries),
+        weights_(kPack<E> > 1 || task.dropout.p > 0 || task.scores.padding != nullptr ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
 
-  int64_t bytes() const { return bytes_in(p_, keep_, weights_, ds_); }
+  int64_t bytes() const { return bytes_in(p_, keep_, dp_, weights_, ds_); }
 
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
@@ -116,9 +113,9 @@ class BackwardStep {
     if (sums.dquery != nullptr) {
       const int64_t stride = round_up(n_.D, kLanes<T>);
       product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), Ahead{},
-              [dquery = sums.dquery, stride](int64_t i, int64_t c, Vec<T> sum) {
+              [dquery = sums.dquery, stride]<int N>(int64_t i, int64_t c, const Vec<T>(&added)[N]) {
                 T* to = dquery + i * stride + c * kLanes<T>;
-                store(to, load(to) + sum);
+                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) + added[v]);
               });
     }
   }
@@ -127,66 +124,120 @@ class BackwardStep {
   // P (2), from the saved logsumexp, and P*C/(1-p).
   void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> key, const T* mask,
                      const T* keep, const StepAhead& ahead) {
-    const bool* padded = k.attended < k.count ? k.padded : nullptr;
-    score_tile(t_.scores, h, key, tiles.query, q, k, mask, ahead.values,
-               [padded, keep, lanes = q.lanes, lse = tiles.lse_log2, to = p_.get(), weights = weights_.get()](int64_t j, int64_t lane, Vec<T> s) {
-                 const int64_t at = j * lanes + lane;
-                 Vec<T> p = exp2<T>(s - load(lse + lane));
-                 if (padded != nullptr && padded[j]) p = Vec<T>{};  // where lse is NaN
-                 store(to + at, p);
-                 if (keep != nullptr) {
-                   WeightTile<E>::put(weights, at, p * load(keep + at));
-                 } else if constexpr (kPack<E> > 1) {
-                   WeightTile<E>::put(weights, at, p);
-                 }
-               });
+    score_tile(t_.scores, h, key, tiles.query, q, k, mask, ahead.values, p_.get());
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const Vec<T> lse = load(tiles.lse_log2 + lane);
+      each_key(
+          k, [&](auto count, int64_t j) { exponentials<count()>(j * q.lanes + lane, q.lanes, lse, keep); },
+          [&](int64_t j) {  // even where lse is NaN
+            store(p_ + j * q.lanes + lane, Vec<T>{});
+            weights_.put(j * q.lanes + lane, Vec<T>{});
+          });
+    }
+  }
+
+  // Of N keys from number `at` of the tile on, `stride` apart.
+  template <int N>
+  void exponentials(int64_t at, int64_t stride, Vec<T> lse, const T* keep) {
+    Vec<T> p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = load(p_ + at + i * stride) - lse;
+    exp2_each<T, N>(p);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(p_ + at + i * stride, p[i]);
+    if (kPack<E> == 1 && keep == nullptr) return;  // then they are the weights
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) weights_.put(at + i * stride, keep == nullptr ? p[i] : p[i] * load(keep + at + i * stride));
   }
 
   // dS, and what is summed of it element by element.
   void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> value, const T* mask,
                        const T* dmap, const T* keep, const StepAhead& ahead, const Sums<T>& sums) {
-    const bool* padded = k.attended < k.count ? k.padded : nullptr;
-    const auto finish = [padded, keep, mask, lanes = q.lanes, alpha = alpha_of<T>(t_.scores, h), p = p_.get(), to = ds_.get(),
-                         delta = tiles.delta, mbar = tiles.mbar, dmask = sums.dmask, dmask_is_new = sums.dmask_is_new,
-                         dalpha = sums.dalpha](int64_t j, int64_t lane, Vec<T> dp) {
-      const int64_t at = j * lanes + lane;
-      if (keep != nullptr) dp *= load(keep + at);
-      Vec<T> ds = load(p + at) * (dp - load(delta + lane));
-      if (padded != nullptr && padded[j]) ds = Vec<T>{};
-      WeightTile<E>::put(to, at, ds);
-      if (dmask != nullptr) store(dmask + at, dmask_is_new ? alpha * ds : load(dmask + at) + alpha * ds);
-      if (dalpha != nullptr) {
-        T* sum = dalpha + (j % kChains) * kQueries + lane;
-        store(sum, load(sum) + ds * (load(mask + at) - load(mbar + lane)));
-      }
-    };
     if (dmap == nullptr) {
       product(value, Vectors<E>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), ahead.next_keys,
-              [finish](int64_t j, int64_t c, Vec<T> dp) { finish(j, c * kLanes<T>, dp); });
-      return;
+              StoreTile<T>{dp_, q.lanes});
+    } else {
+      const T weight = t_.head_weights[h];
+      for (int64_t at = 0; at < k.count * q.lanes; at += kLanes<T>) store(dp_ + at, weight * load(dmap + at));
     }
-    for (int64_t j = 0; j < k.count; ++j) {
-      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) finish(j, lane, t_.head_weights[h] * load(dmap + j * q.lanes + lane));
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      ScoreGradients g{.p = p_ + lane, .dp = dp_ + lane, .keep = beside(keep, lane), .mask = beside(mask, lane),
+                       .ds = ds_.get(), .dmask = beside(sums.dmask, lane), .dmask_is_new = sums.dmask_is_new, .lane = lane,
+                       .stride = q.lanes, .alpha = alpha_of<T>(t_.scores, h), .delta = load(tiles.delta + lane), .mbar = load(tiles.mbar + lane)};
+      each_key(k, [&](auto count, int64_t j) { g.template next<count()>(j); }, [&](int64_t j) { g.skip(j); });
+      if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + sum_of(g.dalpha));
     }
   }
+
+  // At one vector of queries, a few keys at a time; pointers to its lanes, `stride` from key to key.
+  struct ScoreGradients {
+    const T *p, *dp, *keep, *mask;
+    E* ds;
+    T* dmask;
+    bool dmask_is_new;
+    int64_t lane, stride;
+    T alpha;
+    Vec<T> delta, mbar, dalpha[kExpAtOnce] = {};  // so that one sum need not wait for the last
+
+    template <int N>
+    void next(int64_t j) {
+      Vec<T> x[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const int64_t at = (j + i) * stride;
+        x[i] = keep == nullptr ? load(dp + at) : load(dp + at) * load(keep + at);
+        x[i] = load(p + at) * (x[i] - delta);
+        WeightTile<E>::put(ds, at + lane, x[i]);
+      }
+      if (dmask != nullptr) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+          T* to = dmask + (j + i) * stride;
+          store(to, dmask_is_new ? alpha * x[i] : load(to) + alpha * x[i]);
+        }
+      }
+      if (mask == nullptr) return;
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) dalpha[i] += x[i] * (load(mask + (j + i) * stride) - mbar);
+    }
+    void skip(int64_t j) {
+      WeightTile<E>::put(ds, j * stride + lane, Vec<T>{});
+      if (dmask != nullptr && dmask_is_new) store(dmask + j * stride, Vec<T>{});
+    }
+  };
+
+  static auto* beside(auto* p, int64_t lane) { return p == nullptr ? nullptr : p + lane; }
+
+  // some(how many, first key) for the keys, as many at a time as there are together; skip(key) for one that is padding.
+  template <class Some, class Skip>
+  static void each_key(const KeyBlock& k, const Some& some, const Skip& skip) {
+    int64_t j = 0;
+    for (; k.attended == k.count && j + kExpAtOnce <= k.count; j += kExpAtOnce) some(Count<kExpAtOnce>{}, j);
+    for (; j < k.count; ++j) k.padded[j] ? skip(j) : some(Count<1>{}, j);
+  }
+  template <int N>
+  struct Count {
+    constexpr int operator()() const { return N; }
+  };
 
   // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Sums<T>& sums,
                 void* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), Ahead{},
-            [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final](int64_t j, int64_t c, Vec<T> x) {
-              const int64_t at = j * stride + c * kLanes<T>;
-              if constexpr (kPack<E> > 1) x *= factor;
-              if (is_final) return stream_at<E>(sum, at, x);
-              T* to = static_cast<T*>(sum) + at;
-              store(to, is_new ? x : load(to) + x);
+            [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final]<int N>(int64_t j, int64_t c,
+                                                                                               const Vec<T>(&added)[N]) {
+              Vec<T> x[N];
+              for (int i = 0; i < N; ++i) x[i] = kPack<E> > 1 ? added[i] * factor : added[i];
+              if (is_final) return stream_row<E>(sum, j * stride + c * kLanes<T>, stride, x);
+              T* to = static_cast<T*>(sum) + j * stride + c * kLanes<T>;
+              for (int i = 0; i < N; ++i, to += kLanes<T>) store(to, is_new ? x[i] : load(to) + x[i]);
             });
   }
 
   const BackwardTask<T>& t_;
   const Sizes& n_;
-  Buffer<T> p_, keep_;  // [key][lane]
+  Buffer<T> p_, keep_, dp_;  // [key][lane]
   WeightTile<E> weights_, ds_;  // P*C/(1-p) where that is not p_, dS
 };
 

@@ -29,6 +29,51 @@ struct Exp2<double> {
   static constexpr int kBias = 1023, kMantissa = 52;
 };
 
+// So many vectors step by step together keep the multipliers busy: one alone would wait for each of its operations.
+constexpr int kExpAtOnce = kRegisters / 8;
+
+#if defined(__AVX512F__)
+// max and min give their second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop sixfold on a
+// Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
+inline Vec<float> bounded(Vec<float> x) {
+  constexpr __mmask16 kAll = 0xffff;
+  return _mm512_maskz_min_ps(kAll, _mm512_set1_ps(160.0f), _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-160.0f), x));
+}
+inline Vec<double> bounded(Vec<double> x) {
+  constexpr __mmask8 kAll = 0xff;
+  return _mm512_maskz_min_pd(kAll, _mm512_set1_pd(1100.0), _mm512_maskz_max_pd(kAll, _mm512_set1_pd(-1100.0), x));
+}
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
+inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
+inline Vec<float> times_exp2(Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
+inline Vec<double> times_exp2(Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(0xff, x, n); }
+
+template <class T, int N>
+inline void exp2_each(Vec<T> (&x)[N]) {
+  Vec<T> n[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = bounded(x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] = nearest_whole(x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] -= n[i], p[i] = broadcast(Exp2<T>::kCoefficients[0]);
+#pragma GCC unroll 16
+  for (unsigned k = 1; k < sizeof(Exp2<T>::kCoefficients) / sizeof(T); ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + Exp2<T>::kCoefficients[k];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = times_exp2(p[i], n[i]);
+}
+
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
+  Vec<T> one[1] = {x};
+  exp2_each<T, 1>(one);
+  return one[0];
+}
+#else
 // 2^f for |f| <= 1/2, by Horner's rule.
 template <class T>
 inline Vec<T> exp2_fraction(Vec<T> f) {
@@ -52,23 +97,10 @@ inline Vec<T> exp2(Vec<T> x) {
   return x >= static_cast<T>(1 + E::kBias) ? broadcast(static_cast<T>(__builtin_inf())) : y;
 }
 
-#if defined(__AVX512F__)
-// max and min give their second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop sixfold on a
-// Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
-template <>
-inline Vec<float> exp2<float>(Vec<float> x) {
-  constexpr __mmask16 kAll = 0xffff;
-  x = _mm512_maskz_min_ps(kAll, _mm512_set1_ps(160.0f), _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-160.0f), x));
-  const Vec<float> n = _mm512_maskz_roundscale_ps(kAll, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_maskz_scalef_ps(kAll, exp2_fraction<float>(x - n), n);
-}
-
-template <>
-inline Vec<double> exp2<double>(Vec<double> x) {
-  constexpr __mmask8 kAll = 0xff;
-  x = _mm512_maskz_min_pd(kAll, _mm512_set1_pd(1100.0), _mm512_maskz_max_pd(kAll, _mm512_set1_pd(-1100.0), x));
-  const Vec<double> n = _mm512_maskz_roundscale_pd(kAll, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_maskz_scalef_pd(kAll, exp2_fraction<double>(x - n), n);
+template <class T, int N>
+inline void exp2_each(Vec<T> (&x)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i]);
 }
 #endif
 

@@ -18,10 +18,9 @@ struct ForwardTask {
   T* eta = nullptr;  // [B, H, Nq]
 };
 
-// The rows that go with O: the maximum score, the sum of the probabilities relative to it, the sums of their products with M and with what
-// eta is the mean of, and the sum of the weights in O. Of pairs the weights are the probabilities rounded: a mean under them keeps what all
-// of v share, so that backward's <dO, O> takes it off dP exactly; dividing by the other sum would leave a share of it.
-enum Row { kMaximum, kSum, kMbar, kEta, kWeight, kRows };
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, and the sums of their products with M and with
+// what eta is the mean of.
+enum Row { kMaximum, kSum, kMbar, kEta, kRows };
 
 // How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
 template <class E>
@@ -38,12 +37,13 @@ struct ForwardPlan {
     groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
     const int64_t items = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
-    splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
-                        larger_of<int64_t>(1, blocking.key_blocks));
+    const int64_t wanted = items < kItems / 2 ? blocks_of(kItems, items) : 1;  // two would cost more to merge than they bring
+    splits = smaller_of(smaller_of(wanted, larger_of<int64_t>(1, kPartBytes / part_bytes)), larger_of<int64_t>(1, blocking.key_blocks));
   }
 
-  // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane].
-  int64_t part_size(const Sizes& n) const { return (round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
+  // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane]; of
+  // pairs also what O lacks because the probabilities were rounded, [lane][Dv].
+  int64_t part_size(const Sizes& n) const { return (kPack<E> * round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
 };
 
 template <class E>
@@ -74,10 +74,12 @@ class Forward {
         keys_(kKeys * row_elements<E>(n_.D)),
         values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
-        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
+        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
+        rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
 
   int64_t bytes() const {
-    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_);
+    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_,
+                    rests_);
   }
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
@@ -130,14 +132,26 @@ class Forward {
         store(weight + lane, w);
         for (int64_t at = sums + lane; at < end; at += q.lanes) store(to + at, load(to + at) + w * load(from + at));
       }
-      for (int64_t i = 0; i < q.count; ++i) {
-        for (int64_t d = 0; d < Dvp_; ++d) to[i * Dvp_ + d] += weight[i] * from[i * Dvp_ + d];
-      }
+      add_rows(q, weight, from, to);
+      if (wants_rest()) add_rows(q, weight, from + end, to + end);
     }
     write(b, h, q, to);
   }
 
  private:
+  // Whether the unrounded output is asked for, and rounding the probabilities would be in it: backward's delta must not differ from P*dP.
+  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr; }
+
+  void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
+    for (int64_t i = 0; i < q.count; ++i) {
+      for (int64_t at = i * Dvp_; at < (i + 1) * Dvp_; at += kLanes<T>) store(to + at, load(to + at) + weight[i] * load(from + at));
+    }
+  }
+
+  E* weights() {
+    if constexpr (kPack<E> == 1) return scores_;
+    return weights_;
+  }
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
@@ -152,40 +166,75 @@ class Forward {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
-    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv),
-               [scores = scores_.get(), lanes = q.lanes](int64_t j, int64_t lane, Vec<T> s) { store(scores + j * lanes + lane, s); });
+    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv), scores_.get());
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
     if (t_.dout.data != nullptr) {
-      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, [&](int64_t j, int64_t c, Vec<T> dp) {
-        const int64_t at = j * q.lanes + c * kLanes<T>;
-        store(dmap_ + at, keep == nullptr ? dp : dp * load(keep + at));
-      });
+      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, StoreTile<T>{dmap_, q.lanes});
+      const int64_t size = keep == nullptr ? 0 : k.count * q.lanes;
+      for (int64_t at = 0; at < size; at += kLanes<T>) store(dmap_ + at, load(dmap_ + at) * load(keep + at));
     }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, keep, part + q.lanes * Dvp_, rescale);
+      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, part + q.lanes * Dvp_, rescale);
     }
+    if (keep != nullptr) drop(q, k, keep, weights());
+    if (keep != nullptr && wants_rest()) drop(q, k, keep, rests_);
     if (p_.out == nullptr) return;
     if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    ColumnMajor<E> weights;
-    if constexpr (kPack<E> == 1) {
-      weights = {scores_, q.lanes};
-    } else {
-      weights = {weights_, q.lanes};
-    }
-    product(weights, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), next_keys,
-            [part, stride = Dvp_, factor = &rescale[0]](int64_t i, int64_t c, Vec<T> sum) {
-              T* out = part + i * stride + c * kLanes<T>;
-              store(out, load(out) * factor[i] + sum);
-            });
+    const auto add = [&](const E* w, T* to, const Ahead& ahead) {
+      product(ColumnMajor<E>{w, q.lanes}, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), ahead,
+              [to, stride = Dvp_, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
+                T* out = to + i * stride + c * kLanes<T>;
+                for (int v = 0; v < N; ++v, out += kLanes<T>) store(out, load(out) * factor[i] + sums[v]);
+              });
+    };
+    add(weights(), part, next_keys);
+    if (wants_rest()) add(rests_, part + q.lanes * (Dvp_ + kRows), Ahead{});
   }
 
+  // Scores to weights for one vector of queries, `N` keys at a time; pointers to its lanes, `stride` from key to key (or pair).
+  struct Weighing {
+    const T *scores, *mask, *dmap;
+    E *weights, *rests;
+    int64_t stride, keys;
+    Vec<T> subtracted, sum{}, mbar{}, eta{};
+
+    template <int N, bool kWhole>  // else the last of them may lie beyond the keys
+    void next(int64_t j) {
+      Vec<T> p[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) p[i] = load(scores + (j + i) * stride) - subtracted;
+      exp2_each<T, N>(p);
+      if (!kWhole && j + N > keys) p[N - 1] = Vec<T>{};
+      const int used = kWhole || j + N <= keys ? N : N - 1;
+      sum += sum_of(p);
+      const auto add_products = [&](Vec<T>& to, const T* factors) {
+#pragma GCC unroll 8
+        for (int i = 0; i < used; ++i) to += p[i] * load(factors + (j + i) * stride);
+      };
+      if (mask != nullptr) add_products(mbar, mask);
+      if (dmap != nullptr) add_products(eta, dmap);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; i += kPack<E>) {
+        if constexpr (kPack<E> == 1) {
+          store(weights + (j + i) * stride, p[i]);
+        } else {
+          const Vec<E> pair = paired(p[i], p[i + 1]);
+          store(weights + (j + i) / 2 * stride, pair);
+          if (rests == nullptr) continue;
+          const Vec<T> first = p[i] - (Vec<T>)(pair << 16), second = p[i + 1] - (Vec<T>)(pair >> 16 << 16);
+          store(rests + (j + i) / 2 * stride, paired(first, second));
+        }
+      }
+    }
+  };
+
   // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: kRows of them.
-  void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* keep, T* rows, T* rescale) {
+  [[gnu::noinline]] void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, T* rows, T* rescale) {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
     const auto row_of = [&](Row row) { return rows + row * q.lanes + lane; };
     const Vec<T> before = load(row_of(kMaximum));
@@ -197,34 +246,37 @@ class Forward {
     }
     for (; row < k.count; ++row) chain[0] = larger(chain[0], load(scores_ + row * q.lanes + lane));
     const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
-    const T* dmap = t_.eta != nullptr ? dmap_.get() : nullptr;
-    Vec<T> sum{}, mbar{}, eta{}, weight_sum{};
-    const auto probability = [&](int64_t j) {
-      const int64_t at = j * q.lanes + lane;
-      const Vec<T> p = exp2<T>(load(scores_ + at) - subtracted);
-      sum += p;
-      if (mask != nullptr) mbar += p * load(mask + at);
-      if (dmap != nullptr) eta += p * load(dmap + at);
-      return p;
-    };
-    for (int64_t j = 0; j < k.count; j += kPack<E>) {
-      const T* kept = keep == nullptr ? nullptr : keep + j * q.lanes + lane;
-      if constexpr (kPack<E> == 1) {
-        const Vec<T> p = probability(j);
-        store(scores_ + j * q.lanes + lane, kept != nullptr ? p * load(kept) : p);
-      } else {
-        const Vec<T> first = probability(j), second = j + 1 < k.count ? probability(j + 1) : Vec<T>{};
-        Vec<E> pair = paired(first, second);
-        add_numbers(weight_sum, pair);
-        if (kept != nullptr) pair = chosen(pair, load(kept) != T(0), load(kept + q.lanes) != T(0));
-        store(weights_ + j / 2 * q.lanes + lane, pair);
-      }
-    }
+    Weighing w{.scores = scores_ + lane,
+               .mask = mask == nullptr ? nullptr : mask + lane,
+               .dmap = t_.eta == nullptr ? nullptr : dmap_ + lane,
+               .weights = weights() + lane,
+               .rests = wants_rest() ? rests_ + lane : nullptr,
+               .stride = q.lanes,
+               .keys = k.count,
+               .subtracted = subtracted};
+    int64_t j = 0;
+    for (; j + kExpAtOnce <= k.count; j += kExpAtOnce) w.template next<kExpAtOnce, true>(j);
+    for (; j < k.count; j += kPack<E>) w.template next<kPack<E>, false>(j);
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
     store(row_of(kMaximum), m);
     const auto add = [&](Row row, Vec<T> x) { store(row_of(row), load(row_of(row)) * factor + x); };
-    add(kSum, sum), add(kMbar, mbar), add(kEta, eta), add(kWeight, kPack<E> > 1 ? weight_sum : sum);
+    add(kSum, w.sum), add(kMbar, w.mbar), add(kEta, w.eta);
+  }
+
+  // The weights times C/(1-p), of pairs times C.
+  void drop(const QueryBlock& q, const KeyBlock& k, const T* keep, E* weights) const {
+    for (int64_t j = 0; j < k.count; j += kPack<E>) {
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+        const T* kept = keep + j * q.lanes + lane;
+        E* weight = weights + j / kPack<E> * q.lanes + lane;
+        if constexpr (kPack<E> == 1) {
+          store(weight, load(weight) * load(kept));
+        } else {
+          store(weight, chosen(load(weight), load(kept) != T(0), load(kept + q.lanes) != T(0)));
+        }
+      }
+    }
   }
 
   // Divides by the row sums and stores what was asked for. A row without a key: its out is 0 and its lse -inf. Where there are keys
@@ -237,8 +289,8 @@ class Forward {
     T inverse[kQueries];
     for (int64_t i = 0; i < q.count; ++i) {
       const auto at = [&](Row which) { return rows[which * q.lanes + i]; };
-      inverse[i] = alive ? kept / at(kWeight) : T(0);
       const T mean = alive ? 1 / at(kSum) : T(0);
+      inverse[i] = kept * mean;
       if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = at(kMbar) * mean;
       if (t_.eta != nullptr) t_.eta[row + i] = at(kEta) * mean;
       if (p_.lse == nullptr) continue;
@@ -250,6 +302,10 @@ class Forward {
       for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] *= inverse[i];
     }
     write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
+    const T* rest = rows + kRows * q.lanes;
+    for (int64_t i = 0; wants_rest() && i < q.count; ++i) {
+      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] += rest[i * Dvp_ + d] * inverse[i];
+    }
     if (p_.out_acc != nullptr) write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }
 
@@ -274,6 +330,7 @@ class Forward {
   Buffer<E> keys_, values_;  // copies of those that cannot be read as they lie
   Buffer<E> value_steps_memory_;
   Buffer<E> weights_;  // the probabilities as pairs of keys
+  Buffer<E> rests_;    // what rounding took from them
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
   Held queries_read_;

@@ -53,10 +53,6 @@ inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* s
   const __m256i below = second == nullptr ? _mm256_setzero_si256() : numbers(second);
   return in_turn(_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(numbers(first)), 0xf0, below));
 }
-// The numbers of pairs, added to a sum.
-inline void add_numbers(Vec<float>& sum, Vec<BFloat16Pair> pairs) {
-  multiply_add(sum, pairs, broadcast<BFloat16Pair>(0x3f803f80));  // 1, 1
-}
 // The numbers, first or second of their pairs, whose lane is true; else 0.
 inline Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second) {
   return pairs & ((first & 0xffff) | (second << 16));
@@ -64,7 +60,6 @@ inline Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec
 #else  // nobody calls them
 Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second);
 Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);
-void add_numbers(Vec<float>& sum, Vec<BFloat16Pair> pairs);
 Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second);
 #endif
 
@@ -83,17 +78,27 @@ inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* t
   }
 }
 
-// The dtype of tensors of elements E, and a vector of sums stored in one past the caches, from number `at` on.
+// The dtype of tensors of elements E, and vectors of sums stored in a row of one past the caches, from number `at` on.
 template <class E>
 constexpr DType kStored = DTypeOf<E>::value;
 template <>
 constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
-template <class E>
-inline void stream_at(void* numbers, int64_t at, Sum<E> x) {
+template <class E, int N>
+inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t stride, const Sum<E> (&x)[N]) {
+  if constexpr (kPack<E> == 1) {
+    for (int i = 0; i < N; ++i) stream(static_cast<E*>(numbers) + at + i * kLanes<E>, x[i]);
+  } else {
 #if defined(__AVX512BF16__)
-  if constexpr (kPack<E> > 1) return _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<BFloat16*>(numbers) + at), rounded(x));
+    BFloat16* to = static_cast<BFloat16*>(numbers) + at;
+    int i = 0;
+    if (stride % 32 == 0) {  // then two vectors fill a cache line
+      for (; i + 1 < N; i += 2, to += 32) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)_mm512_cvtne2ps_pbh((__m512)x[i + 1], (__m512)x[i]));
+      }
+    }
+    for (; i < N; ++i, to += 16) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), rounded(x[i]));
 #endif
-  if constexpr (kPack<E> == 1) stream(static_cast<E*>(numbers) + at, x);
+  }
 }
 
 // A tile [key][lane] of P or dS.
@@ -103,6 +108,7 @@ class WeightTile {
   explicit WeightTile(int64_t size) : tile_(packed<E>(size)), steps_(kPack<E> == 1 ? 0 : packed<E>(size)) {}
 
   E* get() const { return tile_; }
+  void put(int64_t at, Sum<E> x) { put(tile_, at, x); }
   static void put(E* tile, int64_t at, Sum<E> x) {
 #if defined(__AVX512BF16__)
     if constexpr (kPack<E> > 1) {

@@ -145,10 +145,7 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Ahead& to_fetch, cons
   }
   to_fetch = ahead;
 #pragma GCC unroll 32
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) finish(r, c, acc[r][c]);
-  }
+  for (int r = 0; r < R; ++r) finish(r, acc[r]);
 }
 
 constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile, at most
@@ -172,17 +169,17 @@ inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Ahead&
   int64_t row = 0;
   for (int64_t tiles = blocks_of(rows, height_of(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
-    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [done, row](int r, int c, Sum<E> acc) { done(row + r, c, acc); });
+    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [done, row](int r, const auto& sums) { done(row + r, sums); });
     row += height;
   }
 }
 
-// done(row, vector, sum over the steps of a(row, k) * b(k, vector)) for every row and vector.
+// done(row, first vector, sums over the steps of a(row, k) * b(k, vector)) for every row and a few vectors at a time, an array of them.
 template <class E, class A, class Done>
 inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t steps, Ahead ahead, const Done& done) {
   for (int64_t first = 0; first < vectors; first += kPanel) {
     const Vectors<E> panel = {b.data + first * kLanes<E>, b.stride};
-    const auto at = [done, first](int64_t r, int c, Sum<E> acc) { done(r, first + c, acc); };
+    const auto at = [done, first](int64_t r, const auto& sums) { done(r, first, sums); };
     const int width = static_cast<int>(smaller_of<int64_t>(vectors - first, kPanel));
     if (first == 0) ahead.spread_over(blocks_of(rows, height_of(width)) * blocks_of(vectors, width) * steps);
     if (width == 1) product_panel<E, 1>(a, panel, rows, steps, ahead, at);

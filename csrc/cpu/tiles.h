@@ -153,21 +153,33 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   }
 }
 
-// scale * <q, k> + alpha * M in units of log2(e): the exponents of 2. query: [D][lanes], times scale * log2(e) already unless of pairs.
-// done(key, vector's first lane, exponents); a padded key's are -inf.
-template <class E, class T, class Done>
+// What becomes of a product that is a tile itself.
+template <class T>
+struct StoreTile {
+  T* tile;
+  int64_t lanes;
+
+  template <int N>
+  void operator()(int64_t j, int64_t c, const Vec<T> (&x)[N]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(tile + j * lanes + (c + i) * kLanes<T>, x[i]);
+  }
+};
+
+// scale * <q, k> + alpha * M in units of log2(e): the exponents of 2; a padded key's are -inf. query: [D][lanes], times scale * log2(e)
+// already unless of pairs.
+template <class E, class T>
 inline void score_tile(const Scores& s, int64_t h, RowMajor<E> key, const E* query, const QueryBlock& q, const KeyBlock& k, const T* mask,
-                       const Ahead& ahead, const Done& done) {
-  const T factor = static_cast<T>(s.scale * kLog2e), alpha_log2 = alpha_of<T>(s, h) * static_cast<T>(kLog2e);
-  const bool* padded = k.attended < k.count ? k.padded : nullptr;
-  const int64_t lanes = q.lanes;
-  product(key, Vectors<E>{query, lanes}, k.count, lanes / kLanes<T>, packed<E>(s.size.D), ahead, [=](int64_t j, int64_t c, Vec<T> x) {
-    const int64_t lane = c * kLanes<T>;
-    if constexpr (kPack<E> > 1) x *= factor;
-    if (mask != nullptr) x += alpha_log2 * load(mask + j * lanes + lane);
-    if (padded != nullptr && padded[j]) x = broadcast(static_cast<T>(-__builtin_inf()));
-    done(j, lane, x);
-  });
+                       const Ahead& ahead, T* tile) {
+  product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s.size.D), ahead, StoreTile<T>{tile, q.lanes});
+  const T factor = kPack<E> > 1 ? static_cast<T>(s.scale * kLog2e) : T(1), alpha_log2 = alpha_of<T>(s, h) * static_cast<T>(kLog2e);
+  for (int64_t at = 0, end = k.count * q.lanes; at < end && (kPack<E> > 1 || mask != nullptr); at += kLanes<T>) {
+    const Vec<T> x = load(tile + at) * factor;
+    store(tile + at, mask == nullptr ? x : x + alpha_log2 * load(mask + at));
+  }
+  for (int64_t j = 0; j < k.count && k.attended < k.count; ++j) {
+    if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, static_cast<T>(-__builtin_inf()));
+  }
 }
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

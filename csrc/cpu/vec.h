@@ -117,6 +117,20 @@ inline T sum_lanes(Vec<T> v) {
   return x[0];
 }
 
+// Sum of a few vectors, by halves: no addition waits for more than it must.
+template <class V, int N>
+inline V sum_of(const V (&v)[N]) {
+  V x[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = v[i];
+#pragma GCC unroll 8
+  for (int n = N / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  }
+  return x[0];
+}
+
 // One stage of a transpose: a and b exchange lanes so that a takes the even blocks of `Stride` lanes of both, b the odd ones.
 template <class T, int Stride>
 inline void exchange(Vec<T>& a, Vec<T>& b) {

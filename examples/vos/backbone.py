@@ -40,15 +40,13 @@ class TimmBackbone(nn.Module):
             raise ImportError(f"backbone {name!r} is timm's: pip install timm") from error
         size = {"img_size": (height or 224, height or 224), "strict_img_size": False} if name.startswith("swin") else {}
         self.body = timm.create_model(name, pretrained=pretrained, features_only=True, **size)
+        self.channels_last = self.body.output_fmt == "NHWC"
         wanted = [i for i, stride in enumerate(self.body.feature_info.reduction()) if stride in (4, 8, 16)]
         self.wanted, self.channels = wanted, [self.body.feature_info.channels()[i] for i in wanted]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.body(image)
-        return [
-            x if x.shape[1] == channels else x.movedim(-1, 1)
-            for x, channels in zip((maps[i] for i in self.wanted), self.channels, strict=True)
-        ]
+        return [maps[i].movedim(-1, 1) if self.channels_last else maps[i] for i in self.wanted]
 
 
 class FeaturePyramid(nn.Module):

@@ -13,14 +13,15 @@ from .synthetic import PALETTE
 
 
 def overlay(image: Tensor, label: Tensor) -> Image.Image:
-    """image (3, H, W) in [0, 1], label int (H, W), 0 = background."""
-    picture = (image.movedim(0, -1).numpy() * 255).astype(np.uint8)
+    """image (3, H, W) in [0, 1], label int (H, W), 0 = background; tiny pictures come out larger."""
+    pixels = (image.movedim(0, -1).numpy() * 255).astype(np.uint8)
     colours = PALETTE[1 + (label.numpy() - 1) % (len(PALETTE) - 1)]
-    tinted = np.where((label > 0).numpy()[..., None], picture // 2 + colours // 2, picture)
+    tinted = np.where((label > 0).numpy()[..., None], pixels // 2 + colours // 2, pixels)
     for o in label.unique().tolist():
         if o:
             tinted[edges(label == o).numpy()] = 255
-    return Image.fromarray(tinted.astype(np.uint8))
+    picture, times = Image.fromarray(tinted.astype(np.uint8)), max(1, 192 // len(tinted))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 def save_pictures(folder: Path, name: str, images: list[Tensor], labels: list[Tensor]) -> None:
