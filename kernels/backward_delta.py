@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import TileConfig, block_of
 from .launch import launch, strides
-from .primitives import LOG2E, load_tile
+from .primitives import LOG2E, load_tile, nan_if_infinite
 
 TILE = TileConfig(block_m=16, block_n=1, num_warps=4, num_stages=1)  # 16 rows a program
 
@@ -53,7 +53,6 @@ def finish_rows(
 ):  # fmt: skip
     """Store lse in base 2, <dO, O> less dL as delta, and the block's sum of mbar * dL. dl_ptr: of this (batch, head)."""
     row_ok = offs_m < Nq
-    lse_log2 = tl.where(lse_log2 == float("inf"), float("nan"), lse_log2)  # a score of +inf: all its row is NaN, as in plain torch
     if HAS_DLSE:
         dl = tl.load(dl_ptr + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
         delta -= dl
@@ -66,7 +65,7 @@ def finish_rows(
 @triton.jit
 def store_rows(rows_ptr, lse_log2, delta, dead, offs_m, row_ok):
     """Store a block of rows. rows_ptr: of this (batch, head)."""
-    tl.store(rows_ptr + 2 * offs_m, tl.where(dead, float("inf"), lse_log2), mask=row_ok)
+    tl.store(rows_ptr + 2 * offs_m, tl.where(dead, float("inf"), nan_if_infinite(lse_log2)), mask=row_ok)
     tl.store(rows_ptr + 2 * offs_m + 1, tl.where(dead, 0.0, delta), mask=row_ok)
 
 

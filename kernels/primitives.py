@@ -109,13 +109,19 @@ def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def nan_if_infinite(lse_log2):
+    """A row's lse, to rebuild P from: a score of +inf makes all the row NaN, as in plain torch, where exp(S - L) would be 0."""
+    return tl.where(lse_log2 == float("inf"), float("nan"), lse_log2)
+
+
+@triton.jit
 def probabilities(
     q, k, m, live, lse, scale, alpha, HAS_MASK: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """P = exp(S - L) of a query and a key block, reference.py (2): exactly 0 where the key is not live, dead rows (lse = -inf) included."""
     qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
     s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
-    return tl.where(live[None, :], tl.exp2(s - (lse * LOG2E)[:, None]), 0.0)
+    return tl.where(live[None, :], tl.exp2(s - nan_if_infinite(lse * LOG2E)[:, None]), 0.0)
 
 
 @triton.jit

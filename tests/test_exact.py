@@ -159,18 +159,31 @@ def test_a_query_with_keys_that_all_score_minus_infinity_is_nan_as_in_plain_torc
         assert results[name].isnan().any()
 
 
+def set_infinite_scores(mask):
+    mask[1, 1:, [5, 250]] = float("inf")
+    mask[1, 2, 200] = float("nan")
+
+
 @pytest.mark.parametrize("Nq", [3, 40])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_a_query_with_a_score_of_plus_infinity_is_nan_and_its_lse_infinite_as_in_plain_torch(backend, device, Nq, dropout_p):
     case = make_case(2, 2, Nq, 300, 8, with_lse=True, dropout_p=dropout_p, device=device)
     case = replace(case, alpha=case.alpha.abs())
-    case.mask[1, 1:, [5, 250]] = float("inf")
-    case.mask[1, 2, 200] = float("nan")
+    set_infinite_scores(case.mask)
     results, plainly = run(case, backend), run_plain(case)
     assert results["lse"][1, :, 1].eq(float("inf")).all() and results["lse"][1, :, 2].isnan().all()
     for name in results if dropout_p == 0 else ("out", "lse"):  # what is dropped may be selected out of a gradient, or NaN times 0
         assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
         assert torch.equal(results[name].isinf(), plainly[name].isinf()), name
+
+
+def test_a_map_with_scores_of_plus_infinity_is_nan_where_it_is_in_plain_torch(map_backend, device):
+    case = make_case(2, 2, 5, 300, 8, as_map=True, device=device)
+    case = replace(case, alpha=case.alpha.abs())
+    set_infinite_scores(case.mask)
+    results, plainly = run(case, map_backend), run_plain(case)
+    for name in results:
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
 
 
 @pytest.mark.parametrize("mask", ["uniform", "blob"])
