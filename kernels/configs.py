@@ -28,19 +28,20 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None  # per thread; ptxas settles for 32 in some kernels that need more than there are, unless told how many
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool | None]:
         """For the compiler. Contraction to fused multiply-adds is Triton's default, which 3.9 wants to hear said."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, "maxnreg": self.registers}
 
 
 T = TileConfig
 NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
-    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 4, 2), T(64, 16, 8, 2)),
+    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
-    ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 4, 2), T(64, 16, 8, 2)),
+    ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 16, 8, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
@@ -49,14 +50,14 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
     ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1), T(16, 16, 8, 1), T(16, 16, 16, 1)),
+    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), T(16, 16, 16, 1, 128)),
     ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1), T(32, 16, 16, 1)),
+    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1, 128), T(32, 16, 16, 1, 128)),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1)),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 16, 16, 1), T(64, 16, 16, 1), NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 16, 16, 1, 128), T(64, 16, 16, 1, 128), NONE),
     ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), NONE),
-    ("few_128", 80, 4): (T(128, 16, 16, 1), T(128, 16, 16, 1), NONE, NONE),
+    ("few_128", 80, 4): (T(128, 16, 16, 1, 128), T(128, 16, 16, 1, 128), NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
