@@ -15,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from vos import cycle, infer, losses, metrics, study, synthetic, train  # noqa: E402
+from vos import cost, cycle, infer, losses, metrics, study, synthetic, train  # noqa: E402
 from vos.batches import Batch, _other_view, sample  # noqa: E402
 from vos.config import CONFIGS, Config  # noqa: E402
 from vos.data import DataError, read_clip, read_clips  # noqa: E402
@@ -448,3 +448,10 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
     (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
+
+
+@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_cost", cost)])
+def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    rows = module.read(examples / "results" / f"{name}.csv")
+    assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
