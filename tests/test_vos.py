@@ -402,6 +402,7 @@ def test_inference_writes_scores_and_pictures(written, tmp_path, monkeypatch, ca
     assert len(list((tmp_path / "shown" / clip.name).glob("*.png"))) == 5
     with Image.open(tmp_path / "shown" / f"{clip.name}.gif") as gif:
         assert gif.n_frames == 5
+    assert Image.open(tmp_path / "shown" / "sheet.png").size == (5 * 48 * 4, 3 * 40 * 4)
     label = Image.open(tmp_path / "shown" / "labels" / clip.name / "00000.png")
     assert label.mode == "P" and label.tobytes() == Image.open(clip.annotations / "00000.png").tobytes()
 
