@@ -20,7 +20,7 @@ from .cycle import soft_masks
 from .data import Clip, read_clips
 from .metrics import Score, frame_scores, mean_scores
 from .model import VOS
-from .pictures import save_pictures
+from .pictures import save_pictures, save_sheet
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
     parser.add_argument("--split", default="val")
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where overlays, GIFs, labels and scores.csv go")
+    parser.add_argument("--out", type=Path, required=True, help="where overlays, GIFs, labels, sheet.png and scores.csv go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     model, config = load(a.checkpoint, a.device)
@@ -81,7 +81,12 @@ def main() -> None:
         writer.writerow(Score._fields)
         writer.writerows([*one[:3], f"{one.J:.4f}", f"{one.F:.4f}"] for one in scores)
     if scores:
+        of_clips = {name: mean_scores([one for one in scores if one.clip == name])[0] for name in {one.clip: None for one in scores}}
+        ranked = sorted(of_clips, key=of_clips.__getitem__, reverse=True)
+        shown = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+        save_sheet(a.out, shown)
         print("J&F {:.1f}  J {:.1f}  F {:.1f}".format(*mean_scores(scores)))
+        print("sheet.png: best, median and worst clip,", ", ".join(f"{name} {of_clips[name]:.1f}" for name in shown))
 
 
 if __name__ == "__main__":

@@ -35,3 +35,18 @@ def save_pictures(folder: Path, name: str, images: list[Tensor], labels: list[Te
         index.putpalette(PALETTE.ravel().tolist())
         index.save(folder / "labels" / name / f"{t:05}.png")
     overlays[0].save(folder / f"{name}.gif", save_all=True, append_images=overlays[1:], duration=120, loop=0)
+
+
+def save_sheet(folder: Path, names: list[str], columns: int = 5) -> None:
+    """folder/sheet.png: a row for each clip, of frames from its first overlay to its last."""
+    rows = []
+    for name in names:
+        overlays = sorted((folder / name).glob("*.png"))
+        chosen = [overlays[round(i * (len(overlays) - 1) / (columns - 1))] for i in range(columns)]
+        rows.append([Image.open(path) for path in chosen])
+    width, height = (max(getattr(row[0], side) for row in rows) for side in ("width", "height"))
+    sheet = Image.new("RGB", (columns * width, len(rows) * height), "white")
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            sheet.paste(picture, (c * width, r * height))
+    sheet.save(folder / "sheet.png")
