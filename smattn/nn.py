@@ -119,6 +119,9 @@ class HardMaskedAttention(_ProjectedAttention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, key_padding_mask: Tensor | None = None
     ) -> Tensor:
         """As SoftMaskedAttention.forward."""
+        if not isinstance(mask, Tensor) or mask.dim() not in (3, 4):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk), got {got}")
         attended = mask > 0.5
         present = attended
         if key_padding_mask is not None:

@@ -49,6 +49,7 @@ MANY_THREADS = {
     "wide": Call(16, 8, 64, 64, 256, threads=64),
     "double": Call(32, 8, 64, 64, 128, dtype="float64", threads=128),
     "self1k": Call(1, 8, 1024, 1024, 64, threads=128),
+    "half, much kept, one mask row": Call(4, 16, 1045, 1045, 48, dtype="float16", mask=(False, False, False), threads=64),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
 ARCHS = (80, 90)

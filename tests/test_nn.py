@@ -322,3 +322,12 @@ def test_autocast_leaves_mask_and_alpha_in_float32():
 
 def test_nn_is_there_with_the_package():
     assert smattn.nn.SoftMaskedAttention is SoftMaskedAttention
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.ones(7), torch.ones(3, 7)])
+def test_the_hard_twin_refuses_what_its_sibling_refuses(mask, padded):
+    module = HardMaskedAttention(WIDTH, 4)
+    x = torch.randn(2, 7, WIDTH)
+    with pytest.raises(ValueError, match="mask: expected"):
+        module(x[:, :3], x, x, mask, torch.zeros(2, 7, dtype=torch.bool) if padded else None)
