@@ -55,9 +55,8 @@ def soft_masked_attention(
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
         alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when mask is.
             Pass a tensor for what changes: torch.compile makes a new graph for each float, here and in scale and dropout_p.
-            A score past 2.3e38 (1.2e308 in float64) counts as infinite: the fused backends keep scores in base 2.
         mask_logits: reserved for M = sigmoid(mask_logits); not supported yet.
-        scale: factor on Q K^T, 1/sqrt(D) unless given.
+        scale: factor on Q K^T, 1/sqrt(D) unless given. A score past 2.3e38 (1.2e308 in float64) may count as infinite: kept in base 2.
         dropout_p: probability, in [0, 1), of dropping an attention weight; the others are scaled by 1/(1 - dropout_p).
         key_padding_mask: bool (B, Nk), True = padding, not attended (nn.MultiheadAttention's convention). Padded keys may hold NaN;
             a query with no key left gives zeros, lse = -inf and zero gradients.
