@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .autograd import AttentionMap, SoftMaskedAttention, call, what_backward_reads
-from .problem import acc_dtype, validate
+from .backends import resolve
+from .problem import acc_dtype, describe, validate
 
 
 @overload
@@ -82,7 +83,7 @@ def soft_masked_attention(
     alpha_h = _per_head(alpha, query)
     out, lse = call(
         SoftMaskedAttention, query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
-        draw_seed(query.device) if dropout_p > 0 else None,
+        _seed(query, key, value, mask, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
         _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "",
     )[:2]  # fmt: skip
@@ -135,6 +136,15 @@ def attention_map(
 def draw_seed(device: torch.device) -> Tensor:
     """One call's dropout seed, int64 (1,), from torch's generator: a tensor, so that compile, checkpointing and CUDA graphs replay it."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _seed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, dropout_p: float, backend: str | None
+) -> Tensor:  # fmt: skip
+    """draw_seed, but a backend that was named and cannot run the call refuses before the generator has moved."""
+    if backend and not torch.compiler.is_compiling():
+        resolve(describe(query, key, value, _four_axes(mask), None, key_padding_mask, 1.0, float(dropout_p), False), backend, "forward")
+    return draw_seed(query.device)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def test_nothing_runs_before_a_refusal(monkeypatch):
     monkeypatch.setattr(ops, "forward", lambda *_: ran.append("forward"))
     monkeypatch.setattr(ops, "attention_map", lambda *_: ran.append("attention_map"))
     state = torch.get_rng_state()
-    for changes, error, _ in REFUSED:
+    for changes, error, _ in [*REFUSED, (dict(backend="cuda"), ValueError, "")]:
         refusal(attention, dict(dropout_p=0.5) | changes, error)
     assert ran == [] and torch.equal(torch.get_rng_state(), state)
 
