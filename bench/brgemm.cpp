@@ -15,7 +15,9 @@ using namespace smattn::cpu::SMATTN_LEVEL;
 // a lies [rows][steps], or by step where it is transposed.
 template <class E>
 static void products(const E* a, const E* b, float* c, int64_t rows, int64_t columns, int64_t steps, bool transposed, int64_t times) {
-  const auto keep = [&](int64_t r, int64_t v, Vec<float> x) { store(c + r * columns + v * kLanes<float>, x); };
+  const auto keep = [&]<int N>(int64_t r, int64_t v, const Vec<float>(&sums)[N]) {
+    for (int i = 0; i < N; ++i) store(c + r * columns + (v + i) * kLanes<float>, sums[i]);
+  };
   const Vectors<E> vectors = {b, columns};
   for (int64_t n = 0; n < times; ++n) {
     if (transposed) {
