@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only these")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")
     parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, not the best")
-    parser.add_argument("--seconds", type=float, default=0.6, help="time budget of one contestant in one cell (default 0.6)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     args = parser.parse_args()
 
     everything = args.full or args.device != "cpu"
