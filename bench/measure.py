@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from harness import Cell, Step, bind, cache_flush, extra_bytes, time_interleaved, timing, warm_up
@@ -47,14 +48,20 @@ def measure_cell(
     cold = time_interleaved(calls, job.device, job.seconds / 2, cache_flush(job.device)) if cell.also_cold else {}
     quiet += time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
     job.matmul_ms = timing(quiet).median_ms
-    for contestant in contestants:
-        name, extra = contestant.name, None
-        reason = refused.get(name)
-        if reason is None:
-            try:
-                extra = extra_bytes(contestant, cell)
-            except (RuntimeError, OSError) as error:
-                reason = f"memory not measured: {error}"
+
+    def memory(contestant: Contestant) -> tuple[int | None, str | None]:
+        if reason := refused.get(contestant.name):
+            return None, reason
+        try:
+            return extra_bytes(contestant, cell), None
+        except (RuntimeError, OSError) as error:
+            return None, f"memory not measured: {error}"
+
+    both_fit = torch.device(job.device).type == "cpu" and 2 * _score_bytes(cell) < _free_memory()
+    with ThreadPoolExecutor(2 if both_fit else 1) as pool:  # on a CPU each has a process of its own
+        memories = list(pool.map(memory, contestants))
+    for contestant, (extra, reason) in zip(contestants, memories, strict=True):
+        name = contestant.name
         job.add(cell, name, samples.get(name), extra, reason)
         if name in cold:
             job.add(cell, name, cold[name], skipped=reason, cache=COLD)
@@ -67,8 +74,7 @@ def why_not(contestant: Contestant, cell: Cell) -> str | None:
     kind = torch.device(cell.device).type
     if cell.direction == BOTH and kind in contestant.forward_only_on:
         return f"has no backward on a {kind.upper()}"
-    B, H, Nq, Nk, _ = cell.shape
-    needed = SCORE_TENSORS[cell.direction] * 4 * B * H * Nq * Nk
+    needed = _score_bytes(cell)
     free = torch.cuda.mem_get_info()[0] if kind == "cuda" else _free_memory()
     if contestant.holds_scores and needed > free:
         return f"may need {needed / 1e9:.0f} GB for its score tensors, {free / 1e9:.0f} GB are free"
@@ -79,6 +85,11 @@ def matmul_call(dtype: torch.dtype, device: str) -> Callable[[], object]:
     a = torch.randn(SIDE, SIDE, device=device).to(dtype)
     out = torch.mm(a, a)
     return lambda: torch.mm(a, a, out=out)
+
+
+def _score_bytes(cell: Cell) -> int:
+    B, H, Nq, Nk, _ = cell.shape
+    return SCORE_TENSORS[cell.direction] * 4 * B * H * Nq * Nk
 
 
 def _free_memory() -> int:
