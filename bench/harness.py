@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -178,12 +179,23 @@ def _goes_on(reps: int, used: float, seconds: float) -> bool:
 
 def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     """Peak memory of one call beyond inputs, outputs and gradients. RuntimeError when it could not be measured."""
-    if torch.device(cell.device).type == "cuda":
-        return _extra_on_cuda(contestant, cell)
+    return peak_beyond_results(partial(_call_and_warm_up, contestant, cell), cell.device)
+
+
+def _call_and_warm_up(contestant: Contestant, cell: Cell) -> tuple[Step, Step]:
+    attend = contestant.ready()
+    call = bind(attend, cell.case(), cell.direction)
+    return call, call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction)
+
+
+def peak_beyond_results(make: Callable[[], tuple[Step, Step]], device: str) -> int:
+    """Peak memory of a call beyond what was there before and what it returns: `make`, picklable, gives the call and its warm-up."""
+    if torch.device(device).type == "cuda":
+        return _peak_on_cuda(make()[0])
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch and run nothing
     context.set_forkserver_preload(["torch", "smattn.testing"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_extra_on_cpu, args=(sender, contestant, cell, torch.get_num_threads()))
+    process = context.Process(target=_peak_on_cpu, args=(sender, make, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
@@ -198,12 +210,10 @@ def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     return answer
 
 
-def _extra_on_cpu(sender: Connection, contestant: Contestant, cell: Cell, threads: int) -> None:
+def _peak_on_cpu(sender: Connection, make: Callable[[], tuple[Step, Step]], threads: int) -> None:
     try:
         torch.set_num_threads(threads)
-        attend, case = contestant.ready(), cell.case()
-        call = bind(attend, case, cell.direction)
-        warm = call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction)
+        call, warm = make()
         warm()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -222,8 +232,7 @@ def _status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def _extra_on_cuda(contestant: Contestant, cell: Cell) -> int:
-    call = bind(contestant.ready(), cell.case(), cell.direction)
+def _peak_on_cuda(call: Step) -> int:
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

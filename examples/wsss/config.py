@@ -12,6 +12,7 @@ class Config:
     width: int = 96
     depth: int = 3
     heads: int = 6
+    mlp: int = 2  # the hidden width, in widths
     register: bool = True  # one more token, which belongs to no class
     timm: str | None = None  # the name of a timm ViT of the same width, depth and patch whose weights to begin with
     masking_rate: float = 0.5  # of the tokens of absent classes, in training
@@ -43,6 +44,6 @@ class Config:
 CONFIGS = {
     "small": Config(),
     "paper": Config(
-        size=512, patch=16, width=768, depth=12, heads=16, timm="vit_base_patch16_224", batch=8, steps=40_000, lr=2e-5, warmup=1000,
+        size=512, patch=16, width=768, depth=12, heads=16, mlp=4, timm="vit_base_patch16_224", batch=8, steps=40_000, lr=2e-5, warmup=1000,
     ),
 }  # fmt: skip

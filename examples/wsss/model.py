@@ -79,9 +79,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(config)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(width, 4 * width))
+        self.mlp.add_module("fc1", nn.Linear(width, config.mlp * width))
         self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(4 * width, width))
+        self.mlp.add_module("fc2", nn.Linear(config.mlp * width, width))
 
     def forward(self, x: Tensor, rows: int, all_heads: bool) -> tuple[Tensor, Tensor]:
         attended, maps = self.attn(self.norm1(x), rows, all_heads)

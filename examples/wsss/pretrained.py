@@ -1,4 +1,4 @@
-"""timm's weights for a ViT with class tokens: the layers as they are, one class token as the start of all, positions resized to the grid."""
+"""timm's weights for a ViT with class tokens: the layers as they are, the class token as the start of all, positions resized."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
     shared = {key for key in ours if key.startswith(("patch_embed.", "blocks.", "norm.")) and "gates" not in key}
     wrong = sorted(shared ^ set(theirs)) or sorted(key for key in shared if ours[key].shape != theirs[key].shape)
     if wrong:
-        raise ValueError(f"{name}: not a ViT of width {model.config.width}, patch {model.config.patch} and depth {model.config.depth}: {wrong[0]}")
+        c = model.config
+        raise ValueError(f"{name}: not a ViT of width {c.width}, patch {c.patch} and depth {c.depth}: {wrong[0]}")
     model.load_state_dict(theirs, strict=False)
-    prefix, side = len(positions) % int(len(positions) ** 0.5) ** 2, int(len(positions) ** 0.5)
+    side = int(len(positions) ** 0.5)
+    prefix = len(positions) - side**2  # the class token's
     of_patches = positions[prefix:].mT.unflatten(-1, (side, side))[None]
     grid = model.config.grid
     model.pos_embed.copy_(F.interpolate(of_patches, (grid, grid), mode="bicubic").flatten(2)[0].mT)

@@ -30,7 +30,7 @@ class Thresholds(NamedTuple):
     high: float  # where a class is above: that class
 
 
-CHOICES = tuple(Thresholds(share * high, high) for high in (0.8, 1.0, 1.2, 1.5, 1.8, 2.2) for share in (0.7, 0.85, 1.0))
+CHOICES = tuple(Thresholds(share * high, high) for high in (1.0, 1.4, 1.8, 2.2, 2.6, 3.0) for share in (0.7, 0.85, 1.0))
 CHOSEN_ON = 200  # training images
 
 

@@ -49,20 +49,13 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=config.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_and_cosine(step, config))
 
-    def batch(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, size, size) in [0, 1], each mirrored or not, and present bool (B, C)."""
-        config = self.run.config
-        scenes = [self.data.scenes[i] for i in torch.randint(len(self.data), (config.batch,), generator=g).tolist()]
-        mirror = torch.rand(config.batch, generator=g) < 0.5
-        images = torch.stack([scene.image(config.size) for scene in scenes]).to(self.device).float() / 255
-        images = torch.where(mirror[:, None, None, None].to(self.device), images.flip(-1), images)
-        return images, torch.stack([scene.present() for scene in scenes]).to(self.device)
-
     def advance(self) -> tuple[float, ...]:
         """One step; the row of the log."""
         config = self.run.config
         g = torch.Generator().manual_seed(1_000_003 * self.run.seed + self.step)
-        images, present = self.batch(g)
+        images, chosen, _ = batch_of(self.data, config.batch, config.size, g)
+        present = torch.stack([self.data.scenes[i].present() for i in chosen.tolist()])
+        images, present = images.to(self.device), present.to(self.device)
         torch.manual_seed(int(torch.randint(2**62, (), generator=g)))  # what the model draws: gates and masking
         self.model.train()
         logits, maps = self.model(images, present, with_maps=config.diversity > 0)
@@ -97,6 +90,14 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+
+
+def batch_of(data: Scenes, count: int, size: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (count, 3, size, size) in [0, 1], which of the set they are (count,), and which are mirrored, bool (count,)."""
+    chosen = torch.randint(len(data), (count,), generator=g)
+    mirror = torch.rand(count, generator=g) < 0.5
+    images = torch.stack([data.scenes[i].image(size) for i in chosen.tolist()]).float() / 255
+    return torch.where(mirror[:, None, None, None], images.flip(-1), images), chosen, mirror
 
 
 def parameter_groups(model: ViT) -> list[dict]:
