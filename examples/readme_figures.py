@@ -9,6 +9,7 @@ from pathlib import Path
 
 import learn_mask
 from vos import cost, study
+from wsss import study as ablation
 
 HERE = Path(__file__).parent
 
@@ -27,6 +28,7 @@ def main() -> None:
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
     for name, module in (("vos_synthetic", study), ("vos_cost", cost)):
         put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
+    put(HERE / "wsss" / "README.md", "wsss_synthetic", ablation.table(ablation.read(results / "wsss_synthetic.csv")))
 
 
 if __name__ == "__main__":

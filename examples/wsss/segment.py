@@ -18,7 +18,7 @@ from .evaluate import score
 from .pseudo_masks import save_masks
 from .train import batch_of
 
-WIDTH, BATCH, STEPS, LR = 24, 16, 600, 3e-3
+WIDTH, BATCH, STEPS, LR = 16, 16, 300, 3e-3
 
 
 class Network(nn.Module):

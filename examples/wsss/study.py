@@ -2,7 +2,7 @@
 
     python -m wsss.study --data scenes --out results/wsss_synthetic     # from the folder examples/
 
-Rows that the CSV already has are not computed again: a study that was stopped goes on. Thresholds are chosen for each run on training images;
+Rows that the CSV already has are not computed again: a study that was stopped goes on. Each run has its thresholds from training images;
 all scores are of the val split.
 """
 
