@@ -1,9 +1,9 @@
 """Class-token maps of a whole vision transformer, beside attention matrices that are kept for them: `python bench/token_maps.py`
 
-LAYERS layers of attention with queries, keys and values of their own, and the attention of the first CLASSES tokens, mean over heads and
-summed over layers. Forward, and forward with the gradients that a loss on outputs and map sends back. Outputs and gradients are results:
-memory is what is needed beyond them. Every backend is checked against float64 before it is timed, and the contestants against each other.
-Writes bench/results/<date>-<device>-token-maps.jsonl, and a table beside it.
+LAYERS layers of attention with queries, keys and values of their own, in the shape of a named workload but for IMAGES images, and of each
+the attention of the first CLASSES tokens, mean over heads, summed over layers. Forward, and forward with the gradients that a loss on
+outputs and map sends back. Outputs and gradients are results: memory is what is needed beyond them. smattn is checked against float64
+before it is timed, and the contestants against each other. Writes bench/results/<date>-<device>-token-maps.jsonl, and a table beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from validate import Validation, fitting, validate_case
 import smattn
 from smattn.testing import WORKLOADS, Workload, make_case
 
-LAYERS, CLASSES = 12, 20
+LAYERS, CLASSES, IMAGES = 12, 20, 1
 NAMES = ("vit_cls_d48", "vit_cls")
 Layers = tuple[Tensor, Tensor, Tensor]  # query, key, value, each (LAYERS, B, H, N, D)
 Contestant = Callable[[Layers], tuple[list[Tensor], Tensor]]  # the outputs, and the map (B, CLASSES, N)
@@ -210,7 +210,8 @@ def main() -> None:
     for name in NAMES:
         errors = check(name, backend, args.device)
         for direction in (FORWARD, BOTH):
-            quiet += measure(job, Stage(WORKLOADS[name], direction, args.device), contestants, f"{OURS}{backend}", errors)
+            stage = Stage(replace(WORKLOADS[name], B=IMAGES), direction, args.device)
+            quiet += measure(job, stage, contestants, f"{OURS}{backend}", errors)
     job.add_matmul(torch.float32, quiet)
     path = job.path("token-maps")
     write(job.rows, path)

@@ -157,6 +157,7 @@ def test_masking_never_masks_a_present_class_and_absent_ones_at_the_rate():
 def test_masking_is_of_training_alone():
     torch.manual_seed(0)
     vit = model.ViT(dataclasses.replace(TINY, masking_rate=1.0, gates=False), 6)
+    torch.nn.init.normal_(vit.head.weight)  # it starts at 0
     image, present = torch.rand(2, 3, 32, 32), torch.zeros(2, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match="present: expected bool"):
         vit(image)
@@ -220,6 +221,7 @@ def test_every_layer_calls_smattn_for_the_class_rows_alone(monkeypatch):
 def test_every_parameter_learns_gates_by_the_maps_too(written):
     torch.manual_seed(0)
     vit = model.ViT(TINY, 6)
+    torch.nn.init.normal_(vit.head.weight)  # it starts at 0
     logits, maps = vit(torch.rand(4, 3, 32, 32), torch.ones(4, 6, dtype=torch.bool))
     of_maps = torch.autograd.grad(losses.diversity(maps), [block.attn.gates.log_a for block in vit.blocks], retain_graph=True)
     assert any(gradient.any() for gradient in of_maps)

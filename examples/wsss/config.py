@@ -19,13 +19,13 @@ class Config:
     gates: bool = True  # a Hard-Concrete gate on every head
     sparsity: float = 0.01  # weight of the expected number of open heads
     gate_init: float = 1.0  # log_a of every gate at the start: open when above 0
-    gate_lr: float = 20.0  # times lr
+    gate_lr: float = 10.0  # times lr
     diversity: float = 0.1  # weight of the loss that keeps the maps of two classes apart
     batch: int = 32
-    steps: int = 900
+    steps: int = 700
     lr: float = 1e-3
     weight_decay: float = 0.05
-    warmup: int = 50  # steps of linear warm-up; cosine decay to 0 after
+    warmup: int = 30  # steps of linear warm-up; cosine decay to 0 after
 
     def __post_init__(self) -> None:
         if self.size % self.patch:

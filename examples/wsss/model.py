@@ -32,7 +32,7 @@ class ViT(nn.Module):
         self.extra_tokens = nn.Parameter(torch.randn(classes + config.register, width) * 0.02)  # position included: each has its own
         self.pos_embed = nn.Parameter(torch.randn(config.grid**2, width) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(classes * width, classes)  # every logit can read every class token: hence the masking
 
     def forward(self, image: Tensor, present: Tensor | None = None, with_maps: bool = True, all_heads: bool = False) -> Output:

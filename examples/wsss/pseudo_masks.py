@@ -31,7 +31,7 @@ class Thresholds(NamedTuple):
 
 
 CHOICES = tuple(Thresholds(share * high, high) for high in (1.0, 1.4, 1.8, 2.2, 2.6, 3.0) for share in (0.7, 0.85, 1.0))
-CHOSEN_ON = 200  # training images
+CHOSEN_ON = 100  # training images
 
 
 class Seen(NamedTuple):

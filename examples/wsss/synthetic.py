@@ -2,8 +2,8 @@
 
     python -m wsss.synthetic --out scenes     # from the folder examples/
 
-The classes of a pair are close in colour and mostly occur together: which of the two is where, only the scenes tell that show one without
-the other.
+The two classes of a pair are next in hue and occur together as often as not: which of them is where, only the scenes tell that show one
+without the other.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from .data import IGNORE
 
 CLASSES = ("stripes", "checks", "rings", "dots", "waves", "grain")  # pairs: 0 and 1, 2 and 3, 4 and 5
 PAIRS = len(CLASSES) // 2
-NEARBY = 0.12  # between the hues of a pair
-TOGETHER = 0.7  # the probability that a pair that occurs does so with both its classes
+TOGETHER = 0.5  # the probability that a pair that occurs does so with both its classes
 
 
 def voc_palette() -> np.ndarray:
@@ -83,7 +82,7 @@ def _texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator)
 
 
 def _colours(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]:
-    hue = (label // 2) / PAIRS + NEARBY * (label % 2) + rng.normal(0, 0.025)
+    hue = label / len(CLASSES) + rng.normal(0, 0.025)
     light, dark = (colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 0.9), value) for value in (rng.uniform(0.8, 1), rng.uniform(0.2, 0.4)))
     return np.array(light), np.array(dark)
 
