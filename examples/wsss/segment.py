@@ -18,7 +18,7 @@ from .evaluate import score
 from .pseudo_masks import save_masks
 from .train import batch_of
 
-WIDTH, BATCH, STEPS, LR = 16, 16, 300, 3e-3
+WIDTH, BATCH, STEPS, LR = 16, 16, 200, 1e-2
 
 
 class Network(nn.Module):
@@ -45,7 +45,7 @@ class Network(nn.Module):
 def _two_convolutions(width: int, to: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for channels in (width, to):
-        layers += [nn.Conv2d(channels, to, 3, padding=1, bias=False), nn.GroupNorm(8, to), nn.ReLU()]
+        layers += [nn.Conv2d(channels, to, 3, padding=1, bias=False), nn.BatchNorm2d(to), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
