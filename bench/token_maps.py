@@ -194,6 +194,15 @@ probabilities beside it. Every row is in [{path.name}]({path.name}).
     return path.with_suffix(".md")
 
 
+def section(path: Path, folder: str) -> str:
+    """The table of a result file for a README from where `folder` has it, and where it comes from."""
+    rows = read(path)
+    about, report = rows[0], path.with_suffix(".md").name
+    return f"""{table(rows)}
+
+{about.device}: by `{about.command}` at commit {about.commit}; [report]({folder}/{report}); rows: [{path.name}]({folder}/{path.name})."""
+
+
 def shapes(rows: list[Row]) -> list[tuple[str, tuple[int, ...]]]:
     return list({row.workload: row.shape for row in rows if row.workload != MATMUL}.items())
 

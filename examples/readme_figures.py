@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import learn_mask
+import wsss.study
 from vos import cost, study
-from wsss import study as ablation
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+BENCH = HERE.parent / "bench"
+sys.path.append(str(BENCH))
+
+import token_maps  # noqa: E402
 
 
 def put(readme: Path, name: str, content: str) -> None:
@@ -28,7 +33,9 @@ def main() -> None:
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
     for name, module in (("vos_synthetic", study), ("vos_cost", cost)):
         put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
-    put(HERE / "wsss" / "README.md", "wsss_synthetic", ablation.table(ablation.read(results / "wsss_synthetic.csv")))
+    put(HERE / "wsss" / "README.md", "wsss_synthetic", wsss.study.table(wsss.study.read(results / "wsss_synthetic.csv")))
+    newest = max((BENCH / "results").glob("*-token-maps.jsonl"))
+    put(HERE / "wsss" / "README.md", "token_maps", token_maps.section(newest, "../../bench/results"))
 
 
 if __name__ == "__main__":
