@@ -56,12 +56,13 @@ class ViT(nn.Module):
 
     def expected_open(self) -> Tensor:
         """The number of heads that the penalty counts, all layers together."""
-        gated = [block.attn.gates.expected_open() for block in self.blocks if block.attn.gates is not None]
-        return torch.stack(gated).sum() if gated else self.head.weight.new_zeros(())
+        expected = [module.expected_open() for module in self.modules() if isinstance(module, HardConcrete)]
+        return torch.stack(expected).sum() if expected else self.head.weight.new_zeros(())
 
     def open_heads(self) -> list[int]:
         """In each layer."""
-        return [self.config.heads if block.attn.gates is None else int(block.attn.gates.open().sum()) for block in self.blocks]
+        layers = [module for module in self.modules() if isinstance(module, Attention)]
+        return [layer.heads if layer.gates is None else int(layer.gates.open().sum()) for layer in layers]
 
 
 def masked(tokens: Tensor, present: Tensor, rate: float) -> Tensor:
