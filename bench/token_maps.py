@@ -200,6 +200,7 @@ def section(path: Path, folder: str) -> str:
     about, report = rows[0], path.with_suffix(".md").name
     return f"""{table(rows)}
 
+{calibration(rows)}
 {about.device}: by `{about.command}` at commit {about.commit}; [report]({folder}/{report}); rows: [{path.name}]({folder}/{path.name})."""
 
 

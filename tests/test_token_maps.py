@@ -62,3 +62,8 @@ def test_rows_become_a_report(tmp_path, monkeypatch):
     text = token_maps.write_report(tmp_path / "a-token-maps.jsonl").read_text()
     assert [line.count("|") for line in text.splitlines() if "| smattn/cpu |" in line] == [7, 7]
     assert text.count("| stacked |") == 2 and "vit_cls 1 2 48 48 8" in text and "torch.mm, float32" in text
+
+
+def test_the_table_of_the_readme_is_that_of_the_newest_committed_rows():
+    newest = max((ROOT / "bench" / "results").glob("*-token-maps.jsonl"))
+    assert token_maps.section(newest, "../../bench/results") in (ROOT / "examples" / "wsss" / "README.md").read_text()

@@ -434,3 +434,9 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     assert [row[:2] for row in rows] == [("full", 0), ("full", 1), ("masking 0", 0), ("masking 0", 1)]
     assert [str(row) for row in before] == [str(rows[0]), str(rows[2])] and rows[0].heads == 6
     assert (tmp_path / "out" / "found.png").exists() and Image.open(tmp_path / "runs" / "full-0" / "sheet.png").height == 3 * 146
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows():
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    rows = study.read(examples / "results" / "wsss_synthetic.csv")
+    assert rows and study.table(rows) in (examples / "wsss" / "README.md").read_text()
