@@ -56,14 +56,14 @@ struct QueryTiles {
     if (b == batch && h == head && first == q.first) return;
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
-    read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
+    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
     if constexpr (kPack<E> == 1) {
       for (int64_t i = 0; i < q.count * row_elements<E>(n.D); ++i) query_rows[i] *= static_cast<T>(t.scores.scale);
     }
-    query_steps = by_step(RowMajor<E>{query_rows, row_elements<E>(n.D)}, q.count, n.D, const_cast<E*>(query_steps.data));
+    query_steps = by_step(queries, q.count, n.D, const_cast<E*>(query_steps.data));
     if (t.value.data != nullptr) {
-      read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
-      dout_steps = by_step(RowMajor<E>{dout_rows, row_elements<E>(n.Dv)}, q.count, n.Dv, const_cast<E*>(dout_steps.data));
+      const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
+      dout_steps = by_step(douts, q.count, n.Dv, const_cast<E*>(dout_steps.data));
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
     for (int64_t i = 0; i < q.lanes; ++i) {

@@ -109,17 +109,25 @@ inline T alpha_of(const Scores& s, int64_t h) {
   return s.alpha == nullptr ? T(0) : static_cast<const T*>(s.alpha)[h * s.alpha_stride];
 }
 
-// A block of rows of query or dout times `factor` (1 for pairs): as they are, and transposed, [size][lane]. Rows beyond the last are 0.
+// A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows, pairs as they lie where that
+// can be read directly, else copied to `copies`. Rows beyond the last are 0.
 template <class E>
-inline void read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor, E* rows,
-                         E* columns) {
-  const int64_t stride = row_elements<E>(size);
-  copy_rows<E>(rows_of(t, b, h, q.first), q.count, size, rows);
-  fill<E>(rows + q.count * stride, (q.lanes - q.count) * stride, E(0));
-  transpose_block<E>(rows, stride, q.lanes, packed<E>(size), columns, q.lanes);
+inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor,
+                                E* copies, E* columns) {
+  const Strided from = rows_of(t, b, h, q.first);
+  RowMajor<E> rows = {copies, row_elements<E>(size)};
+  const bool whole = q.count == q.lanes && from.column_stride == 1 && from.row_stride % kPack<E> == 0 && size % (kPack<E> * kLanes<E>) == 0;
+  if (kPack<E> > 1 && whole) {
+    rows = {reinterpret_cast<const E*>(static_cast<const BFloat16*>(from.data) + from.offset), from.row_stride / kPack<E>};
+  } else {
+    copy_rows<E>(from, q.count, size, copies);
+    fill<E>(copies + q.count * rows.stride, (q.lanes - q.count) * rows.stride, E(0));
+  }
+  transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), columns, q.lanes);
   if constexpr (kPack<E> == 1) {
     for (int64_t i = 0; i < size * q.lanes; ++i) columns[i] *= factor;
   }
+  return rows;
 }
 
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
