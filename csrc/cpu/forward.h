@@ -139,8 +139,9 @@ class Forward {
   }
 
  private:
-  // Whether the unrounded output is asked for, and rounding the probabilities would be in it: backward's delta must not differ from P*dP.
-  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr; }
+  // Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
+  // output, must then not differ from P*dP. Where M is bfloat16 as well its own rounding, times alpha, is more than that of P.
+  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr && s_.mask.data != nullptr && s_.mask.dtype != s_.dtype; }
 
   void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
     for (int64_t i = 0; i < q.count; ++i) {
