@@ -144,6 +144,20 @@ def test_a_list_of_clips_that_is_wrong(data, content, says):
         read_clips(data, "train")
 
 
+@pytest.mark.parametrize("command", [train, infer, study])
+def test_a_command_says_in_one_line_what_is_wrong_with_the_data(data, tmp_path, monkeypatch, command):
+    train.Trainer(train.Run(TINY), read_clips(data, "train")).save(tmp_path / "checkpoint.pt")
+    path = missing_first(*paths(data, "val-000"))
+    arguments = ["command", "--data", data, "--out", tmp_path / "out"]
+    arguments += {train: [], infer: ["--checkpoint", tmp_path / "checkpoint.pt"], study: []}[command]
+    if command is train:
+        path.parents[3].joinpath("ImageSets", "2017", "train.txt").write_text("val-000")
+    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == f"{path}: no annotation"
+
+
 def test_training_reads_no_annotation_but_the_first(data):
     for name in ("train-000", "train-001", "train-002"):
         for path in paths(data, name)[1].glob("*.png"):
@@ -253,17 +267,19 @@ def test_every_parameter_learns(batch):
 
 
 class FakeTimm(torch.nn.Module):
-    """As timm's features_only models are: maps at strides 2 to 32, channels last, and what they are."""
+    """As timm's features_only models are: chosen ones of the maps at strides 2 to 32, or at 16 alone, channels last, and what they are."""
 
     output_fmt = "NHWC"
 
     class feature_info:
-        reduction = staticmethod(lambda: [2, 4, 8, 16, 32])
-        channels = staticmethod(lambda: [8, 16, 24, 40, 48])
+        reduction = staticmethod(lambda: FakeTimm.strides)
+        channels = staticmethod(lambda: [16, 24, 40])
 
     @classmethod
-    def create_model(cls, name, pretrained, features_only, **options):
-        assert features_only and name == "some_model" and not options
+    def create_model(cls, name, pretrained, features_only, out_indices, **options):
+        assert features_only and not options
+        strides = {"some_model": [2, 4, 8, 16, 32], "flat_model": [16] * 5}[name]
+        cls.strides = [strides[i] for i in out_indices]
         return cls()
 
     def forward(self, image):
@@ -282,6 +298,8 @@ def test_a_backbone_of_timm(monkeypatch):
     assert coarse.shape == (2, 16, 8, 12) and fine.shape == (2, 16, 16, 24)
     with pytest.raises(ValueError, match="stride: expected 8"):
         VOS(dataclasses.replace(config, stride=4))
+    with pytest.raises(ValueError, match=r"backbone 'flat_model': expected maps at strides 4, 8 and 16, got \[16, 16, 16\]"):
+        VOS(dataclasses.replace(config, backbone="flat_model"))
 
 
 # training

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .batches import resized, resized_mask
 from .config import Config
 from .cycle import soft_masks
-from .data import Clip, read_clips
+from .data import Clip, read_clips, said_in_one_line
 from .metrics import Score, frame_scores, mean_scores
 from .model import VOS
 from .pictures import save_pictures, save_sheet
@@ -62,6 +62,7 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     return model, config
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .config import CONFIGS, Config
-from .data import Clip, read_clips
+from .data import Clip, read_clips, said_in_one_line
 from .infer import propagate, score
 from .metrics import Score, mean_scores
 from .train import Run, Trainer, train
@@ -111,6 +111,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
