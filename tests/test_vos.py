@@ -355,6 +355,14 @@ def test_inference_keeps_the_annotated_frame_and_a_history(written, monkeypatch)
     assert [len(memory) for memory in read] == [1, 2, 3, 3] and len({memory[0] for memory in read}) == 1
 
 
+def test_frames_are_resized_for_the_network_and_labels_are_as_large_as_the_clip(written):
+    clip, config = read_clips(written, "val")[0], dataclasses.replace(TINY, height=24)
+    batch = sample([clip], config, 1.0, torch.Generator().manual_seed(0))
+    assert batch.images.shape[-2:] == batch.mask.shape[-2:] == (24, 32)  # of 40 x 48: to the nearest multiples of 8
+    labels = infer.propagate(VOS(config), clip, config)
+    assert len(labels) == len(clip) and {label.shape for label in labels} == {(40, 48)}
+
+
 def test_the_papers_sizes_are_a_configuration():
     paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not a need
     model = VOS(paper)
