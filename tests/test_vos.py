@@ -9,13 +9,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from vos import cost, cycle, infer, losses, study, synthetic, train  # noqa: E402
+from vos import cost, cycle, infer, losses, search, study, synthetic, train  # noqa: E402
 from vos.batches import Batch, _other_view, sample  # noqa: E402
 from vos.config import CONFIGS, Config  # noqa: E402
 from vos.data import DataError, read_clip, read_clips  # noqa: E402
@@ -47,6 +48,14 @@ def test_what_is_written_is_read(written):
         mask = clip.first_mask()
         assert mask.shape == (clip.objects, 40, 48) and mask.flatten(1).any(1).all() and mask.sum(0).max() == 1
         assert clip.image(0).shape == (3, 40, 48) and clip.annotated() == list(range(5))
+
+
+def test_objects_are_of_the_size_asked_for():
+    def area(size):
+        labels = [synthetic.clip(np.random.default_rng(i), 1, 64, 96, size)[1][0] for i in range(8)]
+        return sum((label > 0).sum() / label.max() for label in labels)  # of an object
+
+    assert 0.15 < area(0.5) / area(1) < 0.4
 
 
 def paths(data, name="train-001"):
@@ -388,6 +397,20 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     rows = study.read(tmp_path / "out" / "found.csv")
     assert trained == ["soft-1"] and rows[: len(before)] == before and len(rows) == len(before) + 1 + 3
     assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
+
+
+def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "SETTINGS", {"nothing at all": (dataclasses.replace(TINY, steps=1), "long", 1)})
+    out = tmp_path / "found.csv"
+    arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
+    search.write(out, earlier)
+    search.main()
+    found = search.read(out)
+    assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
+    gain = found[2].JF - found[3].JF
+    assert capsys.readouterr().out.strip().endswith(f"| +10.0, {gain:+.1f} |")
 
 
 def test_the_first_mask_copied_scores_what_it_overlaps(written):
