@@ -25,7 +25,7 @@ def put(readme: Path, name: str, content: str) -> None:
 def main() -> None:
     results = HERE / "results"
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
-    for name, module in (("vos_synthetic", study), ("vos_cost", cost)):
+    for name, module in (("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)):
         put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
 
 

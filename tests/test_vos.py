@@ -421,7 +421,7 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
 
 
-@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_cost", cost)])
+@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)])
 def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
     examples = Path(__file__).resolve().parents[1] / "examples"
     rows = module.read(examples / "results" / f"{name}.csv")

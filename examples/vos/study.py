@@ -104,7 +104,8 @@ def plot(rows: list[Row], path: Path) -> None:
         dots.plot([i] * len(JF), JF, "o", color=f"C{i}", alpha=0.6)
         dots.plot([i - 0.25, i + 0.25], [statistics.median(JF)] * 2, color=f"C{i}")
         frames = sorted({row.frame for row in own if row.frame >= 0})
-        course.plot(frames, [statistics.mean(row.JF for row in own if row.frame == t) for t in frames], color=f"C{i}", label=name)
+        JF = [statistics.mean(row.JF for row in own if row.frame == t) for t in frames]
+        course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # two may lie on one another
     dots.set(xticks=range(len(names)), xticklabels=names, ylabel="J&F, each seed and the median")
     course.set(xlabel="frame", ylabel="J&F, mean of the seeds")
     course.legend()
