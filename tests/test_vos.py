@@ -426,3 +426,10 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
     examples = Path(__file__).resolve().parents[1] / "examples"
     rows = module.read(examples / "results" / f"{name}.csv")
     assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
+
+
+def test_the_table_of_the_search_begins_with_the_comparison():
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    nothing, found = search.unchanged(study.read(examples / "results" / "vos_synthetic.csv")), search.read(examples / "results" / "vos_search.csv")
+    assert {one.setting for one in found} <= search.SETTINGS.keys()
+    assert search.table(nothing + found) in (examples / "vos" / "README.md").read_text()

@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from . import study
 from .config import Config
 from .data import Clip, read_clips, said_in_one_line
 from .infer import propagate, score
@@ -52,6 +53,11 @@ def read(path: Path) -> list[Found]:
         return []
     with open(path, newline="") as file:
         return [Found(line[0], line[1], int(line[2]), *map(float, line[3:])) for line in list(csv.reader(file))[1:]]
+
+
+def unchanged(rows: list[study.Row]) -> list[Found]:
+    """The comparison's own runs, to stand beside."""
+    return [Found("nothing", row.contestant, row.seed, row.JF, row.J, row.F) for row in rows if row.frame < 0]
 
 
 def write(path: Path, found: list[Found]) -> None:
