@@ -430,6 +430,7 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
 
 def test_the_table_of_the_search_begins_with_the_comparison():
     examples = Path(__file__).resolve().parents[1] / "examples"
-    nothing, found = search.unchanged(study.read(examples / "results" / "vos_synthetic.csv")), search.read(examples / "results" / "vos_search.csv")
+    results = examples / "results"
+    nothing, found = search.unchanged(study.read(results / "vos_synthetic.csv")), search.read(results / "vos_search.csv")
     assert {one.setting for one in found} <= search.SETTINGS.keys()
     assert search.table(nothing + found) in (examples / "vos" / "README.md").read_text()
