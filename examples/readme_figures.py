@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import learn_mask
-from vos import cost, study
+from vos import cost, search, study
 
 HERE = Path(__file__).parent
 
@@ -25,8 +25,13 @@ def put(readme: Path, name: str, content: str) -> None:
 def main() -> None:
     results = HERE / "results"
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
-    for name, module in (("vos_synthetic", study), ("vos_cost", cost)):
+    for name, module in (("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)):
         put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
+    put(HERE / "vos" / "README.md", "vos_search", search_table(results))
+
+
+def search_table(results: Path) -> str:
+    return search.table(search.unchanged(study.read(results / "vos_synthetic.csv")) + search.read(results / "vos_search.csv"))
 
 
 if __name__ == "__main__":
