@@ -1,6 +1,7 @@
 """A Hugging Face Mask2Former with soft masks: the original's weights, its output in the limit, and a gradient to every predicted mask."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +95,13 @@ def test_what_is_no_mask2former_or_is_soft_already_is_refused(original):
         soften_mask2former(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="soft already"):
         soften_mask2former(soften_mask2former(copy.deepcopy(original)))
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows(monkeypatch):
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    import mask2former_cost
+
+    rows = mask2former_cost.read(examples / "results" / "mask2former_cost.csv")
+    assert [row.masks for row in rows] == list(mask2former_cost.MASKS)
+    assert mask2former_cost.table(rows) in (examples / "README.md").read_text()
