@@ -76,7 +76,7 @@ def soft_masked_attention(
 
     Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
     """
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = _autocast(query, key, value)
     validate(
         query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
@@ -120,7 +120,7 @@ def attention_map(
     Raises:
         TypeError, ValueError, NotImplementedError: as soft_masked_attention.
     """
-    query, key = _autocast(query), _autocast(key)
+    query, key = _autocast(query, key)
     validate(
         query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend, is_map=True,
@@ -148,12 +148,16 @@ def _seed(
     return draw_seed(query.device)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        device_type = tensor.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            return tensor.to(torch.get_autocast_dtype(device_type))
-    return tensor
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the autocast dtype of the first one's device, where autocast is on; anything that it does not cast as it is."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
+    if not kind or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind else t
+        for t in tensors
+    )
 
 
 def _four_axes(mask: Tensor | None) -> Tensor | None:
