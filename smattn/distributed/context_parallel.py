@@ -81,7 +81,7 @@ def context_parallel_attention(
     TORCH_DISTRIBUTED_DEBUG=DETAIL says which rank does not.
     """
     group = _checked(group)
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = _autocast(query, key, value)
     validate(
         query, key, value, mask, alpha, mask_logits=None, scale=scale, key_padding_mask=key_padding_mask, enable_gqa=enable_gqa,
         return_lse=return_lse, backend=backend,
