@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import learn_mask
+import mask2former_cost
 from vos import cost, search, study
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ def put(readme: Path, name: str, content: str) -> None:
 def main() -> None:
     results = HERE / "results"
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
+    put(HERE / "README.md", "mask2former_cost", mask2former_cost.table(mask2former_cost.read(results / "mask2former_cost.csv")))
     for name, module in (("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)):
         put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
     put(HERE / "vos" / "README.md", "vos_search", search_table(results))

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from . import ops
 from .autograd import AttentionMap, SoftMaskedAttention, call, what_backward_reads
 from .backends import resolve
 from .problem import acc_dtype, describe, validate
@@ -85,7 +86,7 @@ def soft_masked_attention(
         SoftMaskedAttention, query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
         _seed(query, key, value, mask, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
-        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "",
+        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "", op=ops.forward,
     )[:2]  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -128,7 +129,7 @@ def attention_map(
     weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
     result: Tensor = call(
         AttentionMap, query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
-        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "",
+        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "", op=ops.attention_map,
     )[0]  # fmt: skip
     return result
 
