@@ -40,8 +40,9 @@ lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow
 docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
 	$(BIN)/pdoc --docformat google smattn smattn.distributed smattn.integrations smattn.flops smattn.testing --output-directory build/docs
 
-aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU
+aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.aot
+	$(BIN)/python -m smattn.kernels.roofline
 
 # The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
 # -O1: at -O2 the sanitizers' checks inside the unrolled products take gcc minutes.
