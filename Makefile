@@ -8,7 +8,7 @@ PYTEST := $(BIN)/pytest -n auto --dist worksteal
 PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm64`
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test test-all bench-readme bench-full lint aot sanitize arm64 clean
+.PHONY: bench test test-all bench-readme bench-full lint docs aot sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python bench/run.py
@@ -37,8 +37,12 @@ lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow
 	$(BIN)/python setup.py --quiet build_py --build-lib $(VENV)/lint
 	cd $(VENV)/lint && ../bin/mypy --config-file ../../pyproject.toml -p smattn
 
-aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU
+docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
+	$(BIN)/pdoc --docformat google smattn smattn.distributed smattn.integrations smattn.flops smattn.testing --output-directory build/docs
+
+aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.aot
+	$(BIN)/python -m smattn.kernels.roofline
 
 # The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
 # -O1: at -O2 the sanitizers' checks inside the unrolled products take gcc minutes.

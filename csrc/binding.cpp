@@ -11,6 +11,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/dropout_bits.h"
+#include "huge_pages.h"
 #include "parallel.h"
 #include "params.h"
 
@@ -69,7 +70,9 @@ const void* contiguous(const Optional& t, const char* name, ScalarType dtype, st
 }
 
 void* output(const Optional& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  return contiguous(t, name, dtype, sizes) == nullptr ? nullptr : t->mutable_data_ptr();
+  if (contiguous(t, name, dtype, sizes) == nullptr) return nullptr;
+  smattn::prefer_huge_pages(t->mutable_data_ptr(), t->numel() * static_cast<int64_t>(t->element_size()));
+  return t->mutable_data_ptr();
 }
 
 smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha, const Optional& padding, double scale) {

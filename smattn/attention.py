@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from . import ops
 from .autograd import AttentionMap, SoftMaskedAttention, call, what_backward_reads
 from .backends import resolve
 from .problem import acc_dtype, describe, validate
@@ -75,7 +76,7 @@ def soft_masked_attention(
 
     Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
     """
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = _autocast(query, key, value)
     validate(
         query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
@@ -85,7 +86,7 @@ def soft_masked_attention(
         SoftMaskedAttention, query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
         _seed(query, key, value, mask, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
-        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "",
+        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "", op=ops.forward,
     )[:2]  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -119,7 +120,7 @@ def attention_map(
     Raises:
         TypeError, ValueError, NotImplementedError: as soft_masked_attention.
     """
-    query, key = _autocast(query), _autocast(key)
+    query, key = _autocast(query, key)
     validate(
         query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend, is_map=True,
@@ -128,7 +129,7 @@ def attention_map(
     weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
     result: Tensor = call(
         AttentionMap, query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
-        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "",
+        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "", op=ops.attention_map,
     )[0]  # fmt: skip
     return result
 
@@ -147,12 +148,16 @@ def _seed(
     return draw_seed(query.device)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        device_type = tensor.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            return tensor.to(torch.get_autocast_dtype(device_type))
-    return tensor
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the autocast dtype of the first one's device, where autocast is on; anything that it does not cast as it is."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
+    if not kind or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind else t
+        for t in tensors
+    )
 
 
 def _four_axes(mask: Tensor | None) -> Tensor | None:

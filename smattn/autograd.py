@@ -7,7 +7,8 @@ Dynamo must not look inside the four Functions: what it rebuilds of one runs bac
 torch.func level and, under vmap, has no backward at all; second derivatives, and under vmap first ones, would silently be 0. So Dynamo is
 told to record their calls, and the compilers behind it trace what autograd really runs.
 
-Their forwards take *args: apply() binds its arguments to forward's signature at every call, 30 microseconds for fourteen names.
+Their forwards take *args: apply() binds its arguments to forward's signature at every call, 30 microseconds for fourteen names; 10
+even so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import Function, forward_ad
 
 from . import ops
 
@@ -39,10 +41,20 @@ def _ask_again(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return *args[:11], save_out or more_out, save_mbar or more_mbar, backend
 
 
-def call(function: type[Function], *args: Any) -> Any:
-    """function.apply(*args), which Dynamo records and does not look into."""
+def call(function: type[Function], *args: Any, op: Any = None) -> Any:
+    """function.apply(*args), which Dynamo records and does not look into; in eager mode without what apply would do for nothing.
+
+    torch.export, which knows no Function under vmap, gets its op.
+    """
     if torch.compiler.is_compiling():
+        if op is not None and torch.compiler.is_exporting():
+            return op(*args)
         _tell_dynamo()
+    elif not torch._C._are_functorch_transforms_active():
+        args = unwrap_dead_wrappers(args)
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return function.forward(*args)  # nobody asks for a derivative
+        return super(Function, function).apply(*args)  # type: ignore[misc]  # it is C
     return function.apply(*args)
 
 
@@ -102,8 +114,7 @@ class SoftMaskedAttention(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        # a batched tensor hid that the one inside wants a gradient
-        return _vmap(SoftMaskedAttention.apply, info.batch_size, in_dims, _ask_again(args), (3, 4), needs=())
+        return _vmap_forward(SoftMaskedAttention.apply, info, in_dims, args)
 
 
 class AttentionMap(Function):
@@ -135,7 +146,7 @@ class AttentionMap(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _vmap(AttentionMap.apply, info.batch_size, in_dims, args, (2, 3), needs=())
+        return _vmap_map(AttentionMap.apply, info, in_dims, args)
 
 
 class _AttentionBackward(Function):
@@ -178,6 +189,15 @@ class _AttentionMapBackward(Function):
         return _vmap(_AttentionMapBackward.apply, info.batch_size, in_dims, args, (3, 4), needs=args[-2][3:])
 
 
+def _vmap_forward(apply: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    # a batched tensor hid that the one inside wants a gradient
+    return _vmap(apply, info.batch_size, in_dims, _ask_again(args), (3, 4), needs=())
+
+
+def _vmap_map(apply: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    return _vmap(apply, info.batch_size, in_dims, args, (2, 3), needs=())
+
+
 def _vmap(
     apply: Callable[..., Any], n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int, int], needs: Sequence[bool]
 ) -> tuple[Any, Any]:
@@ -186,14 +206,19 @@ def _vmap(
     `masks` are the positions of mask and mask_logits; `needs` says which gradients of 1-D inputs (alpha, head weights) are asked for:
     those are sums over the batch, which a folded call cannot tell apart.
     """
-    folded = None if any(needs) else _fold(n, in_dims, args, masks)
+    folded = None if any(needs) or n == 0 else _fold(n, in_dims, args, masks)
     if folded is not None:
         outputs = apply(*folded)
         out_dims = tuple(None if output.dim() == 1 else 0 for output in outputs)  # 1-D: the empty ones
         return tuple(o if dim is None else o.unflatten(0, (n, -1)) for o, dim in zip(outputs, out_dims, strict=True)), out_dims
-    pairs = list(zip(args, in_dims, strict=True))
-    calls = [apply(*(a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in pairs)) for i in range(n)]
-    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+    pairs = [(_at_least_one(a, dim) if isinstance(a, Tensor) and dim is not None else a, dim) for a, dim in zip(args, in_dims, strict=True)]
+    calls = [apply(*(a.select(dim, i) if isinstance(a, Tensor) and dim is not None else a for a, dim in pairs)) for i in range(max(n, 1))]
+    return tuple(torch.stack(outputs)[:n] for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+
+def _at_least_one(arg: Tensor, dim: int) -> Tensor:
+    """arg, or where it is mapped over an axis of size 0 zeros of size 1: a call to take the shapes of its outputs from."""
+    return arg if arg.shape[dim] else arg.new_zeros([1 if axis == dim else size for axis, size in enumerate(arg.shape)])
 
 
 def _fold(n: int, in_dims: Sequence[Any], args: Sequence[Any], masks: tuple[int, int]) -> list[Any] | None:
@@ -233,3 +258,8 @@ for _op, _function in (
     (ops.attention_map_backward, _AttentionMapBackward),
 ):
     ops.library.impl(_op._schema.name.split("::")[1], _autograd_kernel(_function, _op), "Autograd", with_keyset=True)
+
+for _op, _rule in ((ops.forward, _vmap_forward), (ops.attention_map, _vmap_map)):
+    torch.library.register_vmap(
+        _op._schema.name, lambda info, in_dims, *args, op=_op, rule=_rule: rule(op, info, in_dims, args), lib=ops.library
+    )

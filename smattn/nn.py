@@ -81,7 +81,7 @@ class SoftMaskedAttention(_ProjectedAttention):
         learnable_alpha: bool = True,
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias)
-        alpha = _initial_alpha(alpha_init, num_heads)
+        alpha = initial_alpha(alpha_init, num_heads)
         self.scaling_factors: Tensor
         if learnable_alpha:
             self.scaling_factors = nn.Parameter(alpha)
@@ -218,14 +218,14 @@ def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any
 
         optimizer = torch.optim.AdamW(smattn.nn.parameter_groups(model, alpha_lr=1e-2), lr=1e-4, weight_decay=0.05)
     """
-    alphas = {id(m.scaling_factors): m.scaling_factors for m in model.modules() if isinstance(m, SoftMaskedAttention)}
+    alphas = {id(m.scaling_factors): m.scaling_factors for m in model.modules() if isinstance(getattr(m, "scaling_factors", None), Tensor)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in alphas]
     learnable = [alpha for alpha in alphas.values() if alpha.requires_grad]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": learnable, "lr": alpha_lr, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def _initial_alpha(alpha_init: float | Sequence[float] | None, num_heads: int) -> Tensor:
+def initial_alpha(alpha_init: float | Sequence[float] | None, num_heads: int) -> Tensor:
     if alpha_init is None:
         # head h lies (h + 1/2) / H of the way through the pattern
         alpha_init = [HODOR_ALPHA[(2 * h + 1) * len(HODOR_ALPHA) // (2 * num_heads)] for h in range(num_heads)]

@@ -41,7 +41,7 @@ library.define(
 
 
 @contextmanager
-def _inside_an_op(device: torch.device) -> Iterator[None]:
+def inside_an_op(device: torch.device) -> Iterator[None]:
     """Without autocast, with the tensors' device current. Below autograd it is already: see the autograd kernels in autograd.py."""
     with (
         torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext(),
@@ -71,7 +71,7 @@ def _forward(
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
     rounded = save_out and problem.acc_dtype != problem.dtype
     kept = queries_kept_unrounded(problem) if rounded else 0
-    with _inside_an_op(query.device):
+    with inside_an_op(query.device):
         out, lse, out_acc, mbar = chosen.forward(problem, *inputs, save_out=kept > 0, save_mbar=save_mbar)
     if rounded and not kept:
         out_acc = out_acc.new_empty((*out.shape[:2], 0, out.shape[3]))
@@ -128,7 +128,7 @@ def _backward(
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "backward")
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
-    with _inside_an_op(query.device):
+    with inside_an_op(query.device):
         unrounded = out if out.shape[2] == problem.Nq else None
         return _or_empty(chosen.backward(problem, dout, dlse, *inputs, unrounded, lse, mbar, tuple(needs)), query)
 
@@ -162,7 +162,7 @@ def _attention_map(
 ) -> tuple[Tensor, Tensor]:
     problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
     chosen = backends.resolve(problem, backend, "attention_map")
-    with _inside_an_op(query.device):
+    with inside_an_op(query.device):
         return chosen.attention_map(problem, query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
 
 
@@ -189,7 +189,7 @@ def _attention_map_backward(
     problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
     chosen = backends.resolve(problem, backend, "attention_map_backward")
     inputs = (query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
-    with _inside_an_op(query.device):
+    with inside_an_op(query.device):
         return _or_empty(chosen.attention_map_backward(problem, dmap, *inputs, lse, tuple(needs)), query)
 
 

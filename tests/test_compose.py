@@ -239,3 +239,13 @@ def test_a_compiled_vmap_has_its_gradients(backend, device, compiler):
     (torch.compile(total, backend=compiler, fullgraph=True)(*leaves) + leaves[0].sum() + leaves[1].sum()).backward()
     for leaf, gradient in zip(leaves, grad(total, (0, 1))(*leaves), strict=True):
         torch.testing.assert_close(leaf.grad, gradient + 1)
+
+
+def test_vmap_over_nothing(backend, device):
+    """An axis of size 0 gives results with one, and gradients of zero to what is not mapped."""
+    tensors = inputs(a_case(device))
+    gradients = grad(lambda *t: vmap(loss(backend), (0, None, None, 0, 0))(*t).sum(), argnums=tuple(range(5)))
+    nothing = [t.expand(0, *t.shape) if i in (0, 3, 4) else t for i, t in enumerate(tensors)]
+    assert vmap(loss(backend), (0, None, None, None, None))(nothing[0], *tensors[1:]).shape == (0,)
+    for got, given in zip(gradients(*nothing), nothing, strict=True):
+        assert torch.equal(got, torch.zeros_like(given))

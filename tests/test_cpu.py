@@ -60,10 +60,11 @@ def test_every_set_is_within_the_budget_and_repeats_its_bits(name, dtype, shape)
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("Nk", [1, 6])
-def test_rounded_probabilities_do_not_reach_delta(name, Nk):
+def test_rounded_probabilities_do_not_reach_delta(name, Nk, mask_dtype):
     """With one key P is 1, and 1/(1-p) no bfloat16: delta must cancel dP all the same, as dropout scales it."""
-    case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, dropout_p=0.3)
+    case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, mask_dtype=mask_dtype, dropout_p=0.3)
     with forced(name):
         assert_within_budget(run(case, "cpu"), case)
 
@@ -157,6 +158,30 @@ if child == 0:
     os._exit(0 if all(torch.equal(before[name], after[name]) for name in before) else 7)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+FAULTS = """
+import resource, torch
+from smattn.testing import make_case, run
+torch.set_num_threads(1)
+run(make_case(1, 8, 1, 8, 32, mask=None), "cpu", needs=("key",))
+case = make_case(1, 8, 1, 1 << 17, 32, mask=None)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+results = run(case, "cpu", needs=("key",))
+print(faults() - before, results["dkey"].nbytes)
+"""
+
+
+def test_a_large_gradient_is_faulted_in_by_huge_pages():
+    """Page by page that can take longer than the computation."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    result = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    faults, size = map(int, result.stdout.split())
+    assert faults < size / 4096 / 4
 
 
 def test_a_forked_child_with_one_thread():

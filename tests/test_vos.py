@@ -9,13 +9,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from vos import cost, cycle, infer, losses, study, synthetic, train  # noqa: E402
+from vos import cost, cycle, infer, losses, search, study, synthetic, train  # noqa: E402
 from vos.batches import Batch, _other_view, sample  # noqa: E402
 from vos.config import CONFIGS, Config  # noqa: E402
 from vos.data import DataError, read_clip, read_clips  # noqa: E402
@@ -47,6 +48,14 @@ def test_what_is_written_is_read(written):
         mask = clip.first_mask()
         assert mask.shape == (clip.objects, 40, 48) and mask.flatten(1).any(1).all() and mask.sum(0).max() == 1
         assert clip.image(0).shape == (3, 40, 48) and clip.annotated() == list(range(5))
+
+
+def test_objects_are_of_the_size_asked_for():
+    def area(size):
+        labels = [synthetic.clip(np.random.default_rng(i), 1, 64, 96, size)[1][0] for i in range(8)]
+        return sum((label > 0).sum() / label.max() for label in labels)  # of an object
+
+    assert 0.15 < area(0.5) / area(1) < 0.4
 
 
 def paths(data, name="train-001"):
@@ -142,6 +151,20 @@ def test_a_list_of_clips_that_is_wrong(data, content, says):
     names.unlink() if content is None else names.write_text(content)
     with pytest.raises(DataError, match=says):
         read_clips(data, "train")
+
+
+@pytest.mark.parametrize("command", [train, infer, study])
+def test_a_command_says_in_one_line_what_is_wrong_with_the_data(data, tmp_path, monkeypatch, command):
+    train.Trainer(train.Run(TINY), read_clips(data, "train")).save(tmp_path / "checkpoint.pt")
+    path = missing_first(*paths(data, "val-000"))
+    arguments = ["command", "--data", data, "--out", tmp_path / "out"]
+    arguments += {train: [], infer: ["--checkpoint", tmp_path / "checkpoint.pt"], study: []}[command]
+    if command is train:
+        path.parents[3].joinpath("ImageSets", "2017", "train.txt").write_text("val-000")
+    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == f"{path}: no annotation"
 
 
 def test_training_reads_no_annotation_but_the_first(data):
@@ -253,17 +276,19 @@ def test_every_parameter_learns(batch):
 
 
 class FakeTimm(torch.nn.Module):
-    """As timm's features_only models are: maps at strides 2 to 32, channels last, and what they are."""
+    """As timm's features_only models are: chosen ones of the maps at strides 2 to 32, or at 16 alone, channels last, and what they are."""
 
     output_fmt = "NHWC"
 
     class feature_info:
-        reduction = staticmethod(lambda: [2, 4, 8, 16, 32])
-        channels = staticmethod(lambda: [8, 16, 24, 40, 48])
+        reduction = staticmethod(lambda: FakeTimm.strides)
+        channels = staticmethod(lambda: [16, 24, 40])
 
     @classmethod
-    def create_model(cls, name, pretrained, features_only, **options):
-        assert features_only and name == "some_model" and not options
+    def create_model(cls, name, pretrained, features_only, out_indices, **options):
+        assert features_only and not options
+        strides = {"some_model": [2, 4, 8, 16, 32], "flat_model": [16] * 5}[name]
+        cls.strides = [strides[i] for i in out_indices]
         return cls()
 
     def forward(self, image):
@@ -282,6 +307,8 @@ def test_a_backbone_of_timm(monkeypatch):
     assert coarse.shape == (2, 16, 8, 12) and fine.shape == (2, 16, 16, 24)
     with pytest.raises(ValueError, match="stride: expected 8"):
         VOS(dataclasses.replace(config, stride=4))
+    with pytest.raises(ValueError, match=r"backbone 'flat_model': expected maps at strides 4, 8 and 16, got \[16, 16, 16\]"):
+        VOS(dataclasses.replace(config, backbone="flat_model"))
 
 
 # training
@@ -337,6 +364,14 @@ def test_inference_keeps_the_annotated_frame_and_a_history(written, monkeypatch)
     assert [len(memory) for memory in read] == [1, 2, 3, 3] and len({memory[0] for memory in read}) == 1
 
 
+def test_frames_are_resized_for_the_network_and_labels_are_as_large_as_the_clip(written):
+    clip, config = read_clips(written, "val")[0], dataclasses.replace(TINY, height=24)
+    batch = sample([clip], config, 1.0, torch.Generator().manual_seed(0))
+    assert batch.images.shape[-2:] == batch.mask.shape[-2:] == (24, 32)  # of 40 x 48: to the nearest multiples of 8
+    labels = infer.propagate(VOS(config), clip, config)
+    assert len(labels) == len(clip) and {label.shape for label in labels} == {(40, 48)}
+
+
 def test_the_papers_sizes_are_a_configuration():
     paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not a need
     model = VOS(paper)
@@ -364,6 +399,20 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
 
 
+def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "SETTINGS", {"nothing at all": (dataclasses.replace(TINY, steps=1), "long", 1)})
+    out = tmp_path / "found.csv"
+    arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
+    search.write(out, earlier)
+    search.main()
+    found = search.read(out)
+    assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
+    gain = found[2].JF - found[3].JF
+    assert capsys.readouterr().out.strip().endswith(f"| +10.0, {gain:+.1f} |")
+
+
 def test_the_first_mask_copied_scores_what_it_overlaps(written):
     clip = read_clips(written, "val")[0]
     scores = infer.score(clip, [study.copied(clip)] * len(clip))
@@ -372,8 +421,16 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
 
 
-@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_cost", cost)])
+@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)])
 def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
     examples = Path(__file__).resolve().parents[1] / "examples"
     rows = module.read(examples / "results" / f"{name}.csv")
     assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
+
+
+def test_the_table_of_the_search_begins_with_the_comparison():
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    results = examples / "results"
+    nothing, found = search.unchanged(study.read(results / "vos_synthetic.csv")), search.read(results / "vos_search.csv")
+    assert {one.setting for one in found} <= search.SETTINGS.keys()
+    assert search.table(nothing + found) in (examples / "vos" / "README.md").read_text()

@@ -38,11 +38,13 @@ class MapTile {
     }
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
-    score_tile(s_, h, key, query_.get(), q, k, mask, Ahead{}, scores_.get());
+    dot_products(key, query_.get(), q, k.count, n_.D, Ahead{}, scores_.get());
+    const Exponents<T> exponent(s_, h, mask);
     for (int64_t j = 0; j < k.count; ++j) {
       for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
-        T* to = sum_ + j * q.lanes + lane;
-        store(to, load(to) + weight * exp2<T>(load(scores_ + j * q.lanes + lane) - load(lse_log2 + lane)));
+        const int64_t at = j * q.lanes + lane;
+        const Vec<T> p = exp2<T>(exponent(load(scores_ + at), at) - load(lse_log2 + lane));
+        store(sum_ + at, load(sum_ + at) + weight * p);
       }
     }
   }

@@ -1,4 +1,5 @@
 // One (batch, head) pair, query block and key block of backward: the five products of (6) and (7), and dM's and dalpha's share (8).
+// P and dS are made strip by strip, so that the passes over them stay in the first-level cache.
 #pragma once
 
 #include "cpu/backward_plan.h"
@@ -55,14 +56,14 @@ struct QueryTiles {
     if (b == batch && h == head && first == q.first) return;
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
-    read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
+    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
     if constexpr (kPack<E> == 1) {
       for (int64_t i = 0; i < q.count * row_elements<E>(n.D); ++i) query_rows[i] *= static_cast<T>(t.scores.scale);
     }
-    query_steps = by_step(RowMajor<E>{query_rows, row_elements<E>(n.D)}, q.count, n.D, const_cast<E*>(query_steps.data));
+    query_steps = by_step(queries, q.count, n.D, const_cast<E*>(query_steps.data));
     if (t.value.data != nullptr) {
-      read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
-      dout_steps = by_step(RowMajor<E>{dout_rows, row_elements<E>(n.Dv)}, q.count, n.Dv, const_cast<E*>(dout_steps.data));
+      const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
+      dout_steps = by_step(douts, q.count, n.Dv, const_cast<E*>(dout_steps.data));
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
     for (int64_t i = 0; i < q.lanes; ++i) {
@@ -87,27 +88,28 @@ class BackwardStep {
   using T = typename SumOf<E>::type;
 
   explicit BackwardStep(const BackwardTask<T>& task)
-      : t_(task), n_(task.scores.size), p_(kKeys * kQueries), keep_(task.dropout.p > 0 ? kKeys * kQueries : 0), dp_(kKeys * kQueries),
-        weights_(kPack<E> > 1 || task.dropout.p > 0 || task.scores.padding != nullptr ? kKeys * kQueries : 0), ds_(kKeys * kQueries) {}
+      : t_(task), n_(task.scores.size), p_(kStrip), keep_(task.dropout.p > 0 ? kStrip : 0), dp_(kStrip), weights_(kKeys * kQueries),
+        ds_(kKeys * kQueries) {}
 
   int64_t bytes() const { return bytes_in(p_, keep_, dp_, weights_, ds_); }
 
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
            const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {
-    const T* keep = nullptr;
-    if (t_.dropout.p > 0) {
-      dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, k, keep_);
-      keep = keep_;
+    const int64_t most = strip_keys<T>(q.lanes);
+    for (int64_t first = 0; first < k.count; first += most) {
+      const KeyBlock strip = strip_of(k, first, most);
+      const Strip s{.at = first * q.lanes,
+                    .key = keys.key.from_row(first),
+                    .value = keys.value.from_row(first),
+                    .values_ahead = ahead.values.part(first, strip.count, k.count),
+                    .keys_ahead = ahead.next_keys.part(first, strip.count, k.count)};
+      if (t_.dropout.p > 0) dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, strip, keep_);
+      probabilities(h, q, strip, s, tiles, mask);
+      if (t_.wants_ds()) score_gradients(h, q, strip, s, tiles, mask, dmap, sums);
     }
-    probabilities(h, q, k, tiles, keys.key, mask, keep, ahead);
-    if (t_.wants_ds()) score_gradients(h, q, k, tiles, keys.value, mask, dmap, keep, ahead, sums);
     if (sums.dvalue != nullptr) {
-      RowMajor<E> weights = weights_.by_lane(q.lanes);
-      if constexpr (kPack<E> == 1) {
-        if (keep == nullptr) weights.data = p_;
-      }
-      add_rows(weights, q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums, sums.dvalue);
+      add_rows(weights_.by_lane(q.lanes), q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums, sums.dvalue);
     }
     const int64_t stride = round_up(n_.D, kLanes<T>);
     if (sums.dkey != nullptr) {
@@ -126,61 +128,80 @@ class BackwardStep {
   }
 
  private:
+  static constexpr int64_t kStrip = kKeys * kQueries;  // at most, and then all of it
+
+  // A few keys of the block: where they begin in its tiles, their rows, and what to fetch meanwhile.
+  struct Strip {
+    int64_t at;
+    RowMajor<E> key, value;
+    Ahead values_ahead, keys_ahead;
+  };
+
+  const T* keep() const { return t_.dropout.p > 0 ? keep_.get() : nullptr; }
+  // P of a strip lies among the weights P*C/(1-p) where it is the same.
+  T* probability(const Strip& s) {
+    if constexpr (kPack<E> == 1) {
+      if (keep() == nullptr) return weights_.get() + s.at;
+    }
+    return p_;
+  }
+
   // P (2), from the saved logsumexp, and P*C/(1-p).
-  void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> key, const T* mask,
-                     const T* keep, const StepAhead& ahead) {
-    score_tile(t_.scores, h, key, tiles.query, q, k, mask, ahead.values, p_.get());
+  void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask) {
+    T* p = probability(s);
+    dot_products(s.key, tiles.query, q, k.count, n_.D, s.values_ahead, p);
+    const Exponents<E> exponent(t_.scores, h, beside(mask, s.at));
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       const Vec<T> lse = load(tiles.lse_log2 + lane);
       each_key(
-          k, [&](auto count, int64_t j) { exponentials<count()>(j * q.lanes + lane, q.lanes, lse, keep); },
+          k, [&](auto count, int64_t j) { exponentials<count()>(p, s.at, j * q.lanes + lane, q.lanes, exponent, lse); },
           [&](int64_t j) {  // even where lse is NaN
-            store(p_ + j * q.lanes + lane, Vec<T>{});
-            weights_.put(j * q.lanes + lane, Vec<T>{});
+            store(p + j * q.lanes + lane, Vec<T>{});
+            weights_.put(s.at + j * q.lanes + lane, Vec<T>{});
           });
     }
   }
 
-  // Of N keys from number `at` of the tile on, `stride` apart.
+  // Of N keys from number `at` of the strip on, `stride` apart; the strip begins at number `begin` of the block.
   template <int N>
-  void exponentials(int64_t at, int64_t stride, Vec<T> lse, const T* keep) {
-    Vec<T> p[N];
+  void exponentials(T* p, int64_t begin, int64_t at, int64_t stride, const Exponents<E>& exponent, Vec<T> lse) {
+    Vec<T> x[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) p[i] = load(p_ + at + i * stride) - lse;
-    exp2_each<T, N>(p);
+    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride) - lse;
+    exp2_each<T, N>(x);
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(p_ + at + i * stride, p[i]);
-    if (kPack<E> == 1 && keep == nullptr) return;  // then they are the weights
+    for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i]);
+    const T* kept = keep();
+    if (kPack<E> == 1 && kept == nullptr) return;  // then they are the weights
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) weights_.put(at + i * stride, keep == nullptr ? p[i] : p[i] * load(keep + at + i * stride));
+    for (int i = 0; i < N; ++i) weights_.put(begin + at + i * stride, kept == nullptr ? x[i] : x[i] * load(kept + at + i * stride));
   }
 
   // dS, and what is summed of it element by element.
-  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, RowMajor<E> value, const T* mask,
-                       const T* dmap, const T* keep, const StepAhead& ahead, const Sums<T>& sums) {
+  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask,
+                       const T* dmap, const Sums<T>& sums) {
     if (dmap == nullptr) {
-      product(value, Vectors<E>{tiles.dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), ahead.next_keys,
-              StoreTile<T>{dp_, q.lanes});
+      dot_products(s.value, tiles.dout, q, k.count, n_.Dv, s.keys_ahead, dp_.get());
     } else {
       const T weight = t_.head_weights[h];
-      for (int64_t at = 0; at < k.count * q.lanes; at += kLanes<T>) store(dp_ + at, weight * load(dmap + at));
+      for (int64_t i = 0; i < k.count * q.lanes; i += kLanes<T>) store(dp_ + i, weight * load(dmap + s.at + i));
     }
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      ScoreGradients g{.p = p_ + lane, .dp = dp_ + lane, .keep = beside(keep, lane), .mask = beside(mask, lane),
-                       .ds = ds_.get(), .dmask = beside(sums.dmask, lane), .dmask_is_new = sums.dmask_is_new, .lane = lane,
+      ScoreGradients g{.p = probability(s) + lane, .dp = dp_ + lane, .keep = beside(keep(), lane), .mask = beside(mask, s.at + lane),
+                       .ds = ds_.get(), .dmask = beside(sums.dmask, s.at + lane), .dmask_is_new = sums.dmask_is_new, .at = s.at + lane,
                        .stride = q.lanes, .alpha = alpha_of<T>(t_.scores, h), .delta = load(tiles.delta + lane), .mbar = load(tiles.mbar + lane)};
       each_key(k, [&](auto count, int64_t j) { g.template next<count()>(j); }, [&](int64_t j) { g.skip(j); });
       if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + sum_of(g.dalpha));
     }
   }
 
-  // At one vector of queries, a few keys at a time; pointers to its lanes, `stride` from key to key.
+  // At one vector of queries, a few keys at a time; pointers to its lanes in the strip, `stride` from key to key; ds is the block's.
   struct ScoreGradients {
     const T *p, *dp, *keep, *mask;
     E* ds;
     T* dmask;
     bool dmask_is_new;
-    int64_t lane, stride;
+    int64_t at, stride;
     T alpha;
     Vec<T> delta, mbar, dalpha[kExpAtOnce] = {};  // so that one sum need not wait for the last
 
@@ -189,10 +210,10 @@ class BackwardStep {
       Vec<T> x[N];
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
-        const int64_t at = (j + i) * stride;
-        x[i] = keep == nullptr ? load(dp + at) : load(dp + at) * load(keep + at);
-        x[i] = load(p + at) * (x[i] - delta);
-        WeightTile<E>::put(ds, at + lane, x[i]);
+        const int64_t key = (j + i) * stride;
+        x[i] = keep == nullptr ? load(dp + key) : load(dp + key) * load(keep + key);
+        x[i] = load(p + key) * (x[i] - delta);
+        WeightTile<E>::put(ds, at + key, x[i]);
       }
       if (dmask != nullptr) {
 #pragma GCC unroll 8
@@ -206,7 +227,7 @@ class BackwardStep {
       for (int i = 0; i < N; ++i) dalpha[i] += x[i] * (load(mask + (j + i) * stride) - mbar);
     }
     void skip(int64_t j) {
-      WeightTile<E>::put(ds, j * stride + lane, Vec<T>{});
+      WeightTile<E>::put(ds, at + j * stride, Vec<T>{});
       if (dmask != nullptr && dmask_is_new) store(dmask + j * stride, Vec<T>{});
     }
   };
@@ -242,8 +263,8 @@ class BackwardStep {
 
   const BackwardTask<T>& t_;
   const Sizes& n_;
-  Buffer<T> p_, keep_, dp_;  // [key][lane]
-  WeightTile<E> weights_, ds_;  // P*C/(1-p) where that is not p_, dS
+  Buffer<T> p_, keep_, dp_;     // [key][lane] of a strip
+  WeightTile<E> weights_, ds_;  // P*C/(1-p) and dS of the block
 };
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

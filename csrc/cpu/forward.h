@@ -139,8 +139,9 @@ class Forward {
   }
 
  private:
-  // Whether the unrounded output is asked for, and rounding the probabilities would be in it: backward's delta must not differ from P*dP.
-  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr; }
+  // Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
+  // output, must then not differ from P*dP. Where M is bfloat16 as well its own rounding, times alpha, is more than that of P.
+  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr && s_.mask.data != nullptr && s_.mask.dtype != s_.dtype; }
 
   void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
     for (int64_t i = 0; i < q.count; ++i) {
@@ -166,20 +167,22 @@ class Forward {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
-    score_tile(s_, h, key_, query, q, k, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv), scores_.get());
+    T maxima[kQueries];
+    copy<T>(part + q.lanes * Dvp_, q.lanes, maxima);
+    scores(h, q, k, mask, query, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv), maxima);
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
       keep = keep_;
     }
     if (t_.dout.data != nullptr) {
-      product(value_, Vectors<E>{dout, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(n_.Dv), next_keys, StoreTile<T>{dmap_, q.lanes});
+      dot_products(value_, dout, q, k.count, n_.Dv, next_keys, dmap_.get());
       const int64_t size = keep == nullptr ? 0 : k.count * q.lanes;
       for (int64_t at = 0; at < size; at += kLanes<T>) store(dmap_ + at, load(dmap_ + at) * load(keep + at));
     }
     T rescale[kQueries];
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, part + q.lanes * Dvp_, rescale);
+      softmax(q, k, lane, wants_mbar_ ? mask : nullptr, load(maxima + lane), part + q.lanes * Dvp_, rescale);
     }
     if (keep != nullptr) drop(q, k, keep, weights());
     if (keep != nullptr && wants_rest()) drop(q, k, keep, rests_);
@@ -233,19 +236,48 @@ class Forward {
     }
   };
 
-  // Scores to probabilities (not yet divided by their sum) for one vector of queries; rows: kRows of them.
-  [[gnu::noinline]] void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, T* rows, T* rescale) {
-    constexpr int kChains = 4;  // so that one maximum need not wait for the last
-    const auto row_of = [&](Row row) { return rows + row * q.lanes + lane; };
-    const Vec<T> before = load(row_of(kMaximum));
-    Vec<T> chain[kChains] = {before, before, before, before};
-    int64_t row = 0;
-    for (; row + kChains <= k.count; row += kChains) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) chain[c] = larger(chain[c], load(scores_ + (row + c) * q.lanes + lane));
+  // The exponents of one head's scores, strip by strip; raises each query's maximum to theirs.
+  void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, const E* query, const Ahead& ahead, T* maxima) {
+    const Exponents<E> exponent(s_, h, mask);
+    const int64_t keys = strip_keys<T>(q.lanes);
+    for (int64_t first = 0; first < k.count; first += keys) {
+      const int64_t end = smaller_of(first + keys, k.count);
+      dot_products(key_.from_row(first), query, q, end - first, n_.D, ahead.part(first, end - first, k.count), scores_ + first * q.lanes);
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+        store(maxima + lane, exponents(exponent, q.lanes, k, first, end, lane, load(maxima + lane)));
+      }
     }
-    for (; row < k.count; ++row) chain[0] = larger(chain[0], load(scores_ + row * q.lanes + lane));
-    const Vec<T> m = larger(larger(chain[0], chain[1]), larger(chain[2], chain[3])), subtracted = finite_maximum(m);
+  }
+
+  // For keys [first, end) and one vector of queries; returns the maximum of `before` and theirs. A padded key's is -inf.
+  Vec<T> exponents(const Exponents<E>& exponent, int64_t stride, const KeyBlock& k, int64_t first, int64_t end, int64_t lane, Vec<T> before) {
+    constexpr int kChains = 4;  // so that one maximum need not wait for the last
+    Vec<T> chain[kChains] = {before, before, before, before};
+    const auto next = [&](Vec<T>& maximum, int64_t j) {
+      const int64_t at = j * stride + lane;
+      const Vec<T> x = exponent(load(scores_ + at), at);
+      store(scores_ + at, x);
+      maximum = larger(maximum, x);
+    };
+    int64_t j = first;
+    for (; k.attended == k.count && j + kChains <= end; j += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) next(chain[c], j + c);
+    }
+    for (; j < end; ++j) {
+      if (k.padded[j]) {
+        store(scores_ + j * stride + lane, broadcast(static_cast<T>(-__builtin_inf())));
+      } else {
+        next(chain[0], j);
+      }
+    }
+    return larger(larger(chain[0], chain[1]), larger(chain[2], chain[3]));
+  }
+
+  // Exponents to probabilities (not yet divided by their sum) for one vector of queries, m their maximum so far; rows: kRows of them.
+  [[gnu::noinline]] void softmax(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, Vec<T> m, T* rows, T* rescale) {
+    const auto row_of = [&](Row row) { return rows + row * q.lanes + lane; };
+    const Vec<T> before = load(row_of(kMaximum)), subtracted = finite_maximum(m);
     Weighing w{.scores = scores_ + lane,
                .mask = mask == nullptr ? nullptr : mask + lane,
                .dmap = t_.eta == nullptr ? nullptr : dmap_ + lane,

@@ -111,6 +111,10 @@ struct Ahead {
   const char *line, *last;  // null: nothing
   int64_t advance = 64;
 
+  Ahead part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
+    const int64_t lines = line == nullptr ? 0 : (last - line) / 64 + 1;
+    return {line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
+  }
   void spread_over(int64_t steps) { advance = last - line > 64 * steps ? 128 : 64; }
   void step() {
     __builtin_prefetch(line);

@@ -77,6 +77,23 @@ inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t 
   return k;
 }
 
+// Keys in a strip of a tile: what passes over it read and write stays in the first-level cache.
+template <class T>
+inline int64_t strip_keys(int64_t lanes) {
+  constexpr int64_t kStripBytes = 9 << 10;
+  return larger_of<int64_t>(1, smaller_of(kKeys, kStripBytes / static_cast<int64_t>(sizeof(T)) / lanes));
+}
+inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
+  KeyBlock strip;
+  strip.first = k.first + at, strip.count = smaller_of(keys, k.count - at);
+  strip.attended = strip.count;
+  for (int64_t j = 0; j < strip.count; ++j) {
+    strip.padded[j] = k.padded[at + j];
+    strip.attended -= strip.padded[j];
+  }
+  return strip;
+}
+
 // False where every key is padding: then, and only then, out and all gradients are 0.
 inline bool has_keys(const Scores& s, int64_t b) {
   for (int64_t j = 0; j < s.size.Nk; ++j) {
@@ -92,17 +109,25 @@ inline T alpha_of(const Scores& s, int64_t h) {
   return s.alpha == nullptr ? T(0) : static_cast<const T*>(s.alpha)[h * s.alpha_stride];
 }
 
-// A block of rows of query or dout times `factor` (1 for pairs): as they are, and transposed, [size][lane]. Rows beyond the last are 0.
+// A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows, pairs as they lie where that
+// can be read directly, else copied to `copies`. Rows beyond the last are 0.
 template <class E>
-inline void read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor, E* rows,
-                         E* columns) {
-  const int64_t stride = row_elements<E>(size);
-  copy_rows<E>(rows_of(t, b, h, q.first), q.count, size, rows);
-  fill<E>(rows + q.count * stride, (q.lanes - q.count) * stride, E(0));
-  transpose_block<E>(rows, stride, q.lanes, packed<E>(size), columns, q.lanes);
+inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor,
+                                E* copies, E* columns) {
+  const Strided from = rows_of(t, b, h, q.first);
+  RowMajor<E> rows = {copies, row_elements<E>(size)};
+  const bool whole = q.count == q.lanes && from.column_stride == 1 && from.row_stride % kPack<E> == 0 && size % (kPack<E> * kLanes<E>) == 0;
+  if (kPack<E> > 1 && whole) {
+    rows = {reinterpret_cast<const E*>(static_cast<const BFloat16*>(from.data) + from.offset), from.row_stride / kPack<E>};
+  } else {
+    copy_rows<E>(from, q.count, size, copies);
+    fill<E>(copies + q.count * rows.stride, (q.lanes - q.count) * rows.stride, E(0));
+  }
+  transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), columns, q.lanes);
   if constexpr (kPack<E> == 1) {
     for (int64_t i = 0; i < size * q.lanes; ++i) columns[i] *= factor;
   }
+  return rows;
 }
 
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
@@ -168,20 +193,27 @@ struct StoreTile {
   }
 };
 
-// scale * <q, k> + alpha * M in units of log2(e): the exponents of 2; a padded key's are -inf. query: [D][lanes], times scale * log2(e)
-// already unless of pairs.
+// <row, query> for `count` rows of key or value and the block's queries, [size][lanes], as a tile.
 template <class E, class T>
-inline void score_tile(const Scores& s, int64_t h, RowMajor<E> key, const E* query, const QueryBlock& q, const KeyBlock& k, const T* mask,
-                       const Ahead& ahead, T* tile) {
-  product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s.size.D), ahead, StoreTile<T>{tile, q.lanes});
-  const T factor = kPack<E> > 1 ? static_cast<T>(s.scale * kLog2e) : T(1), alpha_log2 = alpha_of<T>(s, h) * static_cast<T>(kLog2e);
-  for (int64_t at = 0, end = k.count * q.lanes; at < end && (kPack<E> > 1 || mask != nullptr); at += kLanes<T>) {
-    const Vec<T> x = load(tile + at) * factor;
-    store(tile + at, mask == nullptr ? x : x + alpha_log2 * load(mask + at));
-  }
-  for (int64_t j = 0; j < k.count && k.attended < k.count; ++j) {
-    if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, static_cast<T>(-__builtin_inf()));
-  }
+inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Ahead& ahead, T* tile) {
+  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
 }
+
+// Of such products, of queries times scale * log2(e) unless of pairs: scale * <q, k> + alpha * M in units of log2(e), the exponents of 2.
+template <class E>
+struct Exponents {
+  using T = typename SumOf<E>::type;
+
+  T factor, alpha;
+  const T* mask;  // a tile, null where there is none
+
+  Exponents(const Scores& s, int64_t h, const T* mask_tile)
+      : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_of<T>(s, h) * static_cast<T>(kLog2e)), mask(mask_tile) {}
+
+  Vec<T> operator()(Vec<T> product, int64_t at) const {
+    const Vec<T> x = kPack<E> > 1 ? product * factor : product;
+    return mask == nullptr ? x : x + alpha * load(mask + at);
+  }
+};
 
 }  // namespace smattn::cpu::SMATTN_LEVEL

@@ -39,14 +39,15 @@ class TimmBackbone(nn.Module):
         except ImportError as error:
             raise ImportError(f"backbone {name!r} is timm's: pip install timm") from error
         size = {"img_size": (height or 224, height or 224), "strict_img_size": False} if name.startswith("swin") else {}
-        self.body = timm.create_model(name, pretrained=pretrained, features_only=True, **size)
+        wanted = (-4, -3, -2)  # all but the stage at stride 32, which is not even built
+        self.body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=wanted, **size)
+        if (strides := self.body.feature_info.reduction()) != [4, 8, 16]:
+            raise ValueError(f"backbone {name!r}: expected maps at strides 4, 8 and 16, got {strides}")
         self.channels_last = self.body.output_fmt == "NHWC"
-        wanted = [i for i, stride in enumerate(self.body.feature_info.reduction()) if stride in (4, 8, 16)]
-        self.wanted, self.channels = wanted, [self.body.feature_info.channels()[i] for i in wanted]
+        self.channels = self.body.feature_info.channels()
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        maps = self.body(image)
-        return [maps[i].movedim(-1, 1) if self.channels_last else maps[i] for i in self.wanted]
+        return [x.movedim(-1, 1) if self.channels_last else x for x in self.body(image)]
 
 
 class FeaturePyramid(nn.Module):

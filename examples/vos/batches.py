@@ -37,7 +37,7 @@ def sample(clips: list[Clip], config: Config, progress: float, g: torch.Generato
 
 
 def resized(images: Tensor, height: int | None) -> Tensor:
-    """Frames (..., 3, H, W) at the given height, both sides to the nearest multiples of 8."""
+    """Frames (N, 3, H, W) at the given height, both sides to the nearest multiples of 8."""
     H, W = images.shape[-2:]
     scale = 1 if height is None else height / H
     size = [max(8, round(side * scale / 8) * 8) for side in (H, W)]

@@ -20,6 +20,7 @@ HISTORY: Route = (((0,), 1), ((0, 1), 2), ((2,), 1), ((1, 2), AGAIN))
 
 CYCLES: dict[str, tuple[tuple[Route, ...], ...]] = {  # the routes of a step, taken in turn
     "all": ((SELF, THERE_AND_BACK), (SELF, CHAIN), (SELF, HISTORY)),
+    "long": ((SELF, CHAIN), (SELF, HISTORY)),
     "frame0": ((SELF,),),  # the baseline that sees the annotated frame alone
 }
 

@@ -7,6 +7,8 @@ Training reads the first annotation of a clip and no other: `first_mask` is the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,15 @@ class DataError(ValueError):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
+
+
+@contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """For commands: what is wrong with the data ends them with that line instead of a traceback."""
+    try:
+        yield
+    except DataError as error:
+        raise SystemExit(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .batches import resized, resized_mask
 from .config import Config
 from .cycle import soft_masks
-from .data import Clip, read_clips
+from .data import Clip, read_clips, said_in_one_line
 from .metrics import Score, frame_scores, mean_scores
 from .model import VOS
 from .pictures import save_pictures, save_sheet
@@ -34,14 +34,14 @@ def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
     first = clip.first_mask()
     present = torch.ones(1, clip.objects, dtype=torch.bool, device=device)
 
-    def features(t: int):
-        return model.features(resized(clip.image(t), config.height)[None].to(device))
+    def image(t: int) -> Tensor:
+        return resized(clip.image(t)[None], config.height).to(device)
 
-    given = resized_mask(first, resized(clip.image(0), config.height).shape[-2:])
-    annotated, past = model.encode(features(0), given[None].to(device), present), []
+    given = resized_mask(first, image(0).shape[-2:])
+    annotated, past = model.encode(model.features(image(0)), given[None].to(device), present), []
     labels = [torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)]
     for t in range(1, len(clip)):
-        frame = features(t)
+        frame = model.features(image(t))
         logits = model.decode([annotated, *past], present, frame)
         past = [*past, model.encode(frame, soft_masks(logits), present)][-config.history :]
         labels.append(F.interpolate(logits, first.shape[-2:], mode="bilinear")[0].argmax(0).cpu())
@@ -62,6 +62,7 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     return model, config
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")

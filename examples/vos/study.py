@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .config import CONFIGS, Config
-from .data import Clip, read_clips
+from .data import Clip, read_clips, said_in_one_line
 from .infer import propagate, score
 from .metrics import Score, mean_scores
 from .train import Run, Trainer, train
@@ -104,13 +104,15 @@ def plot(rows: list[Row], path: Path) -> None:
         dots.plot([i] * len(JF), JF, "o", color=f"C{i}", alpha=0.6)
         dots.plot([i - 0.25, i + 0.25], [statistics.median(JF)] * 2, color=f"C{i}")
         frames = sorted({row.frame for row in own if row.frame >= 0})
-        course.plot(frames, [statistics.mean(row.JF for row in own if row.frame == t) for t in frames], color=f"C{i}", label=name)
+        JF = [statistics.mean(row.JF for row in own if row.frame == t) for t in frames]
+        course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # two may lie on one another
     dots.set(xticks=range(len(names)), xticklabels=names, ylabel="J&F, each seed and the median")
     course.set(xlabel="frame", ylabel="J&F, mean of the seeds")
     course.legend()
     figure.savefig(path, dpi=110)
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")

@@ -48,7 +48,7 @@ class Thing:
         return inside
 
 
-def thing(rng: np.random.Generator, width: float) -> Thing:
+def thing(rng: np.random.Generator, width: float, size: float) -> Thing:
     return Thing(
         waves=np.stack([rng.uniform(0, 0.18, 3), rng.uniform(0, 2 * np.pi, 3)]),
         colours=rng.uniform(0, 1, (2, 3)),
@@ -57,25 +57,25 @@ def thing(rng: np.random.Generator, width: float) -> Thing:
         place=rng.uniform(0.2, 0.8, 2) * [1, width],
         speed=rng.normal(0, 0.03, 2),
         turn=rng.normal(0, 0.06),
-        size=rng.uniform(0.13, 0.22),
+        size=size * rng.uniform(0.13, 0.22),
         growth=rng.uniform(-0.02, 0.02),
     )
 
 
 def look_alike(of: Thing, rng: np.random.Generator, width: float) -> Thing:
     """The texture and size of another, in colours a little off, on its own path."""
-    other = thing(rng, width)
+    other = thing(rng, width, 1)
     other.colours = np.clip(of.colours + rng.normal(0, 0.15, (1, 3)), 0, 1)
     other.pitch, other.tilt, other.size = of.pitch, of.tilt, of.size
     return other
 
 
-def clip(rng: np.random.Generator, frames: int, height: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pictures (H, W, 3) uint8 and labels (H, W) uint8, 0 = background. Each object shows in the first frame."""
+def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: float = 1) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pictures (H, W, 3) uint8 and labels (H, W) uint8, 0 = background. Each object shows in the first frame; `size` scales all."""
     while True:
         aspect = width / height
-        objects = [thing(rng, aspect) for _ in range(rng.integers(1, 4))]
-        distractors = [look_alike(objects[0], rng, aspect)] + [thing(rng, aspect) for _ in range(rng.integers(0, 2))]
+        objects = [thing(rng, aspect, size) for _ in range(rng.integers(1, 4))]
+        distractors = [look_alike(objects[0], rng, aspect)] + [thing(rng, aspect, size) for _ in range(rng.integers(0, 2))]
         bars = [(rng.uniform(0.2, 0.8) * width, rng.uniform(0.03, 0.07) * height, rng.uniform(0, 1, 3)) for _ in range(rng.integers(0, 3))]
         ground = _ground(rng, height, width)
         pictures, labels = [], []
@@ -92,11 +92,13 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int) -> tupl
             pictures.append((np.clip(noisy, 0, 1) * 255).round().astype(np.uint8))
             labels.append(label)
         sizes = np.bincount(labels[0].ravel(), minlength=len(objects) + 1)[1:]
-        if sizes.min() > 0.01 * height * width:
+        if sizes.min() > 0.01 * size**2 * height * width:
             return pictures, labels
 
 
-def write_clips(out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0) -> None:
+def write_clips(
+    out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, size: float = 1
+) -> None:
     """Clips of their own seeds, in DAVIS layout under `out`. Training clips have all their annotations too: training does not read them."""
     names = {split: [f"{split}-{i:03}" for i in range(count)] for split, count in (("train", train), ("val", val))}
     sets = out / "ImageSets" / YEAR
@@ -104,7 +106,7 @@ def write_clips(out: Path, train: int = 60, val: int = 20, frames: int = 12, hei
     for split, those in names.items():
         (sets / f"{split}.txt").write_text("".join(f"{name}\n" for name in those))
     for i, name in enumerate(tqdm(names["train"] + names["val"], desc="clips")):
-        pictures, labels = clip(np.random.default_rng([seed, i]), frames, height, width)
+        pictures, labels = clip(np.random.default_rng([seed, i]), frames, height, width, size)
         folders = [out / kind / RESOLUTION / name for kind in ("JPEGImages", "Annotations")]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     for name, default in (("train", 60), ("val", 20), ("frames", 12), ("height", 64), ("width", 96), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--size", type=float, default=1, help="of the objects, beside the usual one")
     write_clips(**vars(parser.parse_args()))
 
 

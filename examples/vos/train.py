@@ -21,7 +21,7 @@ from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 from .batches import sample
 from .config import CONFIGS, Config
 from .cycle import CYCLES, run
-from .data import Clip, read_clips
+from .data import Clip, read_clips, said_in_one_line
 from .losses import loss
 from .model import VOS
 
@@ -127,6 +127,7 @@ def train(trainer: Trainer, out: Path, resume: bool = False, save_every: int = 1
                 trainer.save(checkpoint)
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
