@@ -11,6 +11,7 @@ import pytest
 import torch
 from cpu_kernels import KERNELS, forced, threads
 
+from smattn import soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 
 # They decide how a call is cut into items: few queries split the keys, many do not, Nq > Nk turns backward inside out.
@@ -67,6 +68,26 @@ def test_rounded_probabilities_do_not_reach_delta(name, Nk, mask_dtype):
     case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, mask_dtype=mask_dtype, dropout_p=0.3)
     with forced(name):
         assert_within_budget(run(case, "cpu"), case)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
+    """dP is then the same for all keys, and delta must cancel it whatever rounding does to P."""
+    for seed in range(40):
+        case = make_case(1, 1, 1, 8, 32, dtype=torch.bfloat16, mask="uniform" if mask_dtype else None, mask_dtype=mask_dtype, rng=seed)
+        case = replace(case, alpha=0.01 * case.alpha if mask_dtype else None, value=case.value[:, :, :1].expand_as(case.value).contiguous())
+        with forced(name):
+            assert_within_budget(run(case, "cpu"), case)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_score_is_nan_though_its_key_is_dropped(name, dtype):
+    query, key = torch.ones(1, 1, 8, 32, dtype=dtype), torch.ones(1, 1, 4, 32, dtype=dtype)
+    key[0, 0, 2] = float("inf")
+    with forced(name):
+        assert soft_masked_attention(query, key, torch.ones_like(key), dropout_p=0.5, backend="cpu").isnan().all()
 
 
 @pytest.mark.skipif(len(KERNELS) < 2, reason="there is one set of CPU kernels on this processor")

@@ -122,6 +122,23 @@ def test_it_serves_inside_torchs_decoder_layer():
     torch.testing.assert_close(layer(*tensors), expected)
 
 
+def test_it_serves_inside_torchs_encoder_layer_with_padding():
+    """Which makes a floating mask of a boolean one before it calls the attention."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    x, padding = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([[3], [5]])
+    expected = layer(x, src_key_padding_mask=padding)
+    layer.self_attn = SoftMaskedMultiheadAttention.from_module(layer.self_attn)
+    torch.testing.assert_close(layer(x, src_key_padding_mask=padding), expected)
+    with pytest.raises(RuntimeError, match="key_padding_mask: expected 0 and -inf"):
+        layer(x, src_key_padding_mask=padding * 0.5)
+
+
+def test_a_parametrized_module_is_refused():
+    module = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(16, 4), "in_proj_weight")
+    with pytest.raises(ValueError, match="module: expected parameters of its own"):
+        SoftMaskedMultiheadAttention.from_module(module)
+
+
 def test_dropout_is_of_training_alone():
     original, drop_in = pair(dropout=0.5)
     tensors = inputs(original)

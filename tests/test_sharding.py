@@ -21,10 +21,22 @@ def cases():
     }
 
 
+def grouped_over_two_dimensions(mesh):
+    """6 heads of keys are even over each mesh dimension, and not over both."""
+    case = make_case(1, 12, 3, 5, 4, Hkv=6, mask=None)
+    q, *kv = (
+        distribute_tensor(t, mesh, [placement] * 2)
+        for t, placement in ((case.query, Shard(1)), (case.key, Replicate()), (case.value, Replicate()))
+    )
+    with pytest.raises(ValueError) as error:
+        sharded_attention(q, *kv, enable_gqa=True)
+    return str(error.value)
+
+
 def placements(world):
     if world == 2:
         return {"batch": [Shard(0)], "heads": [Shard(1)], "queries": [Shard(2)], "none": [Replicate()]}
-    return {"batch and heads": [Shard(0), Shard(1)], "heads and queries": [Shard(1), Shard(2)]}
+    return {"batch and heads": [Shard(0), Shard(1)], "heads and queries": [Shard(1), Shard(2)], "heads twice": [Shard(1), Shard(1)]}
 
 
 def sharded(case, mesh, placed):
@@ -64,7 +76,7 @@ def refusals(mesh):
 def worker(rank, world):
     mesh = init_device_mesh("cpu", (2,) * (world // 2))
     results = {(name, how): sharded(case, mesh, placed) for name, case in cases().items() for how, placed in placements(world).items()}
-    return results, refusals(mesh)
+    return results, refusals(mesh), grouped_over_two_dimensions(mesh) if world == 4 else None
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -76,13 +88,14 @@ def ranks(request, tmp_path_factory):
 def test_sharded_tensors_give_what_one_process_has(ranks, name):
     world, of_ranks = ranks
     for how in placements(world):
-        for results, _ in of_ranks:
+        for results, *_ in of_ranks:
             assert_within_budget(results[name, how], cases()[name])
 
 
 def test_what_cannot_be_sharded_is_refused(ranks):
-    for _, (no_dtensor, head_size, heads, dropout) in ranks[1]:
+    for _, (no_dtensor, head_size, heads, dropout), over_two in ranks[1]:
         assert no_dtensor == "key: expected a DTensor, got Tensor"
         assert head_size.startswith("query: expected Replicate() or Shard of axis 0, 1 or 2")
-        assert heads == "key: expected a number of heads that 2 ranks can share equally, got 3"
+        many = "key: expected a number of heads that {} ranks can share equally, got {}"
+        assert heads == many.format(ranks[0], 3) and over_two in (None, many.format(4, 6))
         assert dropout.startswith("dropout_p: expected 0")

@@ -18,9 +18,9 @@ struct ForwardTask {
   T* eta = nullptr;  // [B, H, Nq]
 };
 
-// The rows that go with O: the maximum score, the sum of the probabilities relative to it, and the sums of their products with M and with
-// what eta is the mean of.
-enum Row { kMaximum, kSum, kMbar, kEta, kRows };
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, that of them as rounded to pairs, and the sums of
+// their products with M and with what eta is the mean of.
+enum Row { kMaximum, kSum, kRounded, kMbar, kEta, kRows };
 
 // How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
 template <class E>
@@ -140,7 +140,8 @@ class Forward {
 
  private:
   // Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
-  // output, must then not differ from P*dP. Where M is bfloat16 as well its own rounding, times alpha, is more than that of P.
+  // output, is then to be the mean of dP under P itself. Else it is that under the rounded ones, which cancels a dP that is the same for
+  // all keys as well.
   bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr && s_.mask.data != nullptr && s_.mask.dtype != s_.dtype; }
 
   void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
@@ -204,7 +205,7 @@ class Forward {
     const T *scores, *mask, *dmap;
     E *weights, *rests;
     int64_t stride, keys;
-    Vec<T> subtracted, sum{}, mbar{}, eta{};
+    Vec<T> subtracted, sum{}, rounded{}, mbar{}, eta{};
 
     template <int N, bool kWhole>  // else the last of them may lie beyond the keys
     void next(int64_t j) {
@@ -228,9 +229,9 @@ class Forward {
         } else {
           const Vec<E> pair = paired(p[i], p[i + 1]);
           store(weights + (j + i) / 2 * stride, pair);
-          if (rests == nullptr) continue;
-          const Vec<T> first = p[i] - (Vec<T>)(pair << 16), second = p[i + 1] - (Vec<T>)(pair >> 16 << 16);
-          store(rests + (j + i) / 2 * stride, paired(first, second));
+          const Vec<T> first = (Vec<T>)(pair << 16), second = (Vec<T>)(pair >> 16 << 16);
+          rounded += first + second;
+          if (rests != nullptr) store(rests + (j + i) / 2 * stride, paired(p[i] - first, p[i + 1] - second));
         }
       }
     }
@@ -293,7 +294,7 @@ class Forward {
     store(rescale + lane, factor);
     store(row_of(kMaximum), m);
     const auto add = [&](Row row, Vec<T> x) { store(row_of(row), load(row_of(row)) * factor + x); };
-    add(kSum, w.sum), add(kMbar, w.mbar), add(kEta, w.eta);
+    add(kSum, w.sum), add(kRounded, w.rounded), add(kMbar, w.mbar), add(kEta, w.eta);
   }
 
   // The weights times C/(1-p), of pairs times C.
@@ -322,7 +323,7 @@ class Forward {
     for (int64_t i = 0; i < q.count; ++i) {
       const auto at = [&](Row which) { return rows[which * q.lanes + i]; };
       const T mean = alive ? 1 / at(kSum) : T(0);
-      inverse[i] = kept * mean;
+      inverse[i] = alive ? kept / at(kPack<E> > 1 ? kRounded : kSum) + (at(kSum) - at(kSum)) : T(0);  // NaN where the sum is infinite
       if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = at(kMbar) * mean;
       if (t_.eta != nullptr) t_.eta[row + i] = at(kEta) * mean;
       if (p_.lse == nullptr) continue;
@@ -335,8 +336,9 @@ class Forward {
     }
     write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out, s_.dtype, row * n_.Dv, n_.Dv);
     const T* rest = rows + kRows * q.lanes;
-    for (int64_t i = 0; wants_rest() && i < q.count; ++i) {
-      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] += rest[i * Dvp_ + d] * inverse[i];
+    for (int64_t i = 0; wants_rest() && alive && i < q.count; ++i) {
+      const T sum = rows[kSum * q.lanes + i], again = rows[kRounded * q.lanes + i] / sum;
+      for (int64_t d = 0; d < n_.Dv; ++d) part[i * Dvp_ + d] = part[i * Dvp_ + d] * again + rest[i * Dvp_ + d] * (kept / sum);
     }
     if (p_.out_acc != nullptr) write_rows<T>(part, Dvp_, q.count, n_.Dv, p_.out_acc, DTypeOf<T>::value, row * n_.Dv, n_.Dv);
   }

@@ -6,6 +6,7 @@ gradients that the ranks have for it are summed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,10 @@ def sharded_attention(
     for name, tensor in given.items():
         if not isinstance(tensor, DTensor) and (name in ("query", "key", "value") or isinstance(tensor, Tensor)):
             raise TypeError(f"{name}: expected a DTensor, got {type(tensor).__name__}")
-    sharded = [_sharded_axis(query, key, dim) for dim in range(query.device_mesh.ndim)]
+    sharded = [_sharded_axis(query, dim) for dim in range(query.device_mesh.ndim)]
+    ranks = math.prod(query.device_mesh.size(dim) for dim, axis in enumerate(sharded) if axis == "H")
+    if key.shape[1] % ranks:
+        raise ValueError(f"key: expected a number of heads that {ranks} ranks can share equally, got {key.shape[1]}")
     local: dict[str, Any] = {
         name: _local(name, tensor, query, sharded) if isinstance(tensor, DTensor) else tensor for name, tensor in given.items()
     }
@@ -62,16 +66,13 @@ def sharded_attention(
     return tuple(_global(result, query, shape) for result, shape in zip(results, shapes, strict=True))
 
 
-def _sharded_axis(query: DTensor, key: DTensor, dim: int) -> str:
+def _sharded_axis(query: DTensor, dim: int) -> str:
     """The axis of query that mesh dimension `dim` shards, "" for none."""
     placement = query.placements[dim]
     if placement.is_replicate():
         return ""
     if not isinstance(placement, Shard) or placement.dim > 2:
         raise ValueError(f"query: expected Replicate() or Shard of axis 0, 1 or 2 on every mesh dimension, got {query.placements}")
-    ranks = query.device_mesh.size(dim)
-    if placement.dim == 1 and key.shape[1] % ranks:
-        raise ValueError(f"key: expected a number of heads that {ranks} ranks can share equally, got {key.shape[1]}")
     return _AXES["query"][placement.dim]
 
 

@@ -32,7 +32,8 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
             alpha_init, learnable_alpha: as in smattn.nn.SoftMaskedAttention.
 
         Raises:
-            ValueError: module has add_bias_kv or add_zero_attn, or alpha_init is not one number or one a head.
+            ValueError: module has add_bias_kv, add_zero_attn or parameters that are computed (parametrized, say), or alpha_init is not one
+                number or one a head.
         """
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError("module: expected an nn.MultiheadAttention without add_bias_kv and add_zero_attn, got one with")
@@ -40,6 +41,8 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         sizes = dict(kdim=module.kdim, vdim=module.vdim, batch_first=module.batch_first, device="meta")
         made = cls(module.embed_dim, module.num_heads, module.dropout, bias, **sizes)
         made._parameters.update(module._parameters)
+        if set(made._parameters) - set(module._parameters):
+            raise ValueError("module: expected parameters of its own, got computed ones, parametrized say")
         made.out_proj = module.out_proj
         alpha = initial_alpha(alpha_init, module.num_heads).to(module.out_proj.weight.device)
         if learnable_alpha:
@@ -65,7 +68,8 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query, key, value, need_weights: as in nn.MultiheadAttention, batched. Weights are before dropout, and cost a pass of their own.
-            key_padding_mask: bool (B, Nk), True = padding. A query with no key left gives zeros, not NaN.
+            key_padding_mask: bool (B, Nk), True = padding, or what nn.TransformerEncoderLayer makes of that: floating, -inf at padding,
+                else 0 (a RuntimeError where it is not). A query with no key left gives zeros, not NaN.
             attn_mask: as in nn.MultiheadAttention, (Nq, Nk) or (B * H, Nq, Nk), bool or added to the scores; not together with mask.
             average_attn_weights: True; the weights of single heads are not computed.
             is_causal: a hint beside attn_mask, as in nn.MultiheadAttention; without effect.
@@ -87,6 +91,10 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
             raise ValueError("attn_mask: expected None when mask is given, got both")
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
+            padding = key_padding_mask == float("-inf")
+            torch._assert_async(((key_padding_mask == 0) | padding).all(), "key_padding_mask: expected 0 and -inf where it is floating")
+            key_padding_mask = padding
         q, k, v = self._projected(query, key, value)
         alpha: float | Tensor | None = None if mask is None else self.scaling_factors
         if attn_mask is not None:
