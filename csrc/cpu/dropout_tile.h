@@ -89,7 +89,7 @@ inline void dropout_tile(const Dropout& dropout, int64_t bh, const QueryBlock& q
   for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
     Words row[kParts];
     for (int part = 0; part < kParts; ++part) {
-      Words query;
+      Words query{};
       for (int i = 0; i < kLanes<uint64_t>; ++i) query[i] = static_cast<uint64_t>(q.first + lane + i * kParts + part);
       row[part] = philox.row(query);
     }
