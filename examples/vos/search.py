@@ -13,13 +13,15 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from resumable import train
+
 from . import study
 from .config import Config
 from .data import Clip, read_clips, said_in_one_line
 from .infer import propagate, score
 from .metrics import mean_scores
 from .synthetic import write_clips
-from .train import Run, Trainer, train
+from .train import Run, Trainer
 
 SMALL = 0.6  # size of the objects, beside the usual one
 SETTINGS = {  # configuration, cycles, size of the objects

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from resumable import train
 from torch import Tensor
 
 from .config import CONFIGS, Config
 from .data import Clip, read_clips, said_in_one_line
 from .infer import propagate, score
 from .metrics import Score, mean_scores
-from .train import Run, Trainer, train
+from .train import Run, Trainer
 
 CONTESTANTS = {  # masking, cycles
     "soft": ("soft", "all"),

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from tqdm import tqdm
+from resumable import Resumable, train, warmup_and_cosine
 
 from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 
@@ -24,8 +22,6 @@ from .cycle import CYCLES, run
 from .data import Clip, read_clips, said_in_one_line
 from .losses import loss
 from .model import VOS
-
-LOG = ("step", "loss", "dice", "cross_entropy", "alpha_lowest", "alpha_highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Run:
     seed: int = 0
 
 
-class Trainer:
-    """A model, its optimizer and the step they are at."""
+class Trainer(Resumable):
+    LOG = ("step", "loss", "dice", "cross_entropy", "alpha_lowest", "alpha_highest")
 
     def __init__(self, run: Run, clips: list[Clip], device: str = "cpu", start: dict[str, Any] | None = None) -> None:
         torch.manual_seed(run.seed)
@@ -71,60 +67,10 @@ class Trainer:
         self.step += 1
         return (self.step, parts.sum().item(), *parts.tolist(), *alpha_range(self.model))
 
-    def save(self, path: Path) -> None:
-        """Written beside and renamed: a run that is killed leaves the checkpoint before."""
-        saved = {
-            "run": dataclasses.asdict(self.run),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-        torch.save(saved, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-
-    def restore(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["run"] != dataclasses.asdict(self.run):
-            raise ValueError(f"{path}: a checkpoint of another run, {saved['run']}; this one is {dataclasses.asdict(self.run)}")
-        self.step = saved["step"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-
-
-def warmup_and_cosine(step: int, config: Config) -> float:
-    """The factor on the learning rates."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
-
 
 def alpha_range(model: VOS) -> tuple[float, float]:
     alphas = [m.scaling_factors for m in model.modules() if isinstance(m, SoftMaskedAttention)]
     return (torch.cat(alphas).min().item(), torch.cat(alphas).max().item()) if alphas else (math.nan, math.nan)
-
-
-def train(trainer: Trainer, out: Path, resume: bool = False, save_every: int = 100, stop: int | None = None) -> None:
-    """To the last step (or to `stop`), with out/log.csv and out/checkpoint.pt."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint, log, kept = out / "checkpoint.pt", out / "log.csv", []
-    if resume and checkpoint.exists():
-        trainer.restore(checkpoint)
-        with open(log, newline="") as file:  # rows after the checkpoint are of steps that will be repeated
-            kept = [row for row in csv.reader(file)][1 : 1 + trainer.step]
-    steps = trainer.run.config.steps if stop is None else stop
-    with open(log, "w", newline="") as file, tqdm(total=steps, initial=trainer.step, desc=out.name) as bar:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([LOG, *kept])
-        while trainer.step < steps:
-            row = trainer.advance()
-            writer.writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
-            bar.set_postfix(loss=f"{row[1]:.3f}")
-            bar.update()
-            if trainer.step % save_every == 0 or trainer.step == steps:
-                file.flush()
-                trainer.save(checkpoint)
 
 
 @said_in_one_line()

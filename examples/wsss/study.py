@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
+from resumable import train
 
 from .config import CONFIGS, Config
 from .data import Scenes, read_scenes
@@ -23,7 +24,7 @@ from .evaluate import score, tokens_right
 from .pictures import save_sheet
 from .pseudo_masks import CHOSEN_ON, Seen, Thresholds, choose, enlarged, pseudo_masks, see
 from .segment import fit, predict
-from .train import Run, Trainer, train
+from .train import Run, Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the configuration
     "full": {},

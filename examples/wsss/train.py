@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import math
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from resumable import Resumable, train, warmup_and_cosine
 from torch import Tensor
-from tqdm import tqdm
 
 from . import losses
 from .config import CONFIGS, Config
@@ -22,8 +20,6 @@ from .data import Scenes, read_scenes
 from .gates import HardConcrete
 from .model import ViT
 from .pretrained import load_timm
-
-LOG = ("step", "loss", "classification", "diversity", "expected_open", "open_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +31,8 @@ class Run:
     seed: int = 0
 
 
-class Trainer:
-    """A model, its optimizer and the step they are at."""
+class Trainer(Resumable):
+    LOG = ("step", "loss", "classification", "diversity", "expected_open", "open_heads")
 
     def __init__(self, run: Run, data: Scenes, device: str = "cpu") -> None:
         torch.manual_seed(run.seed)
@@ -70,26 +66,8 @@ class Trainer:
         self.step += 1
         return (self.step, loss.item(), told.item(), overlap.item(), expected_open.item(), sum(self.model.open_heads()))
 
-    def save(self, path: Path) -> None:
-        """Written beside and renamed: a run that is killed leaves the checkpoint before."""
-        saved = {
-            "run": dataclasses.asdict(self.run),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-        torch.save(saved, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-
-    def restore(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["run"] != dataclasses.asdict(self.run):
-            raise ValueError(f"{path}: a checkpoint of another run, {saved['run']}; this one is {dataclasses.asdict(self.run)}")
-        self.step = saved["step"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
+    def shown(self, row: tuple[float, ...]) -> dict[str, Any]:
+        return super().shown(row) | {"open": row[-1]}
 
 
 def batch_of(data: Scenes, count: int, size: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,35 +90,6 @@ def parameter_groups(model: ViT) -> list[dict]:
         {"params": others, "weight_decay": 0.0},
         {"params": gates, "weight_decay": 0.0, "lr": config.gate_lr * config.lr},
     ]
-
-
-def warmup_and_cosine(step: int, config: Config) -> float:
-    """The factor on the learning rates."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
-
-
-def train(trainer: Trainer, out: Path, resume: bool = False, save_every: int = 100, stop: int | None = None) -> None:
-    """To the last step (or to `stop`), with out/log.csv and out/checkpoint.pt."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint, log, kept = out / "checkpoint.pt", out / "log.csv", []
-    if resume and checkpoint.exists():
-        trainer.restore(checkpoint)
-        with open(log, newline="") as file:  # rows after the checkpoint are of steps that will be repeated
-            kept = [row for row in csv.reader(file)][1 : 1 + trainer.step]
-    steps = trainer.run.config.steps if stop is None else stop
-    with open(log, "w", newline="") as file, tqdm(total=steps, initial=trainer.step, desc=out.name) as bar:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([LOG, *kept])
-        while trainer.step < steps:
-            row = trainer.advance()
-            writer.writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
-            bar.set_postfix(loss=f"{row[1]:.3f}", open=row[-1])
-            bar.update()
-            if trainer.step % save_every == 0 or trainer.step == steps:
-                file.flush()
-                trainer.save(checkpoint)
 
 
 def load(checkpoint: Path, device: str = "cpu") -> tuple[ViT, tuple[str, ...]]:
