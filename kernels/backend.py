@@ -19,12 +19,13 @@ from . import (
     backward_delta,
     backward_delta_sweep,
     backward_dq,
+    backward_few_queries,
     backward_passes,
     configs,
     forward_split,
 )
 from . import forward as forward_full
-from .launch import Inputs
+from .launch import Inputs, Rows
 
 Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 LARGEST_HEAD = 256
@@ -106,14 +107,20 @@ def backward(
     grads = _gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
-    rows, dalpha, dalpha_rows = inputs.accumulator(*lse.shape, 2), grads[4], None
-    if dalpha is not None and dlse is not None:
+    few, dquery, dalpha, dalpha_rows = backward_few_queries.serves(inputs, list(grads[:4])), grads[0], grads[4], None
+    if few and out is not None and backward_few_queries.folds_delta(inputs, dquery):
+        held = configs.holds_dq(problem)
+        rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
+        backward_passes.run(inputs, dout, rows, mbar, *grads)
+        return grads
+    rows = Rows(inputs.accumulator(*lse.shape, 2), None, lse, dlse)
+    if dalpha is not None and dlse is not None and not few:
         partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
     if out is None:
-        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, rows, dalpha_rows)
+        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, rows.values, dalpha_rows)
     else:
-        backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
+        backward_delta.run(out, dout, lse, dlse, mbar, rows.values, dalpha_rows)
     backward_passes.run(inputs, dout, rows, mbar, *grads)
     if dalpha is not None and dalpha_rows is not None:
         # apart: more terms in the sum over tiles would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
@@ -165,7 +172,7 @@ def attention_map_backward(
     dout = dmap[:, None]
     attention_map_rows.run(inputs, dout, lse, rows, mbar, eta)
     if rows is not None:
-        backward_passes.run(inputs, dout, rows, mbar, dquery, dkey, None, dmask, dalpha)
+        backward_passes.run(inputs, dout, Rows(rows), mbar, dquery, dkey, None, dmask, dalpha)
     if dweights is not None and eta is not None:
         torch.sum(eta, (0, 2), out=dweights)
     return grads

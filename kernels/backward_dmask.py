@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch
+from .launch import Inputs, Rows, launch
 from .primitives import (
     live_keys,
     load_alpha,
     load_map_gradient,
     load_mask,
     load_queries,
+    load_rows,
     load_tile,
     score_gradient,
     store_dalpha,
@@ -67,8 +68,9 @@ def _dmask_kernel(
                 bh = b * H + h
                 g = h // GROUP
                 alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-                q, do, lse_log2, delta = load_queries(
-                    q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
+                lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+                q, do = load_queries(
+                    q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
                     offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
                 )  # fmt: skip
                 k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
@@ -92,7 +94,7 @@ def partials(inputs: Inputs) -> int:
     return triton.cdiv(inputs.problem.Nq, tile.block_m) * triton.cdiv(inputs.problem.Nk, tile.block_n)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
     """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dmask")
     mask_batches, mask_heads, mask_queries, _ = dmask.shape

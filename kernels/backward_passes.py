@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
-from .launch import Inputs
+from .launch import Inputs, Rows
 
 
 def run(
     inputs: Inputs,
     dout: Tensor,
-    rows: Tensor,
+    rows: Rows,
     mbar: Tensor | None,
     dquery: Tensor | None,
     dkey: Tensor | None,
@@ -21,24 +21,22 @@ def run(
     dmask: Tensor | None,
     dalpha: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. rows: (B, H, Nq, 2), mbar: (B, H, Nq) for dalpha."""
-    few = backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask])
+    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. mbar: (B, H, Nq) for dalpha."""
+    if backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask]):
+        return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
     key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
-    dmask_pass = dmask is not None and not few and not key_only
-    home = backward_few_queries if few else backward_dmask if dmask_pass else backward_dq
+    dmask_pass = dmask is not None and not key_only
+    home = backward_dmask if dmask_pass else backward_dq
     dalpha_tiles = inputs.accumulator(home.partials(inputs), inputs.problem.B, inputs.problem.H) if dalpha is not None else None
-    if few:
-        backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha_tiles)
-    else:
-        dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
-        if dkey is not None or dvalue is not None or key_only:
-            backward_dkdv.run(inputs, dout, rows, dkey, dvalue, dmask_rows)
-        if dmask is not None and dmask_rows is not None and dmask_rows.shape != dmask.shape:
-            dmask.copy_(dmask_rows.sum_to_size(dmask.shape))
-        if dmask is not None and dmask_pass:
-            backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
-        if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
-            backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
+    dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
+    if dkey is not None or dvalue is not None or key_only:
+        backward_dkdv.run(inputs, dout, rows, dkey, dvalue, dmask_rows)
+    if dmask is not None and dmask_rows is not None and dmask_rows.shape != dmask.shape:
+        dmask.copy_(dmask_rows.sum_to_size(dmask.shape))
+    if dmask is not None and dmask_pass:
+        backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
+    if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
+        backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
     if dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)
 

@@ -102,6 +102,11 @@ def one_tile(problem: Problem) -> bool:
     return problem.Nq <= FEW_QUERIES and tile_bytes < 64 << 10
 
 
+def holds_dq(problem: Problem) -> bool:
+    """Whether one pass of backward has registers for dQ as well: above, ptxas spills them."""
+    return bucket(problem.Nq) * block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize < 8 << 10
+
+
 def block_of(head: int) -> int:
     """The padded size of a head in a tile; a matrix product wants at least 16."""
     return max(16, triton.next_power_of_2(head))

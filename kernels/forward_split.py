@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import SPLIT_PROGRAMS, TileConfig, block_of
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, softmax_finish, store_tile
+from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
 MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
@@ -47,24 +47,18 @@ def _partial_kernel(
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = pid % H
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = pid // H // m_blocks % n_splits
+    h, _, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
     first_block = split * split_blocks
-    b = (pid // H // m_blocks // n_splits).to(tl.int64)
-    bh = b * H + h
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
-    q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
-        v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
-        mask_ptr + b * stride_mb + h.to(tl.int64) * stride_mh if HAS_MASK else None,
+        k_ptr + b * stride_kb + g * stride_kh,
+        v_ptr + b * stride_vb + g * stride_vh,
+        mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
