@@ -39,8 +39,7 @@ FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size
 # What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
 # its random numbers take registers of their own.
 SPILLING = {
-    ("few_queries", 2): {(32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128), (256, 32), (256, 64)},
-    ("few_queries", 4): {(32, 128), (64, 64), (64, 128), (128, 16), (128, 32), (128, 64), (256, 16), (256, 32)},
+    ("dmask", 4): {(256, 128)},
     ("map", 4): {(64, 128)},
     ("map_means", 2): {(32, 16)},
 }
@@ -63,6 +62,7 @@ class Variant(NamedTuple):
 
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
+TF32 = Variant("tf32", tf32=True)
 MAP = Variant("map", as_map=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
@@ -134,28 +134,30 @@ class Row(NamedTuple):
 
 
 def jobs(archs: list[int], full: bool) -> Iterator[Job]:
-    """Every kernel, dtype and head size with the plain mask, then each variant once on the last chip. `full`: all products, and D = 256."""
-    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), MAP, *OTHERS)
+    """Every kernel, chip and regime in every dtype, then each variant once, on one chip. `full`: all products."""
+    everything = (PLAIN, FEATURES, TF32, MAP, *OTHERS)
     if full:
         for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
             if dtype == torch.float32 or not variant.tf32:
                 yield Job(arch, dtype, D, Nq, variant)
         return
-    for arch, dtype in product(archs, DTYPES):
-        for D, Nq in product(HEAD_SIZES, (FEW[0], MANY)):
-            yield Job(arch, dtype, D, Nq, PLAIN)
-        for Nq in FEW[1:]:
-            yield Job(arch, dtype, 64, Nq, PLAIN)
-        for Nq in (FEW[0], MANY):
-            yield Job(arch, dtype, 64, Nq, MAP)
-        if dtype != torch.bfloat16:  # same tiles as float16
-            for Nq in (FEW[0], MANY):
-                yield Job(arch, dtype, WIDEST, Nq, PLAIN)
-    for Nq in (FEW[0], MANY):
-        yield Job(archs[-1], torch.float16, 64, Nq, FEATURES)
-        yield Job(archs[-1], torch.float32, 64, Nq, PLAIN._replace(name="tf32", tf32=True))
+    few, most = FEW[0], FEW[-1]
+    for arch in archs:
+        for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
+            yield Job(arch, torch.float16, D, Nq, PLAIN)
+        for D, Nq in (*product((64,), (few, most, MANY)), (32, few), (32, most), (128, MANY), (WIDEST, MANY)):
+            yield Job(arch, torch.float32, D, Nq, PLAIN)
+        for Nq in (few, most, MANY):
+            yield Job(arch, torch.float32, 64, Nq, TF32)
+        for Nq in (few, MANY):
+            yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
+            yield Job(arch, torch.float16, 64, Nq, MAP)
+        yield Job(arch, torch.float32, 64, MANY, MAP)
+    chip = 90 if 90 in archs else archs[-1]
+    for Nq in (few, MANY):
+        yield Job(chip, torch.float16, 64, Nq, FEATURES)
         for variant in OTHERS:
-            yield Job(archs[-1], torch.bfloat16, 32, Nq, variant)
+            yield Job(chip, torch.bfloat16, 32, Nq, variant)
 
 
 def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:

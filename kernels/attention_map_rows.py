@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig
+from .configs import TileConfig, cdiv
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
 from .primitives import LOG2E, finish_rows, live_keys, load_alpha, load_mask, load_tile, probabilities, query_program, store_rows
@@ -90,10 +90,10 @@ def run(inputs: Inputs, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Te
     means = inputs.score_arguments(tile) | strides("do", "bhmd", dout) | dict(
         do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows, NEED_MBAR=mbar is not None
     )  # fmt: skip
-    launch(_map_means_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, means, tile)
+    launch(_map_means_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, means, tile)
     finish = dict(
         sums_ptr=sums, lse_ptr=lse, weights_ptr=inputs.head_weights, rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
         H=t.H, Nq=t.Nq, n_splits=splits, n_rows=n_rows,
         NEED_ROWS=rows is not None, NEED_MBAR=mbar is not None, NEED_ETA=eta is not None, BLOCK_M=FINISH.block_m,
     )  # fmt: skip
-    launch(_map_rows_kernel, t.B * t.H * triton.cdiv(t.Nq, FINISH.block_m), finish, FINISH)
+    launch(_map_rows_kernel, t.B * t.H * cdiv(t.Nq, FINISH.block_m), finish, FINISH)

@@ -76,8 +76,9 @@ def forward(
                 tensor.zero_()
         lse.fill_(float("-inf"))
     elif lse.numel() > 0:
-        if t.Nq <= configs.FEW_QUERIES and forward_split.splits_of(inputs)[0] > 1:
-            forward_split.run(inputs, out, lse, out_acc, mbar)
+        splits, split_blocks = forward_split.splits_of(inputs) if t.Nq <= configs.FEW_QUERIES else (1, 0)
+        if splits > 1:
+            forward_split.run(inputs, splits, split_blocks, out, lse, out_acc, mbar)
         else:
             forward_full.run(inputs, out, lse, out_acc, mbar)
     return out, lse, inputs.accumulator(0) if out_acc is None else out_acc, inputs.accumulator(0) if mbar is None else mbar

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, block_of
+from .configs import TileConfig, block_of, cdiv
 from .launch import launch, strides
 from .primitives import load_dlse, load_tile, rows_of, store_rows
 
@@ -54,7 +54,7 @@ def store_dalpha_rows(ptr, mbar_ptr, dl, dead, offs_m, row_ok):
 
 def partials(queries: int) -> int:
     """How many rows of dalpha partials `run` fills."""
-    return triton.cdiv(queries, TILE.block_m)
+    return cdiv(queries, TILE.block_m)
 
 
 def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
@@ -65,4 +65,4 @@ def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tenso
         **strides("do", "bhmd", dout), **strides("dl", "bhm", dlse), H=H, Nq=Nq,
         DV=Dv, HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None, BLOCK_M=TILE.block_m, BLOCK_DV=block_of(Dv),
     )  # fmt: skip
-    launch(_delta_kernel, B * H * triton.cdiv(Nq, TILE.block_m), arguments, TILE)
+    launch(_delta_kernel, B * H * cdiv(Nq, TILE.block_m), arguments, TILE)

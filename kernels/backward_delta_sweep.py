@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backward_delta import store_dalpha_rows
+from .configs import cdiv
 from .launch import Inputs, launch, strides
 from .primitives import (
     LOG2E,
@@ -82,4 +83,4 @@ def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Te
         do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
-    launch(_delta_sweep_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)
+    launch(_delta_sweep_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

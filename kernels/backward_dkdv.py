@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
@@ -97,4 +98,4 @@ def run(inputs: Inputs, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: T
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
         MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,
     )  # fmt: skip
-    launch(_dkdv_kernel, t.B * t.Hkv * triton.cdiv(t.Nk, tile.block_n), arguments, tile)
+    launch(_dkdv_kernel, t.B * t.Hkv * cdiv(t.Nk, tile.block_n), arguments, tile)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     live_keys,
@@ -91,7 +92,7 @@ def _dmask_kernel(
 def partials(inputs: Inputs) -> int:
     """How many rows of dalpha partials `run` fills."""
     tile = inputs.tile("dmask")
-    return triton.cdiv(inputs.problem.Nq, tile.block_m) * triton.cdiv(inputs.problem.Nk, tile.block_n)
+    return cdiv(inputs.problem.Nq, tile.block_m) * cdiv(inputs.problem.Nk, tile.block_n)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
@@ -102,5 +103,5 @@ def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Te
         mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
         B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
-    programs = mask_batches * mask_heads * triton.cdiv(mask_queries, tile.block_m) * triton.cdiv(t.Nk, tile.block_n)
+    programs = mask_batches * mask_heads * cdiv(mask_queries, tile.block_m) * cdiv(t.Nk, tile.block_n)
     launch(_dmask_kernel, programs, arguments, tile)

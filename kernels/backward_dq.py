@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
@@ -58,7 +59,7 @@ def _dq_kernel(
             do_head, out_ptr + bh * Nq * DV, lse_ptr + bh * Nq, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
             offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
         )  # fmt: skip
-        store_rows(rows_head, lse_log2, delta, offs_m, row_ok & (split == 0))
+        store_rows(rows_head, lse_log2, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
     else:
         lse_log2, delta = load_rows(rows_head, offs_m, Nq)
     q, do = load_queries(
@@ -97,29 +98,31 @@ def _dq_kernel(
 
 def partials(inputs: Inputs) -> int:
     """How many rows of dalpha partials `run` fills."""
-    return triton.cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
+    return cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
     """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(inputs), B, H)."""
-    blocks = triton.cdiv(inputs.problem.Nk, inputs.tile("dq").block_n)
-    _launch(inputs, dout, rows, 1, blocks, inputs.problem.scale, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha)
+    t, tile = inputs.problem, inputs.tile("dq")
+    _launch(inputs, tile, dout, rows, 1, cdiv(t.Nk, tile.block_n), t.scale, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha)
 
 
 def run_split(inputs: Inputs, dout: Tensor, rows: Rows, splits: int) -> Tensor:
     """dQ / scale in parts, float32 (at most `splits`, B, H, Nq, D). Fills rows.values where they are to be worked out."""
-    t = inputs.problem
-    blocks = triton.cdiv(t.Nk, inputs.tile("dq").block_n)
-    split_blocks = triton.cdiv(blocks, splits)
-    parts = inputs.accumulator(triton.cdiv(blocks, split_blocks), t.B, t.H, t.Nq, t.D)
-    _launch(inputs, dout, rows, parts.shape[0], split_blocks, 1.0, mbar_ptr=None, dq_ptr=parts, dalpha_ptr=None)
+    t, tile = inputs.problem, inputs.tile("split_dq")
+    blocks = cdiv(t.Nk, tile.block_n)
+    split_blocks = cdiv(blocks, splits)
+    parts = inputs.accumulator(cdiv(blocks, split_blocks), t.B, t.H, t.Nq, t.D)
+    _launch(inputs, tile, dout, rows, parts.shape[0], split_blocks, 1.0, mbar_ptr=None, dq_ptr=parts, dalpha_ptr=None)
     return parts
 
 
-def _launch(inputs: Inputs, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None) -> None:
-    t, tile = inputs.problem, inputs.tile("dq")
+def _launch(
+    inputs: Inputs, tile: TileConfig, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
+) -> None:
+    t = inputs.problem
     arguments = inputs.gradient_arguments(tile, dout, rows) | rows.arguments() | pointers | dict(
         B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
         NEED_DQ=pointers["dq_ptr"] is not None, NEED_DALPHA=pointers["dalpha_ptr"] is not None,
     )  # fmt: skip
-    launch(_dq_kernel, t.B * t.H * splits * triton.cdiv(t.Nq, tile.block_m), arguments, tile)
+    launch(_dq_kernel, t.B * t.H * splits * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backward_dq, configs
-from .configs import TileConfig
+from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch, strides
 from .primitives import (
     dot,
@@ -260,33 +260,33 @@ def run(
     if dmask is not None:
         owners = (1 if shared["SHARED_B"] else t.B) * (1 if shared["SHARED_H"] else t.Hkv)
     inside = dquery is not None and configs.holds_dq(t)
-    blocks, split_blocks, parts = triton.cdiv(t.Nk, tile.block_n), 1, None
+    blocks, split_blocks, parts = cdiv(t.Nk, tile.block_n), 1, None
     if dquery is not None and inside:
-        split_blocks = triton.cdiv(blocks, _splits(inputs, gradients, owners))
-        parts = inputs.accumulator(triton.cdiv(blocks, split_blocks), *dquery.shape)
+        split_blocks = cdiv(blocks, splits(inputs, gradients, owners))
+        parts = inputs.accumulator(cdiv(blocks, split_blocks), *dquery.shape)
     elif dquery is not None:
-        parts = backward_dq.run_split(inputs, dout, rows, _splits(inputs, gradients, t.B * t.H))
+        parts = backward_dq.run_split(inputs, dout, rows, splits(inputs, gradients, t.B * t.H))
         rows = replace(rows, out=None)
     tiles = inputs.accumulator(blocks, t.B, t.H) if dalpha is not None else None
     if inside or any(gradient is not None for gradient in (dkey, dvalue, dmask, dalpha)):
-        splits = triton.cdiv(blocks, split_blocks)
+        n_splits = cdiv(blocks, split_blocks)
         arguments: dict[str, Any] = inputs.gradient_arguments(tile, dout, rows) | rows.arguments() | shared | dict(
             mbar_ptr=mbar, dq_ptr=parts if inside else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
-            B=t.B, n_splits=splits, split_blocks=split_blocks,
+            B=t.B, n_splits=n_splits, split_blocks=split_blocks,
             NEED_DQ=inside, NEED_DK=dkey is not None, NEED_DV=dvalue is not None,
             NEED_DMASK=dmask is not None, NEED_DALPHA=dalpha is not None,
         )  # fmt: skip
-        launch(_few_queries_kernel, owners * splits, arguments, tile)
+        launch(_few_queries_kernel, owners * n_splits, arguments, tile)
     if dquery is not None or dalpha is not None:
-        _reduce(inputs, rows, mbar, parts, dquery, tiles, dalpha)
+        reduce(inputs, rows, mbar, parts, dquery, tiles, dalpha)
 
 
-def _splits(inputs: Inputs, gradients: list[Tensor | None], owners: int) -> int:
+def splits(inputs: Inputs, gradients: list[Tensor | None], owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
     return min(_affordable(inputs, gradients), max(1, configs.SPLIT_PROGRAMS // owners))
 
 
-def _reduce(
+def reduce(
     inputs: Inputs,
     rows: Rows,
     mbar: Tensor | None,
@@ -295,8 +295,9 @@ def _reduce(
     tiles: Tensor | None,
     dalpha: Tensor | None,
 ) -> None:
+    """Fill, where given, dquery from its parts and dalpha from its tiles, (key blocks, B, H)."""
     t, n_elements = inputs.problem, 0 if dquery is None else dquery.numel()
-    programs = triton.cdiv(n_elements, REDUCE.block_n) + (t.H if dalpha is not None else 0)
+    programs = cdiv(n_elements, REDUCE.block_n) + (t.H if dalpha is not None else 0)
     arguments = strides("dl", "bhm", rows.dlse) | dict(
         parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,
         B=t.B, H=t.H, Nq=t.Nq, n_splits=0 if parts is None else parts.shape[0], n_elements=n_elements,

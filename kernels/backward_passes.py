@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
+from .configs import FEW_QUERIES
 from .launch import Inputs, Rows
 
 
@@ -22,7 +23,8 @@ def run(
     dalpha: Tensor | None,
 ) -> None:
     """Fill the gradients that are given, contiguous, in their own shapes and dtypes. mbar: (B, H, Nq) for dalpha."""
-    if backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask]):
+    gradients = [dquery, dkey, dvalue, dmask]
+    if backward_few_queries.serves(inputs, gradients):
         return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
     key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
     dmask_pass = dmask is not None and not key_only
@@ -35,7 +37,12 @@ def run(
         dmask.copy_(dmask_rows.sum_to_size(dmask.shape))
     if dmask is not None and dmask_pass:
         backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
-    if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
+    t = inputs.problem
+    splits = backward_few_queries.splits(inputs, gradients, t.B * t.H) if dquery is not None and t.Nq <= FEW_QUERIES else 1
+    if dquery is not None and splits > 1 and (dalpha is None or dmask_pass):  # few queries of wide heads
+        parts = backward_dq.run_split(inputs, dout, rows, splits)
+        backward_few_queries.reduce(inputs, rows, None, parts, dquery, None, None)
+    elif dquery is not None or (dalpha_tiles is not None and not dmask_pass):
         backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
     if dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)

@@ -47,24 +47,26 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
     ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
-    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
+    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 4, 2), T(32, 32, 8, 2)),
     ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), T(16, 16, 16, 1, 128)),
-    ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1, 128), T(32, 16, 16, 1, 128)),
-    ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1)),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 16, 16, 1, 128), T(64, 16, 16, 1, 128), NONE),
-    ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), NONE),
-    ("few_128", 80, 4): (T(128, 16, 16, 1, 128), T(128, 16, 16, 1, 128), NONE, NONE),
+    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), NONE),
+    ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
+    ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
+    ("few_32", 80, 4): (T(32, 32, 8, 1), T(32, 32, 8, 1), NONE, NONE),
+    ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), NONE, NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1), NONE, NONE, NONE),
+    ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
+    ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
+    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1), T(32, 16, 8, 1), T(16, 16, 8, 1)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
-    ("dmask", 90, 2): (T(64, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
@@ -91,25 +93,39 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
     return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, made for kernels too, takes 5 microseconds a call."""
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
 def bucket(queries: int) -> int:
     """The block that holds all of a few queries: 16, 32, 64 or 128."""
-    return max(16, min(FEW_QUERIES, triton.next_power_of_2(queries)))
+    return max(16, min(FEW_QUERIES, _power_of_2(queries)))
 
 
 def one_tile(problem: Problem) -> bool:
-    """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to leave room for the rest."""
-    tile_bytes = bucket(problem.Nq) * block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize
-    return problem.Nq <= FEW_QUERIES and tile_bytes < 64 << 10
+    """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to spill no registers."""
+    queries, row = bucket(problem.Nq), _row_bytes(problem)
+    return problem.Nq <= FEW_QUERIES and (row <= 128 or queries * row <= 8 << 10)
 
 
 def holds_dq(problem: Problem) -> bool:
-    """Whether one pass of backward has registers for dQ as well: above, ptxas spills them."""
-    return bucket(problem.Nq) * block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize < 8 << 10
+    """Whether that tile leaves registers for dQ as well."""
+    queries, row = bucket(problem.Nq), _row_bytes(problem)
+    return queries <= 32 and queries * row < 8 << 10
+
+
+def _row_bytes(problem: Problem) -> int:
+    return block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize
 
 
 def block_of(head: int) -> int:
     """The padded size of a head in a tile; a matrix product wants at least 16."""
-    return max(16, triton.next_power_of_2(head))
+    return max(16, _power_of_2(head))
 
 
 def arch_of(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .launch import Inputs, launch
 from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
@@ -61,4 +62,4 @@ def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: 
     arguments = inputs.arguments(tile) | dict(
         out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
     )
-    launch(_forward_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)
+    launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SPLIT_PROGRAMS, TileConfig, block_of
+from .configs import SPLIT_PROGRAMS, TileConfig, block_of, cdiv
 from .launch import Inputs, launch
 from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
@@ -24,13 +24,13 @@ def splits_of(inputs: Inputs) -> tuple[int, int]:
     """
     t, tile = inputs.problem, inputs.tile("split")
     rows = t.B * t.H * t.Nq
-    wanted = SPLIT_PROGRAMS // (t.B * t.H * triton.cdiv(t.Nq, tile.block_m))
+    wanted = SPLIT_PROGRAMS // (t.B * t.H * cdiv(t.Nq, tile.block_m))
     outputs = 1 if t.dtype == t.acc_dtype else 2  # with what rounding P to 16 bits lost
     affordable = PARTIALS_BYTES // (4 * rows * (outputs * t.Dv + 3))
-    most = triton.cdiv(t.Nk, 2 * tile.block_n)
-    blocks = triton.cdiv(t.Nk, tile.block_n)
-    split_blocks = triton.cdiv(blocks, max(1, min(wanted, affordable, most)))
-    return triton.cdiv(blocks, split_blocks), split_blocks
+    most = cdiv(t.Nk, 2 * tile.block_n)
+    blocks = cdiv(t.Nk, tile.block_n)
+    split_blocks = cdiv(blocks, max(1, min(wanted, affordable, most)))
+    return cdiv(blocks, split_blocks), split_blocks
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -112,10 +112,9 @@ def _merge_kernel(
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
-    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
+def run(inputs: Inputs, splits: int, split_blocks: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous. splits: splits_of."""
     t, tile = inputs.problem, inputs.tile("split")
-    splits, split_blocks = splits_of(inputs)
     n_rows = t.B * t.H * t.Nq
     acc = inputs.accumulator(splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
@@ -124,10 +123,10 @@ def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: 
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )
-    launch(_partial_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, partial, tile)
+    launch(_partial_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar,
         n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
         BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip
-    launch(_merge_kernel, triton.cdiv(n_rows, MERGE.block_m), merge, MERGE)
+    launch(_merge_kernel, cdiv(n_rows, MERGE.block_m), merge, MERGE)
