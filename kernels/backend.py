@@ -114,14 +114,15 @@ def backward(
         rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
         backward_passes.run(inputs, dout, rows, mbar, *grads)
         return grads
-    rows = Rows(inputs.accumulator(*lse.shape, 2), None, lse, dlse)
+    values = inputs.accumulator(*lse.shape, 2)
+    rows = Rows(values, None, lse, dlse)
     if dalpha is not None and dlse is not None and not few:
         partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
     if out is None:
-        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, rows.values, dalpha_rows)
+        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, values, dalpha_rows)
     else:
-        backward_delta.run(out, dout, lse, dlse, mbar, rows.values, dalpha_rows)
+        backward_delta.run(out, dout, lse, dlse, mbar, values, dalpha_rows)
     backward_passes.run(inputs, dout, rows, mbar, *grads)
     if dalpha is not None and dalpha_rows is not None:
         # apart: more terms in the sum over tiles would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)

@@ -55,14 +55,14 @@ def _read(cubin: bytes) -> Reading:
         code = _tool("nvdisasm", "--no-dataflow", "--print-code", file.name)
     registers, stack, local = (re.search(name + r":(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
     assert registers and stack and local, usage
-    return Reading(int(registers[1]), int(stack[1]) + int(local[1]), *_tensor_cores(code), _loads(code))
+    return Reading(int(registers[1]), int(stack[1]) + int(local[1]), *tensor_cores(code), loads(code))
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _tensor_cores(code: str) -> tuple[str, int, int, int]:
+def tensor_cores(code: str) -> tuple[str, int, int, int]:
     """The fastest tensor-core instruction there, the shortest and the longest run of it between waits, and its groups."""
     for name, wait in WAITS.items():
         runs, groups = [0], 0
@@ -78,6 +78,6 @@ def _tensor_cores(code: str) -> tuple[str, int, int, int]:
     return "", 0, 0, 0
 
 
-def _loads(code: str) -> dict[str, int]:
+def loads(code: str) -> dict[str, int]:
     matches = (LOAD.match(opcode) for opcode, _ in OPCODE.findall(code))
     return dict(Counter("TMA" if m[1] == "UTMALDG" else m[2] or "32" for m in matches if m))
