@@ -39,6 +39,7 @@ FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size
 # What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
 # its random numbers take registers of their own.
 SPILLING = {
+    ("few_queries", 2): {(64, 128)},
     ("dmask", 4): {(256, 128)},
     ("map", 4): {(64, 128)},
     ("map_means", 2): {(32, 16)},

@@ -50,13 +50,15 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 4, 2), T(32, 32, 8, 2)),
     ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), NONE),
+    ("few_16", 80, 4): (T(16, 32, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), NONE),
     ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
     ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
     ("few_32", 80, 4): (T(32, 32, 8, 1), T(32, 32, 8, 1), NONE, NONE),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), NONE, NONE),
     ("few_64", 80, 4): (T(64, 32, 8, 1), NONE, NONE, NONE),
-    ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
+    ("few_128", 80, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
+    ("few_128", 90, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
+    ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
     ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
@@ -64,17 +66,18 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
-    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1), T(32, 16, 8, 1), T(16, 16, 8, 1)),
+    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 128), T(32, 16, 8, 1), T(16, 16, 8, 1)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
     ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 100, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
 
 
 def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
-    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes sm_80's row, but those of SMALL_SHARED
-    sm_86's and all other newer ones sm_90's, where there is one.
+    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes the row of the newest one that is not newer
+    than itself, those of SMALL_SHARED sm_86's or sm_80's.
     """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
@@ -88,8 +91,8 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    own = 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
-    row = TABLE.get((kernel, own, size)) or TABLE[kernel, 80, size]
+    older = (86, 80) if arch in SMALL_SHARED else (100, 90, 80) if arch >= 100 else (90, 80) if arch >= 90 else (80,)
+    row = next(TABLE[kernel, own, size] for own in older if (kernel, own, size) in TABLE)
     return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
