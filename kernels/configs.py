@@ -47,7 +47,8 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
     ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
-    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 4, 2), T(32, 32, 8, 2)),
+    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
+    ("split_64", 90, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 4, 2), T(32, 32, 8, 2)),
     ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("few_16", 80, 4): (T(16, 32, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), NONE),
@@ -105,6 +106,7 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+@cache
 def bucket(queries: int) -> int:
     """The block that holds all of a few queries: 16, 32, 64 or 128."""
     return max(16, min(FEW_QUERIES, _power_of_2(queries)))
@@ -126,6 +128,7 @@ def _row_bytes(problem: Problem) -> int:
     return block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize
 
 
+@cache
 def block_of(head: int) -> int:
     """The padded size of a head in a tile; a matrix product wants at least 16."""
     return max(16, _power_of_2(head))

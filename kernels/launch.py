@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ class Inputs:
 
 def strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
     """Arguments stride_{name}{axis}, 0 along axes of one element, so that these broadcast."""
-    sizes, strides = ((1,) * len(axes), (0,) * len(axes)) if tensor is None else (tensor.shape, tensor.stride())
-    return {f"stride_{name}{axis}": 0 if n == 1 else stride for axis, n, stride in zip(axes, sizes, strides, strict=True)}
+    names = _stride_names(name, axes)
+    if tensor is None:
+        return dict.fromkeys(names, 0)
+    return {key: 0 if n == 1 else stride for key, n, stride in zip(names, tensor.shape, tensor.stride(), strict=True)}
 
+
+@cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"stride_{name}{axis}" for axis in axes)

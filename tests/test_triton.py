@@ -1,5 +1,7 @@
 """The Triton backend's launches: which passes run, and that nothing is launched twice."""
 
+from time import perf_counter
+
 import pytest
 import torch
 from expected import BACKENDS
@@ -78,14 +80,8 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [False, True], ids=["plain", "dropout padding gqa lse"])
-@pytest.mark.parametrize("Nq, dtype, backward", [
-    (1, torch.float16, ["few_queries", "reduce"]), (13, torch.bfloat16, ["few_queries", "reduce"]),
-    (32, torch.float32, ["few_queries", "reduce"]), (33, torch.float16, ["dq", "few_queries", "reduce"]),
-    (100, torch.float16, ["dq", "few_queries", "reduce"]), (128, torch.float32, ["dq", "few_queries", "reduce"]),
-])  # fmt: skip
-def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, backward, options):
-    """And nothing else that runs on a device or waits for it: beside the launches, torch only allocates. So a CUDA graph can hold them."""
+def few_queries(device, Nq, dtype=torch.float16, options=False):
+    """(problem, the seven inputs of a backend, dO, dL): uninitialised, as the backend takes them."""
     B, H, Hkv, Nk, D = 2, 4, 2 if options else 4, 9504, 32
     problem = Problem(
         B=B, H=H, Hkv=Hkv, Nq=Nq, Nk=Nk, D=D, Dv=D, dtype=dtype, mask_dtype=torch.float32, mask_shape=(B, 1, Nq, Nk),
@@ -100,7 +96,18 @@ def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, 
         tensor(H, dtype=torch.float32), tensor(B, Nk, dtype=torch.bool) if options else None,
         tensor(1, dtype=torch.int64) if options else None,
     )  # fmt: skip
-    dout, dlse = tensor(B, H, Nq, D), tensor(B, H, Nq, dtype=torch.float32) if options else None
+    return problem, inputs, tensor(B, H, Nq, D), tensor(B, H, Nq, dtype=torch.float32) if options else None
+
+
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "dropout padding gqa lse"])
+@pytest.mark.parametrize("Nq, dtype, backward", [
+    (1, torch.float16, ["few_queries", "reduce"]), (13, torch.bfloat16, ["few_queries", "reduce"]),
+    (32, torch.float32, ["few_queries", "reduce"]), (33, torch.float16, ["dq", "few_queries", "reduce"]),
+    (100, torch.float16, ["dq", "few_queries", "reduce"]), (128, torch.float32, ["dq", "few_queries", "reduce"]),
+])  # fmt: skip
+def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, backward, options):
+    """And nothing else that runs on a device or waits for it: beside the launches, torch only allocates. So a CUDA graph can hold them."""
+    problem, inputs, dout, dlse = few_queries(device, Nq, dtype, options)
     with launches_recorded(90) as recorder, Dispatched() as dispatched:
         out, lse, out_acc, mbar = backend.forward(problem, *inputs, save_out=True, save_mbar=True)
         unrounded = out_acc if out_acc.numel() else out
@@ -108,3 +115,26 @@ def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, 
     names = [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches]
     assert names == ["partial", "merge", *backward]
     assert dispatched.names <= {"aten.empty.memory_format", "aten.empty_like.default", "aten.view.dtype", "aten.detach.default"}
+
+
+@pytest.mark.slow
+def test_python_beside_the_launches_is_short(device, capsys):
+    """Both directions, the launches doing nothing, against torch's cheapest call, an allocation, of which each makes seven or eight."""
+    problem, inputs, dout, _ = few_queries(device, 13)
+    with launches_recorded(90) as recorder:
+        out, lse, out_acc, mbar = backend.forward(problem, *inputs, save_out=True, save_mbar=True)
+        calls = {
+            "allocation": lambda: torch.empty(16, device=device),
+            "forward": lambda: backend.forward(problem, *inputs, save_out=True, save_mbar=True),
+            "backward": lambda: backend.backward(problem, dout, None, *inputs, out_acc, lse, mbar, (True,) * 5),
+        }
+        best = dict.fromkeys(calls, float("inf"))
+        for _ in range(1000):
+            recorder.launches.clear()
+            for name, call in calls.items():
+                start = perf_counter()
+                call()
+                best[name] = min(best[name], perf_counter() - start)
+    with capsys.disabled():
+        print({name: f"{1e6 * seconds:.1f} us" for name, seconds in best.items()})
+    assert best["forward"] < 50 * best["allocation"] and best["backward"] < 80 * best["allocation"]
