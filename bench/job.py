@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import re
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import triton
 from harness import Cell, timing
 from peers import ours, select_cpu_kernels
-from rows import FORWARD, MATMUL, WARM, Row
+from rows import FORWARD, MATMUL, WARM, Row, write
 from validate import Validation, fitting, validate
 
 import smattn
@@ -35,6 +36,7 @@ class Job:
     seconds: float  # time budget of one contestant in one cell
     command: str
     kernels: str = ""  # the set of CPU kernels forced, "avx2" say; "": the machine's best
+    file: Path | None = None  # where the rows go as they come
     validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
     rows: list[Row] = field(default_factory=list)
     matmul_ms: float | None = None  # around the cell being measured
@@ -47,6 +49,11 @@ class Job:
             "commit": describe_commit(),
             "command": self.command,
         }
+
+    def save(self) -> None:
+        """Write what there is."""
+        if self.file:
+            write(self.rows, self.file)
 
     def check(self, backends: list[str], cells: list[Cell]) -> None:
         """Validate every backend in every cell; exit when one is outside the budget, for a wrong kernel's time is no news."""
@@ -78,19 +85,26 @@ class Job:
             )
         )  # fmt: skip
 
-    def add_matmul(self, dtype: torch.dtype, taken: list[float]) -> None:
+    def add_matmul(self, dtype: torch.dtype, taken: list[float], workload: str = MATMUL, side: int = SIDE) -> None:
+        self.add_ceiling(workload, "torch.mm", (side,) * 3, dtype, taken, 3 * side**2 * dtype.itemsize, 2 * side**3)
+
+    def add_ceiling(
+        self, workload: str, what: str, shape: tuple[int, ...], dtype: torch.dtype, taken: list[float], io_bytes: int, flops: int
+    ) -> None:
         self.rows.append(
             Row(
-                **_times(taken), **self.about, workload=MATMUL, shape=(SIDE,) * 3, mask="none", dtype=name_of(dtype), direction=FORWARD,
-                cache=WARM, backend="torch.mm", default=False, extra_bytes=None, io_bytes=3 * SIDE**2 * dtype.itemsize, flops=2 * SIDE**3,
+                **_times(taken), **self.about, workload=workload, shape=shape, mask="none", dtype=name_of(dtype), direction=FORWARD,
+                cache=WARM, backend=what, default=False, extra_bytes=None, io_bytes=io_bytes, flops=flops,
                 matmul_ms=None, errors=None, skipped=None,
             )
         )  # fmt: skip
 
     def path(self, *labels: str) -> Path:
-        """Where the rows go: bench/results/<date>-<device>-<labels>.jsonl."""
+        """Where the rows go: bench/results/<date>-<device>-<labels>.jsonl, with a number after it where that is committed already."""
         slug = re.sub(r"[^a-z0-9]+", "-", describe_device(self.device).lower()).strip("-")
-        return RESULTS / f"{'-'.join([f'{datetime.date.today()}', slug, *labels])}.jsonl"
+        stem = "-".join([f"{datetime.date.today()}", slug, *labels])
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        return next(path for name in names if not committed(path := RESULTS / f"{name}.jsonl"))
 
 
 def default_backend(cell: Cell) -> str:
@@ -115,17 +129,25 @@ def describe_device(device: str) -> str:
     return f"{model}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def committed(path: Path) -> bool:
+    """Whether git keeps this file: a figure of the README may come from it."""
+    try:
+        return bool(_git("ls-files", "--", str(path), folder=path.parent))
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no such folder
+        return False
+
+
 def describe_commit() -> str:
     """The commit, with + when what is measured differs from it; "unknown" outside a repository."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
+        return _git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _times(taken: list[float] | None) -> dict[str, Any]:

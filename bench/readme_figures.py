@@ -13,7 +13,7 @@ from rows import BOTH, FORWARD, MATMUL, Row, read
 from tables import DISTURBED, Duel, disturbed, duels, markdown, mib, ms
 
 ROOT = Path(__file__).resolve().parent.parent
-SWEEP = "nk-sweep.jsonl"  # what nk_sweep.py writes; any other file is run.py's
+SWEEP = "-nk-sweep"  # in the name of what nk_sweep.py writes; any other file is run.py's
 BLOCK = re.compile(r"(?<=<!-- figures: begin -->\n).*?(?=<!-- figures: end -->)", re.DOTALL)
 
 INTRODUCTION = """Medians in ms of the backend that smattn takes, beside the fastest of its peers in the same run: plain PyTorch eager and
@@ -29,7 +29,7 @@ def files_shown(readme: str) -> list[str]:
 
 
 def with_figures(readme: str, files: list[str]) -> str:
-    runs, sweeps = ([file for file in files if file.endswith(SWEEP) is swept] for swept in (False, True))
+    runs, sweeps = ([file for file in files if (SWEEP in file) is swept] for swept in (False, True))
     parts = [INTRODUCTION] * bool(runs) + [section(file, with_plot=file == runs[0]) for file in runs] + [*map(sweep_section, sweeps)]
     return BLOCK.sub(lambda _: "\n".join(parts), readme)
 

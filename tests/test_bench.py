@@ -337,3 +337,17 @@ def test_a_cell_measured_while_the_machine_was_busy_is_marked(job, tmp_path):
     rows.write(busy, tmp_path / "busy.jsonl")
     text = report.write_report(tmp_path / "busy.jsonl").read_text()
     assert "| hodor_infer float32 uniform, forward+backward † |" in text and "| hodor_infer float32 uniform, forward |" in text
+
+
+def test_a_committed_result_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_job, "RESULTS", tmp_path)
+    job = bench_job.Job("cpu", 0.01, "")
+    first = job.path("part")
+    assert job.path("part") == first, "no repository: the same name again"
+    rows.write([], first)
+    for command in (["init", "-q"], ["add", first.name]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    second = job.path("part")
+    assert second.name == first.name.replace("-part.jsonl", "-part-2.jsonl")
+    rows.write([], second)
+    assert job.path("part") == second, "of the runs that nobody committed the last is kept"
