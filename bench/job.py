@@ -7,7 +7,6 @@ import itertools
 import platform
 import re
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -38,6 +37,7 @@ class Job:
     kernels: str = ""  # the set of CPU kernels forced, "avx2" say; "": the machine's best
     file: Path | None = None  # where the rows go as they come
     validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
+    failed: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)  # of these: why
     rows: list[Row] = field(default_factory=list)
     matmul_ms: float | None = None  # around the cell being measured
 
@@ -56,16 +56,30 @@ class Job:
             write(self.rows, self.file)
 
     def check(self, backends: list[str], cells: list[Cell]) -> None:
-        """Validate every backend in every cell; exit when one is outside the budget, for a wrong kernel's time is no news."""
+        """Validate every backend in every cell: one that is outside the budget is not timed there, for a wrong kernel's time is no news."""
         if self.kernels:
             select_cpu_kernels(self.kernels)
         wanted = dict.fromkeys((cell.workload, cell.mask, cell.dtype) for cell in cells)
         for (workload, mask, dtype), backend in product(wanted, backends):
-            found = validate(backend, fitting(workload), mask, dtype, self.device)
-            self.keep(replace(found, backend=ours(backend, self.kernels).name))
-        outside = [f"{v.backend} {v.workload} {v.dtype} {v.mask}" for v in self.validations.values() if not v.within]
-        if outside:
-            sys.exit(f"outside the error budget, so nothing is timed: {', '.join(outside)}")
+            name = ours(backend, self.kernels).name
+            try:
+                found = replace(validate(backend, fitting(workload), mask, dtype, self.device), backend=name)
+            except Exception as error:  # a kernel that does not compile, say: the others are measured
+                self.failed[name, workload.name, mask, dtype] = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{name} {workload.name} {name_of(dtype)} {mask}: {error}", flush=True)
+                continue
+            self.keep(found)
+            if not found.within:
+                self.failed[name, workload.name, mask, dtype] = "outside the error budget"
+
+    def refusal(self, name: str, cell: Cell) -> str | None:
+        """Why this contestant, wrong or broken in this cell, is not timed there."""
+        return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype))
+
+    def verdict(self) -> str | None:
+        """For sys.exit, at the end: what failed the check; None when nothing did."""
+        failed = [f"{name} {workload} {name_of(dtype)} {mask}: {why}" for (name, workload, mask, dtype), why in self.failed.items()]
+        return "not timed, for it failed the check: " + "; ".join(failed) if failed else None
 
     def keep(self, validation: Validation) -> None:
         self.validations[validation.backend, validation.workload, validation.mask, getattr(torch, validation.dtype)] = validation

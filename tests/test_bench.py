@@ -269,14 +269,26 @@ def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
         rows.read(path)
 
 
-def test_nothing_is_timed_when_a_backend_is_outside_the_budget(job, monkeypatch):
+def test_a_backend_is_not_timed_where_it_is_outside_the_budget_or_broken(job, monkeypatch):
     good = next(iter(job.validations.values()))
     bad = replace(good, tensors=good.tensors | {"dmask": good.tensors["dmask"] | {"within": False}})
     monkeypatch.setattr(bench_job, "validate", lambda *args: good)
-    bench_job.Job("cpu", 0.01, "").check(["reference"], [tiny()])
-    monkeypatch.setattr(bench_job, "validate", lambda *args: bad)
-    with pytest.raises(SystemExit, match="nothing is timed"):
-        bench_job.Job("cpu", 0.01, "").check(["reference"], [tiny()])
+    sound = bench_job.Job("cpu", 0.01, "")
+    sound.check(["reference"], [tiny()])
+    assert sound.verdict() is None
+
+    def raises(*args):
+        raise RuntimeError("no such kernel")
+
+    for outcome, why in ((lambda *args: bad, "outside the error budget"), (raises, "RuntimeError: no such kernel")):
+        monkeypatch.setattr(bench_job, "validate", outcome)
+        wrong = bench_job.Job("cpu", 0.01, "")
+        wrong.check(["reference"], [tiny()])
+        measure.measure(wrong, [tiny()], [REFERENCE, EAGER])
+        rows_of = {row.backend: row for row in wrong.rows}
+        assert (rows_of["smattn/reference"].median_ms, rows_of["smattn/reference"].skipped) == (None, why)
+        assert rows_of["eager"].median_ms is not None
+        assert f"smattn/reference hodor_infer float32 uniform: {why}" in str(wrong.verdict())
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda w: w.name)
