@@ -36,7 +36,7 @@ def main(paths: list[str]) -> int:
         print(try_out(Path(paths[0]).resolve()), flush=True)
         return 0
     source = Path(__file__).resolve().parent.parent / "smattn" / "_C.so"
-    libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((native.LIBRARY, source)) if path.exists()]
+    libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((native.LIBRARY.resolve(), source)) if path.exists()]
     if not libraries:
         print("\n".join(native.reasons()))
         return NONE

@@ -99,7 +99,10 @@ def put(cell: Cell, arch: int, tile: TileConfig) -> Tiles:
 
 
 def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
-    """The present tile first, then its neighbours in every direction. A tile of few queries holds all of them: it grows in keys alone."""
+    """The present tile first, then its neighbours in every direction.
+
+    A tile of few queries holds all of them: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
+    """
 
     def near(size: int) -> list[int]:
         return [n for n in SIZES if size / 2 <= n <= 2 * size]
@@ -107,7 +110,8 @@ def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
     rows = [now.block_m] if cell.few else near(now.block_m)
     warps = sorted({*WARPS, now.num_warps})
     shapes = product(rows, near(now.block_n), warps, STAGES)
-    others = [replace(now, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in shapes if w * 32 <= m * n // 8]
+    largest = now.block_m * now.block_n * (2 if cell.itemsize == 2 else 1)
+    others = [replace(now, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in shapes if 64 * w <= m * n <= largest]
     return list(dict.fromkeys([now, *others]))
 
 
