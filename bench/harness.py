@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -57,8 +57,7 @@ class Cell:
     also_graph: bool = False  # and then in a CUDA graph
 
     def case(self) -> Case:
-        w = self.workload
-        return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=self.dtype, mask=self.mask, mask_dtype=self.dtype, device=self.device)
+        return _case(self.workload, self.mask, self.dtype, self.device)
 
     def smaller(self) -> Cell:
         w = self.workload
@@ -83,6 +82,11 @@ class Cell:
         inputs = (w.B * w.H * (w.Nq + 2 * w.Nk) * w.D + w.B * w.Nq * w.Nk) * self.dtype.itemsize + 4 * w.H
         output = w.B * w.H * w.Nq * w.D * self.dtype.itemsize
         return inputs + output if self.direction == FORWARD else 2 * (inputs + output)
+
+
+@lru_cache(2)  # both masks of a shape: the largest take seconds to make
+def _case(w: Workload, mask: str, dtype: torch.dtype, device: str) -> Case:
+    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
 
 
 def bind(attend: Attend, case: Case, direction: str, gradients: int = 5) -> Step:

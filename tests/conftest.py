@@ -43,8 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    outcomes = session.config.pluginmanager.get_plugin("terminalreporter")
-    if outcomes and session.config.getoption("--no-skips") and (outcomes.stats.get("skipped") or not outcomes.stats.get("passed")):
+    outcomes, option = session.config.pluginmanager.get_plugin("terminalreporter"), session.config.getoption
+    if outcomes is None or not option("--no-skips") or option("--collect-only"):
+        return
+    if outcomes.stats.get("skipped") or not outcomes.stats.get("passed"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -152,6 +153,28 @@ def test_a_search_ends_in_a_row_or_in_nothing(table, monkeypatch):
     assert tune.tune(cell, 90, "cuda", None, 0.01) == {}, "it is the present one now"
 
 
+class Compiled(NamedTuple):
+    tile: TileConfig
+    why: str
+
+    def failure(self) -> str:
+        return self.why
+
+
+def test_the_figures_of_the_compiler_rule_a_tile_out(table, monkeypatch):
+    cell, tile, other = tune.Cell("dq", 2, 0), T(64, 64, 4, 2), T(32, 32, 4, 1)
+
+    def failure_with(*rows):
+        monkeypatch.setattr(tune.aot, "compile_job", lambda job: [Compiled(*row) for row in rows])
+        return tune.failure(cell, 90, tile)
+
+    assert failure_with((other, "spills"), (tile, "")) == ""
+    assert failure_with((tile, ""), (tile, "spills 8 bytes")) == "spills 8 bytes"
+    assert failure_with((other, "")) == "no kernel was launched with it"
+    monkeypatch.setattr(tune.aot, "compile_job", lambda job: 1 // 0)
+    assert "ZeroDivisionError" in tune.failure(cell, 90, tile)
+
+
 COMPILE = """
 import tune
 from smattn.kernels.configs import TileConfig as T
@@ -161,6 +184,7 @@ for tile in (tune.present(cell, 90)[1][0], T(16, 256, 4, 20)):
 """
 
 
+@pytest.mark.slow
 def test_a_tile_that_the_compiler_finds_too_large_is_left_out():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT / "bench", env=environment, capture_output=True, text=True)
