@@ -212,6 +212,9 @@ std::string cpu_kernels() {
   return names;
 }
 
+// The version of the torch whose headers this was built with; any from 2.11 on may load it.
+std::string built_with_torch() { return SMATTN_TORCH; }
+
 void select_cpu_kernels(const std::string& name) {
   STD_TORCH_CHECK(smattn::cpu::select(name.c_str()), "name: expected one of ", cpu_kernels(), ", got ", name);
 }
@@ -255,6 +258,7 @@ STABLE_TORCH_LIBRARY(smattn_native, library) {
   library.def("attention_map_backward(Tensor dmap, " SMATTN_SCORES SMATTN_MASK
               "Tensor head_weights, Tensor? key_padding_mask, Tensor lse, float scale, "
               "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()");
+  library.def("built_with_torch() -> str");
   library.def("cpu_kernels() -> str");
   library.def("select_cpu_kernels(str name) -> ()");
   library.def("exp2(Tensor x, Tensor(a!) y) -> ()");
@@ -271,6 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(smattn_native, CPU, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smattn_native, CompositeExplicitAutograd, library) {
+  library.impl("built_with_torch", TORCH_BOX(&built_with_torch));
   library.impl("cpu_kernels", TORCH_BOX(&cpu_kernels));
   library.impl("select_cpu_kernels", TORCH_BOX(&select_cpu_kernels));
 }
