@@ -40,8 +40,9 @@ inline void through_sigmoid(const Strided& logits, int64_t columns, T* row) {
     piece.offset += first * logits.column_stride;
     read_rows<T>(piece, 1, count, x, round_up(count, kSigmoids<T>));
     for (int64_t j = 0; j < count; j += kSigmoids<T>) {  // both factors from exp(-|x|): 1 - M as exact as M
-      exp2_of<T>(x + j, [](Vec<T> logit) { return larger(logit, -logit) * static_cast<T>(-kLog2e); },
-                 [](Vec<T> e) { return e / ((T(1) + e) * (T(1) + e)); });
+      exp2_of<T>(
+          x + j, [](Vec<T> logit) { return larger(logit, -logit) * static_cast<T>(-kLog2e); },
+          [](Vec<T> e) { return e / ((T(1) + e) * (T(1) + e)); });
     }
     for (int64_t j = 0; j < count; ++j) row[first + j] = row[first + j] == T(0) ? T(0) : row[first + j] * x[j];
   }
