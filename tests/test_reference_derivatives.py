@@ -43,6 +43,18 @@ def test_every_element_of_every_second_derivative():
     assert torch.autograd.gradgradcheck(attention(case), leaves(case))
 
 
+@pytest.mark.parametrize("Nk", [1, 5])
+def test_logits(Nk):
+    """With one key dM is exactly 0, and still has a derivative."""
+    case = with_a_dead_row(make_case(2, 2, 3, Nk, 3, dtype=torch.float64, mask="logits", mask_dtype=torch.float64, padded=0.4, rng=1))
+    inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value, case.mask_logits, case.alpha / 8)]
+
+    def call(query, key, value, logits, alpha):
+        return attention(case, mask_logits=logits)(query, key, value, None, alpha)
+
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
 def test_attention_with_dropout():
     case = a_case((2, 3, 5))
     assert torch.autograd.gradgradcheck(attention(case, dropout_p=0.3), leaves(case), fast_mode=True)
