@@ -9,7 +9,7 @@ PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm
 CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test test-all bench-readme bench-full lint ruff mypy clang-format format docs aot sanitize arm64 clean
+.PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python bench/run.py
@@ -31,6 +31,13 @@ bench-readme: $(INSTALLED)  ## every measurement that README.md shows, and READM
 bench-full: bench-readme  ## those, every named workload, and the products tile by tile
 	$(BIN)/python bench/run.py --full
 	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python bench/brgemm.py
+
+# On a machine with an NVIDIA GPU, torch and triton already there; no network and no environment of its own. PART="suite bench": only these.
+gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu.py lists its parts
+	$(PYTHON) bench/gpu.py $(PART)
+
+tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table
+	$(PYTHON) bench/gpu.py --minutes 60 tune
 
 lint: ruff mypy clang-format  ## the checks of a commit, which pre-commit runs as well
 

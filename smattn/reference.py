@@ -207,11 +207,11 @@ def score_gradients(
 
 
 def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """(8): dX of dM and X, 1 - M as exact as M. The logits of keys that are padding wherever they are read may be NaN."""
+    """(8): dX of dM and X. 1 - M is the sigmoid of -X, as exact as M; keys that are padding wherever X is used are selected out of X."""
     x = logits.to(dmask.dtype)
     if key_padding_mask is not None:
-        unread = key_padding_mask if len(x) == len(key_padding_mask) else key_padding_mask.all(0, keepdim=True)
-        x = x.masked_fill(unread[:, None, None, :], 0)
+        unseen = key_padding_mask if len(x) > 1 else key_padding_mask.all(0, keepdim=True)
+        x = x.masked_fill(unseen[:, None, None, :], 0)
     return dmask * torch.sigmoid(x) * torch.sigmoid(-x)
 
 

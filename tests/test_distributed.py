@@ -1,10 +1,11 @@
 """smattn.distributed: keys sharded over processes give what one process has, and send what the docstring says."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from expected import DEVICE
 from ranks import in_processes
 
 from smattn.autograd import NO_SECOND
@@ -36,8 +37,8 @@ def cases():
 
 
 def columns(rank, world):
-    """Shards 0:10, 10:10, 10:18, 18:25 or 0:10, 10:25."""
-    ends = [0, 10, 10, 18, 25] if world == 4 else [0, 10, 25]
+    """Shards 0:10, 10:10, 10:18, 18:25 or 0:10, 10:25; of another number of ranks even ones."""
+    ends = {2: [0, 10, 25], 4: [0, 10, 10, 18, 25]}.get(world, [25 * r // world for r in range(world + 1)])
     return slice(ends[rank], ends[rank + 1])
 
 
@@ -121,17 +122,42 @@ def joined(results):
     return whole
 
 
+def comparable(results, case, name):
+    """Results and the case they are of: the budget has no -inf in its sums, so the keys that are not ruled out are the case."""
+    if not name.startswith("ruled out"):
+        return results, case
+    for tensor in ("dkey", "dvalue", "dmask"):
+        axis = -1 if tensor == "dmask" else 2
+        assert results[tensor].narrow(axis, 0, 20).count_nonzero() == 0
+        results[tensor] = results[tensor].narrow(axis, 20, 5)
+    return results, replace(case, key=case.key[:, :, 20:], value=case.value[:, :, 20:], mask=case.mask[..., 20:])
+
+
 @pytest.mark.parametrize("name", cases())
 def test_sharded_keys_give_what_one_process_has(ranks, name):
-    case = cases()[name]
-    results = joined([results[name][0] for results, *_ in ranks])
-    if name.startswith("ruled out"):  # the budget has no -inf in its sums: the keys that are not ruled out are the case
-        for tensor in ("dkey", "dvalue", "dmask"):
-            axis = -1 if tensor == "dmask" else 2
-            assert results[tensor].narrow(axis, 0, 20).count_nonzero() == 0
-            results[tensor] = results[tensor].narrow(axis, 20, 5)
-        case = replace(case, key=case.key[:, :, 20:], value=case.value[:, :, 20:], mask=case.mask[..., 20:])
-    assert_within_budget(results, case)
+    assert_within_budget(*comparable(joined([results[name][0] for results, *_ in ranks]), cases()[name], name))
+
+
+def moved(case, device):
+    tensors = {field.name: getattr(case, field.name) for field in fields(case)}
+    return replace(case, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, torch.Tensor)})
+
+
+def on_its_device(rank, world):
+    every = {name: sharded(moved(case, DEVICE), rank, world)[0] for name, case in cases().items()}
+    return {name: {n: t.cpu() for n, t in results.items()} for name, results in every.items()}
+
+
+GROUPS = [("gloo", 1), ("nccl", 1), *[("nccl", torch.cuda.device_count())] * (torch.cuda.device_count() > 1)]
+
+
+@pytest.mark.parametrize("transport, world", GROUPS, ids=lambda value: str(value))
+def test_every_rank_on_its_own_device(transport, world, tmp_path):
+    if transport == "nccl" and DEVICE != "cuda":
+        pytest.skip("NCCL needs a CUDA device")
+    ranks = in_processes(on_its_device, world, tmp_path, transport)
+    for name, case in cases().items():
+        assert_within_budget(*comparable(joined([results[name] for results in ranks]), case, name))
 
 
 def test_a_query_without_a_key_on_any_rank(ranks):
