@@ -8,6 +8,7 @@ import torch.distributed as dist
 from expected import DEVICE
 from ranks import in_processes
 
+from smattn.autograd import NO_SECOND
 from smattn.distributed import context_parallel_attention
 from smattn.testing import assert_within_budget, make_case, run
 
@@ -73,7 +74,7 @@ def sharded(case, rank, world):
 
 
 def refusals(rank, world):
-    """The messages of bad groups and of a second derivative."""
+    """The messages of bad groups, of a second derivative, and of batched gradients."""
     tensors = [t.requires_grad_() for t in (torch.rand(1, 1, 2, 4), torch.rand(1, 1, 3, 4), torch.rand(1, 1, 3, 4))]
     without_me = [dist.new_group([r]) for r in range(world)][(rank + 1) % world]
     messages = []
@@ -84,6 +85,10 @@ def refusals(rank, world):
     (grad,) = torch.autograd.grad(context_parallel_attention(*tensors).sum(), tensors[0], create_graph=True)
     with pytest.raises(NotImplementedError) as error:
         grad.sum().backward()
+    messages.append(str(error.value))
+    out = context_parallel_attention(*tensors)
+    with pytest.raises(RuntimeError) as error:  # torch's own: a rule for them would need messages in batches
+        torch.autograd.grad(out, tensors, torch.stack([out, out]).detach(), is_grads_batched=True)
     return [*messages, str(error.value)]
 
 
@@ -172,10 +177,11 @@ def test_what_is_sent_is_what_the_docstring_says(ranks, name):
 
 
 def test_refusals(ranks):
-    for rank, (_, (not_in_it, no_group, second), _) in enumerate(ranks):
+    for rank, (_, (not_in_it, no_group, second, batched), _) in enumerate(ranks):
         assert not_in_it == f"ValueError: group: expected a process group that this rank is in, got one without rank {rank}"
         assert no_group == "TypeError: group: expected a torch.distributed.ProcessGroup or None, got str"
-        assert "second derivatives" in second
+        assert second == NO_SECOND
+        assert "Batching rule not implemented" in batched
 
 
 def test_a_group_of_one_is_the_single_process_call(ranks):
