@@ -1,0 +1,163 @@
+// Backward over blocks of queries, reference.py (6)-(8): dQ, and dalpha's partial sums. A block owns a block of queries of one
+// (batch, head) and goes over a range of keys; several ranges leave their dQ to be summed by sums.h. With few queries the warps of a
+// block share the queries and part the keys, as in forward.h.
+#pragma once
+
+#include "scores.h"
+
+namespace smattn::cuda {
+
+template <class Math, int D>
+struct QueriesShape {
+  static constexpr int kRowBytes = D * sizeof(typename Math::Element);
+  static constexpr int kWarps = kRowBytes <= 256 ? 4 : 2;
+  static constexpr bool kHasFew = kRowBytes <= 256;
+  static constexpr int keys(bool few) { return few || kRowBytes <= 128 ? 64 : 8192 / kRowBytes; }
+  static constexpr int queries(bool few) { return few ? 16 : 16 * kWarps; }
+  static constexpr size_t shared_bytes(bool few) { return static_cast<size_t>((2 * queries(few) + 4 * keys(few)) * kRowBytes); }
+};
+
+template <class Math, int D, int KEYS, int ROWS, int TILE>
+struct QueriesStep {
+  using T = typename Math::Element;
+  const QueriesArgs& args;
+  Head at;
+  float alpha;
+  int row, key_row;  // the warp's, in the shared tiles
+  SharedTile<T, ROWS, D> q, dout;
+  RowState (&state)[2];
+  Tile<D>& dquery;
+  float& dalpha;
+
+  SMATTN_DEVICE void run(const Place<KEYS, false>& place, SharedTile<T, TILE, D> k, SharedTile<T, TILE, D> v) const {
+    const Scores& scores = args.call.scores;
+    const bool has_mask = scores.mask.data != nullptr;
+    Tile<KEYS> s, m, dp;
+    if (has_mask) load_elements(m, scores.mask, at, place);
+    s.fill(0.0f);
+    Math::multiply_rows(s, q, row, k, key_row);
+    finish_scores(s, m, scores, alpha, place);
+    if (args.dmap.data != nullptr) {
+      load_elements(dp, args.dmap, {at.b, 0}, place);
+      const float weight = args.head_weights[at.h];
+      dp.for_each([&](float& x, int, int) { x *= weight; });
+    } else {
+      dp.fill(0.0f);
+      Math::multiply_rows(dp, dout, row, v, key_row);
+      drop(dp, args.call, at, args.call.keep_scale, place);
+    }
+    gradient(s, dp, [&](int half, int) { return state[half]; }, place);
+    if (args.dalpha != nullptr) dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
+    if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k, key_row);
+  }
+};
+
+// Warps that hold the same rows, over different keys, into the first of them.
+template <int WARPS, int D>
+SMATTN_DEVICE void sum_warps(Tile<D>& x, float* shared) {
+  constexpr int kHeld = Tile<D>::kBlocks * 4;
+  int i = 0;
+  x.for_each([&](float& x, int, int) { shared[(warp_index() * kHeld + i++) * kWarp + lane_index()] = x; });
+  sync_block();
+  if (warp_index() > 0) return;
+  for (int warp = 1; warp < WARPS; ++warp) {
+    i = 0;
+    x.for_each([&](float& x, int, int) { x += shared[(warp * kHeld + i++) * kWarp + lane_index()]; });
+  }
+}
+
+// The block's sum of x, in a fixed order; whole in thread 0.
+template <int WARPS>
+SMATTN_DEVICE float block_sum(float x, float* shared) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+  sync_block();
+  if (lane_index() == 0) shared[warp_index()] = x;
+  sync_block();
+  float sum = 0.0f;
+  for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp];
+  return sum;
+}
+
+template <class T, int D>
+SMATTN_DEVICE void store_dquery(const QueriesArgs& args, Tile<D>& x, int64_t split, int64_t first_row, int64_t queries) {
+  const Sizes& size = args.call.scores.size;
+  const float scale = static_cast<float>(args.call.scores.scale);
+  x.for_each([&](float& x, int half, int slot) {
+    if (row_of(half) >= queries || column_of(slot) >= size.D) return;
+    const int64_t at = (first_row + row_of(half)) * size.D + column_of(slot);
+    if (args.splits > 1) {
+      args.partial_dquery[split * size.B * size.H * size.Nq * size.D + at] = x * scale;
+    } else {
+      round_to(static_cast<T*>(args.dquery)[at], x * scale);
+    }
+  });
+}
+
+template <class Math, int D, bool FEW>
+SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* shared) {
+  using T = typename Math::Element;
+  using Shape = QueriesShape<Math, D>;
+  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::keys(FEW), kKeys = FEW ? kTile / Shape::kWarps : kTile;
+  const Scores& scores = args.call.scores;
+  const Sizes& size = scores.size;
+
+  int64_t id = block_index();
+  const int64_t h = id % size.H, g = h / (size.H / size.Hkv), query_blocks = (size.Nq + kQueries - 1) / kQueries;
+  id /= size.H;
+  const int64_t query_block = id % query_blocks, first_query = query_block * kQueries;
+  id /= query_blocks;
+  const int64_t split = id % args.splits;
+  const Head at{id / args.splits, h};
+  const int64_t begin = split * args.split_keys, end = begin + args.split_keys < size.Nk ? begin + args.split_keys : size.Nk;
+
+  const SharedTile<T, kQueries, D> q{reinterpret_cast<T*>(shared)}, dout{q.data + kQueries * D};
+  const auto stage = [&](int64_t tile, int which) {
+    return SharedTile<T, kTile, D>{dout.data + (kQueries + (tile % 2 * 2 + which) * kTile) * D};
+  };
+  const auto load = [&](int64_t tile) {
+    const auto live = [&](int64_t key) { return key_live(scores, at.b, key, end); };
+    stage(tile, 0).load(key_rows<T>(args.call, at.b, g), begin + tile * kTile, live);
+    if (args.dout.data != nullptr) stage(tile, 1).load(value_rows<T>(args.call, at.b, g), begin + tile * kTile, live);
+    copy_async_commit();
+  };
+  const auto row_live = [&](int64_t i) { return i < size.Nq; };
+  q.load(query_rows<T>(args.call, at), first_query, row_live);
+  if (args.dout.data != nullptr) dout.load(rows_of<T>(args.dout, at.b, h, size.Dv, args.dout_aligned), first_query, row_live);
+  load(0);
+
+  const int row = FEW ? 0 : warp_index() * 16, key_row = FEW ? warp_index() * kKeys : 0;
+  const int64_t first_row = at.row(size) * size.Nq + first_query + row, rest = size.Nq - first_query - row;
+  RowState state[2];
+  for (int half = 0; half < 2; ++half)
+    state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f, 0.0f, 0.0f};
+  // the row term of dalpha, once a row
+  float dalpha = split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0 ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
+  Tile<D> dquery;
+  dquery.fill(0.0f);
+  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, at, alpha_of(scores, h), row, key_row, q, dout, state, dquery, dalpha};
+  const int64_t tiles = (end - begin + kTile - 1) / kTile;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles) {
+      load(tile + 1);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    sync_block();
+    step.run(Place<kKeys, false>(scores, at.b, first_query + row, begin + tile * kTile + key_row, end), stage(tile, 0), stage(tile, 1));
+    sync_block();
+  }
+  if (args.dalpha != nullptr) {
+    const float sum = block_sum<Shape::kWarps>(dalpha, reinterpret_cast<float*>(shared));
+    if (thread_index() == 0) args.dalpha[(at.row(size) * query_blocks + query_block) * args.splits + split] = sum;
+    sync_block();
+  }
+  if (args.dquery == nullptr) return;
+  if constexpr (FEW) {
+    sum_warps<Shape::kWarps>(dquery, reinterpret_cast<float*>(shared));
+    if (warp_index() > 0) return;
+  }
+  store_dquery<T>(args, dquery, split, first_row, rest);
+}
+
+}  // namespace smattn::cuda

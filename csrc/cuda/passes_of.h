@@ -1,0 +1,129 @@
+// passes<Math, D>(), for the files in instances/.
+#pragma once
+
+#include "backward_keys.h"
+#include "backward_queries.h"
+#include "backward_rows.h"
+#include "forward_merge.h"
+#include "launch.h"
+#include "passes.h"
+#include "product.h"
+
+namespace smattn::cuda {
+
+template <class Math, int D, bool FEW>
+struct ForwardKernel {
+  using Args = ForwardArgs;
+  static constexpr const char* kName = "forward";
+  static constexpr int kThreads = ForwardShape<Math, D>::kWarps * kWarp;
+  static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { forward_block<Math, D, FEW>(args, shared); }
+};
+
+template <class T>
+struct ForwardMergeKernel {
+  using Args = ForwardArgs;
+  static constexpr const char* kName = "forward_merge";
+  static constexpr int kThreads = kMergeThreads;
+  static SMATTN_DEVICE void run(const Args& args, std::byte*) { forward_merge_block<T>(args); }
+};
+
+template <class T>
+struct BackwardRowsKernel {
+  using Args = RowsArgs;
+  static constexpr const char* kName = "backward_rows";
+  static constexpr int kThreads = kRowsThreads;
+  static SMATTN_DEVICE void run(const Args& args, std::byte*) { backward_rows_block<T>(args); }
+};
+
+template <class Math, int D, bool DKEY, bool DVALUE>
+struct BackwardKeysKernel {
+  using Args = KeysArgs;
+  static constexpr const char* kName = "backward_keys";
+  static constexpr int kThreads = KeysShape<Math, D>::kWarps * kWarp;
+  static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { backward_keys_block<Math, D, DKEY, DVALUE>(args, shared); }
+};
+
+template <class Math, int D, bool FEW>
+struct BackwardQueriesKernel {
+  using Args = QueriesArgs;
+  static constexpr const char* kName = "backward_queries";
+  static constexpr int kThreads = QueriesShape<Math, D>::kWarps * kWarp;
+  static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { backward_queries_block<Math, D, FEW>(args, shared); }
+};
+
+inline int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
+
+// A kernel with the variant FEW where there is one.
+template <template <class, int, bool> class Kernel, class Shape, class Math, int D, class Args>
+void launch_by_queries(const Args& args, const Tiling& tiling, const Context& context) {
+  const Sizes& size = args.call.scores.size;
+  const int64_t blocks = size.B * size.H * tiling.query_blocks(size.Nq) * args.splits;
+  if constexpr (Shape::kHasFew)
+    if (tiling.few(size.Nq)) return launch<Kernel<Math, D, true>>(blocks, Shape::shared_bytes(true), args, context);
+  launch<Kernel<Math, D, false>>(blocks, Shape::shared_bytes(false), args, context);
+}
+
+template <class Shape>
+constexpr Tiling tiling_of(int keys) {
+  return {Shape::queries(false), Shape::kHasFew ? Shape::queries(true) : 0, keys};
+}
+
+template <class Math, int D>
+struct PassesOf {
+  using T = typename Math::Element;
+  static constexpr Tiling kForward = tiling_of<ForwardShape<Math, D>>(ForwardShape<Math, D>::kKeys);
+  static constexpr Tiling kQueries = tiling_of<QueriesShape<Math, D>>(QueriesShape<Math, D>::keys(true));
+
+  static void forward(const ForwardArgs& args, const Context& context) {
+    launch_by_queries<ForwardKernel, ForwardShape<Math, D>, Math, D>(args, kForward, context);
+  }
+
+  static void forward_merge(const ForwardArgs& args, const Context& context) {
+    const Sizes& size = args.call.scores.size;
+    launch<ForwardMergeKernel<T>>(blocks_of(size.B * size.H * size.Nq, kMergeThreads / kWarp), 0, args, context);
+  }
+
+  static void backward_rows(const RowsArgs& args, const Context& context) {
+    const Sizes& size = args.call.scores.size;
+    launch<BackwardRowsKernel<T>>(blocks_of(size.B * size.H * size.Nq, kRowsThreads / kWarp), 0, args, context);
+  }
+
+  static void backward_queries(const QueriesArgs& args, const Context& context) {
+    launch_by_queries<BackwardQueriesKernel, QueriesShape<Math, D>, Math, D>(args, kQueries, context);
+  }
+
+  static void backward_keys(const KeysArgs& args, const Context& context) {
+    if (args.dkey == nullptr && args.dvalue == nullptr) return keys<false, false>(args, context);
+    if constexpr (D <= 128) {
+      keys<true, true>(args, context);
+    } else {  // two accumulators of this width do not fit the registers: dK and dV one after the other
+      KeysArgs rest = args;
+      if (args.dvalue != nullptr) {
+        rest.dkey = nullptr;
+        keys<false, true>(rest, context);
+        rest = args;
+        rest.dvalue = nullptr;
+        rest.tile_sum = TileSum::kNone;
+        rest.dmask_rows = nullptr;
+      }
+      if (args.dkey != nullptr) keys<true, false>(rest, context);
+    }
+  }
+
+  template <bool DKEY, bool DVALUE>
+  static void keys(const KeysArgs& args, const Context& context) {
+    using Shape = KeysShape<Math, D>;
+    const Sizes& size = args.call.scores.size;
+    const int64_t blocks = blocks_of(size.Nk, Shape::kKeys) * (size.H / args.heads) * (size.B / args.batches) * blocks_of(size.Nq, args.span);
+    launch<BackwardKeysKernel<Math, D, DKEY, DVALUE>>(blocks, Shape::shared_bytes(args.tile_sum != TileSum::kNone), args, context);
+  }
+};
+
+template <class Math, int D>
+Passes passes() {
+  using P = PassesOf<Math, D>;
+  using Keys = KeysShape<Math, D>;
+  return {P::kForward, P::kQueries, Keys::kKeys, Keys::kTileSpan, P::forward, P::forward_merge, P::backward_rows, P::backward_keys, P::backward_queries};
+}
+
+}  // namespace smattn::cuda

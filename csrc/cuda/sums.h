@@ -1,0 +1,44 @@
+// Sums of partial results, each in an order that the shape decides.
+#pragma once
+
+#include "args.h"
+#include "device.h"
+
+namespace smattn::cuda {
+
+constexpr int kSumThreads = 128;
+
+SMATTN_DEVICE void store_sum(const SumArgs& args, int64_t at, float sum) {
+  switch (args.dtype) {
+    case DType::kFloat32: static_cast<float*>(args.to)[at] = sum; break;
+    case DType::kFloat64: static_cast<double*>(args.to)[at] = static_cast<double>(sum); break;
+    case DType::kFloat16: round_to(static_cast<Half*>(args.to)[at], sum); break;
+    case DType::kBFloat16: round_to(static_cast<BFloat*>(args.to)[at], sum); break;
+  }
+}
+
+// Few terms, many sums: a thread a sum.
+SMATTN_DEVICE void sum_many_block(const SumArgs& args) {
+  const int64_t at = block_index() * kSumThreads + thread_index();
+  if (at >= args.outer * args.middle * args.inner) return;
+  const int64_t inner = at % args.inner, middle = at / args.inner % args.middle, outer = at / args.inner / args.middle;
+  const float* from = args.from + outer * args.stride_outer + middle * args.stride_middle + inner;
+  float sum = 0.0f;
+  for (int64_t r = 0; r < args.first; ++r)
+    for (int64_t s = 0; s < args.second; ++s) sum += from[r * args.stride_first + s * args.stride_second];
+  store_sum(args, at, sum);
+}
+
+// Many terms, few sums: a warp a sum, inner is 1.
+SMATTN_DEVICE void sum_few_block(const SumArgs& args) {
+  const int64_t at = block_index() * (kSumThreads / kWarp) + warp_index();
+  if (at >= args.outer * args.middle) return;
+  const float* from = args.from + at / args.middle * args.stride_outer + at % args.middle * args.stride_middle;
+  float sum = 0.0f;
+  for (int64_t r = 0; r < args.first; ++r)
+    for (int64_t s = lane_index(); s < args.second; s += kWarp) sum += from[r * args.stride_first + s * args.stride_second];
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+  if (lane_index() == 0) store_sum(args, at, sum);
+}
+
+}  // namespace smattn::cuda
