@@ -3,7 +3,7 @@
 // block share the queries and part the keys, as in forward.h.
 #pragma once
 
-#include "scores.h"
+#include "work.h"
 
 namespace smattn::cuda {
 
@@ -78,78 +78,51 @@ SMATTN_DEVICE float block_sum(float x, float* shared) {
   return sum;
 }
 
-template <class T, int D>
-SMATTN_DEVICE void store_dquery(const QueriesArgs& args, Tile<D>& x, int64_t split, int64_t first_row, int64_t queries) {
-  const Sizes& size = args.call.scores.size;
-  const float scale = static_cast<float>(args.call.scores.scale);
-  x.for_each([&](float& x, int half, int slot) {
-    if (row_of(half) >= queries || column_of(slot) >= size.D) return;
-    const int64_t at = (first_row + row_of(half)) * size.D + column_of(slot);
-    if (args.splits > 1) {
-      args.partial_dquery[split * size.B * size.H * size.Nq * size.D + at] = x * scale;
-    } else {
-      round_to(static_cast<T*>(args.dquery)[at], x * scale);
-    }
-  });
-}
-
 template <class Math, int D, bool FEW>
 SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* shared) {
   using T = typename Math::Element;
   using Shape = QueriesShape<Math, D>;
-  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::keys(FEW), kKeys = FEW ? kTile / Shape::kWarps : kTile;
+  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::keys(FEW), kKeys = FEW ? kTile / Shape::kWarps : kTile, kThreads = Shape::kWarps * kWarp;
   const Scores& scores = args.call.scores;
   const Sizes& size = scores.size;
 
-  int64_t id = block_index();
-  const int64_t h = id % size.H, g = h / (size.H / size.Hkv), query_blocks = (size.Nq + kQueries - 1) / kQueries;
-  id /= size.H;
-  const int64_t query_block = id % query_blocks, first_query = query_block * kQueries;
-  id /= query_blocks;
-  const int64_t split = id % args.splits;
-  const Head at{id / args.splits, h};
-  const int64_t begin = split * args.split_keys, end = begin + args.split_keys < size.Nk ? begin + args.split_keys : size.Nk;
-
+  const int query_blocks = tiles_of(static_cast<int>(size.Nq), kQueries);
+  const QueryWork work(size, kQueries, query_blocks, args.splits, args.split_keys);
   const SharedTile<T, kQueries, D> q{reinterpret_cast<T*>(shared)}, dout{q.data + kQueries * D};
-  const auto stage = [&](int64_t tile, int which) {
+  const auto stage = [&](int tile, int which) {  // K and V of two tiles, after q and dout
     return SharedTile<T, kTile, D>{dout.data + (kQueries + (tile % 2 * 2 + which) * kTile) * D};
   };
-  const auto load = [&](int64_t tile) {
-    const auto live = [&](int64_t key) { return key_live(scores, at.b, key, end); };
-    stage(tile, 0).load(key_rows<T>(args.call, at.b, g), begin + tile * kTile, live);
-    if (args.dout.data != nullptr) stage(tile, 1).load(value_rows<T>(args.call, at.b, g), begin + tile * kTile, live);
-    copy_async_commit();
+  const LiveKeys keys{scores, work.at.b, work.last_key};
+  const auto load = [&](int tile) {
+    const int first = work.first_key + tile * kTile;
+    const auto k = stage(tile, 0), v = stage(tile, 1);
+    const uint32_t live = k.template live_rows<kThreads>(first, keys);
+    k.template load<kThreads>(key_rows<T>(args.call, work.at.b, work.group), first, live);
+    if (args.dout.data != nullptr) v.template load<kThreads>(value_rows<T>(args.call, work.at.b, work.group), first, live);
   };
-  const auto row_live = [&](int64_t i) { return i < size.Nq; };
-  q.load(query_rows<T>(args.call, at), first_query, row_live);
-  if (args.dout.data != nullptr) dout.load(rows_of<T>(args.dout, at.b, h, size.Dv, args.dout_aligned), first_query, row_live);
-  load(0);
+  const uint32_t live_queries = q.template live_rows<kThreads>(work.first_query, Before{static_cast<int>(size.Nq)});
+  q.template load<kThreads>(query_rows<T>(args.call, work.at), work.first_query, live_queries);
+  if (args.dout.data != nullptr)
+    dout.template load<kThreads>(rows_of<T>(args.dout, work.at.b, work.at.h, size.Dv, args.dout_aligned), work.first_query, live_queries);
 
   const int row = FEW ? 0 : warp_index() * 16, key_row = FEW ? warp_index() * kKeys : 0;
-  const int64_t first_row = at.row(size) * size.Nq + first_query + row, rest = size.Nq - first_query - row;
+  const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
+  const int rest = static_cast<int>(size.Nq) - work.first_query - row;
   RowState state[2];
   for (int half = 0; half < 2; ++half)
     state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f, 0.0f, 0.0f};
-  // the row term of dalpha, once a row
-  float dalpha = split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0 ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
+  const bool first = work.split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0;  // adds the row's own term
+  float dalpha = first ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
   Tile<D> dquery;
   dquery.fill(0.0f);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, at, alpha_of(scores, h), row, key_row, q, dout, state, dquery, dalpha};
-  const int64_t tiles = (end - begin + kTile - 1) / kTile;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) {
-      load(tile + 1);
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
-    }
-    sync_block();
-    step.run(Place<kKeys, false>(scores, at.b, first_query + row, begin + tile * kTile + key_row, end), stage(tile, 0), stage(tile, 1));
-    sync_block();
-  }
+  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha_of(scores, work.at.h), row, key_row, q, dout, state, dquery, dalpha};
+  pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
+    const int first_key = work.first_key + tile * kTile + key_row;
+    step.run(Place<kKeys, false>(keys, work.first_query + row, first_key), stage(tile, 0), stage(tile, 1));
+  });
   if (args.dalpha != nullptr) {
     const float sum = block_sum<Shape::kWarps>(dalpha, reinterpret_cast<float*>(shared));
-    if (thread_index() == 0) args.dalpha[(at.row(size) * query_blocks + query_block) * args.splits + split] = sum;
+    if (thread_index() == 0) args.dalpha[(work.at.row(size) * query_blocks + work.query_block) * args.splits + work.split] = sum;
     sync_block();
   }
   if (args.dquery == nullptr) return;
@@ -157,7 +130,14 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
     sum_warps<Shape::kWarps>(dquery, reinterpret_cast<float*>(shared));
     if (warp_index() > 0) return;
   }
-  store_dquery<T>(args, dquery, split, first_row, rest);
+  const int depth = static_cast<int>(size.D);
+  const float scale = static_cast<float>(scores.scale);
+  dquery.scale_rows({scale, scale});
+  if (args.splits > 1) {
+    store_floats(dquery, args.partial_dquery + (work.split * size.B * size.H * size.Nq + first_row) * depth, rest, depth);
+  } else {
+    store_tile(dquery, q, row, static_cast<T*>(args.dquery) + first_row * depth, rest, depth);
+  }
 }
 
 }  // namespace smattn::cuda

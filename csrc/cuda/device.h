@@ -16,12 +16,25 @@ SMATTN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 SMATTN_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 SMATTN_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
 SMATTN_DEVICE int64_t block_index() { return blockIdx.x; }
-SMATTN_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 
+SMATTN_DEVICE void sync_warp() { __syncwarp(); }
 SMATTN_DEVICE void sync_block() { __syncthreads(); }
 SMATTN_DEVICE bool any_in_block(bool x) { return __syncthreads_or(x) != 0; }
 SMATTN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 SMATTN_DEVICE float shuffle(float x, int from) { return __shfl_sync(0xFFFFFFFFu, x, from); }
+
+// What nobody writes while the kernel runs.
+SMATTN_DEVICE float load_constant(const float* p) { return __ldg(p); }
+SMATTN_DEVICE double load_constant(const double* p) { return __ldg(p); }
+SMATTN_DEVICE Half load_constant(const Half* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
+SMATTN_DEVICE BFloat load_constant(const BFloat* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
+
+// The same pointer, of whose making the compiler knows nothing: it will not compute many such ahead of time and run out of registers.
+template <class T>
+SMATTN_DEVICE T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
 
 SMATTN_DEVICE float exp2_fast(float x) {
   float y;

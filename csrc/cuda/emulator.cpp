@@ -258,8 +258,11 @@ void land(const std::vector<Copy>& copies) {
 using emulator::collective;
 
 int thread_index() { return emulator::block->running->thread; }
-int block_threads() { return static_cast<int>(emulator::block->fibers.size()); }
 int64_t block_index() { return emulator::block->index; }
+
+void sync_warp() {
+  collective("sync_warp", nullptr, [](void* const*) {});
+}
 
 void sync_block() { emulator::barrier(); }
 

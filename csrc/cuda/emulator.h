@@ -28,15 +28,25 @@ void check_shared(const void* p, size_t bytes, size_t alignment);
 }  // namespace emulator
 
 int thread_index();
-int block_threads();
 int64_t block_index();
 inline int lane_index() { return thread_index() % kWarp; }
 inline int warp_index() { return thread_index() / kWarp; }
 
+void sync_warp();
 void sync_block();
 bool any_in_block(bool x);
 float shuffle_xor(float x, int mask);
 float shuffle(float x, int from);
+
+template <class T>
+T load_constant(const T* p) {
+  return *p;
+}
+
+template <class T>
+T* opaque(T* p) {
+  return p;
+}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_exact(float x) { return std::log2(x); }

@@ -4,7 +4,7 @@
 // Without a value only the rows are computed: lse, mbar, and eta of (10).
 #pragma once
 
-#include "scores.h"
+#include "work.h"
 
 namespace smattn::cuda {
 
@@ -29,7 +29,7 @@ struct Softmax {
   SMATTN_DEVICE void step(Tile<COLS>& s) {
     float top[2] = {m[0], m[1]}, sum[2] = {0.0f, 0.0f}, rescale[2];
     s.for_each([&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       m[half] = rescale_to(half, row_max(top[half]), rescale[half]);
       top[half] = m[half] == -infinity() ? 0.0f : m[half];
@@ -38,7 +38,7 @@ struct Softmax {
       x = exp2_fast(x - top[half]);
       sum[half] += x;
     });
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int half = 0; half < 2; ++half) l[half] = l[half] * rescale[half] + row_sum(sum[half]);
     out.scale_rows(rescale);
   }
@@ -55,14 +55,14 @@ struct Softmax {
   SMATTN_DEVICE void add_average(int which, Tile<COLS>& p, Tile<COLS>& x) {
     float sum[2] = {0.0f, 0.0f};
     p.for_each_with(x, [&](float& p, float& x, int half, int) { sum[half] = fmaf(p, x, sum[half]); });
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int half = 0; half < 2; ++half) average[which][half] += row_sum(sum[half]);
   }
 
   // Everything a lane holds, in a fixed order.
   template <class Each>
   SMATTN_DEVICE void for_each(const Each& each) {
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       each(m[half]);
       each(l[half]);
@@ -75,7 +75,7 @@ struct Softmax {
 
   SMATTN_DEVICE void merge(Softmax& other) {
     float mine[2], theirs[2];
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float top = fmaxf(m[half], other.m[half]);
       m[half] = rescale_to(half, top, mine[half]);
@@ -102,39 +102,32 @@ SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, fl
   if (args.eta != nullptr) args.eta[row] = average[1] * factor;
 }
 
-template <class T, int D>
-SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, int64_t first_row, int64_t queries) {
-  const int64_t depth = args.call.scores.size.Dv;
+template <class T, int ROWS, int D>
+SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, SharedTile<T, ROWS, D> shared, int row, int64_t first_row, int rows) {
+  const int depth = static_cast<int>(args.call.scores.size.Dv);
   float factor[2];
   SMATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
     float lse;
     factor[half] = finish_row(softmax.m[half], softmax.l[half], lse);
     const float average[2] = {softmax.average[0][half], softmax.average[1][half]};
-    if (lane_index() % 4 == 0 && row_of(half) < queries) store_row(args, first_row + row_of(half), lse, factor[half], average);
+    if (lane_index() % 4 == 0 && row_of(half) < rows) store_row(args, first_row + row_of(half), lse, factor[half], average);
     factor[half] *= args.call.keep_scale;
   }
   if (args.out == nullptr) return;
-  softmax.out.for_each([&](float& x, int half, int slot) {
-    if (row_of(half) >= queries || column_of(slot) >= depth) return;
-    const int64_t at = (first_row + row_of(half)) * depth + column_of(slot);
-    x *= factor[half];
-    round_to(static_cast<T*>(args.out)[at], x);
-    if (args.out_acc != nullptr) args.out_acc[at] = x;
-  });
+  softmax.out.scale_rows(factor);
+  if (args.out_acc != nullptr) store_floats(softmax.out, args.out_acc + first_row * depth, rows, depth);
+  store_tile(softmax.out, shared, row, static_cast<T*>(args.out) + first_row * depth, rows, depth);
 }
 
 template <int D>
-SMATTN_DEVICE void store_partial(const ForwardArgs& args, Softmax<D>& softmax, int64_t first_row, int64_t queries) {
-  const int64_t depth = args.call.scores.size.Dv;
+SMATTN_DEVICE void store_partial(const ForwardArgs& args, Softmax<D>& softmax, int64_t first_row, int rows) {
+  const int depth = static_cast<int>(args.call.scores.size.Dv);
   SMATTN_UNROLL
   for (int half = 0; half < 2; ++half)
-    if (lane_index() % 4 == 0 && row_of(half) < queries)
+    if (lane_index() % 4 == 0 && row_of(half) < rows)
       args.partial_rows[first_row + row_of(half)] = {softmax.m[half], softmax.l[half], {softmax.average[0][half], softmax.average[1][half]}};
-  if (args.out == nullptr) return;
-  softmax.out.for_each([&](float& x, int half, int slot) {
-    if (row_of(half) < queries && column_of(slot) < depth) args.partial_out[(first_row + row_of(half)) * depth + column_of(slot)] = x;
-  });
+  if (args.out != nullptr) store_floats(softmax.out, args.partial_out + first_row * depth, rows, depth);
 }
 
 // Warps that hold the same rows, over different keys, into the first of them.
@@ -184,50 +177,36 @@ template <class Math, int D, bool FEW>
 SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   using T = typename Math::Element;
   using Shape = ForwardShape<Math, D>;
-  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::kKeys, kKeys = FEW ? kTile / Shape::kWarps : kTile;
+  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::kKeys, kKeys = FEW ? kTile / Shape::kWarps : kTile, kThreads = Shape::kWarps * kWarp;
   const Scores& scores = args.call.scores;
   const Sizes& size = scores.size;
 
-  int64_t id = block_index();
-  const int64_t h = id % size.H, g = h / (size.H / size.Hkv), query_blocks = (size.Nq + kQueries - 1) / kQueries;
-  id /= size.H;
-  const int64_t first_query = id % query_blocks * kQueries;
-  id /= query_blocks;
-  const int64_t split = id % args.splits;
-  const Head at{id / args.splits, h};
-  const int64_t begin = split * args.split_keys, end = begin + args.split_keys < size.Nk ? begin + args.split_keys : size.Nk;
-
+  const QueryWork work(size, kQueries, tiles_of(static_cast<int>(size.Nq), kQueries), args.splits, args.split_keys);
   const SharedTile<T, kQueries, D> q{reinterpret_cast<T*>(shared)};
-  const auto stage = [&](int64_t tile, int which) {  // K and V of two tiles, after q
+  const auto stage = [&](int tile, int which) {  // K and V of two tiles, after q
     return SharedTile<T, kTile, D>{q.data + (kQueries + (tile % 2 * 2 + which) * kTile) * D};
   };
-  const auto load = [&](int64_t tile) {
-    const auto live = [&](int64_t key) { return key_live(scores, at.b, key, end); };
-    stage(tile, 0).load(key_rows<T>(args.call, at.b, g), begin + tile * kTile, live);
-    if (args.out != nullptr) stage(tile, 1).load(value_rows<T>(args.call, at.b, g), begin + tile * kTile, live);
-    copy_async_commit();
+  const LiveKeys keys{scores, work.at.b, work.last_key};
+  const auto load = [&](int tile) {
+    const int first = work.first_key + tile * kTile;
+    const auto k = stage(tile, 0), v = stage(tile, 1);
+    const uint32_t live = k.template live_rows<kThreads>(first, keys);
+    k.template load<kThreads>(key_rows<T>(args.call, work.at.b, work.group), first, live);
+    if (args.out != nullptr) v.template load<kThreads>(value_rows<T>(args.call, work.at.b, work.group), first, live);
   };
 
-  q.load(query_rows<T>(args.call, at), first_query, [&](int64_t i) { return i < size.Nq; });
-  load(0);
+  const uint32_t live_queries = q.template live_rows<kThreads>(work.first_query, Before{static_cast<int>(size.Nq)});
+  q.template load<kThreads>(query_rows<T>(args.call, work.at), work.first_query, live_queries);
   Softmax<D> softmax;
   softmax.out.fill(0.0f);
   const int row = FEW ? 0 : warp_index() * 16, key_row = FEW ? warp_index() * kKeys : 0;
   bool live = false;
-  const int64_t tiles = (end - begin + kTile - 1) / kTile;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) {
-      load(tile + 1);
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
-    }
-    sync_block();
-    const Place<kKeys, false> place(scores, at.b, first_query + row, begin + tile * kTile + key_row, end);
+  pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
+    const int first_key = work.first_key + tile * kTile + key_row;
+    const Place<kKeys, false> place(keys, work.first_query + row, first_key);
     live |= place.live != 0;
-    attend<Math, D>(args, softmax, at, place, row, key_row, q, stage(tile, 0), stage(tile, 1));
-    sync_block();
-  }
+    attend<Math, D>(args, softmax, work.at, place, row, key_row, q, stage(tile, 0), stage(tile, 1));
+  });
   live = any_in_block(live);
   if constexpr (FEW) {
     merge_warps<Shape::kWarps>(softmax, reinterpret_cast<float*>(shared));
@@ -236,11 +215,12 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   SMATTN_UNROLL
   for (int half = 0; half < 2; ++half)
     if (softmax.m[half] == -infinity() && softmax.l[half] == 0.0f && live) softmax.l[half] = 1.0f;
-  const int64_t first_row = at.row(size) * size.Nq + first_query + row, rest = size.Nq - first_query - row;
+  const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
+  const int rest = static_cast<int>(size.Nq) - work.first_query - row;
   if (args.splits > 1) {
-    store_partial(args, softmax, split * size.B * size.H * size.Nq + first_row, rest);
+    store_partial(args, softmax, work.split * size.B * size.H * size.Nq + first_row, rest);
   } else {
-    store_finished<T>(args, softmax, first_row, rest);
+    store_finished(args, softmax, q, row, first_row, rest);
   }
 }
 

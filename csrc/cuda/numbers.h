@@ -1,6 +1,7 @@
 // The 16-bit storage types, the same for the device compiler and for a host that emulates it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -9,9 +10,11 @@
 #include <cuda_fp16.h>
 #define SMATTN_DEVICE __device__ __forceinline__
 #define SMATTN_UNROLL _Pragma("unroll")
+#define SMATTN_ROLLED _Pragma("unroll 1")
 #else
 #define SMATTN_DEVICE inline
 #define SMATTN_UNROLL
+#define SMATTN_ROLLED
 #endif
 
 namespace smattn::cuda {

@@ -17,11 +17,11 @@ struct HalfMath {
   static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<T, ROWS_A, D> a, int a_row, SharedTile<T, ROWS_B, D> b, int b_row) {
     static_assert(N % 16 == 0 && D % 16 == 0);
     const int lane = lane_index(), matrix = lane / 8;
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int k = 0; k < D; k += 16) {
       uint32_t fa[4];
       load_matrices(fa, a.chunk(a_row + lane % 8 + 8 * (matrix & 1), k / 8 + (matrix >> 1)));
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int n = 0; n < N; n += 16) {
         uint32_t fb[4];
         load_matrices(fb, b.chunk(b_row + n + lane % 8 + 8 * (matrix >> 1), k / 8 + (matrix & 1)));
@@ -36,12 +36,12 @@ struct HalfMath {
   static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<T, ROWS_B, D> b, int b_row) {
     static_assert(K % 16 == 0 && D % 16 == 0);
     const int lane = lane_index(), matrix = lane / 8;
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int k = 0; k < K; k += 16) {
       const auto& left = p.x[k / 8];
       const auto& right = p.x[k / 8 + 1];
       const uint32_t fa[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int n = 0; n < D; n += 16) {
         uint32_t fb[4];
         load_matrices_transposed(fb, b.chunk(b_row + k + lane % 8 + 8 * (matrix & 1), n / 8 + (matrix >> 1)));
@@ -59,11 +59,11 @@ struct Tf32Math {
   template <int N, int ROWS_A, int ROWS_B, int D>
   static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, int a_row, SharedTile<float, ROWS_B, D> b, int b_row) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int k = 0; k < D; k += 8) {
       const uint32_t fa[4] = {to_tf32(*a.at(a_row + g, k + t)), to_tf32(*a.at(a_row + g + 8, k + t)), to_tf32(*a.at(a_row + g, k + t + 4)),
                               to_tf32(*a.at(a_row + g + 8, k + t + 4))};
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int n = 0; n < N; n += 8)
         multiply_add_tf32(acc.x[n / 8], fa, to_tf32(*b.at(b_row + n + g, k + t)), to_tf32(*b.at(b_row + n + g, k + t + 4)));
     }
@@ -73,11 +73,11 @@ struct Tf32Math {
   template <int K, int ROWS_B, int D>
   static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<float, ROWS_B, D> b, int b_row) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int k = 0; k < K; k += 8) {
       const auto& x = p.x[k / 8];
       const uint32_t fa[4] = {to_tf32(x[0]), to_tf32(x[2]), to_tf32(x[1]), to_tf32(x[3])};
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int n = 0; n < D; n += 8)
         multiply_add_tf32(acc.x[n / 8], fa, to_tf32(*b.at(b_row + k + 2 * t, n + g)), to_tf32(*b.at(b_row + k + 2 * t + 1, n + g)));
     }
@@ -98,16 +98,16 @@ struct FloatMath {
   template <int N, int ROWS_A, int ROWS_B, int D>
   static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, int a_row, SharedTile<float, ROWS_B, D> b, int b_row) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int k = 0; k < D; k += 4) {
       const Four left = *reinterpret_cast<const Four*>(a.chunk(a_row + g, k / 4));
       const Four right = *reinterpret_cast<const Four*>(a.chunk(a_row + g + 8, k / 4));
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int n = 0; n < N / 8; ++n)
-  SMATTN_UNROLL
+        SMATTN_UNROLL
         for (int e = 0; e < 2; ++e) {
           const Four column = *reinterpret_cast<const Four*>(b.chunk(b_row + 8 * n + 2 * t + e, k / 4));
-  SMATTN_UNROLL
+          SMATTN_UNROLL
           for (int i = 0; i < 4; ++i) {
             acc.x[n][e] = fmaf(left.x[i], column.x[i], acc.x[n][e]);
             acc.x[n][e + 2] = fmaf(right.x[i], column.x[i], acc.x[n][e + 2]);
@@ -119,14 +119,14 @@ struct FloatMath {
   template <int K, int ROWS_B, int D>
   static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<float, ROWS_B, D> b, int b_row) {
     const int row_start = lane_index() & ~3, t = lane_index() % 4;
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int k = 0; k < K; ++k) {
       const float left = shuffle(p.x[k / 8][k & 1], row_start + k % 8 / 2);
       const float right = shuffle(p.x[k / 8][2 + (k & 1)], row_start + k % 8 / 2);
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int n = 0; n < D / 8; ++n) {
         const Two pair = *reinterpret_cast<const Two*>(b.at(b_row + k, 8 * n + 2 * t));
-  SMATTN_UNROLL
+        SMATTN_UNROLL
         for (int e = 0; e < 2; ++e) {
           acc.x[n][e] = fmaf(left, pair.x[e], acc.x[n][e]);
           acc.x[n][e + 2] = fmaf(right, pair.x[e], acc.x[n][e + 2]);

@@ -34,10 +34,24 @@ SMATTN_DEVICE Rows<T> value_rows(const Call& call, int64_t b, int64_t g) {
   return rows_of<T>(call.value, b, g, call.scores.size.Dv, call.value_aligned);
 }
 
-// The key is before `end` and not padding.
-SMATTN_DEVICE bool key_live(const Scores& s, int64_t b, int64_t key, int64_t end) {
-  return key < end && (s.padding == nullptr || !s.padding[b * s.padding_stride[0] + key * s.padding_stride[1]]);
-}
+// Liveness of keys, as Before: those before `end` that are not padding.
+struct LiveKeys {
+  const Scores& scores;
+  int64_t b;
+  int end;
+
+  template <int COUNT, class At>
+  SMATTN_DEVICE uint32_t bits(const At& at) const {
+    uint32_t bits = Before{end}.bits<COUNT>(at);
+    if (scores.padding == nullptr) return bits;
+    SMATTN_ROLLED  // an address for each would fill the registers
+    for (int i = 0; i < COUNT; ++i) {
+      const int64_t key = at(i);
+      if (key < end && scores.padding[b * scores.padding_stride[0] + key * scores.padding_stride[1]]) bits &= ~(1u << i);
+    }
+    return bits;
+  }
+};
 
 SMATTN_DEVICE float alpha_of(const Scores& s, int64_t h) {
   return s.mask.data == nullptr ? 0.0f : static_cast<const float*>(s.alpha)[h * s.alpha_stride];
@@ -46,40 +60,41 @@ SMATTN_DEVICE float alpha_of(const Scores& s, int64_t h) {
 // A warp's tile of scores: [16 queries, COLS keys], or with KEYS_IN_ROWS its transpose.
 template <int COLS, bool KEYS_IN_ROWS>
 struct Place {
-  int64_t query, key;  // of row and column 0
-  int64_t queries;     // how many there are
-  uint32_t live;       // a bit for each of the lane's keys: by half with KEYS_IN_ROWS, by slot without
+  int query, key;  // of row and column 0
+  int queries;     // how many there are
+  uint32_t live;   // a bit for each of the lane's keys: by half with KEYS_IN_ROWS, by slot without
 
-  SMATTN_DEVICE Place(const Scores& s, int64_t b, int64_t query, int64_t key, int64_t key_end)
-      : query(query), key(key), queries(s.size.Nq), live(0) {
-    constexpr int kKeys = KEYS_IN_ROWS ? 2 : COLS / 4;
-  SMATTN_UNROLL
-    for (int i = 0; i < kKeys; ++i)
-      live |= static_cast<uint32_t>(key_live(s, b, key + (KEYS_IN_ROWS ? row_of(i) : column_of(i)), key_end)) << i;
+  SMATTN_DEVICE Place(const LiveKeys& keys, int query, int key) : query(query), key(key), queries(static_cast<int>(keys.scores.size.Nq)) {
+    live = keys.bits<KEYS_IN_ROWS ? 2 : COLS / 4>([&](int i) { return key + (KEYS_IN_ROWS ? row_of(i) : column_of(i)); });
   }
   SMATTN_DEVICE bool is_live(int half, int slot) const { return (live >> (KEYS_IN_ROWS ? half : slot) & 1) != 0; }
-  SMATTN_DEVICE int64_t query_at(int half, int slot) const { return query + (KEYS_IN_ROWS ? column_of(slot) : row_of(half)); }
-  SMATTN_DEVICE int64_t key_at(int half, int slot) const { return key + (KEYS_IN_ROWS ? row_of(half) : column_of(slot)); }
+  SMATTN_DEVICE int query_at(int half, int slot) const { return query + (KEYS_IN_ROWS ? column_of(slot) : row_of(half)); }
+  SMATTN_DEVICE int key_at(int half, int slot) const { return key + (KEYS_IN_ROWS ? row_of(half) : column_of(slot)); }
 };
 
 template <class T, int COLS, bool KEYS_IN_ROWS>
-SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const T* data, int64_t stride_query, int64_t stride_key,
+SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const std::byte* element, int64_t row_bytes, int64_t column_bytes,
                                  const Place<COLS, KEYS_IN_ROWS>& place) {
-  tile.for_each([&](float& x, int half, int slot) {
-    const int64_t i = place.query_at(half, slot), j = place.key_at(half, slot);
-    x = place.is_live(half, slot) && i < place.queries ? to_float(data[i * stride_query + j * stride_key]) : 0.0f;
+  const std::byte* rows[2] = {element, element + 8 * row_bytes};
+  tile.for_each([&](float& x, int half, int slot) {  // pointers that move on, not an address for every element
+    const auto* here = reinterpret_cast<const T*>(rows[half] + slot % 2 * column_bytes);
+    x = place.is_live(half, slot) && place.query_at(half, slot) < place.queries ? to_float(load_constant(here)) : 0.0f;
+    if (slot % 2 == 1) rows[half] = opaque(rows[half] + 8 * column_bytes);
   });
 }
 
 // The tile of a tensor (B, H, Nq, Nk) of any floating dtype, 0 where a key is not live: nothing is read there.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
-  const int64_t first = at.b * from.stride[0] + at.h * from.stride[1];
+  const int64_t bytes = from.dtype == DType::kFloat64 ? 8 : from.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t first = at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
+  const std::byte* element = opaque(static_cast<const std::byte*>(from.data) + first * bytes);
+  const int64_t row_bytes = from.stride[KEYS_IN_ROWS ? 3 : 2] * bytes, column_bytes = from.stride[KEYS_IN_ROWS ? 2 : 3] * bytes;
   switch (from.dtype) {
-    case DType::kFloat32: return load_elements(tile, static_cast<const float*>(from.data) + first, from.stride[2], from.stride[3], place);
-    case DType::kFloat64: return load_elements(tile, static_cast<const double*>(from.data) + first, from.stride[2], from.stride[3], place);
-    case DType::kFloat16: return load_elements(tile, static_cast<const Half*>(from.data) + first, from.stride[2], from.stride[3], place);
-    case DType::kBFloat16: return load_elements(tile, static_cast<const BFloat*>(from.data) + first, from.stride[2], from.stride[3], place);
+    case DType::kFloat32: return load_elements<float>(tile, element, row_bytes, column_bytes, place);
+    case DType::kFloat64: return load_elements<double>(tile, element, row_bytes, column_bytes, place);
+    case DType::kFloat16: return load_elements<Half>(tile, element, row_bytes, column_bytes, place);
+    case DType::kBFloat16: return load_elements<BFloat>(tile, element, row_bytes, column_bytes, place);
   }
 }
 
@@ -101,10 +116,14 @@ SMATTN_DEVICE void drop(Tile<COLS>& p, const Call& call, Head at, float keep_sca
   if (call.drop_below == 0) return;
   const auto seed = static_cast<uint64_t>(*call.seed);
   const auto bh = static_cast<uint32_t>(at.row(call.scores.size));
-  p.for_each([&](float& x, int half, int slot) {
-    const auto i = static_cast<uint32_t>(place.query_at(half, slot)), j = static_cast<uint32_t>(place.key_at(half, slot));
-    x = dropout_keeps(seed, bh, i, j, call.drop_below) ? x * keep_scale : 0.0f;
-  });
+  static_assert(COLS <= 64);
+  uint32_t kept = 0;  // a bit an element; the loop is left rolled, or the ten rounds of 32 elements would fill the registers
+  SMATTN_ROLLED
+  for (int e = 0; e < COLS / 2; ++e) {
+    const auto i = static_cast<uint32_t>(place.query_at(e / 2 % 2, e / 4 * 2 + e % 2)), j = static_cast<uint32_t>(place.key_at(e / 2 % 2, e / 4 * 2 + e % 2));
+    kept |= static_cast<uint32_t>(dropout_keeps(seed, bh, i, j, call.drop_below)) << e;
+  }
+  p.for_each([&](float& x, int half, int slot) { x = (kept >> (slot / 2 * 4 + half * 2 + slot % 2) & 1) != 0 ? x * keep_scale : 0.0f; });
 }
 
 // (6): s becomes P, dp becomes dS, exactly 0 where the key is not live. row(half, slot) -> RowState.

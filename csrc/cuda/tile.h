@@ -12,34 +12,34 @@ struct Tile {
   float x[kBlocks][4];
 
   SMATTN_DEVICE void fill(float value) {
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int n = 0; n < kBlocks; ++n)
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int e = 0; e < 4; ++e) x[n][e] = value;
   }
 
   // each(x, half, slot): half 0 is row l/4, half 1 row l/4 + 8; slot counts the lane's columns, known when compiled, see column_of.
   template <class Each>
   SMATTN_DEVICE void for_each(const Each& each) {
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int n = 0; n < kBlocks; ++n)
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int e = 0; e < 4; ++e) each(x[n][e], e >> 1, 2 * n + (e & 1));
   }
 
   // The same over two tiles of one shape: each(x, y, half, slot).
   template <class Each>
   SMATTN_DEVICE void for_each_with(Tile& other, const Each& each) {
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int n = 0; n < kBlocks; ++n)
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int e = 0; e < 4; ++e) each(x[n][e], other.x[n][e], e >> 1, 2 * n + (e & 1));
   }
 
   SMATTN_DEVICE void scale_rows(const float (&factor)[2]) {
-  SMATTN_UNROLL
+    SMATTN_UNROLL
     for (int n = 0; n < kBlocks; ++n)
-  SMATTN_UNROLL
+      SMATTN_UNROLL
       for (int e = 0; e < 4; ++e) x[n][e] *= factor[e >> 1];
   }
 };
@@ -67,6 +67,19 @@ struct Rows {
   bool aligned;  // 16-byte copies are possible: stride_col 1, data and stride_row multiples of 16 bytes
 };
 
+// Liveness of rows: all that are before `end`. bits(at) has a bit for each of the rows at(0), at(1), ...
+struct Before {
+  int end;
+
+  template <int COUNT, class At>
+  SMATTN_DEVICE uint32_t bits(const At& at) const {
+    uint32_t bits = 0;
+    SMATTN_UNROLL
+    for (int i = 0; i < COUNT; ++i) bits |= static_cast<uint32_t>(at(i) < end) << i;
+    return bits;
+  }
+};
+
 // [ROWS, D] in shared memory, in chunks of 16 bytes whose place in a row is exchanged by the row's number, so that eight rows of one
 // column of chunks, or eight chunks of one row, never meet in a bank.
 template <class T, int ROWS, int D>
@@ -82,22 +95,98 @@ struct SharedTile {
   }
   SMATTN_DEVICE T* at(int row, int col) const { return chunk(row, col / kPerChunk) + col % kPerChunk; }
 
-  // Starts copying rows first..first + ROWS of `from` into the tile; 0 in rows where live(row) is false and in columns past from.depth.
-  template <class Live>
-  SMATTN_DEVICE void load(const Rows<T>& from, int64_t first, const Live& live) const {
-    for (int i = thread_index(); i < ROWS * kChunks; i += block_threads()) {
-      const int row = i / kChunks, col = i % kChunks * kPerChunk;
-      const int rest = from.depth - col, wanted = rest <= 0 || !live(first + row) ? 0 : rest < kPerChunk ? rest : kPerChunk;
-      T* to = chunk(row, i % kChunks);
-      const T* source = wanted > 0 ? from.data + (first + row) * from.stride_row + col * from.stride_col : from.data;
-      if (from.aligned) {
-        copy_async(to, source, wanted * static_cast<int>(sizeof(T)));
-      } else {
-  SMATTN_UNROLL
+  // Which of the rows first..first + ROWS that this thread copies are live, a bit each, see Before.
+  template <int THREADS, class Live>
+  static SMATTN_DEVICE uint32_t live_rows(int first, const Live& live) {
+    const int row = first + thread_index() / kChunks;
+    return live.template bits<kPasses<THREADS>>([&](int i) { return row + i * kStep<THREADS>; });
+  }
+
+  // Starts copying the rows of `from` from `first` on into the tile; 0 in rows that are not live and in columns past from.depth.
+  template <int THREADS>
+  SMATTN_DEVICE void load(const Rows<T>& from, int first, uint32_t live) const {
+    const int c = thread_index() % kChunks, row = thread_index() / kChunks, rest = from.depth - c * kPerChunk;
+    const int count = rest < 0 ? 0 : rest < kPerChunk ? rest : kPerChunk;
+    const T* source = from.data + (first + row) * from.stride_row + c * kPerChunk * from.stride_col;
+    if (from.aligned) {
+      SMATTN_UNROLL
+      for (int i = 0; i < kPasses<THREADS>; ++i) {
+        const int wanted = (live >> i & 1) != 0 ? count : 0;
+        if (ROWS % kStep<THREADS> == 0 || row + i * kStep<THREADS> < ROWS)
+          copy_async(chunk(row + i * kStep<THREADS>, c), wanted > 0 ? source : from.data, wanted * static_cast<int>(sizeof(T)));
+        source = opaque(source + kStep<THREADS> * from.stride_row);
+      }
+    } else {
+      SMATTN_ROLLED
+      for (int i = 0; i < kPasses<THREADS>; ++i) {
+        const int wanted = (live >> i & 1) != 0 ? count : 0;
+        if (row + i * kStep<THREADS> >= ROWS) break;
+        T* to = chunk(row + i * kStep<THREADS>, c);
+        SMATTN_ROLLED
         for (int e = 0; e < kPerChunk; ++e) to[e] = e < wanted ? source[e * from.stride_col] : T{};
+        source += kStep<THREADS> * from.stride_row;
       }
     }
   }
+
+  // Rounds 16 rows of a warp's registers into the tile, from row `row` on, where only this warp looks.
+  SMATTN_DEVICE void put(const Tile<D>& x, int row) const {
+    SMATTN_UNROLL
+    for (int n = 0; n < D / 8; ++n)
+      SMATTN_UNROLL
+      for (int half = 0; half < 2; ++half) put_pair(at(row + row_of(half), 8 * n + column_of(0)), x.x[n][2 * half], x.x[n][2 * half + 1]);
+  }
+
+  // Copies rows row..row + 16 of the tile, but at most `rows` of them, to contiguous rows of `depth` elements, 16 bytes at a time if depth
+  // allows. By one warp, after put.
+  SMATTN_DEVICE void store(T* to, int row, int rows, int depth) const {
+    const bool whole = depth % kPerChunk == 0;
+    for (int i = lane_index(); i < 16 * kChunks; i += kWarp) {
+      const int r = i / kChunks, col = i % kChunks * kPerChunk;
+      if (r >= rows || col >= depth) continue;
+      const T* from = chunk(row + r, i % kChunks);
+      if (whole) {
+        *reinterpret_cast<Chunk*>(to + static_cast<int64_t>(r) * depth + col) = *reinterpret_cast<const Chunk*>(from);
+      } else {
+        for (int e = 0; e < kPerChunk && col + e < depth; ++e) to[static_cast<int64_t>(r) * depth + col + e] = from[e];
+      }
+    }
+  }
+
+ private:
+  template <int THREADS>
+  static constexpr int kStep = THREADS / kChunks;  // rows that a block's threads copy at once
+  template <int THREADS>
+  static constexpr int kPasses = (ROWS + kStep<THREADS> - 1) / kStep<THREADS>;
+  struct alignas(16) Chunk {
+    uint32_t x[4];
+  };
+  struct alignas(8) Floats {
+    float x[2];
+  };
+
+  static SMATTN_DEVICE void put_pair(float* to, float low, float high) { *reinterpret_cast<Floats*>(to) = {low, high}; }
+  template <class Element>
+  static SMATTN_DEVICE void put_pair(Element* to, float low, float high) {
+    *reinterpret_cast<uint32_t*>(to) = pack<Element>(low, high);
+  }
 };
+
+// 16 rows of a warp's registers to contiguous rows of `depth` elements in device memory, through a shared tile's rows row..row + 16.
+template <class T, int ROWS, int D>
+SMATTN_DEVICE void store_tile(const Tile<D>& x, SharedTile<T, ROWS, D> shared, int row, T* to, int rows, int depth) {
+  sync_warp();
+  shared.put(x, row);
+  sync_warp();
+  shared.store(to, row, rows, depth);
+}
+
+// The same in float32, straight from the registers.
+template <int D>
+SMATTN_DEVICE void store_floats(Tile<D>& x, float* to, int rows, int depth) {
+  x.for_each([&](float& x, int half, int slot) {
+    if (row_of(half) < rows && column_of(slot) < depth) to[static_cast<int64_t>(row_of(half)) * depth + column_of(slot)] = x;
+  });
+}
 
 }  // namespace smattn::cuda
