@@ -27,7 +27,7 @@ SIDE = 2048  # of the calibration's matrices
 
 
 @dataclass
-class Session:
+class Job:
     """One run: where it happens, and the rows it has so far."""
 
     device: str
@@ -67,20 +67,20 @@ class Session:
         )  # fmt: skip
 
 
-def measure(session: Session, cells: list[Cell], contestants: list[Contestant]) -> None:
+def measure(job: Job, cells: list[Cell], contestants: list[Contestant]) -> None:
     """Every contestant in every cell, and torch.mm around each cell: its spread says how quiet the machine was."""
-    matmuls = {dtype: _matmul(dtype, session.device) for dtype in {cell.dtype: None for cell in cells}}
+    matmuls = {dtype: _matmul(dtype, job.device) for dtype in {cell.dtype: None for cell in cells}}
     calibration: dict[torch.dtype, list[float]] = {dtype: [] for dtype in matmuls}
     with tqdm(total=len(cells) * len(contestants), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
         for cell in cells:
             bar.set_postfix_str(f"{cell.workload.name} {_name(cell.dtype)} {cell.mask} {cell.direction}")
-            calibration[cell.dtype] += measure_cell(session, cell, contestants, matmuls[cell.dtype], bar.update)
+            calibration[cell.dtype] += measure_cell(job, cell, contestants, matmuls[cell.dtype], bar.update)
     for dtype, taken in calibration.items():
-        session.add_matmul(dtype, taken)
+        job.add_matmul(dtype, taken)
 
 
 def measure_cell(
-    session: Session, cell: Cell, contestants: list[Contestant], matmul: Callable[[], object], done: Callable[[], object]
+    job: Job, cell: Cell, contestants: list[Contestant], matmul: Callable[[], object], done: Callable[[], object]
 ) -> list[float]:
     """Add the cell's rows; the milliseconds of the calibration around it."""
     torch.compiler.reset()
@@ -90,14 +90,14 @@ def measure_cell(
             if reason := why_not(contestant, cell):
                 raise RuntimeError(reason)
             call = bind(contestant.ready(), case, cell.direction)
-            warm_up(call, session.device)
+            warm_up(call, job.device)
             calls[contestant.name] = call
         except Exception as error:  # a peer that cannot run the cell is reported, and the others are measured
             refused[contestant.name] = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
-    quiet = time_interleaved({"mm": matmul}, session.device, session.seconds / 4)["mm"]
-    samples = time_interleaved(calls, session.device, session.seconds)
-    quiet += time_interleaved({"mm": matmul}, session.device, session.seconds / 4)["mm"]
-    session.matmul_ms = timing(quiet).median_ms
+    quiet = time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
+    samples = time_interleaved(calls, job.device, job.seconds)
+    quiet += time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
+    job.matmul_ms = timing(quiet).median_ms
     for contestant in contestants:
         name, extra = contestant.name, None
         reason = refused.get(name)
@@ -106,7 +106,7 @@ def measure_cell(
                 extra = extra_bytes(contestant, cell)
             except (RuntimeError, OSError) as error:
                 reason = f"memory not measured: {error}"
-        session.add(cell, name, samples.get(name), extra, reason)
+        job.add(cell, name, samples.get(name), extra, reason)
         done()
     return quiet
 

@@ -108,7 +108,7 @@ def backward(
     if keep is not None:
         dp, weights = dp * keep, weights * keep
     delta = (t.p * dp).sum(-1) - dl  # (5), summed as P*dP
-    ds = t.p * (dp - delta[..., None])  # (6)
+    ds = _at_attended(t.p * (dp - delta[..., None]), key_padding_mask)  # (6)
     dvalue = to_kv_heads(weights.mT @ do, problem).to(problem.dtype) if needs[2] else None  # (7)
     dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, dl, mask, (needs[0], needs[1], needs[3], needs[4]))
     return dquery, dkey, dvalue, dmask, dalpha
@@ -146,7 +146,7 @@ def attention_map_backward(
     if key_padding_mask is not None:
         da = da.masked_fill(key_padding_mask[:, None, None, :], 0)
     eta = (da * t.p).sum(-1)
-    ds = head_weights[:, None, None] * t.p * (da - eta[..., None])
+    ds = _at_attended(head_weights[:, None, None] * t.p * (da - eta[..., None]), key_padding_mask)
     dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, torch.zeros_like(eta), mask, needs[:4])
     return dquery, dkey, dmask, dalpha, eta.sum((0, 2)) if needs[4] else None
 
@@ -196,6 +196,11 @@ def score_gradients(
 def attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """Key or value rows (B, Hkv, Nk, D) with those of padded keys replaced by zeros."""
     return rows if key_padding_mask is None else rows.masked_fill(key_padding_mask[:, None, :, None], 0)
+
+
+def _at_attended(scores: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """dS with padded keys selected out: a NaN elsewhere in the row does not reach them."""
+    return scores if key_padding_mask is None else scores.masked_fill(key_padding_mask[:, None, None, :], 0)
 
 
 def per_query_head(rows: Tensor, problem: Problem) -> Tensor:

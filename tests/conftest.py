@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import numpy
-from expected import BACKENDS, DEVICE, INTERPRETED, names
+from expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
 
 # the same examples in every run; a test gives their number
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=False)
@@ -55,8 +55,9 @@ def _interpreter_works(request: pytest.FixtureRequest) -> None:
         return
     import triton
 
-    if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-        pytest.fail(f"the interpreter of Triton {triton.__version__} breaks with numpy {numpy.__version__}: pip install 'numpy<2.4'")
+    reason = interpreter_breaks(triton.__version__, numpy.__version__)
+    if reason:
+        pytest.fail(reason)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

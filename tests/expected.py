@@ -40,3 +40,10 @@ INTERPRETED = DEVICE == "cpu"  # how triton runs
 
 def names(attention_map: bool = False, fused: bool = False) -> list[str]:
     return [name for name, b in BACKENDS.items() if (b.attention_map or not attention_map) and (b.fused or not fused)]
+
+
+def interpreter_breaks(triton: str, numpy: str) -> str:
+    """Why the interpreter of this Triton cannot work beside this numpy; "" when it can."""
+    if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of Triton {triton} breaks with numpy {numpy}: pip install 'numpy<2.4'"
+    return ""

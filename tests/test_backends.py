@@ -3,7 +3,7 @@
 import warnings
 
 import pytest
-from expected import BACKENDS, DEVICE
+from expected import BACKENDS, DEVICE, interpreter_breaks
 
 import smattn
 from smattn.backends import TABLE, resolve
@@ -45,3 +45,12 @@ def test_none_takes_the_first_of_the_table_that_can():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert resolve(problem, "", "forward") is first.load()
+
+
+VERSIONS = [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.9.0", "2.4.6", True), ("3.6.1", "3.0.0", False)]
+
+
+@pytest.mark.parametrize("triton, numpy, works", VERSIONS)
+def test_an_interpreter_known_to_break_is_a_clear_failure(triton, numpy, works):
+    reason = interpreter_breaks(triton, numpy)
+    assert reason == "" if works else f"numpy {numpy}" in reason and "pip install" in reason

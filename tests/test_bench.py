@@ -115,19 +115,19 @@ def test_a_peer_is_at_most_fifteen_lines():
 
 
 @pytest.fixture(scope="module")
-def session() -> measure.Session:
-    session = measure.Session("cpu", 0.01, "python bench/run.py")
+def job() -> measure.Job:
+    job = measure.Job("cpu", 0.01, "python bench/run.py")
     validation = validate.validate("reference", TINY, "uniform", torch.float32, "cpu")
-    session.validations["smattn/reference", TINY.name, "uniform", torch.float32] = validation
+    job.validations["smattn/reference", TINY.name, "uniform", torch.float32] = validation
     broken = peers.Contestant("broken", refuses)
     for direction in (rows.FORWARD, rows.BOTH):
         forward_only = replace(EAGER, name="forward only", forward_only_on=("cpu",))
-        measure.measure(session, [tiny(direction)], [REFERENCE, EAGER, forward_only, broken])
-    return session
+        measure.measure(job, [tiny(direction)], [REFERENCE, EAGER, forward_only, broken])
+    return job
 
 
-def test_every_cell_is_a_row_measured_or_with_the_reason_why_not(session):
-    by_name = {(row.backend, row.direction): row for row in session.rows}
+def test_every_cell_is_a_row_measured_or_with_the_reason_why_not(job):
+    by_name = {(row.backend, row.direction): row for row in job.rows}
     assert len(by_name) == 2 * 4 + 1
     for direction in (rows.FORWARD, rows.BOTH):
         for name in ("smattn/reference", "eager"):
@@ -153,10 +153,10 @@ def test_exactly_one_backend_of_smattn_is_the_default():
     assert "triton" not in measure.backends_to_time("cpu")
 
 
-def test_rows_survive_the_file_and_become_a_report(session, tmp_path):
+def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
     path = tmp_path / "run.jsonl"
-    rows.write(session.rows, path)
-    assert rows.read(path) == [replace(row, errors=json.loads(json.dumps(row.errors))) for row in session.rows]
+    rows.write(job.rows, path)
+    assert rows.read(path) == [replace(row, errors=json.loads(json.dumps(row.errors))) for row in job.rows]
     text = report.write_report(path).read_text()
     assert "broken, hodor_infer float32 uniform, forward: no such kernel" in text
     assert "smattn/reference hodor_infer float32 uniform, 1 2 5 40 8" in text
@@ -166,15 +166,15 @@ def test_rows_survive_the_file_and_become_a_report(session, tmp_path):
         rows.read(path)
 
 
-def test_nothing_is_timed_when_a_backend_is_outside_the_budget(session, monkeypatch):
-    good = next(iter(session.validations.values()))
+def test_nothing_is_timed_when_a_backend_is_outside_the_budget(job, monkeypatch):
+    good = next(iter(job.validations.values()))
     bad = replace(good, tensors=good.tensors | {"dmask": good.tensors["dmask"] | {"within": False}})
     monkeypatch.setattr(bench_run, "interpreted_triton", lambda names: "not now")
     monkeypatch.setattr(bench_run, "validate", lambda *args: good)
-    bench_run.check(measure.Session("cpu", 0.01, ""), ["reference"], [tiny()])
+    bench_run.check(measure.Job("cpu", 0.01, ""), ["reference"], [tiny()])
     monkeypatch.setattr(bench_run, "validate", lambda *args: bad)
     with pytest.raises(SystemExit, match="nothing is timed"):
-        bench_run.check(measure.Session("cpu", 0.01, ""), ["reference"], [tiny()])
+        bench_run.check(measure.Job("cpu", 0.01, ""), ["reference"], [tiny()])
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda w: w.name)
@@ -210,21 +210,21 @@ def test_the_figures_of_the_readme_come_from_a_committed_result_file():
     assert readme_figures.with_figures(readme, files) == readme
 
 
-def test_figures_replace_what_stands_between_the_markers(session, tmp_path, monkeypatch):
+def test_figures_replace_what_stands_between_the_markers(job, tmp_path, monkeypatch):
     monkeypatch.setattr(readme_figures, "ROOT", tmp_path)
-    rows.write([replace(row, default=row.ours) for row in session.rows], tmp_path / "bench/results/one.jsonl")
+    rows.write([replace(row, default=row.ours) for row in job.rows], tmp_path / "bench/results/one.jsonl")
     readme = "before\n<!-- figures: begin -->\nstale\n<!-- figures: end -->\nafter\n"
     text = readme_figures.with_figures(readme, ["bench/results/one.jsonl"])
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert readme_figures.files_shown(text) == ["bench/results/one.jsonl"]
     assert readme_figures.with_figures(text, readme_figures.files_shown(text)) == text
-    row = next(row for row in session.rows if row.ours and row.direction == rows.FORWARD)
+    row = next(row for row in job.rows if row.ours and row.direction == rows.FORWARD)
     assert f"| hodor_infer float32 uniform | {row.median_ms:.3g} |" in text.replace(" † |", " |")
 
 
-def test_a_cell_measured_while_the_machine_was_busy_is_marked(session, tmp_path):
-    quiet = [replace(row, matmul_ms=row.matmul_ms and 90.0) for row in session.rows]
-    busy = [replace(row, matmul_ms=row.matmul_ms and (180.0 if row.direction == rows.BOTH else 90.0)) for row in session.rows]
+def test_a_cell_measured_while_the_machine_was_busy_is_marked(job, tmp_path):
+    quiet = [replace(row, matmul_ms=row.matmul_ms and 90.0) for row in job.rows]
+    busy = [replace(row, matmul_ms=row.matmul_ms and (180.0 if row.direction == rows.BOTH else 90.0)) for row in job.rows]
     assert report.disturbed(quiet) == set()
     assert {key[3] for key in report.disturbed(busy)} == {rows.BOTH}
     rows.write(busy, tmp_path / "busy.jsonl")

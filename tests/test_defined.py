@@ -15,7 +15,7 @@ DEAD = 1  # the batch element that has no key
 
 def padded_case(Nq, dtype, device, as_map=False):
     """Batch element 0 loses some keys, DEAD all, 2 none."""
-    case = make_case(3, 2, Nq, 35, 8, dtype=dtype, with_lse=True, as_map=as_map, device=device)
+    case = make_case(3, 1 if Nq == MANY else 2, Nq, 35, 8, dtype=dtype, with_lse=True, as_map=as_map, device=device)
     padding = torch.zeros(3, 35, dtype=torch.bool, device=device)
     padding[0, [0, 3, 33, 34]] = padding[DEAD] = True
     return replace(case, key_padding_mask=padding)
@@ -151,3 +151,16 @@ def test_a_map_without_weights_is_the_mean_over_heads(map_backend, device):
     torch.testing.assert_close(amap.sum(-1), torch.ones_like(amap[..., 0]))
     weights = torch.full((4,), 0.25, device=device)
     assert torch.equal(amap, attention_map(case.query, case.key, case.mask, case.alpha, head_weights=weights, backend=map_backend))
+
+
+@pytest.mark.parametrize("as_map", [False, True])
+def test_nan_at_an_attended_key_does_not_reach_a_padded_one(backend, map_backend, device, as_map):
+    case = make_case(1, 2, 3, 6, 4, with_lse=True, as_map=as_map, device=device)
+    padding = torch.tensor([[False, False, True, False, True, False]], device=device)
+    key = case.key.clone()
+    key[0, 0, 1] = float("nan")
+    results = run(replace(case, key=key, key_padding_mask=padding), map_backend if as_map else backend)
+    assert results["dkey"].isnan().any()
+    for name in ("dkey", "dmask") if as_map else ("dkey", "dmask", "dvalue"):
+        keys_last = results[name] if name == "dmask" else results[name].mT
+        assert not keys_last[..., padding[0]].any(), name

@@ -97,7 +97,7 @@ def test_options(backend, dtype, device, Nq, option):
         "gqa": dict(Hkv=1), "blob": dict(mask="blob"),
         "all": dict(dropout_p=0.2, padded=0.3, with_lse=True, Hkv=1, mask_dtype=torch.bfloat16),
     }[option]  # fmt: skip
-    case = make_case(2, 2, Nq, 35, 8, dtype=dtype, device=device, rng=3, **chosen)
+    case = make_case(2 if Nq == 5 else 1, 2, Nq, 35, 8, dtype=dtype, device=device, rng=3, **chosen)
     assert_within_budget(run(case, backend), case)
 
 

@@ -53,20 +53,21 @@ void draw_padding(const Problem& p, Random& random, Inputs& in) {
   in.padding.seal();
 }
 
+void add_oddity(const Problem& p, Random& random, Dense& mask) {
+  const bool is_nan = p.oddity == Oddity::kNaNInMask;
+  const double lowest = p.mask_dtype == DType::kFloat16 ? -65504.0 : -1e30;
+  const double odd = is_nan ? kNaN : p.oddity == Oddity::kVeryNegativeInMask ? lowest : -std::numeric_limits<double>::infinity();
+  const double often = is_nan ? 3.0 / static_cast<double>(mask.values.size() + 1) : 0.2;
+  for (double& m : mask.values) m = random.chance(often) ? odd : m;
+  for (size_t k = 0; !is_nan && k < mask.values.size(); ++k) {  // the last key keeps an ordinary score
+    if (p.mask.expanded[3] || static_cast<int64_t>(k) % p.size.Nk == p.size.Nk - 1) mask.values[k] = 0.5;
+  }
+}
+
 void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded, Inputs& in) {
   const DType acc = accumulator_of(p.dtype);
   Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}, [&] { return random.uniform(); });
-  if (p.oddity != Oddity::kNone) {
-    const double odd = p.oddity == Oddity::kNaNInMask ? kNaN : -std::numeric_limits<double>::infinity();
-    const double often = p.oddity == Oddity::kNaNInMask ? 3.0 / static_cast<double>(mask.values.size() + 1) : 0.2;
-    for (double& m : mask.values) m = random.chance(often) ? odd : m;
-    if (p.oddity == Oddity::kMinusInfInMask) {  // some key of each row stays: a row of -inf alone has no softmax
-      for (size_t k = 0; k < mask.values.size(); ++k) {
-        const auto j = static_cast<int64_t>(k) % p.size.Nk;
-        if (j == p.size.Nk - 1 || p.mask.expanded[3]) mask.values[k] = 0.5;
-      }
-    }
-  }
+  if (p.oddity != Oddity::kNone) add_oddity(p, random, mask);
   const bool own_batch = p.mask_size[0] == p.size.B && !p.mask.expanded[0];
   const auto unseen = [&](int64_t b, int64_t j) {  // padded wherever this element is used
     const int64_t first = own_batch ? b : 0, last = own_batch ? b + 1 : p.size.B;
@@ -79,7 +80,8 @@ void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded
   in.mask = Array(p.mask_dtype, mask, p.mask);
   Layout layout;
   layout.expanded[3] = p.alpha_shared;
-  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return random.pick<double>({32.0, 16.0, 4.0, 1.0, -2.0}); }), layout);
+  const double last = p.oddity == Oddity::kNone ? -2.0 : 2.0;  // a negative alpha would turn -inf into +inf
+  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return random.pick<double>({32.0, 16.0, 4.0, 1.0, last}); }), layout);
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ class Oracle {
   Dense query_, key_, value_, mask_, alpha_, dout_, dlse_, head_weights_, dmap_;
   double largest_ = 0.0;    // max |S|, absolute values inside
   std::vector<int64_t> js_;  // the keys of row (b, h, i) that are attended to
-  std::vector<double> row_p_;
+  std::vector<double> row_s_;   // [Nk] |S|, absolute values inside
   std::vector<Number> row_ds_;  // [Nk]
   Dense probabilities_;     // [B, H, Nq, Nk]
   Answers answers_;
@@ -62,7 +62,7 @@ Oracle::Oracle(const Problem& problem, const Inputs& inputs)
       head_weights_(values_of(inputs.head_weights)), dmap_(values_of(inputs.dmap)) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p_.size;
   probabilities_ = Dense({B, H, Nq, Nk});
-  row_ds_.resize(static_cast<size_t>(Nk));
+  row_s_.resize(static_cast<size_t>(Nk)), row_ds_.resize(static_cast<size_t>(Nk));
   Answers& a = answers_;
   a.out = Expected({B, H, Nq, Dv}), a.lse = a.mbar = Expected({B, H, Nq, 1}), a.map = Expected({B, 1, Nq, Nk});
   a.dquery = a.map_dquery = Expected({B, H, Nq, D}), a.dkey = a.map_dkey = Expected({B, Hkv, Nk, D}), a.dvalue = Expected({B, Hkv, Nk, Dv});
@@ -106,14 +106,15 @@ void Oracle::softmax(int64_t b, int64_t h, int64_t i) {
     for (int64_t d = 0; d < p_.size.D; ++d) s += Number(query_.at(b, h, i, d)) * key_.at(b, kv(h), j, d);
     s = Number(p_.scale) * s;
     if (p_.has_mask) s += Number(alpha_.at(0, 0, 0, h)) * mask_.at(b, h, i, j);
-    if (std::isfinite(s.magnitude)) largest_ = std::max(largest_, s.magnitude);
     highest = std::max(highest, s.value);
     probabilities_.at(b, h, i, j) = s.value;
+    row_s_[static_cast<size_t>(j)] = s.magnitude;
   }
   for (const int64_t j : js_) sum += std::exp(probabilities_.at(b, h, i, j) - highest);
   for (const int64_t j : js_) {
     double& p = probabilities_.at(b, h, i, j);
     p = std::exp(p - highest) / sum;
+    if (p > 0.0) largest_ = std::max(largest_, row_s_[static_cast<size_t>(j)]);  // a score that gives exactly 0 rounds to nothing else
     if (p_.has_mask) add(answers_.mbar, {b, h, i, 0}, Number(p) * mask_.at(b, h, i, j));
   }
   answers_.lse.add({b, h, i, 0}, js_.empty() ? -kInfinity : highest + std::log(sum), 1.0);

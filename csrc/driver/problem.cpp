@@ -16,6 +16,7 @@ Sizes draw_sizes(Random& random) {
   size.H = size.Hkv * random.pick<int64_t>({1, 1, 2, 3});
   size.Nq = random.pick<int64_t>({1, 13, 16, 17, 64, 65, 130});
   size.Nk = random.pick<int64_t>({1, 7, 128, 129, 500});
+  if (size.Nq <= 17 && random.chance(0.2)) size.Nk = 3001;  // so few queries that the keys are split among threads
   if (random.chance(0.06)) (random.chance(0.5) ? size.Nq : size.Nk) = 0;
   if (random.chance(0.01)) size.B = 0;
   size.D = random.pick(head_sizes);
@@ -63,7 +64,7 @@ void draw_mask(Random& random, Problem& p) {
   }
   p.alpha_shared = random.chance(0.3);
   p.oddity = random.pick<Oddity>({Oddity::kNone, Oddity::kNone, Oddity::kNone, Oddity::kNone, Oddity::kNone, Oddity::kNone,
-                                  Oddity::kNaNInMask, Oddity::kMinusInfInMask});
+                                  Oddity::kNaNInMask, Oddity::kMinusInfInMask, Oddity::kVeryNegativeInMask});
 }
 
 }  // namespace
@@ -101,9 +102,9 @@ Problem problem_at(int64_t index) {
     p.needs = {random.chance(0.5), random.chance(0.5), random.chance(0.5), random.chance(0.5), random.chance(0.5), random.chance(0.5)};
   }
   if (p.oddity == Oddity::kNaNInMask) p.dropout_p = 0.0;             // NaN times a dropped 0 is nobody's promise
-  if (p.oddity == Oddity::kMinusInfInMask) {
-    p.needs.alpha = false;        // dalpha sums dS * M: 0 times -inf
-    p.padding = Padding::kNone;   // a row of nothing but -inf has no softmax
+  if (p.oddity == Oddity::kMinusInfInMask) p.needs.alpha = false;    // dalpha sums dS * M: 0 times -inf
+  if (p.oddity == Oddity::kMinusInfInMask || p.oddity == Oddity::kVeryNegativeInMask) {
+    p.padding = Padding::kNone;  // or a row might have no key of an ordinary score: no softmax, or one that no tolerance describes
   }
   p.needs.mask = p.needs.mask && p.has_mask;
   p.needs.alpha = p.needs.alpha && p.has_mask;
@@ -112,7 +113,7 @@ Problem problem_at(int64_t index) {
 
 std::string describe(const Problem& p) {
   constexpr const char* kPadding[] = {"none", "random", "tail", "all but the last", "a dead batch"};
-  constexpr const char* kOddity[] = {"", " with NaN", " with -inf"};
+  constexpr const char* kOddity[] = {"", " with NaN", " with -inf", " with -1e30"};
   std::ostringstream text;
   text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq" << p.size.Nq
        << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;

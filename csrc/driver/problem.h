@@ -26,7 +26,7 @@ class Random {
 };
 
 enum class Padding { kNone, kRandom, kTail, kAllButLast, kDeadBatch };
-enum class Oddity { kNone, kNaNInMask, kMinusInfInMask };
+enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask };
 
 // Which gradients are asked for.
 struct Needs {
