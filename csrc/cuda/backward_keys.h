@@ -14,7 +14,7 @@ struct KeysShape {
   static constexpr int kWarps = kRowBytes <= 256 ? 4 : 2;
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kKeys = 16 * kWarps;
-  static constexpr int kQueries = kRowBytes <= 128 ? 64 : 8192 / kRowBytes;  // of a step
+  static constexpr int kQueries = kRowBytes <= 64 ? 64 : kRowBytes <= 256 ? 32 : 8192 / kRowBytes;  // of a step
   static constexpr int kTileSpan = kRowBytes <= 512 ? 128 : 2 * kQueries;    // of a block, when it sums a tile over heads
   static constexpr size_t shared_bytes(bool tile) {
     return static_cast<size_t>((2 * kKeys + 4 * kQueries) * kRowBytes + 2 * kQueries * sizeof(RowState) + (tile ? kKeys * kTileSpan * 4 : 0));
@@ -23,17 +23,16 @@ struct KeysShape {
 
 // A block's place in the call.
 struct KeysWork {
-  int64_t first_batch, first_head;
-  int first_key, first_query, last_query;
+  int first_batch, first_head, first_key, first_query, last_query;
 
   SMATTN_DEVICE KeysWork(const KeysArgs& args, int keys) {
     const Sizes& size = args.call.scores.size;
     const int64_t head_blocks = size.H / args.heads, key_blocks = (size.Nk + keys - 1) / keys, spans = (size.Nq + args.span - 1) / args.span;
     const int64_t id = block_index(), rest = id / head_blocks;
-    first_head = id % head_blocks * args.heads;
+    first_head = static_cast<int>(id % head_blocks * args.heads);
     first_key = static_cast<int>(rest % key_blocks * keys);
     first_query = static_cast<int>(rest / key_blocks % spans * args.span);
-    first_batch = rest / key_blocks / spans * args.batches;
+    first_batch = static_cast<int>(rest / key_blocks / spans * args.batches);
     last_query = static_cast<int>(first_query + args.span < size.Nq ? first_query + args.span : size.Nq);
   }
 };
@@ -79,7 +78,7 @@ SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, He
 
 // dK or dV of a warp's keys, through the shared tile that held its K or V; exactly 0 where a key is padding, whatever was summed there.
 template <class T, int ROWS, int D>
-SMATTN_DEVICE void store_key_gradient(const KeysArgs& args, Tile<D>& x, SharedTile<T, ROWS, D> shared, void* to, int64_t b, int64_t g, int first_key,
+SMATTN_DEVICE void store_key_gradient(const KeysArgs& args, Tile<D>& x, SharedTile<T, ROWS, D> shared, void* to, int b, int g, int first_key,
                                       int64_t depth, float factor) {
   const Sizes& size = args.call.scores.size;
   const int keys = static_cast<int>(size.Nk), row = 16 * warp_index();
@@ -122,7 +121,7 @@ struct KeysStep {
     Tile<kQueries> s, dp;
     if (scores.mask.data != nullptr) load_elements(dp, scores.mask, at, place);
     s.fill(0.0f);
-    Math::multiply_rows(s, k, row, q, 0);
+    Math::multiply_rows(s, k.from_row(row), q);
     finish_scores(s, dp, scores, alpha, place);
     const auto state = [&](int, int slot) { return states[column_of(slot)]; };
     const PrivateTile<kQueries> tile{sums};
@@ -135,12 +134,12 @@ struct KeysStep {
     gradient(s, dp, state, place);
     if (DVALUE && args.dvalue != nullptr) {
       drop(s, args.call, at, 1.0f, place);
-      if constexpr (DVALUE) Math::multiply_tile(dvalue, s, dout, 0);
+      if constexpr (DVALUE) Math::multiply_tile(dvalue, s, dout);
     }
     if (args.tile_sum == TileSum::kMaskGradient) tile.for_each_with(dp, [&](float& ds, float& sum, int, int) { sum = fmaf(alpha, ds, sum); });
     if (args.dmask_rows != nullptr) dp.for_each([&](float& ds, int half, int) { row_sums[half] += ds; });
     if (DKEY && args.dkey != nullptr) {
-      if constexpr (DKEY) Math::multiply_tile(dkey, dp, q, 0);
+      if constexpr (DKEY) Math::multiply_tile(dkey, dp, q);
     }
   }
 
@@ -152,7 +151,7 @@ struct KeysStep {
       dp.for_each([&](float& x, int, int) { x *= weight; });
     } else {
       dp.fill(0.0f);
-      Math::multiply_rows(dp, v, row, dout, 0);
+      Math::multiply_rows(dp, v.from_row(row), dout);
       drop(dp, args.call, at, args.call.keep_scale, place);
     }
   }
@@ -200,13 +199,13 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
   if (args.tile_sum != TileSum::kNone)
     for (int i = thread_index(); i < Shape::kKeys * Shape::kTileSpan; i += Shape::kThreads) sums[i] = 0.0f;
   const int key = work.first_key + 16 * warp_index();
-  const int64_t group = size.H / size.Hkv;
-  const int64_t last_head = work.first_head + args.heads - 1, last_batch = work.first_batch + args.batches - 1;
+  const int group = static_cast<int>(size.H / size.Hkv);
+  const int last_head = work.first_head + static_cast<int>(args.heads) - 1, last_batch = work.first_batch + static_cast<int>(args.batches) - 1;
   Tile<DKEY ? D : 8> dkey;
   Tile<DVALUE ? D : 8> dvalue;
-  for (int64_t b = work.first_batch; b <= last_batch; ++b) {
-    for (int64_t h = work.first_head; h <= last_head; ++h) {
-      const int64_t g = h / group;
+  for (int b = work.first_batch; b <= last_batch; ++b) {
+    for (int h = work.first_head; h <= last_head; ++h) {
+      const int g = h / group;
       if (h == work.first_head || h % group == 0) {
         const LiveKeys live{scores, b, static_cast<int>(size.Nk)};
         const uint32_t rows = k.template live_rows<Shape::kThreads>(work.first_key, live);

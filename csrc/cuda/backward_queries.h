@@ -12,7 +12,7 @@ struct QueriesShape {
   static constexpr int kRowBytes = D * sizeof(typename Math::Element);
   static constexpr int kWarps = kRowBytes <= 256 ? 4 : 2;
   static constexpr bool kHasFew = kRowBytes <= 256;
-  static constexpr int keys(bool few) { return few || kRowBytes <= 128 ? 64 : 8192 / kRowBytes; }
+  static constexpr int keys(bool few) { return few || kRowBytes <= 64 ? 64 : kRowBytes <= 256 ? 32 : 8192 / kRowBytes; }
   static constexpr int queries(bool few) { return few ? 16 : 16 * kWarps; }
   static constexpr size_t shared_bytes(bool few) { return static_cast<size_t>((2 * queries(few) + 4 * keys(few)) * kRowBytes); }
 };
@@ -23,8 +23,7 @@ struct QueriesStep {
   const QueriesArgs& args;
   Head at;
   float alpha;
-  int row, key_row;  // the warp's, in the shared tiles
-  SharedTile<T, ROWS, D> q, dout;
+  SharedTile<T, ROWS, D> q, dout;  // from the warp's rows on
   RowState (&state)[2];
   Tile<D>& dquery;
   float& dalpha;
@@ -35,7 +34,7 @@ struct QueriesStep {
     Tile<KEYS> s, m, dp;
     if (has_mask) load_elements(m, scores.mask, at, place);
     s.fill(0.0f);
-    Math::multiply_rows(s, q, row, k, key_row);
+    Math::multiply_rows(s, q, k);
     finish_scores(s, m, scores, alpha, place);
     if (args.dmap.data != nullptr) {
       load_elements(dp, args.dmap, {at.b, 0}, place);
@@ -43,12 +42,12 @@ struct QueriesStep {
       dp.for_each([&](float& x, int, int) { x *= weight; });
     } else {
       dp.fill(0.0f);
-      Math::multiply_rows(dp, dout, row, v, key_row);
+      Math::multiply_rows(dp, dout, v);
       drop(dp, args.call, at, args.call.keep_scale, place);
     }
     gradient(s, dp, [&](int half, int) { return state[half]; }, place);
     if (args.dalpha != nullptr) dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
-    if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k, key_row);
+    if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k);
   }
 };
 
@@ -115,10 +114,10 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   float dalpha = first ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
   Tile<D> dquery;
   dquery.fill(0.0f);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha_of(scores, work.at.h), row, key_row, q, dout, state, dquery, dalpha};
+  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha_of(scores, work.at.h), q.from_row(row), dout.from_row(row), state, dquery, dalpha};
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
-    step.run(Place<kKeys, false>(keys, work.first_query + row, first_key), stage(tile, 0), stage(tile, 1));
+    step.run(Place<kKeys, false>(keys, work.first_query + row, first_key), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
   if (args.dalpha != nullptr) {
     const float sum = block_sum<Shape::kWarps>(dalpha, reinterpret_cast<float*>(shared));

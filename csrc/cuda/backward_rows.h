@@ -32,7 +32,7 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   const int64_t row = block_index() * (kRowsThreads / kWarp) + warp_index();
   if (row >= size.B * size.H * size.Nq) return;
   const int64_t i = row % size.Nq;
-  const Head at{row / size.Nq / size.H, row / size.Nq % size.H};
+  const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
   RowState state{args.lse[row] * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row], args.dlse == nullptr ? 0.0f : args.dlse[row]};
   bool any = state.mbar != 0.0f;  // something was summed in this row, or NaN
   if (args.eta != nullptr) {

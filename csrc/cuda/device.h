@@ -29,11 +29,16 @@ SMATTN_DEVICE double load_constant(const double* p) { return __ldg(p); }
 SMATTN_DEVICE Half load_constant(const Half* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 SMATTN_DEVICE BFloat load_constant(const BFloat* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 
-// The same pointer, of whose making the compiler knows nothing: it will not compute many such ahead of time and run out of registers.
+// The same value, of whose making the compiler knows nothing: it will not compute what follows from it ahead of a loop, and keep all
+// that in registers.
 template <class T>
 SMATTN_DEVICE T* opaque(T* p) {
   asm volatile("" : "+l"(p));
   return p;
+}
+SMATTN_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 SMATTN_DEVICE float exp2_fast(float x) {

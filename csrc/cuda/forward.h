@@ -148,7 +148,7 @@ SMATTN_DEVICE void merge_warps(Softmax<D>& softmax, float* shared) {
 
 // One tile of keys: scores, softmax, product with V.
 template <class Math, int D, int KEYS, int ROWS, int TILE>
-SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at, const Place<KEYS, false>& place, int row, int key_row,
+SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at, const Place<KEYS, false>& place,
                           SharedTile<typename Math::Element, ROWS, D> q, SharedTile<typename Math::Element, TILE, D> k,
                           SharedTile<typename Math::Element, TILE, D> v) {
   using T = typename Math::Element;
@@ -156,7 +156,7 @@ SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at,
   Tile<KEYS> s, m;
   if (scores.mask.data != nullptr) load_elements(m, scores.mask, at, place);
   s.fill(0.0f);
-  Math::multiply_rows(s, q, row, k, key_row);
+  Math::multiply_rows(s, q, k);
   finish_scores(s, m, scores, alpha_of(scores, at.h), place);
   softmax.step(s);
   if (args.mbar != nullptr) softmax.add_average(0, s, m);
@@ -166,10 +166,10 @@ SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at,
   }
   if (args.out == nullptr) return;
   drop(s, args.call, at, 1.0f, place);
-  Math::multiply_tile(softmax.out, s, v, key_row);
+  Math::multiply_tile(softmax.out, s, v);
   if (Math::kRounds && args.save_residual) {
     s.for_each([](float& x, int, int) { x -= to_float(rounded<T>(x)); });
-    Math::multiply_tile(softmax.out, s, v, key_row);
+    Math::multiply_tile(softmax.out, s, v);
   }
 }
 
@@ -205,7 +205,7 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);
     live |= place.live != 0;
-    attend<Math, D>(args, softmax, work.at, place, row, key_row, q, stage(tile, 0), stage(tile, 1));
+    attend<Math, D>(args, softmax, work.at, place, q.from_row(row), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
   live = any_in_block(live);
   if constexpr (FEW) {

@@ -14,7 +14,7 @@ namespace smattn::cuda {
 #ifdef __CUDACC__
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) entry(const __grid_constant__ typename Kernel::Args args) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1) entry(const __grid_constant__ typename Kernel::Args args) {
   extern __shared__ __align__(128) std::byte shared[];
   Kernel::run(args, shared);
 }

@@ -12,30 +12,33 @@ struct HalfMath {
   using Element = T;
   static constexpr bool kRounds = true;  // what multiply_tile makes of its tile loses bits
 
-  // acc [16, N] += a[a_row.., :] b[b_row.., :]^T
+  // acc [16, N] += a[:16] b[:N]^T
   template <int N, int ROWS_A, int ROWS_B, int D>
-  static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<T, ROWS_A, D> a, int a_row, SharedTile<T, ROWS_B, D> b, int b_row) {
+  static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<T, ROWS_A, D> a, SharedTile<T, ROWS_B, D> b) {
     static_assert(N % 16 == 0 && D % 16 == 0);
-    const int lane = lane_index(), matrix = lane / 8;
+    const int row = lane_index() % 8, matrix = lane_index() / 8;
+    const auto lane_a = a.lane(row + 8 * (matrix & 1), matrix >> 1);
+    const auto lane_b = b.lane(row + 8 * (matrix >> 1), matrix & 1);
     SMATTN_UNROLL
     for (int k = 0; k < D; k += 16) {
       uint32_t fa[4];
-      load_matrices(fa, a.chunk(a_row + lane % 8 + 8 * (matrix & 1), k / 8 + (matrix >> 1)));
+      load_matrices(fa, lane_a.from(0, k / 8));
       SMATTN_UNROLL
       for (int n = 0; n < N; n += 16) {
         uint32_t fb[4];
-        load_matrices(fb, b.chunk(b_row + n + lane % 8 + 8 * (matrix >> 1), k / 8 + (matrix & 1)));
+        load_matrices(fb, lane_b.from(n, k / 8));
         multiply_add(acc.x[n / 8], fa, fb[0], fb[1], T{});
         multiply_add(acc.x[n / 8 + 1], fa, fb[2], fb[3], T{});
       }
     }
   }
 
-  // acc [16, D] += p b[b_row.., :], p [16, K] rounded to T
+  // acc [16, D] += p b[:K], p [16, K] rounded to T
   template <int K, int ROWS_B, int D>
-  static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<T, ROWS_B, D> b, int b_row) {
+  static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<T, ROWS_B, D> b) {
     static_assert(K % 16 == 0 && D % 16 == 0);
-    const int lane = lane_index(), matrix = lane / 8;
+    const int matrix = lane_index() / 8;
+    const auto lane = b.lane(lane_index() % 8 + 8 * (matrix & 1), matrix >> 1);
     SMATTN_UNROLL
     for (int k = 0; k < K; k += 16) {
       const auto& left = p.x[k / 8];
@@ -44,7 +47,7 @@ struct HalfMath {
       SMATTN_UNROLL
       for (int n = 0; n < D; n += 16) {
         uint32_t fb[4];
-        load_matrices_transposed(fb, b.chunk(b_row + k + lane % 8 + 8 * (matrix & 1), n / 8 + (matrix >> 1)));
+        load_matrices_transposed(fb, lane.from(k, n / 8));
         multiply_add(acc.x[n / 8], fa, fb[0], fb[1], T{});
         multiply_add(acc.x[n / 8 + 1], fa, fb[2], fb[3], T{});
       }
@@ -57,29 +60,32 @@ struct Tf32Math {
   static constexpr bool kRounds = false;  // its caller allowed the rounding
 
   template <int N, int ROWS_A, int ROWS_B, int D>
-  static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, int a_row, SharedTile<float, ROWS_B, D> b, int b_row) {
+  static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, SharedTile<float, ROWS_B, D> b) {
     const int g = lane_index() / 4, t = lane_index() % 4;
+    const auto lane_a = a.lane(g, 0);
+    const auto lane_b = b.lane(g, 0);
     SMATTN_UNROLL
     for (int k = 0; k < D; k += 8) {
-      const uint32_t fa[4] = {to_tf32(*a.at(a_row + g, k + t)), to_tf32(*a.at(a_row + g + 8, k + t)), to_tf32(*a.at(a_row + g, k + t + 4)),
-                              to_tf32(*a.at(a_row + g + 8, k + t + 4))};
+      const int c = k / 4;
+      const uint32_t fa[4] = {to_tf32(lane_a.from(0, c)[t]), to_tf32(lane_a.from(8, c)[t]), to_tf32(lane_a.from(0, c + 1)[t]),
+                              to_tf32(lane_a.from(8, c + 1)[t])};
       SMATTN_UNROLL
-      for (int n = 0; n < N; n += 8)
-        multiply_add_tf32(acc.x[n / 8], fa, to_tf32(*b.at(b_row + n + g, k + t)), to_tf32(*b.at(b_row + n + g, k + t + 4)));
+      for (int n = 0; n < N; n += 8) multiply_add_tf32(acc.x[n / 8], fa, to_tf32(lane_b.from(n, c)[t]), to_tf32(lane_b.from(n, c + 1)[t]));
     }
   }
 
   // The order of the sum over k is free: the tensor cores' k = t and t + 4 are the tile's columns 2t and 2t + 1, where p lies already.
   template <int K, int ROWS_B, int D>
-  static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<float, ROWS_B, D> b, int b_row) {
+  static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<float, ROWS_B, D> b) {
     const int g = lane_index() / 4, t = lane_index() % 4;
+    const auto lane = b.lane(2 * t, g / 4);
     SMATTN_UNROLL
     for (int k = 0; k < K; k += 8) {
       const auto& x = p.x[k / 8];
       const uint32_t fa[4] = {to_tf32(x[0]), to_tf32(x[2]), to_tf32(x[1]), to_tf32(x[3])};
       SMATTN_UNROLL
       for (int n = 0; n < D; n += 8)
-        multiply_add_tf32(acc.x[n / 8], fa, to_tf32(*b.at(b_row + k + 2 * t, n + g)), to_tf32(*b.at(b_row + k + 2 * t + 1, n + g)));
+        multiply_add_tf32(acc.x[n / 8], fa, to_tf32(lane.from(k, n / 4)[g % 4]), to_tf32(lane.from(k + 1, n / 4)[g % 4]));
     }
   }
 };
@@ -96,36 +102,40 @@ struct FloatMath {
   };
 
   template <int N, int ROWS_A, int ROWS_B, int D>
-  static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, int a_row, SharedTile<float, ROWS_B, D> b, int b_row) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-    SMATTN_UNROLL
-    for (int k = 0; k < D; k += 4) {
-      const Four left = *reinterpret_cast<const Four*>(a.chunk(a_row + g, k / 4));
-      const Four right = *reinterpret_cast<const Four*>(a.chunk(a_row + g + 8, k / 4));
+  static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, SharedTile<float, ROWS_B, D> b) {
+    const auto lane_a = a.lane(lane_index() / 4, 0);
+    const auto lane_b = b.lane(2 * (lane_index() % 4), 0);
+    SMATTN_ROLLED
+    for (int k = 0; k < D; k += 32)
       SMATTN_UNROLL
-      for (int n = 0; n < N / 8; ++n)
+      for (int c = 0; c < 8; ++c) {
+        const Four left = *reinterpret_cast<const Four*>(lane_a.from(0, c) + k);
+        const Four right = *reinterpret_cast<const Four*>(lane_a.from(8, c) + k);
         SMATTN_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const Four column = *reinterpret_cast<const Four*>(b.chunk(b_row + 8 * n + 2 * t + e, k / 4));
+        for (int n = 0; n < N / 8; ++n)
           SMATTN_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            acc.x[n][e] = fmaf(left.x[i], column.x[i], acc.x[n][e]);
-            acc.x[n][e + 2] = fmaf(right.x[i], column.x[i], acc.x[n][e + 2]);
+          for (int e = 0; e < 2; ++e) {
+            const Four column = *reinterpret_cast<const Four*>(lane_b.from(8 * n + e, c) + k);
+            SMATTN_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              acc.x[n][e] = fmaf(left.x[i], column.x[i], acc.x[n][e]);
+              acc.x[n][e + 2] = fmaf(right.x[i], column.x[i], acc.x[n][e + 2]);
+            }
           }
-        }
-    }
+      }
   }
 
   template <int K, int ROWS_B, int D>
-  static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<float, ROWS_B, D> b, int b_row) {
+  static SMATTN_DEVICE void multiply_tile(Tile<D>& acc, const Tile<K>& p, SharedTile<float, ROWS_B, D> b) {
     const int row_start = lane_index() & ~3, t = lane_index() % 4;
+    const auto lane = b.lane(0, t / 2);
     SMATTN_UNROLL
     for (int k = 0; k < K; ++k) {
       const float left = shuffle(p.x[k / 8][k & 1], row_start + k % 8 / 2);
       const float right = shuffle(p.x[k / 8][2 + (k & 1)], row_start + k % 8 / 2);
       SMATTN_UNROLL
       for (int n = 0; n < D / 8; ++n) {
-        const Two pair = *reinterpret_cast<const Two*>(b.at(b_row + k, 8 * n + 2 * t));
+        const Two pair = *reinterpret_cast<const Two*>(lane.from(k, 2 * n) + t % 2 * 2);
         SMATTN_UNROLL
         for (int e = 0; e < 2; ++e) {
           acc.x[n][e] = fmaf(left, pair.x[e], acc.x[n][e]);

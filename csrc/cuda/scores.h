@@ -13,12 +13,12 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // One (batch, head) of a call.
 struct Head {
-  int64_t b, h;
+  int b, h;
   SMATTN_DEVICE int64_t row(const Sizes& size) const { return b * size.H + h; }  // in (B, H)
 };
 
 template <class T>
-SMATTN_DEVICE Rows<T> rows_of(const Tensor4& x, int64_t b, int64_t h, int64_t depth, bool aligned) {
+SMATTN_DEVICE Rows<T> rows_of(const Tensor4& x, int b, int h, int64_t depth, bool aligned) {
   return {static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1], x.stride[2], x.stride[3], static_cast<int>(depth), aligned};
 }
 template <class T>
@@ -26,19 +26,18 @@ SMATTN_DEVICE Rows<T> query_rows(const Call& call, Head at) {
   return rows_of<T>(call.scores.query, at.b, at.h, call.scores.size.D, call.query_aligned);
 }
 template <class T>
-SMATTN_DEVICE Rows<T> key_rows(const Call& call, int64_t b, int64_t g) {
+SMATTN_DEVICE Rows<T> key_rows(const Call& call, int b, int g) {
   return rows_of<T>(call.scores.key, b, g, call.scores.size.D, call.key_aligned);
 }
 template <class T>
-SMATTN_DEVICE Rows<T> value_rows(const Call& call, int64_t b, int64_t g) {
+SMATTN_DEVICE Rows<T> value_rows(const Call& call, int b, int g) {
   return rows_of<T>(call.value, b, g, call.scores.size.Dv, call.value_aligned);
 }
 
 // Liveness of keys, as Before: those before `end` that are not padding.
 struct LiveKeys {
   const Scores& scores;
-  int64_t b;
-  int end;
+  int b, end;
 
   template <int COUNT, class At>
   SMATTN_DEVICE uint32_t bits(const At& at) const {
@@ -53,7 +52,7 @@ struct LiveKeys {
   }
 };
 
-SMATTN_DEVICE float alpha_of(const Scores& s, int64_t h) {
+SMATTN_DEVICE float alpha_of(const Scores& s, int h) {
   return s.mask.data == nullptr ? 0.0f : static_cast<const float*>(s.alpha)[h * s.alpha_stride];
 }
 

@@ -89,11 +89,26 @@ struct SharedTile {
   static constexpr int kBytes = ROWS * D * sizeof(T);
   T* data;
 
-  SMATTN_DEVICE T* chunk(int row, int c) const {
-    const int swizzle = kChunks >= 8 ? row & 7 : (row >> 1) & 3;
-    return data + (row * kChunks + (c ^ swizzle)) * kPerChunk;
+  static constexpr int kLow = kChunks >= 8 ? 7 : 3;  // the bits of a chunk's number that change
+  static SMATTN_DEVICE int swizzle(int row) { return kChunks >= 8 ? row & 7 : row >> 1 & 3; }
+
+  SMATTN_DEVICE T* chunk(int row, int c) const { return data + row * D + ((c & ~kLow) + ((c & kLow) ^ swizzle(row))) * kPerChunk; }
+
+  // One lane's addresses: from(R, C) is chunk(row + R, c + C). With R and C known when compiled, and no bit in both row and R or c and C,
+  // all are a few bases and constants, so that they neither cost instructions nor fill the registers.
+  struct Lane {
+    T* base[kLow + 1];
+    SMATTN_DEVICE T* from(int R, int C) const { return base[(C & kLow) ^ swizzle(R)] + (R * D + (C & ~kLow) * kPerChunk); }
+  };
+  SMATTN_DEVICE Lane lane(int row, int c) const {
+    Lane lane;
+    SMATTN_UNROLL
+    for (int i = 0; i <= kLow; ++i) lane.base[i] = data + row * D + (i ^ c ^ swizzle(row)) * kPerChunk;
+    return lane;
   }
-  SMATTN_DEVICE T* at(int row, int col) const { return chunk(row, col / kPerChunk) + col % kPerChunk; }
+
+  // The tile without its first `row` rows, a multiple of 8.
+  SMATTN_DEVICE SharedTile from_row(int row) const { return {data + row * D}; }
 
   // Which of the rows first..first + ROWS that this thread copies are live, a bit each, see Before.
   template <int THREADS, class Live>
@@ -105,15 +120,16 @@ struct SharedTile {
   // Starts copying the rows of `from` from `first` on into the tile; 0 in rows that are not live and in columns past from.depth.
   template <int THREADS>
   SMATTN_DEVICE void load(const Rows<T>& from, int first, uint32_t live) const {
-    const int c = thread_index() % kChunks, row = thread_index() / kChunks, rest = from.depth - c * kPerChunk;
+    const int thread = opaque(thread_index()), c = thread % kChunks, row = thread / kChunks, rest = from.depth - c * kPerChunk;
     const int count = rest < 0 ? 0 : rest < kPerChunk ? rest : kPerChunk;
     const T* source = from.data + (first + row) * from.stride_row + c * kPerChunk * from.stride_col;
+    const Lane to = lane(row, c);
     if (from.aligned) {
       SMATTN_UNROLL
       for (int i = 0; i < kPasses<THREADS>; ++i) {
         const int wanted = (live >> i & 1) != 0 ? count : 0;
         if (ROWS % kStep<THREADS> == 0 || row + i * kStep<THREADS> < ROWS)
-          copy_async(chunk(row + i * kStep<THREADS>, c), wanted > 0 ? source : from.data, wanted * static_cast<int>(sizeof(T)));
+          copy_async(to.from(i * kStep<THREADS>, 0), wanted > 0 ? source : from.data, wanted * static_cast<int>(sizeof(T)));
         source = opaque(source + kStep<THREADS> * from.stride_row);
       }
     } else {
@@ -121,9 +137,9 @@ struct SharedTile {
       for (int i = 0; i < kPasses<THREADS>; ++i) {
         const int wanted = (live >> i & 1) != 0 ? count : 0;
         if (row + i * kStep<THREADS> >= ROWS) break;
-        T* to = chunk(row + i * kStep<THREADS>, c);
+        T* here = chunk(row + i * kStep<THREADS>, c);
         SMATTN_ROLLED
-        for (int e = 0; e < kPerChunk; ++e) to[e] = e < wanted ? source[e * from.stride_col] : T{};
+        for (int e = 0; e < kPerChunk; ++e) here[e] = e < wanted ? source[e * from.stride_col] : T{};
         source += kStep<THREADS> * from.stride_row;
       }
     }
@@ -131,10 +147,12 @@ struct SharedTile {
 
   // Rounds 16 rows of a warp's registers into the tile, from row `row` on, where only this warp looks.
   SMATTN_DEVICE void put(const Tile<D>& x, int row) const {
+    const Lane to = lane(row + row_of(0), column_of(0) / kPerChunk);
     SMATTN_UNROLL
     for (int n = 0; n < D / 8; ++n)
       SMATTN_UNROLL
-      for (int half = 0; half < 2; ++half) put_pair(at(row + row_of(half), 8 * n + column_of(0)), x.x[n][2 * half], x.x[n][2 * half + 1]);
+      for (int half = 0; half < 2; ++half)
+        put_pair(to.from(8 * half, 8 * n / kPerChunk) + column_of(0) % kPerChunk, x.x[n][2 * half], x.x[n][2 * half + 1]);
   }
 
   // Copies rows row..row + 16 of the tile, but at most `rows` of them, to contiguous rows of `depth` elements, 16 bytes at a time if depth

@@ -9,13 +9,13 @@ namespace smattn::cuda {
 // tile of M read it together.
 struct QueryWork {
   Head at;
-  int64_t group;  // kv head
+  int group;  // kv head
   int query_block, first_query, first_key, last_key, split;
 
   SMATTN_DEVICE QueryWork(const Sizes& size, int queries, int query_blocks, int64_t splits, int64_t split_keys) {
     const int64_t id = block_index(), rest = id / size.H;
-    at = {rest / query_blocks / splits, id % size.H};
-    group = at.h / (size.H / size.Hkv);
+    at = {static_cast<int>(rest / query_blocks / splits), static_cast<int>(id % size.H)};
+    group = at.h / static_cast<int>(size.H / size.Hkv);
     query_block = static_cast<int>(rest % query_blocks);
     first_query = query_block * queries;
     split = static_cast<int>(rest / query_blocks % splits);
