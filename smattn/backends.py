@@ -47,7 +47,7 @@ class Backend:
         except ImportError as error:
             return [f"it could not be imported: {error}"]
         reasons: list[str] = module.unsupported_reasons(problem)
-        return reasons if hasattr(module, operation) else [*reasons, f"it has no {operation}"]
+        return reasons if hasattr(module, operation) else [*reasons, f"it has no {operation} in this version"]
 
 
 TABLE = (

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from strategies import cases
 
@@ -22,6 +22,7 @@ def hypothesize(backend, dtype, device, examples, **kw):
     @given(st.data())
     def within_budget(data):
         case = data.draw(cases(dtype, device, **kw))
+        note(f"{case.problem()}, strides {({name: t.stride() for name, t in case.inputs().items()})}")
         assert_within_budget(run(case, backend), case)
 
     within_budget()
@@ -129,9 +130,9 @@ def test_a_nan_that_is_attended_to_comes_out_where_plain_torch_has_it(backend, d
 @pytest.mark.parametrize("name", ["hodor_infer", "hodor_train", "vit_cls"])
 @pytest.mark.slow
 def test_named_workloads(backend, device, name, mask):
-    if backend == "triton" and device == "cpu":
+    if name == "vit_cls" and device == "cpu":
+        pytest.skip("the float64 answer to vit_cls takes too much memory on a CPU")
+    if backend == "triton" and device == "cpu" and (name, mask) != ("hodor_infer", "blob"):
         pytest.skip("interpreted Triton takes minutes at this size")
-    if name == "vit_cls" and device == "cpu" and backend == "reference":
-        pytest.skip("the float64 reference of vit_cls takes minutes on a CPU")
     case = workload_case(name, mask=mask, device=device)
     assert_within_budget(run(case, backend), case)
