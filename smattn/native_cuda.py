@@ -6,8 +6,9 @@ The library is built only where asked for, `CMAKE_ARGS=-DSMATTN_CUDA=ON pip inst
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,30 +16,32 @@ from torch import Tensor
 from .problem import Problem
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
-DEVICE_TYPE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
 OLDEST = (8, 0)  # compute capability: bfloat16 and m16n8k16 on the tensor cores, cp.async
 Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
-def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why these kernels cannot run such a call; empty when they can."""
-    reasons = list(_absence())
-    if problem.dtype not in DTYPES:
-        reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
-    if max(problem.D, problem.Dv) > LARGEST_HEAD:
-        reasons.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
-    if problem.mask_is_logits:
-        reasons.append("mask_logits is not supported yet")
-    if problem.device_type != DEVICE_TYPE:
-        reasons.append(f"it runs on CUDA devices, not on device type {problem.device_type!r}")
-    return reasons
+class Machine(NamedTuple):
+    """What the kernels run on: the tests put an emulated device in the place of a real one."""
+
+    ops: str  # namespace in torch.ops
+    device_type: str
+    absence: Callable[[], tuple[str, ...]]  # why there is none, one sentence each
+    stream: Callable[[torch.device], int]
+
+
+def _why_no_gpu() -> tuple[str, ...]:
+    """Why the kernels cannot run on this machine; empty when torch.ops.smattn_cuda is loaded and the current device can run it."""
+    reasons = _why_not_loaded()
+    if reasons or not torch.cuda.is_available():
+        return reasons or ("torch finds no CUDA device",)
+    capability = torch.cuda.get_device_capability()
+    return () if capability >= OLDEST else (f"it needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}",)
 
 
 @functools.cache
-def _absence() -> tuple[str, ...]:
-    """Why the kernels are not there at all; empty when `torch.ops.smattn_cuda` is loaded and a device can run it."""
+def _why_not_loaded() -> tuple[str, ...]:
     if not LIBRARY.exists():
         how = "CMAKE_ARGS=-DSMATTN_CUDA=ON pip install --no-build-isolation --force-reinstall --no-deps ."
         return (f"{LIBRARY} was not built; to build it, with nvcc on the PATH, install smattn from its source folder: {how}",)
@@ -46,18 +49,28 @@ def _absence() -> tuple[str, ...]:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return (f"{LIBRARY} does not load with torch {torch.__version__}: {error}",)
-    if not torch.cuda.is_available():
-        return ("torch finds no CUDA device",)
-    capability = torch.cuda.get_device_capability()
-    return () if capability >= OLDEST else (f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}",)
+    return ()
+
+
+machine = Machine("smattn_cuda", "cuda", _why_no_gpu, lambda device: torch.cuda.current_stream(device).cuda_stream)
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why these kernels cannot run such a call; empty when they can."""
+    reasons = list(machine.absence())
+    if problem.dtype not in DTYPES:
+        reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
+    if max(problem.D, problem.Dv) > LARGEST_HEAD:
+        reasons.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
+    if problem.mask_is_logits:
+        reasons.append("mask_logits is not supported yet")
+    if problem.device_type != machine.device_type:
+        reasons.append(f"it runs on CUDA devices, not on device type {problem.device_type!r}")
+    return reasons
 
 
 def _ops() -> Any:
-    return torch.ops.smattn_cuda
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return getattr(torch.ops, machine.ops)
 
 
 def forward(
@@ -86,7 +99,7 @@ def forward(
         lse.fill_(float("-inf"))
     elif lse.numel() > 0:
         _ops().forward(
-            query, key, value, mask, alpha, key_padding_mask, seed, t.scale, t.dropout_p, t.allow_tf32, _stream(query.device),
+            query, key, value, mask, alpha, key_padding_mask, seed, t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device),
             out, lse, out_acc, mbar,
         )  # fmt: skip
     empty = _accumulator(query, 0)
@@ -115,7 +128,7 @@ def backward(
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().backward(
             dout, None if dlse is None else dlse.contiguous(), query, key, value, mask, alpha, key_padding_mask, seed,
-            out, lse, mbar if mbar.numel() > 0 else None, t.scale, t.dropout_p, t.allow_tf32, _stream(query.device), *grads,
+            out, lse, mbar if mbar.numel() > 0 else None, t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device), *grads,
         )  # fmt: skip
     return grads
 
@@ -134,7 +147,7 @@ def attention_map(
     amap, lse = _accumulator(query, t.B, t.Nq, t.Nk), _accumulator(query, t.B, t.H, t.Nq)
     if amap.numel() > 0:
         _ops().attention_map(
-            query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, t.scale, t.allow_tf32, _stream(query.device), amap, lse
+            query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, t.scale, t.allow_tf32, machine.stream(query.device), amap, lse
         )
     else:
         lse.fill_(float("-inf"))
@@ -159,7 +172,7 @@ def attention_map_backward(
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().attention_map_backward(
             dmap[:, None], query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, lse,
-            t.scale, t.allow_tf32, _stream(query.device), *grads,
+            t.scale, t.allow_tf32, machine.stream(query.device), *grads,
         )  # fmt: skip
     return grads
 
