@@ -1,6 +1,7 @@
 """The CUDA C++ backend: allocates results, and hands canonical tensors (see ops.py) to the kernels of smattn/_cuda.so.
 
-The library is built only where asked for, `CMAKE_ARGS=-DSMATTN_CUDA=ON pip install ...`, and needs nvcc; no call synchronises with the device.
+The library is built only where asked for, with `CMAKE_ARGS=-DSMATTN_CUDA=ON pip install ...` and nvcc.
+No call synchronises with the device.
 """
 
 from __future__ import annotations
@@ -147,8 +148,9 @@ def attention_map(
     amap, lse = _accumulator(query, t.B, t.Nq, t.Nk), _accumulator(query, t.B, t.H, t.Nq)
     if amap.numel() > 0:
         _ops().attention_map(
-            query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, t.scale, t.allow_tf32, machine.stream(query.device), amap, lse
-        )
+            query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, t.scale, t.allow_tf32, machine.stream(query.device),
+            amap, lse,
+        )  # fmt: skip
     else:
         lse.fill_(float("-inf"))
     return amap, lse

@@ -29,7 +29,7 @@ def compiled(request, tmp_path_factory):
     path, arch = request.param
     cubin = tmp_path_factory.mktemp("cubin") / f"{path.stem}.cubin"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    options = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Werror", "all-warnings", target]
+    options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Werror", "all-warnings", target]
     result = subprocess.run(["nvcc", *options, "-cubin", str(path), "-o", str(cubin)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     sass = subprocess.run([disassembler(), "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout

@@ -137,6 +137,13 @@ def test_every_reason_is_given():
     assert "float64" in reasons and "300" in reasons and "'cuda'" in reasons
 
 
+def test_an_error_of_a_launch_names_the_call():
+    wide = torch.zeros(1, 2, 3, 300)
+    lse, out = torch.empty(1, 2, 3), torch.empty_like(wide)
+    with pytest.raises(RuntimeError, match=r"head size above 256; query \(1, 2, 3, 300\), key \(1, 2, 3, 300\)"):
+        torch.ops.smattn_cuda_emulated.forward(wide, wide, wide, None, None, None, None, 1.0, 0.0, False, 0, out, lse, None, None)
+
+
 @pytest.mark.slow
 def test_the_whole_suite_over_the_emulated_device():
     names = ["defined", "dropout", "repeatable", "exact", "any_shape", "ops", "compose", "second_derivatives", "dtypes"]

@@ -10,44 +10,44 @@ struct Call {
   Scores scores;
   Tensor4 value = {};
   bool query_aligned = false, key_aligned = false, value_aligned = false;  // Rows::aligned
-  const int64_t* seed = nullptr;                             // of dropout, in device memory
-  uint32_t drop_below = 0;                             // dropout_threshold, 0 without dropout
-  float keep_scale = 1.0f;                                // 1/(1-p)
+  const int64_t* seed = nullptr;  // of dropout, in device memory
+  uint32_t drop_below = 0;  // dropout_threshold, 0 without dropout
+  float keep_scale = 1.0f;  // 1/(1-p)
 };
 
 // Of a row over one range of keys: not yet divided by l.
 struct alignas(16) PartialRow {
-  float m;           // largest score, base 2
-  float l;           // sum of exp2(s - m); 1 where live scores are all -inf, 0 where no key is live
+  float m;  // largest score, base 2
+  float l;  // sum of exp2(s - m); 1 where live scores are all -inf, 0 where no key is live
   float average[2];  // sums of P*M and P*dA
 };
 
 struct ForwardArgs {
   Call call;
-  Tensor4 dmap = {};           // (B, 1, Nq, Nk) of (10), data null in attention itself
-  bool save_residual = false;     // out_acc is wanted: add to O what rounding P to 16 bits loses, so that in backward delta cancels dP
-  int64_t splits = 1;         // ranges of keys
-  int64_t split_keys = 1;     // a range's length, a multiple of the key tile
-  void* out = nullptr;              // ForwardParams
+  Tensor4 dmap = {};  // (B, 1, Nq, Nk) of (10), data null in attention itself
+  bool save_residual = false;  // out_acc is wanted: add to O what rounding P to 16 bits loses, so that in backward delta cancels dP
+  int64_t splits = 1;  // ranges of keys
+  int64_t split_keys = 1;  // a range's length, a multiple of the key tile
+  void* out = nullptr;  // ForwardParams
   float *lse = nullptr, *out_acc = nullptr, *mbar = nullptr;
-  float* eta = nullptr;             // (B, H, Nq), null when not asked for
-  float* partial_out = nullptr;     // (splits, B, H, Nq, Dv)
+  float* eta = nullptr;  // (B, H, Nq), null when not asked for
+  float* partial_out = nullptr;  // (splits, B, H, Nq, Dv)
   PartialRow* partial_rows = nullptr;  // (splits, B, H, Nq)
 };
 
 // What backward knows of a query row; 16 bytes, one load.
 struct alignas(16) RowState {
   float lse_log2;  // +inf in dead rows and past the last: P is 0 there
-  float delta;     // (5); for attention_map w_h * eta of (10)
+  float delta;  // (5); for attention_map w_h * eta of (10)
   float mbar, dl;  // for dalpha
 };
 
 struct RowsArgs {
   Call call;
-  Tensor4 dout = {}, out = {};          // data null in attention_map
+  Tensor4 dout = {}, out = {};  // data null in attention_map
   const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
   const float *eta = nullptr, *head_weights = nullptr;  // of attention_map
-  RowState* rows = nullptr;             // (B, H, Nq)
+  RowState* rows = nullptr;  // (B, H, Nq)
 };
 
 // What is summed over heads in `tile`.
@@ -55,32 +55,32 @@ enum class TileSum : int32_t { kNone, kMaskGradient, kMap };
 
 struct KeysArgs {
   Call call;
-  Tensor4 dout = {};                // data null in attention_map
+  Tensor4 dout = {};  // data null in attention_map
   bool dout_aligned = false;
-  Tensor4 dmap = {};                // (B, 1, Nq, Nk), data null in attention
-  const float* head_weights = nullptr;   // (H,) of attention_map
-  const RowState* rows = nullptr;        // (B, H, Nq)
-  void *dkey = nullptr, *dvalue = nullptr;         // null when not asked for
+  Tensor4 dmap = {};  // (B, 1, Nq, Nk), data null in attention
+  const float* head_weights = nullptr;  // (H,) of attention_map
+  const RowState* rows = nullptr;  // (B, H, Nq)
+  void *dkey = nullptr, *dvalue = nullptr;  // null when not asked for
   TileSum tile_sum = TileSum::kNone;
-  void* tile_out = nullptr;              // dmask (Bm, Hm, Nq, Nk) in mask's dtype, or map (B, Nq, Nk) float32
+  void* tile_out = nullptr;  // dmask (Bm, Hm, Nq, Nk) in mask's dtype, or map (B, Nq, Nk) float32
   DType tile_dtype = DType::kFloat32;
-  bool tile_per_head = false;          // dmask has a head axis
-  float* dmask_rows = nullptr;           // (B, H, Nk): dM summed over queries, null when not asked for
-  int64_t heads = 1, batches = 1;      // query heads and batch elements that a block goes over; whole groups of heads when dK or dV is asked for
-  int64_t span = 1;                // queries that a block goes over
+  bool tile_per_head = false;  // dmask has a head axis
+  float* dmask_rows = nullptr;  // (B, H, Nk): dM summed over queries, null when not asked for
+  int64_t heads = 1, batches = 1;  // that a block goes over; whole groups of query heads when dK or dV is asked for
+  int64_t span = 1;  // queries that a block goes over
 };
 
 struct QueriesArgs {
   Call call;
-  Tensor4 dout = {};               // data null in attention_map
+  Tensor4 dout = {};  // data null in attention_map
   bool dout_aligned = false;
-  Tensor4 dmap = {};               // (B, 1, Nq, Nk), data null in attention
+  Tensor4 dmap = {};  // (B, 1, Nq, Nk), data null in attention
   const float* head_weights = nullptr;  // (H,) of attention_map
-  const RowState* rows = nullptr;       // (B, H, Nq)
+  const RowState* rows = nullptr;  // (B, H, Nq)
   int64_t splits = 1, split_keys = 1;  // ranges of keys, a range's length
-  void* dquery = nullptr;               // null when not asked for
-  float* partial_dquery = nullptr;      // (splits, B, H, Nq, D)
-  float* dalpha = nullptr;              // (B, H, query blocks * splits) partial sums, null when not asked for
+  void* dquery = nullptr;  // null when not asked for
+  float* partial_dquery = nullptr;  // (splits, B, H, Nq, D)
+  float* dalpha = nullptr;  // (B, H, query blocks * splits) partial sums, null when not asked for
 };
 
 // to[o, p, i] = sum over r, s of from[r * stride_r + s * stride_s + o * stride_o + p * stride_p + i]

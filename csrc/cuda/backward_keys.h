@@ -17,7 +17,8 @@ struct KeysShape {
   static constexpr int kQueries = kRowBytes <= 64 ? 64 : kRowBytes <= 256 ? 32 : 8192 / kRowBytes;  // of a step
   static constexpr int kTileSpan = kRowBytes <= 512 ? 128 : 2 * kQueries;    // of a block, when it sums a tile over heads
   static constexpr size_t shared_bytes(bool tile) {
-    return static_cast<size_t>((2 * kKeys + 4 * kQueries) * kRowBytes + 2 * kQueries * sizeof(RowState) + (tile ? kKeys * kTileSpan * 4 : 0));
+    const size_t rows = (2 * kKeys + 4 * kQueries) * kRowBytes, states = 2 * kQueries * sizeof(RowState);
+    return rows + states + (tile ? kKeys * kTileSpan * sizeof(float) : 0);
   }
 };
 
@@ -27,7 +28,8 @@ struct KeysWork {
 
   SMATTN_DEVICE KeysWork(const KeysArgs& args, int keys) {
     const Sizes& size = args.call.scores.size;
-    const int64_t head_blocks = size.H / args.heads, key_blocks = (size.Nk + keys - 1) / keys, spans = (size.Nq + args.span - 1) / args.span;
+    const int64_t head_blocks = size.H / args.heads, key_blocks = (size.Nk + keys - 1) / keys;
+    const int64_t spans = (size.Nq + args.span - 1) / args.span;
     const int64_t id = block_index(), rest = id / head_blocks;
     first_head = static_cast<int>(id % head_blocks * args.heads);
     first_key = static_cast<int>(rest % key_blocks * keys);
@@ -55,7 +57,8 @@ template <int QUERIES, int WARPS>
 SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, Head at, float* sums) {
   const Scores& scores = args.call.scores;
   const bool map = args.tile_sum == TileSum::kMap;
-  const int64_t b = map || scores.mask_size[0] > 1 ? at.b : 0, h = args.tile_per_head ? at.h : 0, heads = args.tile_per_head ? scores.size.H : 1;
+  const int64_t b = map || scores.mask_size[0] > 1 ? at.b : 0;
+  const int64_t h = args.tile_per_head ? at.h : 0, heads = args.tile_per_head ? scores.size.H : 1;
   const int64_t base = (b * heads + h) * scores.size.Nq;
   for (int query = work.first_query; query < work.last_query; query += QUERIES) {
     const Place<QUERIES, true> place({scores, at.b, static_cast<int>(scores.size.Nk)}, query, work.first_key + 16 * warp_index());
@@ -78,8 +81,8 @@ SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, He
 
 // dK or dV of a warp's keys, through the shared tile that held its K or V; exactly 0 where a key is padding, whatever was summed there.
 template <class T, int ROWS, int D>
-SMATTN_DEVICE void store_key_gradient(const KeysArgs& args, Tile<D>& x, SharedTile<T, ROWS, D> shared, void* to, int b, int g, int first_key,
-                                      int64_t depth, float factor) {
+SMATTN_DEVICE void store_key_gradient(const KeysArgs& args, Tile<D>& x, SharedTile<T, ROWS, D> shared, void* to, int b, int g,
+                                      int first_key, int64_t depth, float factor) {
   const Sizes& size = args.call.scores.size;
   const int keys = static_cast<int>(size.Nk), row = 16 * warp_index();
   const uint32_t live = LiveKeys{args.call.scores, b, keys}.bits<2>([&](int half) { return first_key + row_of(half); });
@@ -112,8 +115,8 @@ struct KeysStep {
   Tile<DVALUE ? D : 8>& dvalue;
   float (&row_sums)[2];  // of dS over queries
 
-  SMATTN_DEVICE void run(const KeysWork& work, int query, SharedTile<T, kQueries, D> q, SharedTile<T, kQueries, D> dout, const RowState* states,
-                         float* sums) const {
+  SMATTN_DEVICE void run(const KeysWork& work, int query, SharedTile<T, kQueries, D> q, SharedTile<T, kQueries, D> dout,
+                         const RowState* states, float* sums) const {
     const Scores& scores = args.call.scores;
     const int row = 16 * warp_index();
     const Place<kQueries, true> place({scores, at.b, static_cast<int>(scores.size.Nk)}, query, work.first_key + row);
@@ -127,7 +130,9 @@ struct KeysStep {
     const PrivateTile<kQueries> tile{sums};
     if (args.tile_sum == TileSum::kMap) {
       const float weight = args.head_weights[at.h];
-      tile.for_each_with(s, [&](float& s, float& sum, int half, int slot) { sum = fmaf(weight, exp2_fast(s - state(half, slot).lse_log2), sum); });
+      tile.for_each_with(s, [&](float& s, float& sum, int half, int slot) {
+        sum = fmaf(weight, exp2_fast(s - state(half, slot).lse_log2), sum);
+      });
       return;
     }
     output_gradient(dp, dout, row, place);
@@ -136,7 +141,8 @@ struct KeysStep {
       drop(s, args.call, at, 1.0f, place);
       if constexpr (DVALUE) Math::multiply_tile(dvalue, s, dout);
     }
-    if (args.tile_sum == TileSum::kMaskGradient) tile.for_each_with(dp, [&](float& ds, float& sum, int, int) { sum = fmaf(alpha, ds, sum); });
+    if (args.tile_sum == TileSum::kMaskGradient)
+      tile.for_each_with(dp, [&](float& ds, float& sum, int, int) { sum = fmaf(alpha, ds, sum); });
     if (args.dmask_rows != nullptr) dp.for_each([&](float& ds, int half, int) { row_sums[half] += ds; });
     if (DKEY && args.dkey != nullptr) {
       if constexpr (DKEY) Math::multiply_tile(dkey, dp, q);
@@ -144,7 +150,8 @@ struct KeysStep {
   }
 
   // dP of (6), or w_h * dA of (10)
-  SMATTN_DEVICE void output_gradient(Tile<kQueries>& dp, SharedTile<T, kQueries, D> dout, int row, const Place<kQueries, true>& place) const {
+  SMATTN_DEVICE void output_gradient(Tile<kQueries>& dp, SharedTile<T, kQueries, D> dout, int row,
+                                     const Place<kQueries, true>& place) const {
     if (args.dmap.data != nullptr) {
       load_elements(dp, args.dmap, {at.b, 0}, place);
       const float weight = args.head_weights[at.h];
@@ -159,7 +166,8 @@ struct KeysStep {
 
 // All queries of the span, of one head.
 template <class Math, int D, bool DKEY, bool DVALUE>
-SMATTN_DEVICE void keys_head(const KeysStep<Math, D, DKEY, DVALUE>& step, const KeysWork& work, typename Math::Element* stages, RowState* states, float* sums) {
+SMATTN_DEVICE void keys_head(const KeysStep<Math, D, DKEY, DVALUE>& step, const KeysWork& work, typename Math::Element* stages,
+                             RowState* states, float* sums) {
   using T = typename Math::Element;
   using Shape = KeysShape<Math, D>;
   constexpr int kQueries = Shape::kQueries;
@@ -177,7 +185,8 @@ SMATTN_DEVICE void keys_head(const KeysStep<Math, D, DKEY, DVALUE>& step, const 
       copy_async(states + tile % 2 * kQueries + thread_index(), i < work.last_query ? row : args.rows, i < work.last_query ? 16 : 0);
     }
     if (args.dout.data == nullptr) return;
-    dout.template load<Shape::kThreads>(rows_of<T>(args.dout, step.at.b, step.at.h, args.call.scores.size.Dv, args.dout_aligned), first, live);
+    const Rows<T> dout_rows = rows_of<T>(args.dout, step.at.b, step.at.h, args.call.scores.size.Dv, args.dout_aligned);
+    dout.template load<Shape::kThreads>(dout_rows, first, live);
   };
   pipeline(tiles_of(work.last_query - work.first_query, kQueries), load, [&](int tile) {
     const RowState* rows = states + tile % 2 * kQueries;
@@ -200,7 +209,8 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
     for (int i = thread_index(); i < Shape::kKeys * Shape::kTileSpan; i += Shape::kThreads) sums[i] = 0.0f;
   const int key = work.first_key + 16 * warp_index();
   const int group = static_cast<int>(size.H / size.Hkv);
-  const int last_head = work.first_head + static_cast<int>(args.heads) - 1, last_batch = work.first_batch + static_cast<int>(args.batches) - 1;
+  const int last_head = work.first_head + static_cast<int>(args.heads) - 1;
+  const int last_batch = work.first_batch + static_cast<int>(args.batches) - 1;
   Tile<DKEY ? D : 8> dkey;
   Tile<DVALUE ? D : 8> dvalue;
   for (int b = work.first_batch; b <= last_batch; ++b) {

@@ -46,7 +46,8 @@ struct QueriesStep {
       drop(dp, args.call, at, args.call.keep_scale, place);
     }
     gradient(s, dp, [&](int half, int) { return state[half]; }, place);
-    if (args.dalpha != nullptr) dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
+    if (args.dalpha != nullptr)
+      dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
     if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k);
   }
 };
@@ -81,7 +82,8 @@ template <class Math, int D, bool FEW>
 SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* shared) {
   using T = typename Math::Element;
   using Shape = QueriesShape<Math, D>;
-  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::keys(FEW), kKeys = FEW ? kTile / Shape::kWarps : kTile, kThreads = Shape::kWarps * kWarp;
+  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::keys(FEW), kKeys = FEW ? kTile / Shape::kWarps : kTile;
+  constexpr int kThreads = Shape::kWarps * kWarp;
   const Scores& scores = args.call.scores;
   const Sizes& size = scores.size;
 
@@ -114,10 +116,12 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   float dalpha = first ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
   Tile<D> dquery;
   dquery.fill(0.0f);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha_of(scores, work.at.h), q.from_row(row), dout.from_row(row), state, dquery, dalpha};
+  const float alpha = alpha_of(scores, work.at.h);
+  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha, q.from_row(row), dout.from_row(row), state, dquery, dalpha};
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
-    step.run(Place<kKeys, false>(keys, work.first_query + row, first_key), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
+    const Place<kKeys, false> place(keys, work.first_query + row, first_key);
+    step.run(place, stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
   if (args.dalpha != nullptr) {
     const float sum = block_sum<Shape::kWarps>(dalpha, reinterpret_cast<float*>(shared));

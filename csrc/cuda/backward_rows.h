@@ -10,8 +10,9 @@ constexpr int kRowsThreads = 128;
 
 template <class T, class OutT>
 SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i, bool& any) {
-  const auto* dout = static_cast<const T*>(args.dout.data) + at.b * args.dout.stride[0] + at.h * args.dout.stride[1] + i * args.dout.stride[2];
-  const auto* out = static_cast<const OutT*>(args.out.data) + at.b * args.out.stride[0] + at.h * args.out.stride[1] + i * args.out.stride[2];
+  const auto row = [&](const Tensor4& x) { return at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2]; };
+  const auto* dout = static_cast<const T*>(args.dout.data) + row(args.dout);
+  const auto* out = static_cast<const OutT*>(args.out.data) + row(args.out);
   float sum = 0.0f, square = 0.0f;
   for (int64_t col = lane_index(); col < args.call.scores.size.Dv; col += kWarp) {
     const float o = to_float(out[col * args.out.stride[3]]);

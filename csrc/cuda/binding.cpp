@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "plan.h"
@@ -74,63 +76,90 @@ struct Scratch {
   }
 };
 
+// What went wrong, and with which call.
+template <class Run>
+void say_which(const Tensor& query, const Tensor& key, const Run& run) {
+  try {
+    run();
+  } catch (const std::runtime_error& error) {
+    const auto shape = [](const Tensor& x) {
+      std::string text;
+      for (int axis = 0; axis < 4; ++axis) text += (axis == 0 ? "(" : ", ") + std::to_string(x.size(axis));
+      return text + ")";
+    };
+    throw std::runtime_error(std::string(error.what()) + "; query " + shape(query) + ", key " + shape(key));
+  }
+}
+
 void forward(Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Maybe padding, Maybe seed, double scale, double dropout_p,
              bool allow_tf32, int64_t stream, Tensor out, Tensor lse, Maybe out_acc, Maybe mbar) {
   Scratch scratch{query, {}};
-  smattn::cuda::forward({.scores = scores_of(query, key, value.size(3), mask, alpha, padding, scale),
-                         .value = tensor4(value),
-                         .dropout = {.p = dropout_p},
-                         .out = out.mutable_data_ptr(),
-                         .lse = lse.mutable_data_ptr(),
-                         .out_acc = result(out_acc),
-                         .mbar = result(mbar)},
-                        scratch.context(stream, allow_tf32, seed));
+  const auto context = scratch.context(stream, allow_tf32, seed);
+  say_which(query, key, [&] {
+    smattn::cuda::forward({.scores = scores_of(query, key, value.size(3), mask, alpha, padding, scale),
+                           .value = tensor4(value),
+                           .dropout = {.p = dropout_p},
+                           .out = out.mutable_data_ptr(),
+                           .lse = lse.mutable_data_ptr(),
+                           .out_acc = result(out_acc),
+                           .mbar = result(mbar)},
+                          context);
+  });
 }
 
 void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Maybe padding, Maybe seed,
               Tensor out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey,
               Maybe dvalue, Maybe dmask, Maybe dalpha) {
   Scratch scratch{query, {}};
-  smattn::cuda::backward({.scores = scores_of(query, key, value.size(3), mask, alpha, padding, scale),
-                          .value = tensor4(value),
-                          .dropout = {.p = dropout_p},
-                          .dout = tensor4(dout),
-                          .out = tensor4(out),
-                          .lse = lse.const_data_ptr(),
-                          .dlse = data(dlse),
-                          .mbar = data(mbar),
-                          .dquery = result(dquery),
-                          .dkey = result(dkey),
-                          .dvalue = result(dvalue),
-                          .dmask = result(dmask),
-                          .dalpha = result(dalpha)},
-                         scratch.context(stream, allow_tf32, seed));
+  const auto context = scratch.context(stream, allow_tf32, seed);
+  say_which(query, key, [&] {
+    smattn::cuda::backward({.scores = scores_of(query, key, value.size(3), mask, alpha, padding, scale),
+                            .value = tensor4(value),
+                            .dropout = {.p = dropout_p},
+                            .dout = tensor4(dout),
+                            .out = tensor4(out),
+                            .lse = lse.const_data_ptr(),
+                            .dlse = data(dlse),
+                            .mbar = data(mbar),
+                            .dquery = result(dquery),
+                            .dkey = result(dkey),
+                            .dvalue = result(dvalue),
+                            .dmask = result(dmask),
+                            .dalpha = result(dalpha)},
+                           context);
+  });
 }
 
 void attention_map(Tensor query, Tensor key, Maybe mask, Maybe alpha, Tensor head_weights, Maybe padding, double scale, bool allow_tf32,
                    int64_t stream, Tensor map, Tensor lse) {
   Scratch scratch{query, {}};
-  smattn::cuda::attention_map({.scores = scores_of(query, key, query.size(3), mask, alpha, padding, scale),
-                               .head_weights = head_weights.const_data_ptr(),
-                               .map = map.mutable_data_ptr(),
-                               .lse = lse.mutable_data_ptr()},
-                              scratch.context(stream, allow_tf32, {}));
+  const auto context = scratch.context(stream, allow_tf32, {});
+  say_which(query, key, [&] {
+    smattn::cuda::attention_map({.scores = scores_of(query, key, query.size(3), mask, alpha, padding, scale),
+                                 .head_weights = head_weights.const_data_ptr(),
+                                 .map = map.mutable_data_ptr(),
+                                 .lse = lse.mutable_data_ptr()},
+                                context);
+  });
 }
 
 void attention_map_backward(Tensor dmap, Tensor query, Tensor key, Maybe mask, Maybe alpha, Tensor head_weights, Maybe padding, Tensor lse,
                             double scale, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey, Maybe dmask, Maybe dalpha,
                             Maybe dhead_weights) {
   Scratch scratch{query, {}};
-  smattn::cuda::attention_map_backward({.scores = scores_of(query, key, query.size(3), mask, alpha, padding, scale),
-                                        .head_weights = head_weights.const_data_ptr(),
-                                        .dmap = tensor4(dmap),
-                                        .lse = lse.const_data_ptr(),
-                                        .dquery = result(dquery),
-                                        .dkey = result(dkey),
-                                        .dmask = result(dmask),
-                                        .dalpha = result(dalpha),
-                                        .dhead_weights = result(dhead_weights)},
-                                       scratch.context(stream, allow_tf32, {}));
+  const auto context = scratch.context(stream, allow_tf32, {});
+  say_which(query, key, [&] {
+    smattn::cuda::attention_map_backward({.scores = scores_of(query, key, query.size(3), mask, alpha, padding, scale),
+                                          .head_weights = head_weights.const_data_ptr(),
+                                          .dmap = tensor4(dmap),
+                                          .lse = lse.const_data_ptr(),
+                                          .dquery = result(dquery),
+                                          .dkey = result(dkey),
+                                          .dmask = result(dmask),
+                                          .dalpha = result(dalpha),
+                                          .dhead_weights = result(dhead_weights)},
+                                         context);
+  });
 }
 
 }  // namespace

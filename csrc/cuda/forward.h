@@ -103,7 +103,8 @@ SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, fl
 }
 
 template <class T, int ROWS, int D>
-SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, SharedTile<T, ROWS, D> shared, int row, int64_t first_row, int rows) {
+SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, SharedTile<T, ROWS, D> shared, int row, int64_t first_row,
+                                  int rows) {
   const int depth = static_cast<int>(args.call.scores.size.Dv);
   float factor[2];
   SMATTN_UNROLL
@@ -124,9 +125,10 @@ template <int D>
 SMATTN_DEVICE void store_partial(const ForwardArgs& args, Softmax<D>& softmax, int64_t first_row, int rows) {
   const int depth = static_cast<int>(args.call.scores.size.Dv);
   SMATTN_UNROLL
-  for (int half = 0; half < 2; ++half)
-    if (lane_index() % 4 == 0 && row_of(half) < rows)
-      args.partial_rows[first_row + row_of(half)] = {softmax.m[half], softmax.l[half], {softmax.average[0][half], softmax.average[1][half]}};
+  for (int half = 0; half < 2; ++half) {
+    const PartialRow row{softmax.m[half], softmax.l[half], {softmax.average[0][half], softmax.average[1][half]}};
+    if (lane_index() % 4 == 0 && row_of(half) < rows) args.partial_rows[first_row + row_of(half)] = row;
+  }
   if (args.out != nullptr) store_floats(softmax.out, args.partial_out + first_row * depth, rows, depth);
 }
 
@@ -177,7 +179,8 @@ template <class Math, int D, bool FEW>
 SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   using T = typename Math::Element;
   using Shape = ForwardShape<Math, D>;
-  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::kKeys, kKeys = FEW ? kTile / Shape::kWarps : kTile, kThreads = Shape::kWarps * kWarp;
+  constexpr int kQueries = Shape::queries(FEW), kTile = Shape::kKeys, kKeys = FEW ? kTile / Shape::kWarps : kTile;
+  constexpr int kThreads = Shape::kWarps * kWarp;
   const Scores& scores = args.call.scores;
   const Sizes& size = scores.size;
 

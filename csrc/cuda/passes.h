@@ -15,8 +15,7 @@ struct Tiling {
 
 struct Passes {
   Tiling forward_tiling, queries_tiling;
-  int key_block;      // keys of a block of backward_keys
-  int tile_span;      // most queries of such a block when it sums a tile over heads
+  int tile_span;      // most queries of a block of backward_keys when it sums a tile over heads
   void (*forward)(const ForwardArgs& args, const Context& context);
   void (*forward_merge)(const ForwardArgs& args, const Context& context);
   void (*backward_rows)(const RowsArgs& args, const Context& context);

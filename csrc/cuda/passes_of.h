@@ -68,8 +68,14 @@ constexpr Tiling tiling_of(int keys) {
   return {Shape::queries(false), Shape::kHasFew ? Shape::queries(true) : 0, keys};
 }
 
+// What a block may have on compute capability 8.6, 8.9 and 12.0.
+constexpr size_t kMostSharedBytes = 99 * 1024;
+
 template <class Math, int D>
 struct PassesOf {
+  static_assert(ForwardShape<Math, D>::shared_bytes(false) <= kMostSharedBytes);
+  static_assert(QueriesShape<Math, D>::shared_bytes(false) <= kMostSharedBytes);
+  static_assert(KeysShape<Math, D>::shared_bytes(true) <= kMostSharedBytes);
   using T = typename Math::Element;
   static constexpr Tiling kForward = tiling_of<ForwardShape<Math, D>>(ForwardShape<Math, D>::kKeys);
   static constexpr Tiling kQueries = tiling_of<QueriesShape<Math, D>>(QueriesShape<Math, D>::keys(true));
@@ -114,7 +120,8 @@ struct PassesOf {
   static void keys(const KeysArgs& args, const Context& context) {
     using Shape = KeysShape<Math, D>;
     const Sizes& size = args.call.scores.size;
-    const int64_t blocks = blocks_of(size.Nk, Shape::kKeys) * (size.H / args.heads) * (size.B / args.batches) * blocks_of(size.Nq, args.span);
+    const int64_t tiles = blocks_of(size.Nk, Shape::kKeys) * blocks_of(size.Nq, args.span);
+    const int64_t blocks = tiles * (size.H / args.heads) * (size.B / args.batches);
     launch<BackwardKeysKernel<Math, D, DKEY, DVALUE>>(blocks, Shape::shared_bytes(args.tile_sum != TileSum::kNone), args, context);
   }
 };
@@ -123,7 +130,8 @@ template <class Math, int D>
 Passes passes() {
   using P = PassesOf<Math, D>;
   using Keys = KeysShape<Math, D>;
-  return {P::kForward, P::kQueries, Keys::kKeys, Keys::kTileSpan, P::forward, P::forward_merge, P::backward_rows, P::backward_keys, P::backward_queries};
+  return {P::kForward,        P::kQueries,         Keys::kTileSpan,  P::forward,
+          P::forward_merge, P::backward_rows, P::backward_keys, P::backward_queries};
 }
 
 }  // namespace smattn::cuda

@@ -72,7 +72,8 @@ Ranges ranges_of(const Sizes& size, const Tiling& tiling, int64_t row_bytes) {
 
 void run_forward(ForwardArgs args, const Passes& passes, const Context& context) {
   const Sizes& size = args.call.scores.size;
-  const Ranges ranges = ranges_of(size, passes.forward_tiling, (args.out != nullptr ? size.Dv * 4 : 0) + static_cast<int64_t>(sizeof(PartialRow)));
+  const int64_t row_bytes = (args.out != nullptr ? size.Dv * 4 : 0) + static_cast<int64_t>(sizeof(PartialRow));
+  const Ranges ranges = ranges_of(size, passes.forward_tiling, row_bytes);
   args.splits = ranges.splits;
   args.split_keys = ranges.split_keys;
   if (args.splits > 1) {
@@ -145,9 +146,9 @@ void run_queries(QueriesArgs args, const Wanted& wanted, const Passes& passes, c
   args.split_keys = ranges.split_keys;
   args.dquery = wanted.dquery;
   if (wanted.dalpha != nullptr) args.dalpha = allocate<float>(rows * partials, context);
-  if (wanted.dquery != nullptr && args.splits > 1) args.partial_dquery = allocate<float>(args.splits * rows * size.Nq * size.D, context);
-  passes.backward_queries(args, context);
   const int64_t count = rows * size.Nq * size.D;
+  if (wanted.dquery != nullptr && args.splits > 1) args.partial_dquery = allocate<float>(args.splits * count, context);
+  passes.backward_queries(args, context);
   if (args.partial_dquery != nullptr)
     sum_many({.from = args.partial_dquery, .to = wanted.dquery, .dtype = scores.dtype, .outer = 1, .middle = 1, .inner = count,
               .stride_outer = 0, .stride_middle = 0, .first = 1, .second = args.splits, .stride_first = 0, .stride_second = count}, context);

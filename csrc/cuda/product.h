@@ -43,7 +43,8 @@ struct HalfMath {
     for (int k = 0; k < K; k += 16) {
       const auto& left = p.x[k / 8];
       const auto& right = p.x[k / 8 + 1];
-      const uint32_t fa[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
+      const uint32_t fa[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
+                              pack<T>(right[2], right[3])};
       SMATTN_UNROLL
       for (int n = 0; n < D; n += 16) {
         uint32_t fb[4];

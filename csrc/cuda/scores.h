@@ -86,7 +86,8 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const std::byte* element, int
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
   const int64_t bytes = from.dtype == DType::kFloat64 ? 8 : from.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t first = at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
+  const int64_t first = at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] +
+                        place.key_at(0, 0) * from.stride[3];
   const std::byte* element = opaque(static_cast<const std::byte*>(from.data) + first * bytes);
   const int64_t row_bytes = from.stride[KEYS_IN_ROWS ? 3 : 2] * bytes, column_bytes = from.stride[KEYS_IN_ROWS ? 2 : 3] * bytes;
   switch (from.dtype) {
@@ -119,7 +120,8 @@ SMATTN_DEVICE void drop(Tile<COLS>& p, const Call& call, Head at, float keep_sca
   uint32_t kept = 0;  // a bit an element; the loop is left rolled, or the ten rounds of 32 elements would fill the registers
   SMATTN_ROLLED
   for (int e = 0; e < COLS / 2; ++e) {
-    const auto i = static_cast<uint32_t>(place.query_at(e / 2 % 2, e / 4 * 2 + e % 2)), j = static_cast<uint32_t>(place.key_at(e / 2 % 2, e / 4 * 2 + e % 2));
+    const int half = e / 2 % 2, slot = e / 4 * 2 + e % 2;
+    const auto i = static_cast<uint32_t>(place.query_at(half, slot)), j = static_cast<uint32_t>(place.key_at(half, slot));
     kept |= static_cast<uint32_t>(dropout_keeps(seed, bh, i, j, call.drop_below)) << e;
   }
   p.for_each([&](float& x, int half, int slot) { x = (kept >> (slot / 2 * 4 + half * 2 + slot % 2) & 1) != 0 ? x * keep_scale : 0.0f; });
