@@ -4,21 +4,32 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/smattn.stamp
+PYTEST := $(BIN)/pytest -n auto --dist worksteal
+PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm64`
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test test-all bench-full lint aot clean
+.PHONY: bench test test-all bench-readme bench-full lint docs aot sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python bench/run.py
 
 test: $(INSTALLED)  ## the fast tier
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST)
 
-bench-full: $(INSTALLED)
+bench-readme: $(INSTALLED)  ## every measurement that README.md shows, and README.md from them: a quarter of an hour on a quiet machine
+	touch $(VENV)/began
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py --dtypes bfloat16
+	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python bench/run.py --kernels avx2
+	$(BIN)/python bench/nk_sweep.py
+	$(BIN)/python bench/readme_figures.py $$(find bench/results -name '*.jsonl' -newer $(VENV)/began | xargs ls -tr)
+
+bench-full: bench-readme  ## those, every named workload, and the products tile by tile
 	$(BIN)/python bench/run.py --full
+	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python bench/brgemm.py
 
 lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow the map kernels/ -> smattn.kernels
 	$(BIN)/ruff check .
@@ -26,8 +37,32 @@ lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow
 	$(BIN)/python setup.py --quiet build_py --build-lib $(VENV)/lint
 	cd $(VENV)/lint && ../bin/mypy --config-file ../../pyproject.toml -p smattn
 
-aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU
+docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
+	$(BIN)/pdoc --docformat google smattn smattn.distributed smattn.integrations smattn.flops smattn.testing --output-directory build/docs
+
+aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.aot
+	$(BIN)/python -m smattn.kernels.roofline
+
+# The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
+# -O1: at -O2 the sanitizers' checks inside the unrolled products take gcc minutes.
+DRIVER := $(BIN)/cmake -S . -DSMATTN_DRIVER=ON $(CMAKE_ARGS)
+ARM64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64-static
+
+sanitize: $(INSTALLED)  ## the driver under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer
+	set -e; for checks in address,undefined thread; do \
+	  $(DRIVER) -B build/$$checks -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g -fsanitize=$$checks -fno-sanitize-recover=all"; \
+	  $(BIN)/cmake --build build/$$checks --parallel; \
+	  build/$$checks/smattn_driver 0 $(PROBLEMS); \
+	done
+
+arm64: $(INSTALLED)  ## the driver built for arm64 and run in an emulator
+	@for tool in $(ARM64_TOOLS); do command -v $$tool > /dev/null || { \
+	  echo "make arm64 needs $$tool: apt-get install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }; done
+	$(DRIVER) -B build/arm64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/arm64 --parallel
+	qemu-aarch64-static build/arm64/smattn_driver 0 $(PROBLEMS)
 
 clean:
 	rm -rf $(VENV) build smattn/_C.so smattn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -65,7 +65,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["smattn", "smattn.testing", "smattn.kernels"],
+    packages=["smattn", "smattn.distributed", "smattn.integrations", "smattn.testing", "smattn.kernels"],
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
     package_data={"smattn": ["py.typed"]},
     ext_modules=[Extension("smattn._C", sources=[])],

@@ -2,7 +2,9 @@
 
 Time. Every contestant is called in turn, round after round, after a warm-up of its own, so that a disturbance of the machine meets them
 all. A contestant stays in the rounds until it has used its time budget, and for MIN_REPS calls at least, or SLOW_REPS when those already
-take three budgets. No sample is dropped.
+take three budgets. No sample is dropped. With warm caches each timed call follows untimed ones of the same contestant, one at least and as
+many as fit in WARM_MS: the steady state of a loop, worker threads awake. With cold caches it follows the reading of a buffer that is
+FLUSH times as large as the device's largest cache. That too is part of the budget.
 
 Memory. What the process grows by at its highest point during one call, less the outputs and gradients the call returns: whatever a call
 needs besides its inputs and results, scratch that it keeps for the next call included. On a GPU that is torch.cuda.max_memory_allocated.
@@ -20,7 +22,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from peers import Attend, Contestant
@@ -29,7 +33,9 @@ from torch import Tensor
 
 from smattn.testing import Case, Workload, make_case
 
+FLUSH = 8
 SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
+WARM_MS = 5.0
 WARM_UP_SECONDS = 1.0  # a warm-up is two calls, or one that took this long
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -43,6 +49,7 @@ class Cell:
     dtype: torch.dtype
     device: str
     direction: str
+    also_cold: bool = False  # timed with warm caches, then with cold ones
 
     def case(self) -> Case:
         w = self.workload
@@ -126,14 +133,44 @@ def warm_up(call: Callable[[], object], device: str) -> None:
         call()
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`."""
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], device: str, seconds: float, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of every warmed-up call, called in turn, round after round, until each has used `seconds`.
+
+    Before each timed call comes `before`, or the same call, untimed, for WARM_MS.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    used = dict.fromkeys(calls, 0.0)  # ms
     gc.collect()
-    while running := [name for name, taken in samples.items() if _goes_on(len(taken), sum(taken) / 1e3, seconds)]:
+    while running := [name for name, taken in samples.items() if _goes_on(len(taken), used[name] / 1e3, seconds)]:
         for name in running:
+            used[name] += once(before, device) if before else in_a_loop(calls[name], device)
             samples[name].append(once(calls[name], device))
+            used[name] += samples[name][-1]
     return samples
+
+
+def in_a_loop(call: Callable[[], object], device: str) -> float:
+    """Call it for WARM_MS, once at least; the milliseconds that took."""
+    taken = once(call, device)
+    while taken < WARM_MS:
+        taken += once(call, device)
+    return taken
+
+
+def cache_flush(device: str) -> Callable[[], object]:
+    """A call after which the device's caches hold nothing from before it."""
+    buffer = torch.ones(FLUSH * largest_cache(device) // 4, device=device)
+    return buffer.sum
+
+
+def largest_cache(device: str) -> int:
+    """Bytes; of a CPU those that one core reaches."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[size[-1]] for size in sizes), default=2**26)  # where it is not told
 
 
 def _goes_on(reps: int, used: float, seconds: float) -> bool:
@@ -142,12 +179,23 @@ def _goes_on(reps: int, used: float, seconds: float) -> bool:
 
 def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     """Peak memory of one call beyond inputs, outputs and gradients. RuntimeError when it could not be measured."""
-    if torch.device(cell.device).type == "cuda":
-        return _extra_on_cuda(contestant, cell)
+    return peak_beyond_results(partial(_call_and_warm_up, contestant, cell), cell.device)
+
+
+def _call_and_warm_up(contestant: Contestant, cell: Cell) -> tuple[Step, Step]:
+    attend = contestant.ready()
+    call = bind(attend, cell.case(), cell.direction)
+    return call, call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction)
+
+
+def peak_beyond_results(make: Callable[[], tuple[Step, Step]], device: str) -> int:
+    """Peak memory of a call beyond what was there before and what it returns: `make`, picklable, gives the call and its warm-up."""
+    if torch.device(device).type == "cuda":
+        return _peak_on_cuda(make()[0])
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch and run nothing
     context.set_forkserver_preload(["torch", "smattn.testing"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_extra_on_cpu, args=(sender, contestant, cell, torch.get_num_threads()))
+    process = context.Process(target=_peak_on_cpu, args=(sender, make, torch.get_num_threads()))
     process.start()
     sender.close()
     try:
@@ -162,12 +210,10 @@ def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     return answer
 
 
-def _extra_on_cpu(sender: Connection, contestant: Contestant, cell: Cell, threads: int) -> None:
+def _peak_on_cpu(sender: Connection, make: Callable[[], tuple[Step, Step]], threads: int) -> None:
     try:
         torch.set_num_threads(threads)
-        attend, case = contestant.ready(), cell.case()
-        call = bind(attend, case, cell.direction)
-        warm = call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction)
+        call, warm = make()
         warm()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
@@ -186,8 +232,7 @@ def _status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def _extra_on_cuda(contestant: Contestant, cell: Cell) -> int:
-    call = bind(contestant.ready(), cell.case(), cell.direction)
+def _peak_on_cuda(call: Step) -> int:
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

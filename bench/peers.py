@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import smattn
+from smattn import native
 from smattn.testing import plain
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -48,9 +49,12 @@ class Contestant:
     compiled: bool = False
     forward_only_on: tuple[str, ...] = ()  # device types
     holds_scores: bool = True  # tensors of B*H*Nq*Nk elements
+    kernels: str = ""  # the set of CPU kernels to force on the process, "avx2" say
 
     def ready(self) -> Attend:
         """The function to call; call torch.compiler.reset() between shapes, or torch.compile generalises and then gives up."""
+        if self.kernels:
+            select_cpu_kernels(self.kernels)
         return torch.compile(self.function, dynamic=False) if self.compiled else self.function
 
 
@@ -70,6 +74,17 @@ class _Backend:
         return smattn.soft_masked_attention(*args, backend=self.name)
 
 
-def ours(name: str) -> Contestant:
-    """A backend of smattn as a contestant, "smattn/cpu" say."""
-    return Contestant(f"{OURS}{name}", _Backend(name), holds_scores=name == "reference")
+def ours(name: str, kernels: str = "") -> Contestant:
+    """A backend of smattn as a contestant, "smattn/cpu" say, or "smattn/cpu (avx2)" where a set of kernels is forced."""
+    label = f"{OURS}{name} ({kernels})" if kernels else f"{OURS}{name}"
+    return Contestant(label, _Backend(name), holds_scores=name == "reference", kernels=kernels)
+
+
+def cpu_kernels() -> list[str]:
+    """The sets of CPU kernels that this processor can run, the one it runs unasked first."""
+    return [] if native.reasons() else torch.ops.smattn_native.cpu_kernels().split()
+
+
+def select_cpu_kernels(name: str) -> None:
+    native.reasons()  # loads the ops
+    torch.ops.smattn_native.select_cpu_kernels(name)

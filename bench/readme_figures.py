@@ -9,11 +9,17 @@ import re
 import sys
 from pathlib import Path
 
-from rows import BOTH, FORWARD, MATMUL, read
+from rows import BOTH, FORWARD, MATMUL, Row, read
 from tables import DISTURBED, Duel, disturbed, duels, markdown, mib, ms
 
 ROOT = Path(__file__).resolve().parent.parent
+SWEEP = "nk-sweep.jsonl"  # what nk_sweep.py writes; any other file is run.py's
 BLOCK = re.compile(r"(?<=<!-- figures: begin -->\n).*?(?=<!-- figures: end -->)", re.DOTALL)
+
+INTRODUCTION = """Medians in ms of the backend that smattn takes, beside the fastest of its peers in the same run: plain PyTorch eager and
+compiled, SDPA with the materialised bias, compiled FlexAttention (on a CPU forward only). "Both" is forward and backward with all five
+gradients, and the memory its peak beyond inputs, outputs and gradients. Cold cache: the caches are emptied before each call.
+"""
 
 
 def files_shown(readme: str) -> list[str]:
@@ -23,37 +29,60 @@ def files_shown(readme: str) -> list[str]:
 
 
 def with_figures(readme: str, files: list[str]) -> str:
-    return BLOCK.sub(lambda _: "\n".join(map(section, files)), readme)
+    runs, sweeps = ([file for file in files if file.endswith(SWEEP) is swept] for swept in (False, True))
+    parts = [INTRODUCTION] * bool(runs) + [section(file, with_plot=file == runs[0]) for file in runs] + [*map(sweep_section, sweeps)]
+    return BLOCK.sub(lambda _: "\n".join(parts), readme)
 
 
-def section(file: str) -> str:
-    """One device: its table, its plot, and where they come from."""
+def section(file: str, with_plot: bool = False) -> str:
+    """One run: its table, its plot, and where they come from."""
     rows, stem = read(ROOT / file), file.removesuffix(".jsonl")
-    about = rows[0]
-    duel_of = duels(rows)
-    pairs = dict.fromkeys(key[:3] for key in duel_of)
+    about, duel_of, busy = rows[0], duels(rows), {key.inputs for key in disturbed(rows)}
+    by_inputs: dict[str, dict[str, Duel]] = {}
+    for key, duel in duel_of.items():
+        by_inputs.setdefault(key.inputs, {})[key.direction] = duel
     header = ["", "forward, ms", "best peer", "speedup", "both, ms", "best peer", "speedup", "extra MiB", "least peer"]
-    busy = {key[:3] for key in disturbed(rows)}
-    body = [line([*pair, *["†"] * (pair in busy)], duel_of.get((*pair, FORWARD)), duel_of.get((*pair, BOTH))) for pair in pairs]
+    body = [line(name + " †" * (name in busy), of.get(FORWARD), of.get(BOTH)) for name, of in by_inputs.items()]
     note = f"† The machine was busy: torch.mm was over {DISTURBED} times slower around this cell than at its best.\n\n" if busy else ""
     ours = ", ".join(dict.fromkeys(duel.ours.backend for duel in duel_of.values()))
     rates = ", ".join(f"{row.flops / row.median_ms / 1e6:.0f} {row.dtype}" for row in rows if row.workload == MATMUL and row.median_ms)
-    return f"""**{about.device}**, torch {about.versions["torch"]}; torch.mm in the same run: {rates} GFLOP/s.
-Medians of {ours}; "both" is forward and backward with all five gradients, and the memory its peak beyond inputs, outputs and gradients.
+    plot = f"![Time of every contestant]({stem}-time.png)\n\n" if with_plot else ""
+    return f"""**{about.device}: {ours}**, torch {about.versions["torch"]}; torch.mm in the same run: {rates} GFLOP/s.
 
 {markdown(header, body)}
 
-{note}![Time of every contestant]({stem}-time.png)
-
-Peers: plain PyTorch eager and compiled, SDPA with the materialised bias, compiled FlexAttention (on a CPU forward only).
-By `{about.command}` at commit {about.commit}; [report]({stem}.md); rows: [{Path(file).name}]({file}).
+{note}{plot}{source(about, file)}
 """
 
 
-def line(label: list[str], forward: Duel | None, both: Duel | None) -> list[str]:
+def sweep_section(file: str) -> str:
+    """Time and memory against the number of keys: the plot, and where its lines end."""
+    rows = [row for row in read(ROOT / file) if row.workload != MATMUL]
+    ends = []
+    for Nq in dict.fromkeys(row.shape[2] for row in rows):
+        duel = [duel for duel in duels(rows).values() if duel.ours.shape[2] == Nq][-1]
+        fastest, smallest = duel.fastest, duel.smallest
+        if fastest and smallest:
+            ends.append(
+                f"{Nq} queries and {duel.ours.shape[3]} keys: {ms(duel.ours.median_ms)} ms and {mib(duel.ours.extra_bytes)} MiB, "
+                f"the best peers {ms(fastest.median_ms)} ms ({fastest.backend}) and {mib(smallest.extra_bytes)} MiB ({smallest.backend})."
+            )
+    return f"""**More keys**: forward and backward of {rows[0].shape[1]} heads of size {rows[0].shape[4]}. {" ".join(ends)}
+
+![Time and memory against the number of keys]({file.removesuffix(".jsonl")}.png)
+
+{source(rows[0], file)}
+"""
+
+
+def source(about: Row, file: str) -> str:
+    return f"By `{about.command}` at commit {about.commit}; [report]({Path(file).with_suffix('.md')}); rows: [{Path(file).name}]({file})."
+
+
+def line(label: str, forward: Duel | None, both: Duel | None) -> list[str]:
     smallest = both.smallest if both else None
     memory = [mib(both.ours.extra_bytes) if both else "–", f"{mib(smallest.extra_bytes)} {smallest.backend}" if smallest else "–"]
-    return [" ".join(label), *times(forward), *times(both), *memory]
+    return [label, *times(forward), *times(both), *memory]
 
 
 def times(duel: Duel | None) -> list[str]:

@@ -10,19 +10,19 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rows import MATMUL, OURS, Row, read
-from tables import DISTURBED, Key, cells, contestants, disturbed, duels, markdown, mib, ms
+from rows import COLD, OURS, WARM, Row, read
+from tables import Key, calibration, cells, contestants, disturbed, duels, markdown, mib, ms
 
 from smattn.testing import WORKLOADS
 
 
 def summary(rows: list[Row]) -> str:
     """A line a cell, for the terminal."""
-    lines = [f"{'':44}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
+    lines = [f"{'':60}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
     for key, duel in duels(rows).items():
         peer, small = duel.fastest, duel.smallest
         lines.append(
-            f"{' '.join(key):44}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
+            f"{label(key):60}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
             f"{f'{duel.speedup:.2f}x' if duel.speedup else '–':>8}{mib(duel.ours.extra_bytes):>11}"
             f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}{'   disturbed' if key in disturbed(rows) else ''}"
         )
@@ -34,7 +34,7 @@ def write_report(path: Path) -> Path:
     rows = read(path)
     timed = [row for row in rows if row.median_ms is not None]
     plot(timed, "time", path.with_name(f"{path.stem}-time.png"))
-    plot(timed, "memory", path.with_name(f"{path.stem}-memory.png"))
+    plot([row for row in timed if row.cache == WARM], "memory", path.with_name(f"{path.stem}-memory.png"))
     about, names = rows[0], contestants(rows)
     versions = ", ".join(f"{name} {version}" for name, version in about.versions.items())
     text = f"""# {about.device}
@@ -45,6 +45,7 @@ def write_report(path: Path) -> Path:
 
 Medians in ms, every contestant called in turn in one run; forward+backward has all five gradients. In brackets GFLOP/s, forward counted as
 two matmuls, forward+backward as 3.5 times that, whatever a contestant recomputes. Bold: the backend smattn takes when none is named.
+Cold cache: before each call the caches are emptied, as by whatever else a network does between two calls.
 
 ![Time]({path.stem}-time.png)
 
@@ -69,6 +70,8 @@ Largest error of each tensor, plain PyTorch's, and the share of the error budget
 ## Not measured
 
 {skipped(rows)}
+
+Workloads not in this run: {", ".join(name for name in WORKLOADS if name not in {row.workload for row in rows}) or "none"}.
 """
     report = path.with_suffix(".md")
     report.write_text(text)
@@ -79,8 +82,7 @@ TENSORS = ("out", "dquery", "dkey", "dvalue", "dmask", "dalpha")
 
 
 def label(key: Key) -> str:
-    workload, dtype, mask, direction = key
-    return f"{workload} {dtype} {mask}, {direction}"
+    return f"{key.inputs}, {key.direction}"
 
 
 def time_body(rows: list[Row], names: list[str]) -> list[list[str]]:
@@ -102,7 +104,7 @@ def _time(row: Row | None) -> str:
 
 def memory_body(rows: list[Row], names: list[str]) -> list[list[str]]:
     body = []
-    for key, group in cells(rows).items():
+    for key, group in cells(row for row in rows if row.cache == WARM).items():
         by_name = {row.backend: row.extra_bytes for row in group}
         body.append([label(key), mib(group[0].io_bytes), *(mib(by_name.get(name)) for name in names)])
     return body
@@ -121,39 +123,24 @@ def error_body(rows: list[Row]) -> list[list[str]]:
     return body
 
 
-def calibration(rows: list[Row]) -> str:
-    """How fast, and how steady, torch.mm was during the run."""
-    lines = []
-    for row in (row for row in rows if row.workload == MATMUL and row.median_ms):
-        low, rate, high = (row.flops / time / 1e6 for time in (row.p90, row.median_ms, row.p10) if time)
-        lines.append(
-            f"torch.mm, {row.dtype}, 2048³, in the same run: {rate:.0f} GFLOP/s (10th to 90th percentile {low:.0f} to {high:.0f})."
-        )
-    if disturbed(rows):
-        lines.append(f"† torch.mm was over {DISTURBED} times slower around this cell than at its best: something else had the machine.")
-    return "\n".join(lines)
-
-
 def skipped(rows: list[Row]) -> str:
     lines = [f"- {row.backend}, {row.workload} {row.dtype} {row.mask}, {row.direction}: {row.skipped}" for row in rows if row.skipped]
-    absent = [name for name in WORKLOADS if name not in {row.workload for row in rows}]
-    return "\n".join(lines + [f"- {name}: not in this run" for name in absent]) or "Nothing."
+    return "\n".join(lines) or "Nothing."
 
 
 def plot(rows: list[Row], what: str, path: Path) -> None:
     """Bars on a logarithmic axis: a group a cell, a colour a contestant, forward above forward+backward."""
     table, names = cells(rows), contestants(rows)
-    directions = list(dict.fromkeys(key[3] for key in table))
+    directions = list(dict.fromkeys(key.direction for key in table))
     figure, axes = plt.subplots(len(directions), 1, figsize=(9, 3 * len(directions)), squeeze=False, layout="constrained")
     for axis, direction in zip(axes[:, 0], directions, strict=True):
-        keys = [key for key in table if key[3] == direction]
+        keys = [key for key in table if key.direction == direction]
         width = 0.8 / len(names)
         for n, name in enumerate(names):
             values = [next((_value(row, what) for row in table[key] if row.backend == name), np.nan) for key in keys]
-            axis.bar(np.arange(len(keys)) + (n - (len(names) - 1) / 2) * width, values, width, label=name, color=_colour(name, names))
+            axis.bar(np.arange(len(keys)) + (n - (len(names) - 1) / 2) * width, values, width, label=name, color=colour(name, names))
         axis.set(yscale="log", title=direction, ylabel="median ms" if what == "time" else "extra peak MiB")
-        several = len({key[1:3] for key in keys}) > 1
-        axis.set_xticks(range(len(keys)), ["\n".join(key[:3]) if several else key[0] for key in keys], fontsize=7 if several else 9)
+        axis.set_xticks(range(len(keys)), ticks(keys), fontsize=9 if len(keys) < 8 else 7)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
@@ -162,13 +149,20 @@ def plot(rows: list[Row], what: str, path: Path) -> None:
     plt.close(figure)
 
 
+def ticks(keys: list[Key]) -> list[str]:
+    """The workload of each cell, and in what else the cells differ."""
+    several = {field: len({getattr(key, field) for key in keys}) > 1 for field in ("dtype", "mask")}
+    cold = {key: ["cold cache"] if key.cache == COLD else [] for key in keys}
+    return ["\n".join([key.workload, *(getattr(key, field) for field in several if several[field]), *cold[key]]) for key in keys]
+
+
 def _value(row: Row, what: str) -> float:
     if what == "time":
         return row.median_ms or np.nan
     return np.nan if row.extra_bytes is None else max(row.extra_bytes / 2**20, 0.1)  # a logarithmic axis has no zero
 
 
-def _colour(name: str, names: list[str]) -> str:
+def colour(name: str, names: list[str]) -> str:
     """smattn in greens, peers in greys and blues."""
     same = [other for other in names if other.startswith(OURS) == name.startswith(OURS)]
     palette = ("#1b7837", "#7fbf7b", "#c7e9c0") if name.startswith(OURS) else ("#555555", "#999999", "#4393c3", "#92c5de")

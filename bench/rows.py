@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FORWARD, BOTH = "forward", "forward+backward"
+WARM, COLD = "warm", "cold"  # what the caches hold before a call: what the same call left there, in a loop, or nothing of it
 MATMUL = "matmul2048"  # the calibration row: torch.mm at 2048^3, in the same run
 OURS = "smattn/"  # a backend of smattn is "smattn/cpu"; any other name is a peer's
 
@@ -20,6 +21,7 @@ class Row:
     mask: str  # "uniform", "blob"; "none" for the calibration
     dtype: str
     direction: str  # FORWARD or BOTH: every gradient, that of mask and alpha included
+    cache: str  # WARM or COLD
     backend: str
     default: bool  # the backend that smattn takes when none is named
     median_ms: float | None  # None: not timed, `skipped` says why

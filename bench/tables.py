@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from rows import MATMUL, Row
+from rows import COLD, MATMUL, Row
 
 DISTURBED = 1.2
-Key = tuple[str, str, str, str]  # workload, dtype, mask, direction
+
+
+class Key(NamedTuple):
+    """What the contestants of a cell had in common."""
+
+    workload: str
+    dtype: str
+    mask: str
+    cache: str
+    direction: str
+
+    @property
+    def inputs(self) -> str:
+        """All but the direction, in words."""
+        return f"{self.workload} {self.dtype} {self.mask}" + (", cold cache" if self.cache == COLD else "")
 
 
 class Duel(NamedTuple):
@@ -30,7 +44,7 @@ def cells(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     table: dict[Key, list[Row]] = {}
     for row in rows:
         if row.workload != MATMUL and row.median_ms is not None:
-            table.setdefault((row.workload, row.dtype, row.mask, row.direction), []).append(row)
+            table.setdefault(Key(row.workload, row.dtype, row.mask, row.cache, row.direction), []).append(row)
     return table
 
 
@@ -63,9 +77,22 @@ def disturbed(rows: list[Row]) -> set[Key]:
     """The cells around which torch.mm was over DISTURBED times slower than at its best: something else had the machine."""
     best: dict[str, float] = {}
     for row in rows:
-        if row.matmul_ms is not None:
-            best[row.dtype] = min(row.matmul_ms, best.get(row.dtype, row.matmul_ms))
+        if quickest := row.p10 if row.workload == MATMUL else row.matmul_ms:
+            best[row.dtype] = min(quickest, best.get(row.dtype, quickest))
     return {key for key, group in cells(rows).items() for row in group if row.matmul_ms and row.matmul_ms > DISTURBED * best[row.dtype]}
+
+
+def calibration(rows: list[Row]) -> str:
+    """How fast, and how steady, torch.mm was during the run."""
+    lines = []
+    for row in (row for row in rows if row.workload == MATMUL and row.median_ms):
+        low, rate, high = (row.flops / time / 1e6 for time in (row.p90, row.median_ms, row.p10) if time)
+        lines.append(
+            f"torch.mm, {row.dtype}, 2048³, in the same run: {rate:.0f} GFLOP/s (10th to 90th percentile {low:.0f} to {high:.0f})."
+        )
+    if disturbed(rows):
+        lines.append(f"† torch.mm was over {DISTURBED} times slower around this cell than at its best: something else had the machine.")
+    return "\n".join(lines)
 
 
 def contestants(rows: Iterable[Row]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import smattn
-from smattn.testing import WORKLOADS, Error, Workload, errors, make_case, run
+from smattn.testing import WORKLOADS, Case, Error, Workload, errors, make_case, run
 
 LARGEST = 2**23  # scores; float64 takes a dozen tensors of them, and seconds
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 products are wrong
@@ -55,8 +55,12 @@ class Validation:
 def validate(backend: str, workload: Workload, mask: str, dtype: torch.dtype, device: str) -> Validation:
     w = workload
     case = make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
+    return validate_case(backend, case, w, mask)
+
+
+def validate_case(backend: str, case: Case, w: Workload, mask: str) -> Validation:
     rows = errors(run(case, backend=backend), case)
-    shape, name = (w.B, w.H, w.Nq, w.Nk, w.D), str(dtype).removeprefix("torch.")
+    shape, name = (w.B, w.H, w.Nq, w.Nk, w.D), str(case.query.dtype).removeprefix("torch.")
     return Validation(f"smattn/{backend}", w.name, shape, mask, name, {row.name: _as_dict(row) for row in rows})
 
 

@@ -6,10 +6,13 @@
 #ifdef __CUDACC__
 #define SMATTN_HOST_DEVICE __host__ __device__
 #else
-#define SMATTN_HOST_DEVICE
+#define SMATTN_HOST_DEVICE __attribute__((always_inline)) inline  // units of several instruction sets include this: nothing for the linker to merge
 #endif
 
 namespace smattn {
+
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;  // the keys' Weyl sequences
 
 struct PhiloxBlock {
   uint32_t word[4];
@@ -17,12 +20,12 @@ struct PhiloxBlock {
 
 SMATTN_HOST_DEVICE constexpr PhiloxBlock philox4x32_10(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
+    const uint64_t product0 = uint64_t{kPhiloxMultiplier0} * counter.word[0];
+    const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * counter.word[2];
     counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0, static_cast<uint32_t>(product1),
                 static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1, static_cast<uint32_t>(product0)}};
-    key0 += 0x9E3779B9u;  // the keys' Weyl sequences
-    key1 += 0xBB67AE85u;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
   }
   return counter;
 }

@@ -1,8 +1,9 @@
 """Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90] [--full]`.
 
 The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
-specialisation, same tiles as there. Prints registers, spills and shared memory, and fails when a kernel does not compile or wants more
-shared memory than its chip has. Must run without TRITON_INTERPRET, under which there is no compiler.
+specialisation, same tiles as there. Prints registers, spills and shared memory, and fails when a kernel does not compile, wants more shared
+memory than its chip has, or spills registers where SPILLING does not say so. Must run without TRITON_INTERPRET, under which there is no
+compiler.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from triton.compiler import ASTSource
 
 from ..problem import Problem
 from . import backend, launch
-from .configs import TileConfig
+from .configs import TileConfig, block_of, bucket
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,6 +36,14 @@ POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 HEAD_SIZES = (32, 48, 64, 128)
 WIDEST = 256
 FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
+# What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
+# its random numbers take registers of their own.
+SPILLING = {
+    ("few_queries", 2): {(32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128), (256, 32), (256, 64)},
+    ("few_queries", 4): {(32, 128), (64, 64), (64, 128), (128, 16), (128, 32), (128, 64), (256, 16), (256, 32)},
+    ("map", 4): {(64, 128)},
+    ("map_means", 2): {(32, 16)},
+}
 
 
 class Variant(NamedTuple):
@@ -47,17 +56,25 @@ class Variant(NamedTuple):
     group: int = 1
     dlse: bool = False
     tf32: bool = False
+    keep_out: bool = True  # unrounded, for delta
+    as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
 
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
+MAP = Variant("map", as_map=True)
 OTHERS = (
+    MAP._replace(name="map padding gqa", padding=True, group=2),
+    MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
+    MAP._replace(name="map, no mask", mask=None),
     Variant("no mask", mask=None),
     Variant("mask shared by the batch", mask=(1, 1, 2), padding=True),
     Variant("mask per head", mask=(2, 2, 2), dropout=True),
     Variant("mask per head, shared by the batch", mask=(1, 2, 2), group=2),
     Variant("key-only mask", mask=(2, 1, 1), padding=True, dlse=True),
+    Variant("key-only mask a head for the batch", mask=(1, 2, 1), group=2),
+    Variant("no unrounded output", keep_out=False, dropout=True, padding=True, dlse=True),
     Variant("mask and alpha only", needs=(False, False, False, True, True)),
     Variant("alpha only", needs=(False, False, False, False, True)),
     Variant("query only", needs=(True, False, False, False, False)),
@@ -86,8 +103,11 @@ class Row(NamedTuple):
     def failure(self) -> str:
         if self.error:
             return self.error
-        limit = SHARED_MEMORY[self.job.arch]
-        return f"{self.shared} bytes of shared memory, the chip has {limit}" if self.shared > limit else ""
+        j, limit = self.job, SHARED_MEMORY[self.job.arch]
+        if self.shared > limit:
+            return f"{self.shared} bytes of shared memory, the chip has {limit}"
+        known = j.variant.dropout or (block_of(j.D), bucket(j.Nq)) in SPILLING.get((self.kernel, j.dtype.itemsize), ())
+        return f"spills {self.spill_bytes} bytes" if self.spill_bytes and not known else ""
 
     def text(self) -> str:
         j, t = self.job, self.tile
@@ -98,7 +118,7 @@ class Row(NamedTuple):
 
 def jobs(archs: list[int], full: bool) -> Iterator[Job]:
     """Every kernel, dtype and head size with the plain mask, then each variant once on the last chip. `full`: all products, and D = 256."""
-    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), *OTHERS)
+    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), MAP, *OTHERS)
     if full:
         for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
             if dtype == torch.float32 or not variant.tf32:
@@ -109,6 +129,8 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
             yield Job(arch, dtype, D, Nq, PLAIN)
         for Nq in FEW[1:]:
             yield Job(arch, dtype, 64, Nq, PLAIN)
+        for Nq in (FEW[0], MANY):
+            yield Job(arch, dtype, 64, Nq, MAP)
         if dtype != torch.bfloat16:  # same tiles as float16
             for Nq in (FEW[0], MANY):
                 yield Job(arch, dtype, WIDEST, Nq, PLAIN)
@@ -120,7 +142,7 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
 
 
 def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
-    """The launches of one forward and backward."""
+    """The launches of one forward and backward, of attention or of its map."""
     v, B, H, Nk = job.variant, 2, 4, 4096
 
     def tensor(*sizes: int, dtype: torch.dtype = job.dtype) -> Tensor:
@@ -136,16 +158,22 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
     )  # fmt: skip
     query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
-    rest = (
-        query, key, key, mask, None if mask is None else tensor(H, dtype=torch.float32),
-        tensor(B, Nk, dtype=torch.bool) if v.padding else None, tensor(1, dtype=torch.int64) if v.dropout else None,
-    )  # fmt: skip
+    alpha = None if mask is None else tensor(H, dtype=torch.float32)
+    padding = tensor(B, Nk, dtype=torch.bool) if v.padding else None
+    seed = tensor(1, dtype=torch.int64) if v.dropout else None
     recorder = launch.Recorder(job.arch)
     launch.record(recorder)
     try:
-        out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=True, save_mbar=True)
-        dlse = torch.empty_like(lse) if v.dlse else None
-        backend.backward(problem, query, dlse, *rest, out_acc if out_acc.numel() else out, lse, mbar, v.needs)
+        if v.as_map:
+            inputs = (query, key, mask, alpha, tensor(H, dtype=torch.float32), padding)
+            amap, lse = backend.attention_map(problem, *inputs)
+            backend.attention_map_backward(problem, amap, *inputs, lse, v.needs)
+        else:
+            rest = (query, key, key, mask, alpha, padding, seed)
+            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out, save_mbar=True)
+            unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
+            dlse = torch.empty_like(lse) if v.dlse else None
+            backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
     finally:
         launch.record(None)
     return recorder.launches

@@ -5,17 +5,21 @@ Tensors are canonical (see smattn/ops.py). No call synchronises with the device,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
 
 from ..problem import Problem
 from . import (
+    attention_map_forward,
+    attention_map_rows,
     backward_delta,
-    backward_dkdv,
-    backward_dmask,
+    backward_delta_sweep,
     backward_dq,
-    backward_few_queries,
+    backward_passes,
     configs,
     forward_split,
 )
@@ -41,6 +45,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
             reasons.append("it runs on CUDA devices; on the CPU only interpreted, with TRITON_INTERPRET=1 set before Triton is imported")
         elif not torch.cuda.is_available():
             reasons.append("torch finds no CUDA device")
+        elif torch.cuda.get_device_capability()[0] < 8:
+            reasons.append("it needs a GPU of compute capability 8.0 or newer")
     return reasons
 
 
@@ -69,9 +75,8 @@ def forward(
                 tensor.zero_()
         lse.fill_(float("-inf"))
     elif lse.numel() > 0:
-        splits = forward_split.splits_of(inputs) if t.Nq <= configs.FEW_QUERIES else 1
-        if splits > 1:
-            forward_split.run(inputs, splits, out, lse, out_acc, mbar)
+        if t.Nq <= configs.FEW_QUERIES and forward_split.splits_of(inputs)[0] > 1:
+            forward_split.run(inputs, out, lse, out_acc, mbar)
         else:
             forward_full.run(inputs, out, lse, out_acc, mbar)
     return out, lse, inputs.accumulator(0) if out_acc is None else out_acc, inputs.accumulator(0) if mbar is None else mbar
@@ -88,45 +93,102 @@ def backward(
     alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     mbar: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
-    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed."""
+    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed.
+
+    out: unrounded; without it delta is summed as P*dP.
+    """
     inputs = Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed)
-    wanted = zip((query, key, value, mask, alpha), needs, strict=True)
-    empty = problem.B == 0 or problem.Nq == 0 or problem.Nk == 0
-    new = torch.zeros if empty else torch.empty
-    dquery, dkey, dvalue, dmask, dalpha = (
-        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in wanted
-    )
-    if empty or not any(needs):
-        return dquery, dkey, dvalue, dmask, dalpha
-    few = backward_few_queries.serves(inputs, dmask is not None)
-    key_only = dmask is not None and dmask.shape[2] == 1  # then dM is a by-product of dK and dV
-    dmask_pass = dmask is not None and not few and not key_only
-
-    counts = 0, 0
-    if dalpha is not None:
-        home = backward_few_queries if few else backward_dmask if dmask_pass else backward_dq
-        counts = backward_delta.partials(problem.Nq) if dlse is not None else 0, home.partials(inputs)
-    dalpha_rows, dalpha_tiles = (inputs.accumulator(n, problem.B, problem.H) if n else None for n in counts)
-
-    rows = inputs.accumulator(*lse.shape, 2)
-    backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
-    if few:
-        backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha_tiles)
+    grads = _gradients(problem, (query, key, value, mask, alpha), needs)
+    if inputs.empty or not any(needs):
+        return grads
+    rows, dalpha, dalpha_rows = inputs.accumulator(*lse.shape, 2), grads[4], None
+    if dalpha is not None and dlse is not None:
+        partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
+        dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
+    if out is None:
+        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, rows, dalpha_rows)
     else:
-        dmask_rows = inputs.accumulator(problem.B, problem.H, problem.Nk) if key_only else None
-        if dkey is not None or dvalue is not None or key_only:
-            backward_dkdv.run(inputs, dout, rows, dkey, dvalue, dmask_rows)
-        if dmask is not None and dmask_rows is not None:
-            dmask.copy_(dmask_rows[:, :, None].sum_to_size(dmask.shape))
-        if dmask is not None and dmask_pass:
-            backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
-        if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
-            backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
-    if dalpha is not None:
-        torch.sum(torch.cat([x for x in (dalpha_rows, dalpha_tiles) if x is not None]), (0, 1), out=dalpha)
-    return dquery, dkey, dvalue, dmask, dalpha
+        backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
+    backward_passes.run(inputs, dout, rows, mbar, *grads)
+    if dalpha is not None and dalpha_rows is not None:
+        # apart: more terms in the sum over tiles would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
+        dalpha += dalpha_rows.sum((0, 1))
+    return grads
+
+
+def attention_map(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(9): the map (B, Nq, Nk) and lse (B, H, Nq), float32; head_weights (H,) float32. lse is that of a value without columns."""
+    inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
+    value, t = inputs.value, inputs.problem
+    _, lse, *_ = forward(t, query, key, value, mask, alpha, key_padding_mask, None, save_out=False, save_mbar=False)
+    amap = inputs.accumulator(t.B, t.Nq, t.Nk)
+    if not inputs.empty:
+        attention_map_forward.run(inputs, lse, amap)
+    return amap, lse
+
+
+def attention_map_backward(
+    problem: Problem,
+    dmap: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+    lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
+    inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
+    grads = _gradients(problem, (query, key, mask, alpha, head_weights), needs)
+    if inputs.empty or not any(needs):
+        return grads
+    dquery, dkey, dmask, dalpha, dweights = grads
+    rows, mbar, eta = (
+        inputs.accumulator(*lse.shape, *last) if wanted else None
+        for last, wanted in (((2,), any(needs[:4])), ((), dalpha is not None), ((), dweights is not None))
+    )
+    dout = dmap[:, None]
+    attention_map_rows.run(inputs, dout, lse, rows, mbar, eta)
+    if rows is not None:
+        backward_passes.run(inputs, dout, rows, mbar, dquery, dkey, None, dmask, dalpha)
+    if dweights is not None and eta is not None:
+        torch.sum(eta, (0, 2), out=dweights)
+    return grads
+
+
+def _map_inputs(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+) -> Inputs:
+    """A map's inputs: those of attention to a value without columns."""
+    problem = replace(problem, Dv=0)
+    return Inputs(problem, query, key, key[..., :0], mask, alpha, key_padding_mask, head_weights=head_weights.contiguous())
+
+
+def _gradients(problem: Problem, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
+    """Contiguous, None where not needed; uninitialised, but zeros where there are no scores."""
+    new = torch.zeros if 0 in (problem.B, problem.Nq, problem.Nk) else torch.empty
+    a, b, c, d, e = (
+        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in zip(tensors, needs, strict=True)
+    )
+    return a, b, c, d, e

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import TileConfig, block_of
 from .launch import launch, strides
-from .primitives import LOG2E, load_tile
+from .primitives import LOG2E, load_tile, nan_if_infinite
 
 TILE = TileConfig(block_m=16, block_n=1, num_warps=4, num_stages=1)  # 16 rows a program
 
@@ -39,15 +39,34 @@ def _delta_kernel(
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     # a row whose live scores are all -inf has lse = -inf too, but NaN for output: its gradients are NaN, not 0
     dead = (lse == float("-inf")) & (tl.sum(out * out, 1) == 0.0)
-    delta = tl.sum(out * do, 1)
+    finish_rows(
+        tl.sum(out * do, 1), dead, lse * LOG2E, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm,
+        mbar_ptr, rows_ptr, dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh if NEED_DALPHA else None,
+        bh, offs_m, Nq, HAS_DLSE, NEED_DALPHA,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_rows(
+    delta, dead, lse_log2, dl_ptr, stride_dlm, mbar_ptr, rows_ptr, dalpha_ptr, bh, offs_m, Nq,
+    HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
+):  # fmt: skip
+    """Store lse in base 2, <dO, O> less dL as delta, and the block's sum of mbar * dL. dl_ptr: of this (batch, head)."""
+    row_ok = offs_m < Nq
     if HAS_DLSE:
-        dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
+        dl = tl.load(dl_ptr + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
         delta -= dl
-    tl.store(rows_ptr + 2 * (bh * Nq + offs_m), tl.where(dead, float("inf"), lse * LOG2E), mask=row_ok)
-    tl.store(rows_ptr + 2 * (bh * Nq + offs_m) + 1, tl.where(dead, 0.0, delta), mask=row_ok)
+    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, dead, offs_m, row_ok)
     if NEED_DALPHA:
         mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-        tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh, tl.sum(tl.where(dead, 0.0, mbar * dl), 0))
+        tl.store(dalpha_ptr, tl.sum(tl.where(dead, 0.0, mbar * dl), 0))
+
+
+@triton.jit
+def store_rows(rows_ptr, lse_log2, delta, dead, offs_m, row_ok):
+    """Store a block of rows. rows_ptr: of this (batch, head)."""
+    tl.store(rows_ptr + 2 * offs_m, tl.where(dead, float("inf"), nan_if_infinite(lse_log2)), mask=row_ok)
+    tl.store(rows_ptr + 2 * offs_m + 1, tl.where(dead, 0.0, delta), mask=row_ok)
 
 
 def partials(queries: int) -> int:

@@ -1,7 +1,7 @@
 """dK and dV with many queries: one program per (batch, kv head, key block) goes over the queries of its group's heads, reference.py (7).
 
 Tiles are transposed, [BLOCK_N, BLOCK_M], which is how the products want them. The gradient of a mask that broadcasts over queries is a sum
-over the columns of these tiles: a row of partials per head.
+over the columns of these tiles: a row per head, or per kv head where M has no heads.
 """
 
 from __future__ import annotations
@@ -10,25 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
     dot,
-    dropout_keep,
-    gradient_tile,
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
-    matmul,
-    score_tile,
-    store_tile,
+    score_gradient,
+    store_key_gradients,
 )
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, dk_ptr, dv_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -38,7 +36,7 @@ def _dkdv_kernel(
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, MASK_PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -56,11 +54,11 @@ def _dkdv_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dm = tl.zeros([BLOCK_N], tl.float32)
     for r in range(0, GROUP):
         h = (g * GROUP + r).to(tl.int64)
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-        dm = tl.zeros([BLOCK_N], tl.float32)
         for start_m in range(0, Nq, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             q, do, lse_log2, delta = load_queries(
@@ -68,32 +66,32 @@ def _dkdv_kernel(
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
             mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, live, offs_m < Nq, HAS_MASK)
-            qk = matmul(k, tl.trans(q), BLOCK_N, BLOCK_M, ALLOW_TF32)
-            s = score_tile(qk, m, live[:, None], scale, alpha, HAS_MASK)  # [BLOCK_N, BLOCK_M]
-            dp = matmul(v, tl.trans(do), BLOCK_N, BLOCK_M, ALLOW_TF32)
-            keep = dropout_keep(seed, offs_m[None, :], offs_n[:, None], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-            p, ds = gradient_tile(s, dp, lse_log2[None, :], delta[None, :], keep, keep_scale, HAS_DROPOUT)
+            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], HAS_MASK, HAS_PADDING)
+            dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
+            p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
+                k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
+                scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M,
+            )  # fmt: skip
             if NEED_DV:
                 dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)
             if NEED_DK:
                 dk = dot(ds.to(q.dtype), q, dk, ALLOW_TF32)
             if NEED_DMASK:
-                dm += tl.sum(ds, 1)
-        if NEED_DMASK:
-            tl.store(dmask_ptr + bh * Nk + offs_n, tl.where(live, alpha * dm, 0.0), mask=offs_n < Nk)
-    # a padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN
-    if NEED_DK:
-        store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
-    if NEED_DV:
-        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv * keep_scale, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
+                dm += alpha * tl.sum(ds, 1)
+        if NEED_DMASK and MASK_PER_HEAD:
+            tl.store(dmask_ptr + bh * Nk + offs_n, tl.where(live, dm, 0.0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+            dm = tl.zeros([BLOCK_N], tl.float32)
+    if NEED_DMASK and not MASK_PER_HEAD:
+        tl.store(dmask_ptr + bg * Nk + offs_n, tl.where(live, dm, 0.0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+    store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
-    """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and the float32 partials (B, H, Nk) of a key-only mask."""
+    """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and a key-only mask's dmask (B, H|Hkv, 1, Nk), any dtype."""
     t, tile = inputs.problem, inputs.tile("dkdv")
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, rows_ptr=rows, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
+    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+        dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
+        MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,
     )  # fmt: skip
     launch(_dkdv_kernel, t.B * t.Hkv * triton.cdiv(t.Nk, tile.block_n), arguments, tile)

@@ -1,6 +1,7 @@
 """dM with many queries: one program per tile of dM sums alpha_h dS over every (batch, head) that reads the tile, reference.py (8).
 
-The sum stays in registers and is stored once. dalpha comes with it, a partial sum per tile and head.
+The sum stays in registers and is stored once; where M has no query axis it is over the queries as well. dalpha comes with it, a partial
+sum per tile of scores and head.
 """
 
 from __future__ import annotations
@@ -9,24 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
-    dropout_keep,
-    gradient_tile,
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
-    matmul,
-    score_tile,
-    store_tile,
+    score_gradient,
+    store_dalpha,
+    store_mask_tile,
 )
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dmask_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, mbar_ptr, dmask_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dmask_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -36,54 +36,54 @@ def _dmask_kernel(
     B, H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, NEED_DALPHA: tl.constexpr,
+    SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     n_blocks = tl.cdiv(Nk, BLOCK_N)
     m_blocks = tl.cdiv(Nq, BLOCK_M)
+    m_tiles = 1 if SHARED_M else m_blocks
     n_block = pid % n_blocks
-    m_block = pid // n_blocks % m_blocks
-    outer = pid // n_blocks // m_blocks  # of M's batch and head axes
+    m_lo = pid // n_blocks % m_tiles
+    outer = pid // n_blocks // m_tiles  # of M's batch and head axes
     mask_heads = 1 if SHARED_H else H
     b_lo = outer // mask_heads
     h_lo = outer % mask_heads
-    b_hi = B if SHARED_B else b_lo + 1
-    h_hi = H if SHARED_H else h_lo + 1
-    offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    row_ok = offs_m < Nq
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for batch in range(b_lo, b_hi):
-        b = tl.cast(batch, tl.int64)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-        mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
-        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
-        for head in range(h_lo, h_hi):
-            h = tl.cast(head, tl.int64)
-            bh = b * H + h
-            g = h // GROUP
-            alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-            q, do, lse_log2, delta = load_queries(
-                q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
-                offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
-            )  # fmt: skip
-            k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-            v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-            qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-            s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
-            dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
-            keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-            _, ds = gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
-            dm += tl.where(live[None, :], alpha * ds, 0.0)
-            if NEED_DALPHA:
-                mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-                partial = dalpha_ptr + (m_block * n_blocks + n_block).to(tl.int64) * B * H + bh
-                tl.store(partial, tl.sum(tl.sum(ds * (m - mbar[:, None]), 1), 0))
-    store_tile(dmask_ptr + outer.to(tl.int64) * Nq * Nk, dm, offs_m, offs_n, Nk, row_ok, offs_n < Nk)
+    for m_block in range(m_lo, m_blocks if SHARED_M else m_lo + 1):
+        offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = offs_m < Nq
+        for batch in range(b_lo, B if SHARED_B else b_lo + 1):
+            b = tl.cast(batch, tl.int64)
+            live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+            mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
+            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+            for head in range(h_lo, H if SHARED_H else h_lo + 1):
+                h = tl.cast(head, tl.int64)
+                bh = b * H + h
+                g = h // GROUP
+                alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+                q, do, lse_log2, delta = load_queries(
+                    q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
+                    offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
+                )  # fmt: skip
+                k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+                v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+                dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
+                _, ds = score_gradient(
+                    q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+                    scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+                dm += tl.where(live[None, :], alpha * ds, 0.0)
+                if NEED_DALPHA:
+                    partial = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + bh
+                    store_dalpha(partial, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
+    offs_m = m_lo * BLOCK_M + tl.arange(0, BLOCK_M)
+    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), offs_m, offs_n, Nq, Nk, SHARED_M)
 
 
 def partials(inputs: Inputs) -> int:
@@ -92,13 +92,13 @@ def partials(inputs: Inputs) -> int:
     return triton.cdiv(inputs.problem.Nq, tile.block_m) * triton.cdiv(inputs.problem.Nk, tile.block_n)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor, dmask: Tensor, dalpha: Tensor | None) -> None:
-    """Fill dmask (B|1, H|1, Nq, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
+def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
+    """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dmask")
-    mask_batches, mask_heads, _, _ = dmask.shape
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, rows_ptr=rows, mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
-        B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, NEED_DALPHA=dalpha is not None,
+    mask_batches, mask_heads, mask_queries, _ = dmask.shape
+    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+        mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
+        B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
-    programs = mask_batches * mask_heads * triton.cdiv(t.Nq, tile.block_m) * triton.cdiv(t.Nk, tile.block_n)
+    programs = mask_batches * mask_heads * triton.cdiv(mask_queries, tile.block_m) * triton.cdiv(t.Nk, tile.block_n)
     launch(_dmask_kernel, programs, arguments, tile)

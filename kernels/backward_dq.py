@@ -9,25 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch
 from .primitives import (
     dot,
-    dropout_keep,
-    gradient_tile,
     live_keys,
     load_alpha,
+    load_map_gradient,
     load_mask,
     load_queries,
     load_tile,
-    matmul,
-    score_tile,
+    query_program,
+    score_gradient,
     store_tile,
 )
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -40,13 +39,7 @@ def _dq_kernel(
     NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = (pid % H).to(tl.int64)
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    m_block = pid // H % m_blocks
-    offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (pid // H // m_blocks).to(tl.int64)
-    bh = b * H + h
+    h, m_block, offs_m, b, bh = query_program(H, Nq, BLOCK_M)
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -67,12 +60,12 @@ def _dq_kernel(
         k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
-        qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
-        dp = matmul(do, tl.trans(v), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh.to(tl.int32), drop_threshold) if HAS_DROPOUT else None
-        _, ds = gradient_tile(s, dp, lse_log2[:, None], delta[:, None], keep, keep_scale, HAS_DROPOUT)
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+        dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
+        _, ds = score_gradient(
+            q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+            scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         if NEED_DQ:
             dq = dot(ds.to(k.dtype), k, dq, ALLOW_TF32)
         if NEED_DALPHA:
@@ -80,7 +73,7 @@ def _dq_kernel(
     if NEED_DQ:
         store_tile(dq_ptr + bh * Nq * D, dq * scale, offs_m, offs_d, D, row_ok, offs_d < D)
     if NEED_DALPHA:
-        tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh, tl.sum(dalpha, 0))
+        tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
 def partials(inputs: Inputs) -> int:
@@ -88,11 +81,11 @@ def partials(inputs: Inputs) -> int:
     return triton.cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor, dquery: Tensor | None, dalpha: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
     """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dq")
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | dict(
-        do_ptr=dout, rows_ptr=rows, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha,
+    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+        mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha,
         NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
     launch(_dq_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -17,6 +17,7 @@ FEW_QUERIES = 128  # up to here the queries fit one tile
 # A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.
 SPLIT_PROGRAMS = 264
 INTERPRETER = 0  # the arch of TRITON_INTERPRET=1
+SMALL_SHARED = (86, 89, 120, 121)  # chips with 99 KB of shared memory for a program, where sm_80 has 163
 
 
 @dataclass(frozen=True)
@@ -27,44 +28,52 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None  # per thread; ptxas settles for 32 in some kernels that need more than there are, unless told how many
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool | None]:
         """For the compiler. Contraction to fused multiply-adds is Triton's default, which 3.9 wants to hear said."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True, "maxnreg": self.registers}
 
 
 T = TileConfig
 NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
-    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2)),
+    ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
-    ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 2)),
+    ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 16, 8, 2)),
+    ("forward", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 16, 8, 2)),
+    ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("split_32", 80, 2): (T(32, 128, 4, 3), T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2)),
-    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 2), T(32, 64, 8, 1), T(32, 32, 8, 1)),
-    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 64, 4, 3), T(64, 64, 4, 2), T(64, 32, 8, 2)),
-    ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 1), T(32, 32, 8, 1)),
+    ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
+    ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
+    ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
+    ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1), T(16, 16, 8, 1), T(16, 16, 16, 1)),
-    ("few_32", 80, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
-    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1), T(32, 16, 16, 1)),
+    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), T(16, 16, 16, 1, 128)),
+    ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1, 128), T(32, 16, 16, 1, 128)),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1)),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 32, 16, 1), T(64, 16, 16, 1), NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 16, 16, 1, 128), T(64, 16, 16, 1, 128), NONE),
     ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), NONE),
-    ("few_128", 80, 4): (T(128, 32, 16, 1), T(128, 16, 16, 1), NONE, NONE),
+    ("few_128", 80, 4): (T(128, 16, 16, 1, 128), T(128, 16, 16, 1, 128), NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
+    ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(32, 32, 8, 1)),
-    ("dmask", 80, 4): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+    ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
+    ("dmask", 90, 2): (T(64, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
 
 
 def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
-    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER; a chip without rows of its own takes an older one's."""
+    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes sm_80's row, but those of SMALL_SHARED
+    sm_86's and all other newer ones sm_90's, where there is one.
+    """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
     return _tile(kernel, bucket(problem.Nq), arch, size, head)
@@ -77,8 +86,9 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    known = max((row[1] for row in TABLE if row[0] == kernel and row[2] == size and row[1] <= arch), default=80)
-    return TABLE[kernel, known, size][next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+    own = 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
+    row = TABLE.get((kernel, own, size)) or TABLE[kernel, 80, size]
+    return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
 def bucket(queries: int) -> int:

@@ -38,7 +38,7 @@ def _forward_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    acc, mbar, m_i, l_i = attend(
+    acc, lost, mbar, m_i, l_i = attend(
         q,
         k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
         v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
@@ -46,14 +46,15 @@ def _forward_kernel(
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-        offs_m, bh.to(tl.int32), 0, Nk, Nq, scale, drop_threshold,
+        offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
         D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
+    if SAVE_OUT:
+        unrounded, _, _ = softmax_finish(acc + lost, mbar, m_i, l_i, keep_scale)
+        store_tile(out_acc_ptr + bh * Nq * DV, unrounded, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, keep_scale)
     store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
-    if SAVE_OUT:
-        store_tile(out_acc_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     tl.store(lse_ptr + bh * Nq + offs_m, lse, mask=row_ok)
     if SAVE_MBAR:
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)

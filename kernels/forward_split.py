@@ -5,6 +5,7 @@ One program per (batch, split, query block, head), heads fastest; the number of 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,29 +14,34 @@ from .configs import SPLIT_PROGRAMS, TileConfig, block_of
 from .launch import Inputs, launch
 from .primitives import attend, load_alpha, load_tile, softmax_finish, store_tile
 
-PARTIALS_BYTES = 6 << 20  # the partial outputs never take more, whatever the shape
+PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
 MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
 
 
-def splits_of(inputs: Inputs) -> int:
-    """How many parts the keys are cut into; 1: not worth it."""
+def splits_of(inputs: Inputs) -> tuple[int, int]:
+    """How many parts the keys are cut into, and the key blocks of each; 1: not worth it. The same whether or not the unrounded output
+    is wanted: so are the bits.
+    """
     t, tile = inputs.problem, inputs.tile("split")
     rows = t.B * t.H * t.Nq
     wanted = SPLIT_PROGRAMS // (t.B * t.H * triton.cdiv(t.Nq, tile.block_m))
-    affordable = PARTIALS_BYTES // (4 * rows * (t.Dv + 3))
+    outputs = 1 if t.dtype == t.acc_dtype else 2  # with what rounding P to 16 bits lost
+    affordable = PARTIALS_BYTES // (4 * rows * (outputs * t.Dv + 3))
     most = triton.cdiv(t.Nk, 2 * tile.block_n)
-    return max(1, min(wanted, affordable, most))
+    blocks = triton.cdiv(t.Nk, tile.block_n)
+    split_blocks = triton.cdiv(blocks, max(1, min(wanted, affordable, most)))
+    return triton.cdiv(blocks, split_blocks), split_blocks
 
 
-@triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_keys"])
+@triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _partial_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, acc_ptr, rows_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, acc_ptr, lost_ptr, rows_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ah, stride_pb, stride_pn,
-    H, Nq, Nk, n_splits, split_keys, n_rows, scale, drop_threshold, keep_scale,
+    H, Nq, Nk, n_splits, split_blocks, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
@@ -46,6 +52,7 @@ def _partial_kernel(
     m_blocks = tl.cdiv(Nq, BLOCK_M)
     offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = pid // H // m_blocks % n_splits
+    first_block = split * split_blocks
     b = (pid // H // m_blocks // n_splits).to(tl.int64)
     bh = b * H + h
     g = h // GROUP
@@ -53,7 +60,7 @@ def _partial_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    acc, mbar, m_i, l_i = attend(
+    acc, lost, mbar, m_i, l_i = attend(
         q,
         k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
         v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
@@ -61,12 +68,15 @@ def _partial_kernel(
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-        offs_m, bh.to(tl.int32), split * split_keys, tl.minimum(Nk, (split + 1) * split_keys), Nq, scale, drop_threshold,
+        offs_m, bh.to(tl.int32), first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), Nq, Nk,
+        scale, drop_threshold,
         D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]
     store_tile(acc_ptr + row * DV, acc, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
+    if SAVE_OUT:
+        store_tile(lost_ptr + row * DV, lost, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     rows = rows_ptr + 3 * row
     tl.store(rows + 3 * offs_m, m_i, mask=row_ok)
     tl.store(rows + 3 * offs_m + 1, l_i, mask=row_ok)
@@ -75,7 +85,7 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=["n_splits"])
 def _merge_kernel(
-    acc_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
+    acc_ptr, lost_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
     DV: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -88,6 +98,7 @@ def _merge_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for split in range(0, n_splits):
         rows = rows_ptr + 3 * (split * n_rows + offs_m)
         m_split = tl.load(rows, mask=row_ok, other=0.0)
@@ -95,31 +106,34 @@ def _merge_kernel(
         l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
         mbar += weight * tl.load(rows + 2, mask=row_ok, other=0.0)
         acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
+        if SAVE_OUT:
+            lost += weight[:, None] * load_tile(lost_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
+    if SAVE_OUT:
+        unrounded, _, _ = softmax_finish(acc + lost, mbar, m_i, l_i, keep_scale)
+        store_tile(out_acc_ptr, unrounded, offs_m, offs_dv, DV, row_ok, dv_ok)
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, keep_scale)
     store_tile(out_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
-    if SAVE_OUT:
-        store_tile(out_acc_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
     tl.store(lse_ptr + offs_m, lse, mask=row_ok)
     if SAVE_MBAR:
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(inputs: Inputs, splits: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
     """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
     t, tile = inputs.problem, inputs.tile("split")
-    split_keys = tile.block_n * triton.cdiv(t.Nk, splits * tile.block_n)
-    splits = triton.cdiv(t.Nk, split_keys)
+    splits, split_blocks = splits_of(inputs)
     n_rows = t.B * t.H * t.Nq
     acc = inputs.accumulator(splits, n_rows, t.Dv)
+    lost = torch.empty_like(acc) if out_acc is not None else None
     rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
     partial = inputs.arguments(tile) | dict(
-        acc_ptr=acc, rows_ptr=rows, n_splits=splits, split_keys=split_keys, n_rows=n_rows,
+        acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )
     launch(_partial_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
-        acc_ptr=acc, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, n_splits=splits, n_rows=n_rows,
-        keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
+        acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar,
+        n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
         BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip
     launch(_merge_kernel, triton.cdiv(n_rows, MERGE.block_m), merge, MERGE)

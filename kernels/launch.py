@@ -53,7 +53,13 @@ class Inputs:
     mask: Tensor | None  # (B|1, H|1, Nq|1, Nk), any strides, any floating dtype
     alpha: Tensor | None  # (H,) float32
     key_padding_mask: Tensor | None  # (B, Nk) bool
-    seed: Tensor | None  # (1,) int64
+    seed: Tensor | None = None  # (1,) int64
+    head_weights: Tensor | None = None  # (H,) float32, contiguous, of an attention map: its value has no columns
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no scores at all."""
+        return 0 in (self.problem.B, self.problem.Nq, self.problem.Nk)
 
     def tile(self, kernel: str) -> TileConfig:
         return configs.tile(kernel, self.problem, arch_of(self.query.device))
@@ -62,22 +68,32 @@ class Inputs:
         """Uninitialised float32 buffer."""
         return torch.empty(sizes, dtype=torch.float32, device=self.query.device)
 
-    def arguments(self, tile: TileConfig) -> dict[str, Any]:
-        """What every attention kernel takes: pointers, strides (0 along broadcast axes), sizes, scalars, flags and blocks."""
+    def score_arguments(self, tile: TileConfig) -> dict[str, Any]:
+        """What every kernel takes: pointers, strides (0 along broadcast axes), sizes, scalars, flags and blocks of the scores."""
         t = self.problem
         pad = None if self.key_padding_mask is None else self.key_padding_mask.view(torch.uint8)
-        threshold = int(t.dropout_p * 2**32)
         return dict(
-            q_ptr=self.query, k_ptr=self.key, v_ptr=self.value, mask_ptr=self.mask, alpha_ptr=self.alpha, pad_ptr=pad, seed_ptr=self.seed,
-            **strides("q", "bhmd", self.query), **strides("k", "bhnd", self.key), **strides("v", "bhnd", self.value),
+            q_ptr=self.query, k_ptr=self.key, mask_ptr=self.mask, alpha_ptr=self.alpha, pad_ptr=pad,
+            **strides("q", "bhmd", self.query), **strides("k", "bhnd", self.key),
             **strides("m", "bhmn", self.mask), **strides("a", "h", self.alpha), **strides("p", "bn", pad),
-            H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale,
-            drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # the bits of a uint32 in an int32
-            keep_scale=1.0 / (1.0 - t.dropout_p),
-            GROUP=t.H // t.Hkv, D=t.D, DV=t.Dv,
-            HAS_MASK=self.mask is not None, HAS_PADDING=pad is not None, HAS_DROPOUT=self.seed is not None, ALLOW_TF32=t.allow_tf32,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D), BLOCK_DV=configs.block_of(t.Dv),
+            H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
+            HAS_MASK=self.mask is not None, HAS_PADDING=pad is not None, ALLOW_TF32=t.allow_tf32,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
         )  # fmt: skip
+
+    def arguments(self, tile: TileConfig) -> dict[str, Any]:
+        """Those, and value and dropout: what every attention kernel takes."""
+        t = self.problem
+        threshold = int(t.dropout_p * 2**32)
+        return self.score_arguments(tile) | strides("v", "bhnd", self.value) | dict(
+            v_ptr=self.value, seed_ptr=self.seed, HAS_DROPOUT=self.seed is not None,
+            drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # the bits of a uint32 in an int32
+            keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=configs.block_of(t.Dv),
+        )  # fmt: skip
+
+    def gradient_arguments(self, tile: TileConfig, dout: Tensor, rows: Tensor) -> dict[str, Any]:
+        """Those, and the gradient that comes in: what every pass of backward takes. dout: for an attention map (B, 1, Nq, Nk)."""
+        return self.arguments(tile) | strides("do", "bhmd", dout) | dict(do_ptr=dout, weights_ptr=self.head_weights, rows_ptr=rows)
 
 
 def strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:

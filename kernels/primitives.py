@@ -47,6 +47,26 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
 
 
 @triton.jit
+def store_mask_tile(dmask_ptr, dm, mask_bh, offs_m, offs_n, Nq, Nk, SHARED_M: tl.constexpr):
+    """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis."""
+    if SHARED_M:
+        tl.store(dmask_ptr + mask_bh * Nk + offs_n, tl.sum(dm, 0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+    else:
+        store_tile(dmask_ptr + mask_bh * Nq * Nk, dm, offs_m, offs_n, Nk, offs_m < Nq, offs_n < Nk)
+
+
+@triton.jit
+def query_program(H, Nq, BLOCK_M: tl.constexpr):
+    """Of one program per (batch, query block, head): h, the number and rows of its query block, b, and b * H + h."""
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    m_block = pid // H % m_blocks
+    b = (pid // H // m_blocks).to(tl.int64)
+    return h, m_block, m_block * BLOCK_M + tl.arange(0, BLOCK_M), b, b * H + h
+
+
+@triton.jit
 def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
     """[BLOCK_N]: the key lies before `end` and is not padding."""
     live = offs_n < end
@@ -56,10 +76,16 @@ def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok, HAS_MASK: tl.constexpr):
-    """Tile of M in float32, whatever its dtype; 0 where not ok, and the scalar 0 without a mask."""
+def load_mask(
+    mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr
+):  # fmt: skip
+    """Tile of M in float32, whatever its dtype; 0 past the ends and where the key is not live, and the scalar 0 without a mask.
+
+    Padding is selected out of what was loaded: a load that skips keys in the middle is one of single elements.
+    """
     if HAS_MASK:
-        return load_tile(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok).to(tl.float32)
+        m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, rows < n_rows, cols < n_cols).to(tl.float32)
+        return tl.where(live, m, 0.0) if HAS_PADDING else m
     else:
         return 0.0
 
@@ -83,10 +109,26 @@ def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def nan_if_infinite(lse_log2):
+    """A row's lse, to rebuild P from: a score of +inf makes all the row NaN, as in plain torch, where exp(S - L) would be 0."""
+    return tl.where(lse_log2 == float("inf"), float("nan"), lse_log2)
+
+
+@triton.jit
+def probabilities(
+    q, k, m, live, lse, scale, alpha, HAS_MASK: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """P = exp(S - L) of a query and a key block, reference.py (2): exactly 0 where the key is not live, dead rows (lse = -inf) included."""
+    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
+    return tl.where(live[None, :], tl.exp2(s - nan_if_infinite(lse * LOG2E)[:, None]), 0.0)
+
+
+@triton.jit
 def softmax_step(s, m_i, l_i):
     """One step of the online softmax, reference.py (2): p [BLOCK_M, BLOCK_N], the factor for what is already summed, m_i and l_i."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
-    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    m_finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
     rescale = tl.exp2(m_i - m_finite)
     p = tl.exp2(s - m_finite[:, None])
     return p, rescale, m_new, l_i * rescale + tl.sum(p, 1)
@@ -99,11 +141,11 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
     keep_scale is 1/(1-p) of dropout. It comes here, in float32: on P it would add a rounding to 16 bits that dP in backward has not, and
     delta would no longer cancel dP where few keys are left.
     l_i is 0 in a row without any live key: its output is 0 and its logsumexp -inf. A row whose live scores are
-    all -inf (m_i = -inf, l_i > 0) is NaN, with logsumexp -inf, as it is in plain torch.
+    all -inf (m_i = -inf, l_i > 0) is NaN, with logsumexp -inf, as it is in plain torch; so is one with a score of +inf, its logsumexp +inf.
     """
     dead = l_i == 0.0
     lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
-    l_i = tl.where((m_i == float("-inf")) & (l_i > 0.0), float("nan"), l_i)
+    l_i = tl.where((tl.abs(m_i) == float("inf")) & (l_i > 0.0), float("nan"), l_i)
     out = tl.where(dead[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
     return out, tl.where(dead, 0.0, mbar / l_i), lse
 
@@ -112,33 +154,37 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
 def attend(
     q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
-    offs_m, bh, lo, hi, Nq, scale, drop_threshold,
+    offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     ALLOW_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
+    """Attention of one query block to the keys lo..hi, by the online softmax: acc, lost [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
 
-    acc and mbar are not yet divided by l_i, nor acc by 1-p of dropout; m_i is in base 2. Where every live score is -inf, l_i says 1, and
-    where no key is live, 0.
+    lo..hi are whole blocks, or end at Nk: an index that the compiler knows to start at multiples of a block is loaded in wide words.
+    lost is what acc lacks because P was rounded to 16 bits: backward takes delta from P in float32, and between the two nothing may be
+    missing. It is a sum of its own, 0 unless SAVE_OUT: the bits of acc must not depend on whether it was asked for.
+    A value without columns, DV = 0, leaves the rows alone: the softmax of an attention map.
+    acc, lost and mbar are not yet divided by l_i, nor the first two by 1-p of dropout; m_i is in base 2. Where every live score is -inf,
+    l_i says 1, and where no key is live, 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    row_ok = offs_m < Nq
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if SAVE_OUT else 0.0
     any_live = tl.zeros([BLOCK_N], tl.int32)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr, offs_n, hi, stride_pn, HAS_PADDING)
+        live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
         k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, row_ok, live, HAS_MASK)
+        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
         s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
@@ -146,13 +192,14 @@ def attend(
         if HAS_DROPOUT:
             keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
             p = tl.where(keep, p, 0.0)
-        v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-        p_rounded = p.to(v.dtype)
-        acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
-        if SAVE_OUT:  # backward takes delta from this output and P in float32: what 16 bits left of P must not be lost between the two
-            acc = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, acc, ALLOW_TF32)
+        if DV > 0:
+            v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+            p_rounded = p.to(v.dtype)
+            acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
+            if SAVE_OUT:
+                lost = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, lost * rescale[:, None], ALLOW_TF32)
     l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
-    return acc, mbar, m_i, l_i
+    return acc, lost, mbar, m_i, l_i
 
 
 @triton.jit
@@ -173,18 +220,62 @@ def load_queries(q_ptr, do_ptr, rows_ptr, offs_m, offs_d, offs_dv, stride_qm, st
 
 
 @triton.jit
+def load_map_gradient(dmap_ptr, weights_ptr, h, rows, cols, stride_row, stride_col, row_ok, col_ok, DV: tl.constexpr):
+    """dP of an attention map, w_h dA, reference.py (10), for a tile; None where there is a value, through which dP comes instead."""
+    if DV == 0:
+        return tl.load(weights_ptr + h) * load_tile(dmap_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok)
+    else:
+        return None
+
+
+@triton.jit
+def score_gradient(
+    a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
+    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """P where kept, without the 1/(1-p), and dS [ROWS, COLS] of a query and a key block, reference.py (6), queries along either axis.
+
+    a, b are Q, K and c, d are dO, V, or the other way round. dp: None, then c d^T. live, lse, delta and the indices of queries, i, and of
+    keys, j: shaped to broadcast.
+    """
+    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, HAS_MASK)
+    if dp is None:
+        dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
+    p = tl.exp2(s - lse_log2)
+    p_kept = p
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
+        p_kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p_kept, p * (dp - delta)
+
+
+@triton.jit
+def store_dalpha(ptr, ds, m, mbar_ptr, offs_m, row_ok):
+    """Store a tile's share of dalpha, reference.py (8). mbar_ptr: of this (batch, head)."""
+    mbar = tl.load(mbar_ptr + offs_m, mask=row_ok, other=0.0)
+    tl.store(ptr, tl.sum(tl.sum(ds * (m - mbar[:, None]), 1), 0))
+
+
+@triton.jit
+def store_key_gradients(
+    dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Store the finished dK and dV of a key block, reference.py (7), bg = b * Hkv + g.
+
+    A padded key's gradient is exactly 0 even where a NaN elsewhere in the row made P NaN.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    if NEED_DK:
+        store_tile(dk_ptr + bg * Nk * D, tl.where(live[:, None], dk * scale, 0.0), offs_n, offs_d, D, offs_n < Nk, offs_d < D)
+    if NEED_DV:
+        store_tile(dv_ptr + bg * Nk * DV, tl.where(live[:, None], dv * keep_scale, 0.0), offs_n, offs_dv, DV, offs_n < Nk, offs_dv < DV)
+
+
+@triton.jit
 def dropout_keep(seed, i, j, bh, threshold):
     """Word 0 of Philox4x32-10 under key `seed` and counter (j, i, bh, 0) is at least `threshold`: the weight is kept."""
     word, _, _, _ = tl.philox(seed, j, i, bh, 0)
     return word >= threshold.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def gradient_tile(s, dp, lse_log2, delta, keep, keep_scale, HAS_DROPOUT: tl.constexpr):
-    """P where kept, without the 1/(1-p), and dS of a tile, from its scores and dO V^T, reference.py (6). lse, delta shaped to broadcast."""
-    p = tl.exp2(s - lse_log2)
-    p_kept = p
-    if HAS_DROPOUT:
-        p_kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p_kept, p * (dp - delta)

@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 
+from . import nn
 from .attention import attention_map, soft_masked_attention
 from .backends import backends
 
-__all__ = ["attention_map", "backends", "soft_masked_attention", "__version__"]
+__all__ = ["attention_map", "backends", "nn", "soft_masked_attention", "__version__"]
 __version__ = version("smattn")

@@ -7,8 +7,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import AttentionMap, SoftMaskedAttention, what_backward_reads
-from .problem import acc_dtype, validate
+from . import ops
+from .autograd import AttentionMap, SoftMaskedAttention, call, what_backward_reads
+from .backends import resolve
+from .problem import acc_dtype, describe, validate
 
 
 @overload
@@ -54,9 +56,9 @@ def soft_masked_attention(
             dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask has an expanded one.
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
         alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when mask is.
-            Pass a tensor for what changes: torch.compile makes a new graph for each float.
+            Pass a tensor for what changes: torch.compile makes a new graph for each float, here and in scale and dropout_p.
         mask_logits: reserved for M = sigmoid(mask_logits); not supported yet.
-        scale: factor on Q K^T, 1/sqrt(D) unless given.
+        scale: factor on Q K^T, 1/sqrt(D) unless given. A score past 2.3e38 (1.2e308 in float64) may count as infinite: kept in base 2.
         dropout_p: probability, in [0, 1), of dropping an attention weight; the others are scaled by 1/(1 - dropout_p).
         key_padding_mask: bool (B, Nk), True = padding, not attended (nn.MultiheadAttention's convention). Padded keys may hold NaN;
             a query with no key left gives zeros, lse = -inf and zero gradients.
@@ -65,8 +67,7 @@ def soft_masked_attention(
         backend: "triton", "cuda", "cpu" or "reference", used or refused, never replaced; None takes the best that can run the call.
 
     Returns:
-        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, differentiable, float32 (float64 for
-        float64 inputs).
+        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq), natural logarithm, differentiable, in float32 or float64.
         Under autocast q, k, v that are floating and not float64 are cast to the autocast dtype, the output's dtype; mask and alpha are not.
 
     Raises:
@@ -75,17 +76,17 @@ def soft_masked_attention(
 
     Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
     """
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    query, key, value = _autocast(query, key, value)
     validate(
         query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
-        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
+        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
     )  # fmt: skip
     alpha_h = _per_head(alpha, query)
-    out, lse = SoftMaskedAttention.apply(
-        query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
-        draw_seed(query.device) if dropout_p > 0 else None,
+    out, lse = call(
+        SoftMaskedAttention, query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
+        _seed(query, key, value, mask, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
-        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "",
+        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "", op=ops.forward,
     )[:2]  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -119,16 +120,16 @@ def attention_map(
     Raises:
         TypeError, ValueError, NotImplementedError: as soft_masked_attention.
     """
-    query, key = _autocast(query), _autocast(key)
+    query, key = _autocast(query, key)
     validate(
         query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
-        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend,
+        key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend, is_map=True,
     )  # fmt: skip
     H = query.shape[1]
     weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
-    result: Tensor = AttentionMap.apply(
-        query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
-        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "",
+    result: Tensor = call(
+        AttentionMap, query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
+        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "", op=ops.attention_map,
     )[0]  # fmt: skip
     return result
 
@@ -138,12 +139,25 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        device_type = tensor.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            return tensor.to(torch.get_autocast_dtype(device_type))
-    return tensor
+def _seed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, dropout_p: float, backend: str | None
+) -> Tensor:  # fmt: skip
+    """draw_seed, but a backend that was named and cannot run the call refuses before the generator has moved."""
+    if backend and not torch.compiler.is_compiling():
+        resolve(describe(query, key, value, _four_axes(mask), None, key_padding_mask, 1.0, float(dropout_p), False), backend, "forward")
+    return draw_seed(query.device)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the autocast dtype of the first one's device, where autocast is on; anything that it does not cast as it is."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
+    if not kind or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind else t
+        for t in tensors
+    )
 
 
 def _four_axes(mask: Tensor | None) -> Tensor | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from .problem import Problem
+
+_import = cache(importlib.import_module)  # which takes microseconds to find what it has imported before
 
 
 class Status(NamedTuple):
@@ -33,7 +35,7 @@ class Backend:
     default_on: tuple[str, ...]  # device types on which backend=None considers it
 
     def load(self) -> ModuleType:
-        return importlib.import_module(self.module)
+        return _import(self.module)
 
     def unsupported_reasons(self, problem: Problem, operation: str) -> list[str]:
         """Why this backend cannot run `operation` ("forward" or "attention_map") on such a call; empty when it can."""

@@ -1,4 +1,7 @@
-"""The compiled extension smattn/_C.so: loaded at first use, and when it is absent, why and how to build it."""
+"""The compiled extension smattn/_C.so and backend="cpu", its C++ kernels: loaded at first use, and when absent, why and how to build it.
+
+Tensors are canonical (see smattn/ops.py).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .problem import Problem
 
+Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
+LARGEST_HEAD = 256
 LIBRARY = Path(__file__).with_name("_C.so")
 
 
@@ -23,7 +29,105 @@ def reasons() -> list[str]:
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why the native kernels cannot run this call; empty when they can."""
-    return reasons()
+    why = reasons()
+    if max(problem.D, problem.Dv) > LARGEST_HEAD:
+        why.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
+    if problem.mask_is_logits:
+        why.append("mask_logits is not supported yet")
+    return why
+
+
+def forward(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    *,
+    save_out: bool,
+    save_mbar: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(1)-(4): out (B, H, Nq, Dv), lse (B, H, Nq), the unrounded out if asked for, mbar (B, H, Nq) if asked for."""
+    out = query.new_empty((problem.B, problem.H, problem.Nq, problem.Dv))
+    lse = query.new_empty(out.shape[:3], dtype=problem.acc_dtype)
+    out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and lse.dtype != out.dtype else None
+    mbar = torch.empty_like(lse) if save_mbar and mask is not None else None
+    inputs = (query, key, value, mask, alpha, key_padding_mask, seed, problem.scale, problem.dropout_p)
+    torch.ops.smattn_native.forward(*inputs, out, lse, out_acc, mbar)
+    return out, lse, lse.new_empty(0) if out_acc is None else out_acc, lse.new_empty(0) if mbar is None else mbar
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor,
+    mbar: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed.
+
+    out: unrounded; without it delta is summed as P*dP.
+    """
+    grads = _gradients((query, key, value, mask, alpha), needs)
+    dlse = None if dlse is None else dlse.contiguous()
+    rows = (out, lse.contiguous(), mbar.contiguous() if needs[4] else None)
+    inputs = (dout, dlse, query, key, value, mask, alpha, key_padding_mask, seed, *rows, problem.scale, problem.dropout_p)
+    torch.ops.smattn_native.backward(*inputs, *grads)
+    return grads
+
+
+def attention_map(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype; head_weights (H,) in that dtype."""
+    amap = query.new_empty((problem.B, problem.Nq, problem.Nk), dtype=problem.acc_dtype)
+    lse = query.new_empty((problem.B, problem.H, problem.Nq), dtype=problem.acc_dtype)
+    inputs = (query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, problem.scale)
+    torch.ops.smattn_native.attention_map(*inputs, amap, lse)
+    return amap, lse
+
+
+def attention_map_backward(
+    problem: Problem,
+    dmap: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    head_weights: Tensor,
+    key_padding_mask: Tensor | None,
+    lse: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
+    grads = _gradients((query, key, mask, alpha, head_weights), needs)
+    inputs = (query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, lse.contiguous(), problem.scale)
+    torch.ops.smattn_native.attention_map_backward(dmap[:, None], *inputs, *grads)
+    return grads
+
+
+def _gradients(inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> Grads:
+    """Uninitialised, contiguous, None where not needed."""
+    a, b, c, d, e = (x.new_empty(x.shape) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True))
+    return a, b, c, d, e
 
 
 @functools.cache

@@ -3,36 +3,37 @@
 `backend` is "" for the best one on the tensors' device, so a compiled or exported program moved to another device calls what
 that device has.
 Outputs that were not asked for are empty tensors of shape (0,). Tensors are canonical: mask 4-D, alpha (H,) in the accumulation dtype.
+out_acc, the unrounded out, is (B, H, 0, Dv) where it would take too much memory; as backward's `out` that asks for delta without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .problem import acc_dtype, describe
+from .problem import acc_dtype, describe, queries_kept_unrounded
 
 _CALL = "Tensor? mask, Tensor? mask_logits, Tensor? alpha"
-_library = torch.library.Library("smattn", "DEF")
-_library.define(
+library = torch.library.Library("smattn", "DEF")
+library.define(
     f"forward(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, "
     "bool allow_tf32, bool save_out, bool save_mbar, str backend) -> (Tensor out, Tensor lse, Tensor out_acc, Tensor mbar)"
 )
-_library.define(
+library.define(
     f"backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? key_padding_mask, Tensor? seed, "
     "Tensor out, Tensor lse, Tensor mbar, float scale, float dropout_p, bool allow_tf32, bool[] needs, str backend) "
     "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dalpha)"
 )
-_library.define(
+library.define(
     f"attention_map(Tensor query, Tensor key, {_CALL}, Tensor head_weights, Tensor? key_padding_mask, float scale, bool allow_tf32, "
     "str backend) -> (Tensor map, Tensor lse)"
 )
-_library.define(
+library.define(
     f"attention_map_backward(Tensor dmap, Tensor query, Tensor key, {_CALL}, Tensor head_weights, Tensor? key_padding_mask, Tensor lse, "
     "float scale, bool allow_tf32, bool[] needs, str backend) "
     "-> (Tensor dquery, Tensor dkey, Tensor dmask, Tensor dalpha, Tensor dhead_weights)"
@@ -40,14 +41,13 @@ _library.define(
 
 
 @contextmanager
-def _inside_an_op(device: torch.device) -> Iterator[None]:
-    """Below autograd and autocast, with the tensors' device current."""
-    with torch._C._AutoDispatchBelowAutograd(), torch.autocast(device.type, enabled=False):
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                yield
-        else:
-            yield
+def inside_an_op(device: torch.device) -> Iterator[None]:
+    """Without autocast, with the tensors' device current. Below autograd it is already: see the autograd kernels in autograd.py."""
+    with (
+        torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext(),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield
 
 
 def _forward(
@@ -69,8 +69,13 @@ def _forward(
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "forward")
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
-    with _inside_an_op(query.device):
-        return chosen.forward(problem, *inputs, save_out=save_out, save_mbar=save_mbar)
+    rounded = save_out and problem.acc_dtype != problem.dtype
+    kept = queries_kept_unrounded(problem) if rounded else 0
+    with inside_an_op(query.device):
+        out, lse, out_acc, mbar = chosen.forward(problem, *inputs, save_out=kept > 0, save_mbar=save_mbar)
+    if rounded and not kept:
+        out_acc = out_acc.new_empty((*out.shape[:2], 0, out.shape[3]))
+    return out, lse, out_acc, mbar
 
 
 def _forward_fake(
@@ -91,7 +96,11 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     acc, rows = acc_dtype(query.dtype), query.shape[:3]
     out = query.new_empty((*rows, value.shape[3]))
-    out_acc = query.new_empty(out.shape if save_out and acc != query.dtype else (0,), dtype=acc)
+    kept: tuple[int, ...] = (0,)
+    if save_out and acc != query.dtype:
+        problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
+        kept = (*rows[:2], queries_kept_unrounded(problem), value.shape[3])
+    out_acc = query.new_empty(kept, dtype=acc)
     mbar = query.new_empty(rows if save_mbar and alpha is not None else (0,), dtype=acc)
     return out, query.new_empty(rows, dtype=acc), out_acc, mbar
 
@@ -119,8 +128,9 @@ def _backward(
     problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
     chosen = backends.resolve(problem, backend, "backward")
     inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
-    with _inside_an_op(query.device):
-        return _or_empty(chosen.backward(problem, dout, dlse, *inputs, out, lse, mbar, tuple(needs)), query)
+    with inside_an_op(query.device):
+        unrounded = out if out.shape[2] == problem.Nq else None
+        return _or_empty(chosen.backward(problem, dout, dlse, *inputs, unrounded, lse, mbar, tuple(needs)), query)
 
 
 def _backward_fake(
@@ -152,7 +162,7 @@ def _attention_map(
 ) -> tuple[Tensor, Tensor]:
     problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
     chosen = backends.resolve(problem, backend, "attention_map")
-    with _inside_an_op(query.device):
+    with inside_an_op(query.device):
         return chosen.attention_map(problem, query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
 
 
@@ -179,7 +189,7 @@ def _attention_map_backward(
     problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
     chosen = backends.resolve(problem, backend, "attention_map_backward")
     inputs = (query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
-    with _inside_an_op(query.device):
+    with inside_an_op(query.device):
         return _or_empty(chosen.attention_map_backward(problem, dmap, *inputs, lse, tuple(needs)), query)
 
 
@@ -222,8 +232,8 @@ for _name, _implementation, _fake in (
     ("attention_map_backward", _attention_map_backward, _attention_map_backward_fake),
 ):
     for _device_key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _device_key)
-    torch.library.register_fake(f"smattn::{_name}", _fake, lib=_library)
+        library.impl(_name, _implementation, _device_key)
+    torch.library.register_fake(f"smattn::{_name}", _fake, lib=library)
 
 forward = torch.ops.smattn.forward.default
 backward = torch.ops.smattn.backward.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -41,6 +42,26 @@ class Problem:
     @property
     def acc_dtype(self) -> torch.dtype:
         return acc_dtype(self.dtype)
+
+    def bytes_of_inputs(self) -> int:
+        """Query, key, value, mask, the output and its gradient: what backward's buffers are measured against."""
+        rows = self.H * self.Nq * (self.D + 2 * self.Dv) + self.Hkv * self.Nk * (self.D + self.Dv)
+        mask = 0 if self.mask_shape is None or self.mask_dtype is None else math.prod(self.mask_shape) * self.mask_dtype.itemsize
+        return self.B * rows * self.dtype.itemsize + mask
+
+    def bytes_kept(self) -> int:
+        """What forward leaves to backward, where it keeps the unrounded output, and 8 bytes a query and head more: backward's own rows."""
+        return 4 * self.B * self.H * self.Nq * (4 + (self.Dv if self.acc_dtype != self.dtype else 0))
+
+
+def queries_kept_unrounded(problem: Problem) -> int:
+    """How many queries' outputs forward also leaves unrounded where `out` is rounded: all, or none where those would be too large.
+
+    All where a quarter of the inputs and 4 MiB hold them; else backward sums delta as P*dP, (5). Written without a comparison, which for
+    symbolic sizes would be a guard, and that would forbid torch.export its dynamic lengths; torch.compile makes one graph for each case.
+    """
+    t = problem
+    return t.Nq * torch.sym_min(1, (t.bytes_of_inputs() // 4 + (4 << 20)) // torch.sym_max(1, t.bytes_kept()))
 
 
 def describe(
@@ -91,13 +112,18 @@ def validate(
     dropout_p: float = 0.0,
     key_padding_mask: Tensor | None,
     enable_gqa: bool,
+    return_lse: bool = False,
     backend: str | None,
+    is_map: bool = False,
 ) -> None:
     """Refuse a call that is not well formed, naming the argument, what was expected and what came.
 
     Raises TypeError for a wrong type, ValueError for anything else, NotImplementedError for mask_logits.
     """
-    _check_qkv(query, key, value, enable_gqa)
+    for name, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            _wrong_type(name, "a bool", flag)
+    _check_qkv(query, key, value, enable_gqa, is_map)
     B, H, Nq, _ = query.shape
     Nk = key.shape[2]
     if mask_logits is not None:
@@ -117,6 +143,7 @@ def validate(
             _refuse("key_padding_mask", f"shape (B, Nk) = ({B}, {Nk})", _shape(key_padding_mask))
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt))):
         _wrong_type("scale", "a float or None", scale)
+    _check_range("scale", scale, query)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float, torch.SymFloat, torch.SymInt)):
         _wrong_type("dropout_p", "a float", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
@@ -125,12 +152,12 @@ def validate(
         _refuse("backend", f"None or one of {BACKENDS}", repr(backend))
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
-    tensors = {"query": (query, "(B, H, Nq, D)"), "key": (key, "(B, Hkv, Nk, D)")}
-    if value is not None:
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool, is_map: bool) -> None:
+    tensors: dict[str, tuple[Tensor | None, str]] = {"query": (query, "(B, H, Nq, D)"), "key": (key, "(B, Hkv, Nk, D)")}
+    if not is_map:
         tensors["value"] = (value, "(B, Hkv, Nk, Dv)")
-    for name, (tensor, form) in tensors.items():
-        _check_tensor(name, tensor, query)
+    for name, (given, form) in tensors.items():
+        tensor = _check_tensor(name, given, query)
         if tensor.dim() != 4:
             _refuse(name, f"a 4-D tensor {form}", f"shape {_shape(tensor)}")
         if tensor.dtype not in DTYPES:
@@ -175,13 +202,24 @@ def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor
             _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
     elif isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
         _wrong_type("alpha", "a float or a tensor", alpha)
+    else:
+        _check_range("alpha", alpha, query)
 
 
-def _check_tensor(name: str, tensor: Any, query: Tensor) -> None:
+def _check_range(name: str, number: float | None, query: Tensor) -> None:
+    acc = acc_dtype(query.dtype)
+    if number is not None and abs(number) > torch.finfo(acc).max:
+        _refuse(name, f"a number that {acc} can hold", str(number))
+
+
+def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         _wrong_type(name, "a torch.Tensor", tensor)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        _refuse(name, "a dense tensor", "a nested one" if tensor.is_nested else str(tensor.layout))
     if tensor.device != query.device:
         _refuse(name, f"query's device {query.device}", str(tensor.device))
+    return tensor
 
 
 def _check_floating(name: str, tensor: Any, query: Tensor) -> None:

@@ -92,7 +92,7 @@ def backward(
     alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     mbar: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
@@ -109,8 +109,9 @@ def backward(
         dp, weights = dp * keep, weights * keep
     delta = (t.p * dp).sum(-1) - dl  # (5), summed as P*dP
     ds = _at_attended(t.p * (dp - delta[..., None]), key_padding_mask)  # (6)
-    dvalue = to_kv_heads(weights.mT @ do, problem).to(problem.dtype) if needs[2] else None  # (7)
-    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, dl, mask, (needs[0], needs[1], needs[3], needs[4]))
+    # selected out again: a NaN in dout times a weight of 0 is NaN
+    dvalue = attended(to_kv_heads(weights.mT @ do, problem), key_padding_mask).to(problem.dtype) if needs[2] else None  # (7)
+    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, dl, mask, key_padding_mask, (needs[0], needs[1], needs[3], needs[4]))
     return dquery, dkey, dvalue, dmask, dalpha
 
 
@@ -147,7 +148,7 @@ def attention_map_backward(
         da = da.masked_fill(key_padding_mask[:, None, None, :], 0)
     eta = (da * t.p).sum(-1)
     ds = _at_attended(head_weights[:, None, None] * t.p * (da - eta[..., None]), key_padding_mask)
-    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, torch.zeros_like(eta), mask, needs[:4])
+    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, torch.zeros_like(eta), mask, key_padding_mask, needs[:4])
     return dquery, dkey, dmask, dalpha, eta.sum((0, 2)) if needs[4] else None
 
 
@@ -178,11 +179,17 @@ def softmax(
 
 
 def score_gradients(
-    problem: Problem, t: Scores, ds: Tensor, dl: Tensor, mask: Tensor | None, needs: tuple[bool, bool, bool, bool]
+    problem: Problem,
+    t: Scores,
+    ds: Tensor,
+    dl: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha."""
     dquery = ((ds @ t.key) * problem.scale).to(problem.dtype) if needs[0] else None
-    dkey = to_kv_heads((ds.mT @ t.query) * problem.scale, problem).to(problem.dtype) if needs[1] else None
+    dkey = attended(to_kv_heads((ds.mT @ t.query) * problem.scale, problem), key_padding_mask).to(problem.dtype) if needs[1] else None
     dmask = dalpha = None
     if mask is not None and t.mask is not None and t.alpha is not None:
         if needs[2]:

@@ -28,12 +28,13 @@ class Expected(NamedTuple):
 # Device -> backends that must run there: one that is missing, or that runs and is not listed, makes the suite red. Not one is skipped.
 TABLE = {
     "cpu": {
+        "cpu": Expected(ALL_DTYPES, attention_map=True, fused=True),
         "reference": Expected(ALL_DTYPES, attention_map=True, fused=False),
-        "triton": Expected(HALF_AND_SINGLE, attention_map=False, fused=True),  # interpreted
+        "triton": Expected(HALF_AND_SINGLE, attention_map=True, fused=True),  # interpreted
     },
     "cuda": {
         "reference": Expected(ALL_DTYPES, attention_map=True, fused=False),
-        "triton": Expected(HALF_AND_SINGLE, attention_map=False, fused=True),
+        "triton": Expected(HALF_AND_SINGLE, attention_map=True, fused=True),
     },
 }
 if native_cuda.LIBRARY.exists():  # built only where asked for; on the CPU the same kernels are tried by test_cuda_emulated.py

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ from smattn.testing import Case, plain, run
 
 @dataclass(frozen=True)
 class Call:
-    """A forward and backward of soft_masked_attention: sizes, dtype name, the gradients wanted, and how the mask lies in memory."""
+    """A forward and backward, of soft_masked_attention or of its map: sizes, dtype name, the gradients wanted, how the mask lies in memory.
+
+    Hkv: H unless given. mask: which of M's axes (batch, head, query) it has, the others being of size 1; None: no mask.
+    threads: of the CPU, None: torch's choice.
+    """
 
     B: int
     H: int
@@ -29,24 +33,34 @@ class Call:
     needs: tuple[str, ...] = ("query", "key", "value", "mask", "alpha")
     layout: str = "contiguous"
     options: bool = False  # dropout, padding and a gradient of lse
+    Hkv: int | None = None
+    mask: tuple[bool, bool, bool] | None = (True, False, True)
+    threads: int | None = None
+    as_map: bool = False
 
     def case(self, device: str = "cpu") -> Case:
         """Zeros, never written where the system commits memory lazily."""
-        dtype = getattr(torch, self.dtype)
+        dtype, Hkv = getattr(torch, self.dtype), self.Hkv or self.H
 
         def zeros(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
 
+        mask = None
+        if self.mask is not None:
+            B, H, Nq = (n if has else 1 for n, has in zip((self.B, self.H, self.Nq), self.mask, strict=True))
+            mask = zeros(B, H, Nq, self.Nk) if H > 1 else laid_out(zeros, (B, Nq, self.Nk), self.layout)
         return Case(
             query=zeros(self.B, self.H, self.Nq, self.D),
-            key=zeros(self.B, self.H, self.Nk, self.D),
-            value=zeros(self.B, self.H, self.Nk, self.D),
-            mask=laid_out(zeros, (self.B, self.Nq, self.Nk), self.layout),
-            alpha=zeros(self.H, dtype=torch.float32),
-            dout=zeros(self.B, self.H, self.Nq, self.D),
+            key=zeros(self.B, Hkv, self.Nk, self.D),
+            value=zeros(self.B, Hkv, self.Nk, self.D),
+            mask=mask,
+            alpha=None if mask is None else zeros(self.H, dtype=torch.float32),
+            dout=zeros(self.B, self.Nq, self.Nk, dtype=torch.float32) if self.as_map else zeros(self.B, self.H, self.Nq, self.D),
+            head_weights=zeros(self.H, dtype=torch.float32) if self.as_map else None,
             dlse=zeros(self.B, self.H, self.Nq, dtype=torch.float32) if self.options else None,
             dropout_p=0.1 if self.options else 0.0,
             key_padding_mask=zeros(self.B, self.Nk, dtype=torch.bool) if self.options else None,
+            enable_gqa=Hkv != self.H,
         )
 
     def ceiling(self, results: dict[str, torch.Tensor]) -> float:
@@ -106,11 +120,15 @@ def peak_allocated(function: Callable[[], Any]) -> tuple[int, Any]:
 def launches_recorded(arch: int):
     """Triton kernels of this chip's tiles are recorded and not run: what remains is what the launchers allocate, at any size.
 
-    Their buffers stay alive as recorded arguments, so the peak is an upper bound. Registers and shared memory are not in it.
+    No arguments are kept: the buffers among them are freed where the launchers free them. Registers and shared memory are not in it.
     """
     from smattn.kernels import launch
 
-    recorder = launch.Recorder(arch)
+    class Kernels(list):
+        def append(self, launched):
+            super().append(launched[:1])
+
+    recorder = launch.Recorder(arch, Kernels())
     launch.record(recorder)
     try:
         yield recorder
@@ -155,7 +173,9 @@ def main(fields: str, backend: str) -> None:
     def compute(call: Call, case: Case) -> dict[str, torch.Tensor]:
         return run_plainly(case, call.needs) if backend == "plain" else run(case, backend, call.needs)
 
-    warm_up = Call(call.B, call.H, 4, 64, call.D, call.dtype, tuple(call.needs), call.layout, call.options)
+    if call.threads is not None:
+        torch.set_num_threads(call.threads)
+    warm_up = replace(call, Nq=4, Nk=64)
     compute(warm_up, warm_up.case())
     case = call.case()
     for tensor in (*case.inputs().values(), case.dout):

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +18,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+import brgemm  # noqa: E402
 import harness  # noqa: E402
+import job as bench_job  # noqa: E402
 import measure  # noqa: E402
+import nk_sweep  # noqa: E402
 import peers  # noqa: E402
 import readme_figures  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
-import run as bench_run  # noqa: E402
 import validate  # noqa: E402
 
 from smattn.testing import WORKLOADS, Workload, errors  # noqa: E402
@@ -59,10 +63,22 @@ def test_contestants_are_called_in_turn_until_their_budget_is_used():
 
     samples = harness.time_interleaved({"slow": call("slow", 0.02), "fast": call("fast", 0.005)}, "cpu", 0.1)
     both = min(len(samples["slow"]), len(samples["fast"]))
-    assert order[: 2 * both] == ["slow", "fast"] * both
-    assert set(order[2 * both :]) <= {"fast"}
-    assert len(samples["slow"]) >= harness.SLOW_REPS and sum(samples["fast"]) >= 100
+    assert order[: 4 * both] == ["slow", "slow", "fast", "fast"] * both  # each with the caches that its own call left
+    assert set(order[4 * both :]) <= {"fast"}
+    assert len(samples["slow"]) >= harness.SLOW_REPS and sum(samples["fast"]) >= 50
     assert min(samples["slow"]) >= 20 and 5 <= min(samples["fast"]) < 20
+
+
+def test_a_timed_call_follows_others_of_its_own_for_some_milliseconds():
+    began: list[float] = []
+
+    def quick():
+        began.append(time.perf_counter())
+        time.sleep(0.001)
+
+    samples = harness.time_interleaved({"quick": quick}, "cpu", 0.1)["quick"]
+    assert len(began) > 2 * len(samples) and max(samples) < harness.WARM_MS
+    assert 0.1 <= time.perf_counter() - began[0] < 0.2, "the untimed calls are part of the budget"
 
 
 def test_a_slow_contestant_is_called_fewer_times_but_never_once():
@@ -92,6 +108,24 @@ def test_extra_memory_finds_scratch_that_is_freed_within_the_call(direction):
     assert -(2**20) < lean < 4 * 2**20
 
 
+def test_cold_caches_are_emptied_before_each_call_and_outside_its_time():
+    order: list[str] = []
+
+    def before():
+        order.append("flush")
+        time.sleep(0.02)
+
+    samples = harness.time_interleaved({"call": lambda: order.append("call")}, "cpu", 0.1, before)["call"]
+    assert order == ["flush", "call"] * len(samples)
+    assert harness.MIN_REPS <= len(samples) <= 6  # what emptying takes is part of the budget
+    assert max(samples) < 20
+
+
+def test_emptying_the_caches_reads_several_times_their_size():
+    assert 2**18 <= harness.largest_cache("cpu") <= 2**31
+    assert harness.cache_flush("cpu")().item() * 4 >= 4 * harness.largest_cache("cpu")
+
+
 def test_extra_memory_of_a_call_that_fails_is_an_error_not_a_number():
     with pytest.raises(RuntimeError, match="no such kernel"):
         harness.extra_bytes(peers.Contestant("broken", refuses), tiny())
@@ -115,8 +149,8 @@ def test_a_peer_is_at_most_fifteen_lines():
 
 
 @pytest.fixture(scope="module")
-def job() -> measure.Job:
-    job = measure.Job("cpu", 0.01, "python bench/run.py")
+def job() -> bench_job.Job:
+    job = bench_job.Job("cpu", 0.01, "python bench/run.py")
     validation = validate.validate("reference", TINY, "uniform", torch.float32, "cpu")
     job.validations["smattn/reference", TINY.name, "uniform", torch.float32] = validation
     broken = peers.Contestant("broken", refuses)
@@ -148,9 +182,78 @@ def test_too_large_a_shape_is_left_out_with_the_reason():
 
 
 def test_exactly_one_backend_of_smattn_is_the_default():
-    default = measure.default_backend(tiny())
-    assert default in measure.backends_to_time("cpu")
-    assert "triton" not in measure.backends_to_time("cpu")
+    default = bench_job.default_backend(tiny())
+    assert default in bench_job.available_backends("cpu")
+    assert "triton" not in bench_job.available_backends("cpu")
+
+
+def test_a_cell_with_cold_caches_has_a_second_row_for_every_contestant_that_ran(tmp_path):
+    job = bench_job.Job("cpu", 0.01, "python bench/run.py")
+    measure.measure(job, [replace(tiny(), also_cold=True)], [REFERENCE, EAGER, peers.Contestant("broken", refuses)])
+    timed = {(row.backend, row.cache) for row in job.rows if row.median_ms and row.workload == TINY.name}
+    assert timed == {(name, cache) for name in ("smattn/reference", "eager") for cache in (rows.WARM, rows.COLD)}
+    assert {row.cache for row in job.rows if row.backend == "broken"} == {rows.WARM}
+    assert all((row.extra_bytes is None) == (row.cache == rows.COLD) for row in job.rows if row.median_ms and row.workload == TINY.name)
+    rows.write(job.rows, tmp_path / "run.jsonl")
+    text = report.write_report(tmp_path / "run.jsonl").read_text()
+    assert text.count("hodor_infer float32 uniform, cold cache, forward+backward") == 1, "timed, but no second line on memory"
+
+
+@pytest.mark.skipif(len(peers.cpu_kernels()) < 2, reason="one set of CPU kernels, or none: nothing to force")
+def test_forced_cpu_kernels_are_validated_and_measured_under_their_name():
+    name = peers.cpu_kernels()[-1]
+    job = bench_job.Job("cpu", 0.01, "python bench/run.py", kernels=name)
+    try:
+        job.check(["cpu"], [tiny()])
+        measure.measure(job, [tiny()], [peers.ours("cpu", name), EAGER])
+    finally:
+        peers.select_cpu_kernels(peers.cpu_kernels()[0])
+    ours = job.rows[0]
+    assert (ours.backend, ours.default, ours.ours) == (f"smattn/cpu ({name})", True, True)
+    assert ours.errors is not None and ours.errors["backend"] == ours.backend
+    assert [duel.ours for duel in readme_figures.duels(job.rows).values()] == [ours]
+
+
+def test_the_sweep_over_keys_becomes_a_plot_a_report_and_a_line_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(nk_sweep, "KEYS", (16, 64))
+    monkeypatch.setattr(nk_sweep, "QUERIES", (2, 3))
+    monkeypatch.setattr(readme_figures, "ROOT", tmp_path)
+    job = bench_job.Job("cpu", 0.01, "python bench/nk_sweep.py")
+    name = bench_job.default_backend(tiny())
+    measure.measure(job, nk_sweep.sweep("cpu", torch.float32), [peers.ours(name), EAGER])
+    rows.write(job.rows, tmp_path / "bench/results/a-nk-sweep.jsonl")
+    text = nk_sweep.write_report(tmp_path / "bench/results/a-nk-sweep.jsonl").read_text()
+    assert "| nq3_nk64 float32 uniform, forward+backward" in text
+    assert (tmp_path / "bench/results/a-nk-sweep.png").stat().st_size > 5000
+    readme = "<!-- figures: begin -->\n<!-- figures: end -->\n"
+    text = readme_figures.with_figures(readme, ["bench/results/a-nk-sweep.jsonl"])
+    ours = next(row for row in job.rows if row.ours and row.shape[2:4] == (3, 64))
+    assert f"3 queries and 64 keys: {ours.median_ms:.3g} ms" in text and "](bench/results/a-nk-sweep.png)" in text
+    assert readme_figures.files_shown(text) == ["bench/results/a-nk-sweep.jsonl"]
+
+
+def test_tiles_become_rows_and_a_table(tmp_path):
+    job = bench_job.Job("cpu", 0.01, "python bench/brgemm.py")
+    for tile in brgemm.TILES:
+        for name, taken in ((brgemm.PRODUCT, [2.0, 2.0]), (brgemm.BRGEMM, [3.0, 3.0])):
+            job.rows.append(brgemm.row(job, tile, torch.float32, name, taken))
+    rows.write(job.rows, tmp_path / "brgemm.jsonl")
+    lines = brgemm.write_report(tmp_path / "brgemm.jsonl").read_text().splitlines()
+    assert sum(line.endswith("| 1.50 |") for line in lines) == len(brgemm.TILES)
+
+
+def test_a_tile_that_is_not_computed_is_noticed_before_it_is_timed():
+    idle = SimpleNamespace(ours_float32=lambda *args: None, brgemm_float32=lambda *args: None)
+    with pytest.raises(AssertionError, match=brgemm.PRODUCT):
+        brgemm.calls(idle, brgemm.TILES[0], torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512" not in peers.cpu_kernels(), reason="the tiles are those of AVX-512")
+def test_both_contestants_compute_every_tile(tmp_path):
+    library = brgemm.build(str(tmp_path))
+    for tile, dtype in product(brgemm.TILES, brgemm.dtypes()):
+        assert list(brgemm.calls(library, tile, dtype)) == [brgemm.PRODUCT, brgemm.BRGEMM], "checked inside"
 
 
 def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
@@ -169,12 +272,11 @@ def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
 def test_nothing_is_timed_when_a_backend_is_outside_the_budget(job, monkeypatch):
     good = next(iter(job.validations.values()))
     bad = replace(good, tensors=good.tensors | {"dmask": good.tensors["dmask"] | {"within": False}})
-    monkeypatch.setattr(bench_run, "interpreted_triton", lambda names: "not now")
-    monkeypatch.setattr(bench_run, "validate", lambda *args: good)
-    bench_run.check(measure.Job("cpu", 0.01, ""), ["reference"], [tiny()])
-    monkeypatch.setattr(bench_run, "validate", lambda *args: bad)
+    monkeypatch.setattr(bench_job, "validate", lambda *args: good)
+    bench_job.Job("cpu", 0.01, "").check(["reference"], [tiny()])
+    monkeypatch.setattr(bench_job, "validate", lambda *args: bad)
     with pytest.raises(SystemExit, match="nothing is timed"):
-        bench_run.check(measure.Job("cpu", 0.01, ""), ["reference"], [tiny()])
+        bench_job.Job("cpu", 0.01, "").check(["reference"], [tiny()])
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda w: w.name)
@@ -223,10 +325,15 @@ def test_figures_replace_what_stands_between_the_markers(job, tmp_path, monkeypa
 
 
 def test_a_cell_measured_while_the_machine_was_busy_is_marked(job, tmp_path):
-    quiet = [replace(row, matmul_ms=row.matmul_ms and 90.0) for row in job.rows]
-    busy = [replace(row, matmul_ms=row.matmul_ms and (180.0 if row.direction == rows.BOTH else 90.0)) for row in job.rows]
-    assert report.disturbed(quiet) == set()
-    assert {key[3] for key in report.disturbed(busy)} == {rows.BOTH}
+    def with_matmul(slow: tuple[str, ...]) -> list[rows.Row]:
+        """The rows, had torch.mm taken 90 ms at its best, and twice that around the cells of these directions."""
+        best = [replace(row, p10=90.0) if row.workload == rows.MATMUL else row for row in job.rows]
+        return [replace(row, matmul_ms=row.matmul_ms and (180.0 if row.direction in slow else 90.0)) for row in best]
+
+    busy = with_matmul((rows.BOTH,))
+    assert report.disturbed(with_matmul(())) == set()
+    assert {key.direction for key in report.disturbed(busy)} == {rows.BOTH}
+    assert {key.direction for key in report.disturbed(with_matmul((rows.FORWARD, rows.BOTH)))} == {rows.FORWARD, rows.BOTH}
     rows.write(busy, tmp_path / "busy.jsonl")
     text = report.write_report(tmp_path / "busy.jsonl").read_text()
     assert "| hodor_infer float32 uniform, forward+backward † |" in text and "| hodor_infer float32 uniform, forward |" in text

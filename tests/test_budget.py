@@ -94,3 +94,29 @@ def test_a_gradient_of_another_shape_or_dtype_is_caught():
     for wrong in (results["dmask"].sum(0), results["dmask"].half()):
         with pytest.raises(AssertionError, match="dmask: expected"):
             assert_within_budget(results | {"dmask": wrong}, case)
+
+
+def overflowing():
+    """plain() in float16 has scores of inf here."""
+    case = make_case(1, 2, 5, 40, 16, dtype=torch.float16)
+    return replace(case, query=case.query * 3000, key=case.key * 3000, scale=1e-6)
+
+
+def test_a_yardstick_that_overflows_excuses_nothing():
+    case = overflowing()
+    results = run(case, "reference")
+    assert_within_budget(results, case)
+    for name, tensor in results.items():
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            assert_within_budget({name: torch.full_like(tensor, float("nan"))}, case)
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            assert_within_budget({name: tensor * 1.2 + tensor.abs().max() / 5}, case)
+
+
+def test_what_is_no_result_of_the_call_is_refused():
+    case = make_case(1, 2, 5, 40, 16, dtype=torch.float16)
+    results = run(case, "reference")
+    out = results["out"]
+    for wrong in ({}, {"out": out.float()}, {"out": out[:, :1]}, {"lse": out}, {"dweights": out}):
+        with pytest.raises(AssertionError, match="expected|not a result"):
+            assert_within_budget(wrong, case)

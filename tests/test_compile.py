@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from smattn import attention_map, soft_masked_attention
+from smattn import attention_map, ops, soft_masked_attention
 from smattn.attention import _torch_allows_tf32
 from smattn.testing import assert_within_budget, make_case, run
 
@@ -44,6 +44,33 @@ def test_forward_and_backward_in_one_graph_for_every_length(backend, device, dyn
         assert all(torch.equal(grad, expected[f"d{name}"]) for name, grad in zip(INPUTS, grads, strict=True))
         compilations.add(counter.frame_count)
     assert len(compilations) == 1 and 0 not in compilations
+
+
+def kept_where_keys_are_many(problem):
+    """As problem.queries_kept_unrounded, at sizes that compile in a moment."""
+    return problem.Nq * torch.sym_min(1, problem.Nk // torch.sym_max(1, problem.Nq))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_one_graph_with_the_unrounded_output_kept_and_one_without(backend, device, compiler, monkeypatch):
+    monkeypatch.setattr(ops, "queries_kept_unrounded", kept_where_keys_are_many)
+    counter = CompileCounterWithBackend(compiler)
+
+    def call(*inputs):
+        return soft_masked_attention(*inputs, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for Nq, Nk in ((9, 5), (5, 33), (30, 7), (4, 21), (12, 3)):
+        case = make_case(2, 2, Nq, Nk, 8, dtype=torch.float16, device=device)
+        inputs = tensors(case)
+        out = compiled(*inputs)
+        grads = torch.autograd.grad(out, inputs, case.dout)
+        expected = run(case, backend)
+        assert torch.equal(out, expected["out"])
+        assert all(torch.equal(grad, expected[f"d{name}"]) for name, grad in zip(INPUTS, grads, strict=True))
+        compilations.append(counter.frame_count)
+    assert compilations[1] == compilations[-1] <= compilations[0] + 1
 
 
 def test_a_map_in_one_graph_for_every_length(map_backend, device):
@@ -103,17 +130,28 @@ def test_none_finds_its_backend_in_a_graph_too(device):
 
 
 def test_autocast_in_one_graph(backend, device):
-    case = make_case(2, 2, 5, 40, 8, device=device)
-    inputs = tensors(case)
-
     def call(*inputs):
         with torch.autocast(device, dtype=torch.bfloat16):
             return soft_masked_attention(*inputs, backend=backend)
 
-    out, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
-    for got, want in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
-        assert got.dtype == torch.float32 and torch.equal(got, want)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for rng in range(5):  # a sum taken in another order keeps its bits now and then
+        inputs = tensors(make_case(2, 2, 5, 40, 8, device=device, rng=rng))
+        out, expected = compiled(*inputs), call(*inputs)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+        for got, want in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True):
+            assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
+def test_no_gradient_of_lse_and_a_gradient_of_zeros_are_the_same_bits(backend, device):
+    """Of an lse that nobody reads, eager backward gets None and a graph's backward zeros."""
+    for rng in range(5):
+        case = make_case(2, 2, 5, 40, 8, device=device, rng=rng)
+        inputs = tensors(case)
+        out, lse = soft_masked_attention(*inputs, return_lse=True, backend=backend)
+        without = torch.autograd.grad(out, inputs, case.dout, retain_graph=True)
+        zeros = torch.autograd.grad([out, lse], inputs, [case.dout, torch.zeros_like(lse)])
+        assert [name for name, a, b in zip(INPUTS, without, zeros, strict=True) if not torch.equal(a, b)] == []
 
 
 def test_a_compiled_call_sees_when_the_matmul_precision_changes():
@@ -177,9 +215,10 @@ class Module(torch.nn.Module):
         return soft_masked_attention(query, key, value, mask, self.alpha, backend=self.backend)
 
 
-def test_export_with_dynamic_lengths(backend, device):
+@pytest.mark.parametrize("half", [False, True])
+def test_export_with_dynamic_lengths(backend, device, half):
     def inputs(Nq, Nk):
-        case = make_case(2, 2, Nq, Nk, 8, device=device)
+        case = make_case(2, 2, Nq, Nk, 8, dtype=torch.float16 if half else torch.float32, device=device)
         return case.query, case.key, case.value, case.mask
 
     Nq, Nk = torch.export.Dim("Nq"), torch.export.Dim("Nk")
@@ -196,6 +235,19 @@ def test_an_exported_program_is_saved_and_loaded(backend, device, tmp_path):
     module = Module(backend).to(device)
     torch.export.save(torch.export.export(module, inputs), tmp_path / "program.pt2")
     assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
+    """The graph holds the operation alone, exported for no gradient of its inputs."""
+    case = make_case(2, 2, 5, 40, 8, dtype=dtype, device=device)
+    module = Module(backend).to(device, case.alpha.dtype)
+    with torch.no_grad():
+        module.alpha.copy_(case.alpha)
+    exported = torch.export.export(module, (case.query, case.key, case.value, case.mask), strict=strict).module()
+    *inputs, _ = tensors(case)
+    grads = torch.autograd.grad(exported(*inputs), [*inputs, exported.alpha], case.dout)
+    assert_within_budget({f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}, case)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")

@@ -198,3 +198,54 @@ def test_a_number_for_alpha_is_the_same_number_for_every_head(backend, device, v
     got = soft_masked_attention(query, key, mask_value, mask, value, backend=backend)
     assert torch.equal(got, soft_masked_attention(query, key, mask_value, mask, tensor, backend=backend))
     assert torch.equal(got, soft_masked_attention(query, key, mask_value, mask, tensor[0], backend=backend))
+
+
+def many_masks(backend, device):
+    """A scalar function of a mask and alpha, and N of both."""
+    query, key, value, mask, alpha = inputs(a_case(device))
+
+    def call(mask, alpha):
+        return soft_masked_attention(query, key, value, mask, alpha, backend=backend).square().sum()
+
+    return call, torch.stack([mask / i for i in range(1, N + 1)]), torch.stack([alpha / i for i in range(1, N + 1)])
+
+
+COMPILERS = pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+
+
+@COMPILERS
+def test_compiled_transforms_have_eager_values(backend, device, compiler):
+    call, masks, alphas = many_masks(backend, device)
+    both = (0, 1)
+    for transformed, arguments in (
+        (grad(call, both), (masks[0], alphas[0])),
+        (jacrev(call, both), (masks[0], alphas[0])),
+        (vmap(grad(call, both)), (masks, alphas)),
+        (grad(lambda m, a: vmap(call)(m, a).sum(), both), (masks, alphas)),
+    ):
+        torch._dynamo.reset()
+        assert_all_close(torch.compile(transformed, backend=compiler, fullgraph=True)(*arguments), transformed(*arguments))
+
+
+@COMPILERS
+def test_a_compiled_vmap_has_its_gradients(backend, device, compiler):
+    call, masks, alphas = many_masks(backend, device)
+
+    def total(masks, alphas):
+        return vmap(call)(masks, alphas).sum()
+
+    torch._dynamo.reset()
+    leaves = masks.requires_grad_(), alphas.requires_grad_()
+    (torch.compile(total, backend=compiler, fullgraph=True)(*leaves) + leaves[0].sum() + leaves[1].sum()).backward()
+    for leaf, gradient in zip(leaves, grad(total, (0, 1))(*leaves), strict=True):
+        torch.testing.assert_close(leaf.grad, gradient + 1)
+
+
+def test_vmap_over_nothing(backend, device):
+    """An axis of size 0 gives results with one, and gradients of zero to what is not mapped."""
+    tensors = inputs(a_case(device))
+    gradients = grad(lambda *t: vmap(loss(backend), (0, None, None, 0, 0))(*t).sum(), argnums=tuple(range(5)))
+    nothing = [t.expand(0, *t.shape) if i in (0, 3, 4) else t for i, t in enumerate(tensors)]
+    assert vmap(loss(backend), (0, None, None, None, None))(nothing[0], *tensors[1:]).shape == (0,)
+    for got, given in zip(gradients(*nothing), nothing, strict=True):
+        assert torch.equal(got, torch.zeros_like(given))

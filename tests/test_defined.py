@@ -68,6 +68,17 @@ def test_gradients_of_padded_keys_are_exactly_zero(backend, device, Nq):
 
 
 @pytest.mark.parametrize("Nq", [5, MANY])
+def test_nan_in_what_is_attended_does_not_reach_padded_keys(backend, device, Nq):
+    case = padded_case(Nq, torch.float32, device)
+    query, dout = case.query.clone(), case.dout.clone()
+    query[:, :, 0], dout[:, :, 1] = float("nan"), float("nan")
+    results, padding = run(replace(case, query=query, dout=dout), backend), case.key_padding_mask
+    for name in ("dkey", "dvalue", "dmask"):
+        assert not results[name].movedim(2, 1)[padding].any(), name
+    assert results["dkey"].isnan().any() and results["dvalue"].isnan().any()
+
+
+@pytest.mark.parametrize("Nq", [5, MANY])
 def test_a_query_without_keys(backend, device, Nq):
     results = run(poisoned(padded_case(Nq, torch.float32, device), float("nan")), backend)
     assert (results["lse"][DEAD] == float("-inf")).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cpu_kernels import KERNELS, forced
 from test_native_abi import words  # Philox in numpy
 
 from smattn import reference, soft_masked_attention
@@ -10,10 +11,10 @@ from smattn.attention import draw_seed
 B, H, NQ, NK = 2, 3, 5, 40
 
 
-def kept(backend, device, p, Nq=NQ, rng=0):
+def kept(backend, device, p, Nq=NQ, rng=0, dtype=torch.float32):
     """Which weights a call keeps: with value the identity, out is P * keep / (1 - p). And the seed that it drew."""
-    query, key = torch.zeros(B, H, Nq, 4, device=device), torch.zeros(B, H, NK, 4, device=device)
-    value = torch.eye(NK, device=device).expand(B, H, NK, NK)
+    query, key = (torch.zeros(B, H, n, 4, device=device, dtype=dtype) for n in (Nq, NK))
+    value = torch.eye(NK, device=device, dtype=dtype).expand(B, H, NK, NK)
     torch.manual_seed(rng)
     out = soft_masked_attention(query, key, value, dropout_p=p, backend=backend)
     torch.manual_seed(rng)
@@ -28,6 +29,15 @@ def test_bits_are_philox_words_compared_with_p(backend, device, Nq, p):
     keep, seed = kept(backend, device, p, Nq, rng=7)
     expected = torch.from_numpy(words(int(seed), B, H, Nq, NK) >= int(p * 2**32))
     assert torch.equal(keep.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_bits_are_the_same_from_every_set_of_cpu_kernels(name, dtype):
+    """A vector of queries at a time, in vectors of every length."""
+    with forced(name):
+        keep, seed = kept("cpu", "cpu", 0.3, Nq=131, rng=11, dtype=dtype)
+    assert torch.equal(keep, reference.dropout_keep(seed, B, H, 131, NK, 0.3))
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 0x299F31D0A4093822])

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from strategies import cases
 
-from smattn import soft_masked_attention
-from smattn.testing import assert_within_budget, make_case, run, workload_case
+from smattn import ops, soft_masked_attention
+from smattn.testing import assert_within_budget, make_case, run, run_plain, workload_case
 
 MANY, FEW = 60, 10  # random calls per dtype; interpreted kernels get few
 no_check = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -31,6 +31,13 @@ def hypothesize(backend, dtype, device, examples, **kw):
 
 def test_random_calls(backend, dtype, device):
     assert hypothesize(backend, dtype, device, FEW if backend == "triton" and device == "cpu" else MANY)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_random_calls_without_the_unrounded_output(backend, half, device, monkeypatch):
+    """As where it would take too much memory, which random calls never do."""
+    monkeypatch.setattr(ops, "queries_kept_unrounded", lambda problem: 0)
+    assert hypothesize(backend, half, device, FEW if backend == "triton" and device == "cpu" else MANY)
 
 
 def test_random_maps(map_backend, dtype, device):
@@ -91,6 +98,14 @@ def test_mask_broadcasts(backend, device, shape, Nq):
 
 
 @pytest.mark.parametrize("Nq", [5, 131])
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_mask_broadcasts_of_a_map(map_backend, device, shape, Nq):
+    sizes = (*shape[:-1], Nq if shape[-1] == 2 else 1, 35)
+    case = make_case(2, 2, Nq, 35, 8, Hkv=1, mask_shape=sizes, as_map=True, padded=0.3, device=device)
+    assert_within_budget(run(case, map_backend), case)
+
+
+@pytest.mark.parametrize("Nq", [5, 131])
 @pytest.mark.parametrize("option", ["no mask", "dropout", "padding", "lse", "gqa", "blob", "all"])
 def test_options(backend, dtype, device, Nq, option):
     chosen = {
@@ -124,6 +139,51 @@ def test_a_nan_that_is_attended_to_comes_out_where_plain_torch_has_it(backend, d
     expected = torch.zeros(2, 2, 3, dtype=torch.bool, device=device)
     expected[0, 1] = expected[1, :, 2] = True
     assert torch.equal(run(case, backend)["out"].isnan(), expected[..., None].expand(2, 2, 3, 8))
+
+
+def test_keys_ruled_out_by_minus_infinity_before_the_first_that_is_not(backend, device):
+    case = make_case(1, 2, 3, 300, 8, with_lse=True, device=device)
+    case.mask[0, 1, :200] = float("-inf")  # whole blocks of them
+    assert_within_budget(run(case, backend, ("query", "key", "value", "mask")), case)  # dalpha sums 0 * -inf
+
+
+@pytest.mark.parametrize("Nk", [35, 300])
+def test_a_query_with_keys_that_all_score_minus_infinity_is_nan_as_in_plain_torch(backend, device, Nk):
+    case = make_case(2, 2, 3, Nk, 8, with_lse=True, device=device)
+    case = replace(case, key_padding_mask=torch.arange(Nk, device=device).expand(2, Nk) < 3)
+    case.mask[1, 2] = float("-inf")
+    results, plainly = run(case, backend), run_plain(case)
+    assert results["lse"][1, :, 2].eq(float("-inf")).all()
+    for name in ("out", "dquery", "dmask", "dalpha"):
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
+        assert results[name].isnan().any()
+
+
+def set_infinite_scores(mask):
+    mask[1, 1:, [5, 250]] = float("inf")
+    mask[1, 2, 200] = float("nan")
+
+
+@pytest.mark.parametrize("Nq", [3, 40])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_query_with_a_score_of_plus_infinity_is_nan_and_its_lse_infinite_as_in_plain_torch(backend, device, Nq, dropout_p):
+    case = make_case(2, 2, Nq, 300, 8, with_lse=True, dropout_p=dropout_p, device=device)
+    case = replace(case, alpha=case.alpha.abs())
+    set_infinite_scores(case.mask)
+    results, plainly = run(case, backend), run_plain(case)
+    assert results["lse"][1, :, 1].eq(float("inf")).all() and results["lse"][1, :, 2].isnan().all()
+    for name in results if dropout_p == 0 else ("out", "lse"):  # what is dropped may be selected out of a gradient, or NaN times 0
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
+        assert torch.equal(results[name].isinf(), plainly[name].isinf()), name
+
+
+def test_a_map_with_scores_of_plus_infinity_is_nan_where_it_is_in_plain_torch(map_backend, device):
+    case = make_case(2, 2, 5, 300, 8, as_map=True, device=device)
+    case = replace(case, alpha=case.alpha.abs())
+    set_infinite_scores(case.mask)
+    results, plainly = run(case, map_backend), run_plain(case)
+    for name in results:
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
 
 
 @pytest.mark.parametrize("mask", ["uniform", "blob"])

@@ -1,15 +1,19 @@
 """Small: extra memory <= 0.25 * (inputs + outputs + gradients) + 16 MiB on the fused backends; a mask is never copied."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from expected import DEVICE
+from expected import BACKENDS, DEVICE
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from meters import LAYOUTS, Call, extra_of_launchers, extra_on_cuda, extra_resident, peak_allocated, size
 
 from smattn.testing import run
 
 SCORES = 8 * 1024 * 16384 * 4  # bytes of one score tensor of the first call
+MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 CALLS = {
     "B1 H8 Nq1024 Nk16384 D32": Call(1, 8, 1024, 16384, 32),
     "queries100 at Nk 65536": Call(4, 8, 100, 65536, 32),
@@ -22,6 +26,30 @@ CALLS = {
     "dropout padding lse, few queries": Call(1, 8, 13, 65536, 32, options=True),
     "mask and alpha only": Call(1, 8, 1024, 16384, 32, needs=("mask", "alpha")),
     "wide": Call(1, 8, 129, 16384, 256),
+    "half, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16"),
+    "half, many queries for few keys, mask and alpha only": Call(1, 8, 262144, 13, 64, dtype="float16", needs=("mask", "alpha")),
+    "half, many batches of few queries and fewer keys": Call(1024, 8, 100, 10, 64, dtype="bfloat16"),
+    "half, no mask": Call(1024, 8, 72, 48, 64, dtype="float16", mask=None),
+    "half, no mask, grouped heads": Call(256, 16, 96, 128, 64, dtype="float16", mask=None, Hkv=1),
+    "half, no mask, one batch and kv head": Call(1, 256, 1024, 1100, 64, dtype="float16", mask=None, Hkv=1),
+    "half, key-only mask, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, False, False), Hkv=1),
+    "half, key-only mask a head, grouped heads": Call(2, 32, 130, 262144, 32, dtype="float16", mask=(True, True, False), Hkv=1),
+    "half, key-only mask a head for the batch, grouped": Call(4, 32, 130, 131072, 32, dtype="float16", mask=(False, True, False), Hkv=1),
+    "half, one mask for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
+    "map": Call(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True),
+    "half, map, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", needs=MAP_GRADIENTS, as_map=True),
+    "half, map, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
+    "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
+}
+MANY_THREADS = {
+    "many heads": Call(1, 32, 64, 1024, 128, threads=8),
+    "half, many heads": Call(1, 32, 64, 1024, 128, dtype="float16", threads=8),
+    "bfloat16, many heads": Call(1, 32, 64, 1024, 128, dtype="bfloat16", threads=8),
+    "many batches and heads": Call(8, 32, 64, 64, 128, threads=8),
+    "wide": Call(16, 8, 64, 64, 256, threads=64),
+    "double": Call(32, 8, 64, 64, 128, dtype="float64", threads=128),
+    "self1k": Call(1, 8, 1024, 1024, 64, threads=128),
+    "half, much kept, one mask row": Call(4, 16, 1045, 1045, 48, dtype="float16", mask=(False, False, False), threads=64),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
 ARCHS = (80, 90)
@@ -40,6 +68,48 @@ def extras(backend, call):
 def test_extra_memory_is_under_the_ceiling(fused_backend, name):
     for extra, ceiling in extras(fused_backend, CALLS[name]):
         assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in BACKENDS or DEVICE == "cuda", reason="the CPU's threads each have scratch of their own")
+@pytest.mark.parametrize("name", MANY_THREADS)
+def test_many_threads_stay_under_the_ceiling(name):
+    extra, ceiling = extra_resident(MANY_THREADS[name], "cpu")
+    assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
+
+
+@st.composite
+def calls(draw):
+    """Of 32 to 512 MB, with what all shapes have in common but little: sizes by their order of magnitude, heads of 16 and more."""
+    size = st.floats(0, 18).map(lambda exponent: round(2**exponent))
+    Hkv, group, dtype = draw(st.integers(1, 16)), draw(st.sampled_from([1, 1, 2, 8, 32])), draw(st.sampled_from(["float16", "float32"]))
+    mask = draw(st.sampled_from([None, *product((False, True), repeat=3)]))
+    names = ["query", "key", "value", *(["mask", "alpha"] if mask else [])]
+    needs = draw(st.one_of(st.just(names), st.lists(st.sampled_from(names), min_size=1, unique=True)))
+    D = draw(st.sampled_from([16, 32, 48, 64, 128, 256]))
+    call = Call(
+        draw(st.integers(1, 512)), Hkv * group, draw(size), draw(size), D,
+        dtype=dtype, needs=tuple(needs), options=draw(st.booleans()), Hkv=Hkv, mask=mask,
+    )  # fmt: skip
+    elements = call.B * D * (call.H * call.Nq + Hkv * call.Nk)
+    if mask:
+        B, H, Nq = (n if has else 1 for n, has in zip((call.B, call.H, call.Nq), mask, strict=True))
+        elements += B * H * Nq * call.Nk
+    assume(2**24 < elements < 2**27)
+    return call
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or "triton" not in BACKENDS, reason="launchers are watched where no kernel runs")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_shape_makes_the_launchers_allocate_more(arch):
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
+    @given(calls())
+    def under_the_ceiling(call):
+        extra, ceiling = extra_of_launchers(call, arch)
+        assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}: {call}"
+
+    under_the_ceiling()
+    assert extra_of_launchers(CALLS["half"], arch)[0] > 0  # the meter runs
 
 
 @pytest.mark.parametrize("Nq", [13, 1024])

@@ -1,4 +1,5 @@
-"""Installing smattn: the wheel, and the three ways a build can go: built, tools missing (said, forgiven), source broken (fails)."""
+"""Installing smattn: the wheel made from the sdist, in an environment of its own, and the ways a build can go: built, tools missing (said,
+forgiven), source broken (fails)."""
 
 import os
 import shutil
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from setuptools import build_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "smattn", "kernels"]
@@ -28,8 +31,14 @@ def source(tmp_path):
     return copy
 
 
-def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pip", "wheel", "-v", ".", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "out"]
+def build_sdist(source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(source)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    return source / "out" / build_meta.build_sdist("out")
+
+
+def build_wheel(source: Path, what: str = ".", **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pip", "wheel", "-v", what, "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "out"]
     return subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
@@ -38,15 +47,34 @@ def only_wheel(source: Path) -> Path:
     return wheel
 
 
-def run_unpacked(wheel: Path, folder: Path, code: str) -> str:
-    """What `code` prints in a fresh process that finds smattn only in the unpacked wheel."""
-    zipfile.ZipFile(wheel).extractall(folder)
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+RUN = """
+import smattn, smattn.distributed, smattn.flops, smattn.integrations, torch
+q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+mask = torch.rand(1, 3, 5, requires_grad=True)
+smattn.soft_masked_attention(q, k, v, mask, 2.0).sum().backward()
+assert mask.grad.count_nonzero() == mask.numel()
+print(smattn.__file__, smattn.__version__, *smattn.backends()["cpu"].reasons, sep="\\n")
+"""
 
 
-def test_the_wheel_holds_the_package_and_works(source, tmp_path):
-    result = build_wheel(source)
+def run_installed(wheel: Path, folder: Path) -> list[str]:
+    """What RUN prints in a new environment that has this wheel, and torch and what torch needs from the one that runs this test."""
+    python = str(folder / "bin" / "python")
+    install = ["pip", "--python", python, "install", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)]
+    for command in (["venv", "--without-pip", str(folder)], install):
+        subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # of the folder that this adds, no .pth is followed: an editable smattn stays out
+    (site / "torch_is_there.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
+    command = [python, "-W", "ignore", "-c", RUN]
+    return subprocess.run(command, cwd=folder, env=clean, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_the_wheel_made_from_the_sdist_installs_and_works(source, tmp_path, monkeypatch):
+    sdist = build_sdist(source, monkeypatch)
+    shutil.rmtree(source / "csrc")  # nothing but what the sdist holds
+    result = build_wheel(source, str(sdist))
     assert result.returncode == 0, result.stdout + result.stderr
     wheel = only_wheel(source)
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
@@ -54,16 +82,17 @@ def test_the_wheel_holds_the_package_and_works(source, tmp_path):
     modules = {f"smattn/{path.relative_to(ROOT / 'smattn')}" for path in (ROOT / "smattn").rglob("*.py")}
     modules |= {f"smattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert names == modules | {"smattn/_C.so", "smattn/py.typed"}
-    code = "import smattn, smattn.native; print(smattn.native.reasons(), smattn.__file__)"
-    assert run_unpacked(wheel, tmp_path / "site", code) == f"[] {tmp_path / 'site' / 'smattn' / '__init__.py'}"
+    file, version, *reasons = run_installed(wheel, tmp_path / "site")
+    assert Path(file).is_relative_to(tmp_path / "site") and version == wheel.name.split("-")[1] and reasons == []
 
 
 def test_a_missing_compiler_is_said_and_forgiven(source, tmp_path):
     result = build_wheel(source, CXX="no-such-compiler")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "NOT built, not found: a C++ compiler (no-such-compiler)" in result.stdout + result.stderr
-    code = "import smattn.native; print(*smattn.native.reasons(), sep='\\n')"
-    said = run_unpacked(only_wheel(source), tmp_path / "site", code)
+    file, _, *reasons = run_installed(only_wheel(source), tmp_path / "site")
+    said = " ".join(reasons)
+    assert Path(file).is_relative_to(tmp_path / "site")
     assert "was not built when smattn was installed" in said and "pip install --no-build-isolation" in said
 
 

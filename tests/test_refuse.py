@@ -37,6 +37,7 @@ REFUSED = [
     (dict(query=[1.0]), TypeError, "query: expected a torch.Tensor, got list"),
     (dict(key=None), TypeError, "key: expected a torch.Tensor, got NoneType"),
     (dict(value=3), TypeError, "value: expected a torch.Tensor, got int"),
+    (dict(value=None), TypeError, "value: expected a torch.Tensor, got NoneType"),
     (dict(query=z(B, NQ, D)), ValueError, "query: expected a 4-D tensor (B, H, Nq, D), got shape (2, 3, 8)"),
     (dict(key=z(B, H, 1, NK, D)), ValueError, "key: expected a 4-D tensor (B, Hkv, Nk, D), got shape (2, 4, 1, 5, 8)"),
     (dict(value=z(NK, 6)), ValueError, "value: expected a 4-D tensor (B, Hkv, Nk, Dv), got shape (5, 6)"),
@@ -50,6 +51,11 @@ REFUSED = [
     (dict(mask=z(B, NQ, NK, device=META)), ValueError, "mask: expected query's device cpu, got meta"),
     (dict(alpha=z(H, device=META)), ValueError, "alpha: expected query's device cpu, got meta"),
     (dict(key_padding_mask=z(B, NK, device=META) > 0), ValueError, "key_padding_mask: expected query's device cpu, got meta"),
+    (dict(query=z(B, H, NQ, D).to_sparse()), ValueError, "query: expected a dense tensor, got torch.sparse_coo"),
+    (dict(mask=torch.nested.nested_tensor([z(NQ, NK), z(NQ, NK)])), ValueError, "mask: expected a dense tensor, got a nested one"),
+    (dict(enable_gqa="no"), TypeError, "enable_gqa: expected a bool, got str"),
+    (dict(alpha=1e300), ValueError, "alpha: expected a number that torch.float32 can hold, got 1e+300"),
+    (dict(alpha=10**39), ValueError, "alpha: expected a number that torch.float32 can hold, got 1000000000000000000000000000000000000000"),
     (dict(query=z(B, 0, NQ, D)), ValueError, "query: expected at least one head and a head size of at least 1, got shape (2, 0, 3, 8)"),
     (dict(key=z(B, H, NK, 0)), ValueError, "key: expected at least one head and a head size of at least 1, got shape (2, 4, 5, 0)"),
     (dict(value=z(B, H, NK, 0)), ValueError, "value: expected at least one head and a head size of at least 1, got shape (2, 4, 5, 0)"),
@@ -90,6 +96,8 @@ REFUSED = [
     (dict(key_padding_mask=z(B, 1, 1, NK).bool()), ValueError, "key_padding_mask: expected shape (B, Nk) = (2, 5), got (2, 1, 1, 5)"),
     (dict(scale="1"), TypeError, "scale: expected a float or None, got str"),
     (dict(scale=torch.tensor(1.0)), TypeError, "scale: expected a float or None, got Tensor"),
+    (dict(scale=10**400), ValueError, f"scale: expected a number that torch.float32 can hold, got {10**400}"),
+    (dict(return_lse="no"), TypeError, "return_lse: expected a bool, got str"),
     (dict(scale=True), TypeError, "scale: expected a float or None, got bool"),
     (dict(dropout_p="0.1"), TypeError, "dropout_p: expected a float, got str"),
     (dict(dropout_p=None), TypeError, "dropout_p: expected a float, got NoneType"),
@@ -106,7 +114,7 @@ MAP_REFUSED = [
     (dict(head_weights=z(H).int()), ValueError, "head_weights: expected dtype float16, bfloat16, float32 or float64, got torch.int32"),
     (dict(head_weights=z(H, device=META)), ValueError, "head_weights: expected query's device cpu, got meta"),
 ]
-FOR_ATTENTION_ALONE = {"value", "dropout_p"}
+FOR_ATTENTION_ALONE = {"value", "dropout_p", "return_lse"}
 
 
 def refusal(call, changes, error):
@@ -172,7 +180,7 @@ def test_nothing_runs_before_a_refusal(monkeypatch):
     monkeypatch.setattr(ops, "forward", lambda *_: ran.append("forward"))
     monkeypatch.setattr(ops, "attention_map", lambda *_: ran.append("attention_map"))
     state = torch.get_rng_state()
-    for changes, error, _ in REFUSED:
+    for changes, error, _ in [*REFUSED, (dict(backend="cuda"), ValueError, "")]:
         refusal(attention, dict(dropout_p=0.5) | changes, error)
     assert ran == [] and torch.equal(torch.get_rng_state(), state)
 

@@ -52,6 +52,14 @@ def test_the_same_bits_over_poisoned_memory(backend, device, size, options):
     assert differing(first, poisoned) == []
 
 
+@pytest.mark.parametrize("size", [(13, 300, 33), (131, 40, 8), (150, 7, 8)], ids=str)
+def test_the_same_bits_whether_or_not_a_gradient_is_wanted(backend, dtype, device, size):
+    case = a_case(size, OPTIONS[1], device, dtype)
+    alone, trained = run(case, backend, needs=()), run(case, backend)
+    assert alone.keys() == {"out", "lse"} and "dquery" in trained
+    assert differing(alone, trained) == []
+
+
 @pytest.mark.parametrize("size", SIZES[:2], ids=str)
 def test_the_same_bits_every_time(backend, device, size):
     case = a_case(size, OPTIONS[1], device)

@@ -1,4 +1,4 @@
-// The arrays of the driver: dense doubles for the oracle, and strided tensors in guarded memory for the kernels.
+// The arrays of the driver: dense numbers for the oracle, and strided tensors in guarded memory for the kernels.
 #pragma once
 
 #include <array>
@@ -18,20 +18,22 @@ const char* name_of(DType dtype);
 double epsilon_of(DType dtype);  // distance from 1 to the next number
 DType accumulator_of(DType dtype);
 
-// Four axes of doubles, row major. An axis of size 1 is read at every index, as in broadcasting.
-struct Dense {
+// Four axes of numbers, row major. An axis of size 1 is read at every index, as in broadcasting.
+template <class Real>
+struct DenseOf {
   Shape size{};
-  std::vector<double> values;
+  std::vector<Real> values;
 
-  Dense() = default;
-  explicit Dense(const Shape& size) : size(size), values(static_cast<size_t>(count(size))) {}
+  DenseOf() = default;
+  explicit DenseOf(const Shape& size) : size(size), values(static_cast<size_t>(count(size))) {}
   size_t place(int64_t b, int64_t h, int64_t i, int64_t j) const {
     const auto on = [](int64_t n, int64_t index) { return n == 1 ? 0 : index; };
     return static_cast<size_t>(((on(size[0], b) * size[1] + on(size[1], h)) * size[2] + on(size[2], i)) * size[3] + on(size[3], j));
   }
-  double& at(int64_t b, int64_t h, int64_t i, int64_t j) { return values[place(b, h, i, j)]; }
-  double at(int64_t b, int64_t h, int64_t i, int64_t j) const { return values[place(b, h, i, j)]; }
+  Real& at(int64_t b, int64_t h, int64_t i, int64_t j) { return values[place(b, h, i, j)]; }
+  Real at(int64_t b, int64_t h, int64_t i, int64_t j) const { return values[place(b, h, i, j)]; }
 };
+using Dense = DenseOf<double>;
 
 // Pages of its own. The byte after the last one is not mapped, so that even a masked vector load, which AddressSanitizer does not see,
 // faults when it reads one element too far; the bytes before the first are poisoned for AddressSanitizer and hold a pattern.

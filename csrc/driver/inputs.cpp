@@ -1,6 +1,7 @@
 #include "inputs.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <limits>
 
@@ -54,11 +55,19 @@ void draw_padding(const Problem& p, Random& random, Inputs& in) {
 }
 
 void add_oddity(const Problem& p, Random& random, Dense& mask) {
+  if (p.oddity == Oddity::kFarFromZero) {
+    for (double& m : mask.values) m += 20000.0;
+    return;
+  }
   const bool is_nan = p.oddity == Oddity::kNaNInMask;
   const double lowest = p.mask_dtype == DType::kFloat16 ? -65504.0 : -1e30;
   const double odd = is_nan ? kNaN : p.oddity == Oddity::kVeryNegativeInMask ? lowest : -std::numeric_limits<double>::infinity();
   const double often = is_nan ? 3.0 / static_cast<double>(mask.values.size() + 1) : 0.2;
   for (double& m : mask.values) m = random.chance(often) ? odd : m;
+  for (size_t first = 0; !is_nan && first < mask.values.size(); first += static_cast<size_t>(p.size.Nk)) {
+    // in some rows the first half of the keys, and so whole blocks of them
+    if (random.chance(0.3)) std::fill_n(mask.values.begin() + static_cast<std::ptrdiff_t>(first), p.size.Nk / 2, odd);
+  }
   for (size_t k = 0; !is_nan && k < mask.values.size(); ++k) {  // the last key keeps an ordinary score
     if (p.mask.expanded[3] || static_cast<int64_t>(k) % p.size.Nk == p.size.Nk - 1) mask.values[k] = 0.5;
   }
@@ -81,7 +90,8 @@ void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded
   Layout layout;
   layout.expanded[3] = p.alpha_shared;
   const double last = p.oddity == Oddity::kNone ? -2.0 : 2.0;  // a negative alpha would turn -inf into +inf
-  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return random.pick<double>({32.0, 16.0, 4.0, 1.0, last}); }), layout);
+  const double unit = p.oddity == Oddity::kFarFromZero ? 1e-5 : 1.0;
+  in.alpha = Array(acc, draw({1, 1, 1, p.size.H}, [&] { return unit * random.pick<double>({32.0, 16.0, 4.0, 1.0, last}); }), layout);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The kernels without torch and without Python, for the sanitizers and for machines that are only emulated: odd problems through every
-// instruction set this machine has, on one thread and on several, against naive loops in double.
+// instruction set this machine has, on one thread and on several, against naive loops in long double.
 //
 //     smattn_driver [first [last]]    problems first..last - 1; each prints alike wherever it is run
 #include <algorithm>
@@ -11,8 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "inputs.h"
-#include "kernels.h"
 #include "oracle.h"
 #include "problem.h"
 #include "run.h"
@@ -45,10 +45,10 @@ bool report(const char* level, const char* threads, const std::string& what) {
   return false;
 }
 
-bool check(const std::vector<Output>& outputs, const Answers& answers, const char* level, const char* threads, Tally& tally) {
+bool check(const std::vector<Output>& outputs, const char* level, const char* threads, Tally& tally) {
   bool good = true;
   for (const Output& output : outputs) {
-    const Comparison worst = compare(output, answers.band);
+    const Comparison worst = compare(output);
     double& share = tally.share[output.name];
     share = std::max(share, worst.share);
     if (worst.share > 1.0) good = report(level, threads, worst.where + ", error / allowed " + std::to_string(worst.share));
@@ -63,13 +63,13 @@ void run_problem(int64_t index, Tally& tally) {
   std::fflush(stdout);  // the line that a crash leaves behind
   const Inputs inputs = make_inputs(problem);
   const Answers answers = solve(problem, inputs);
-  for (const Level& level : levels()) {
-    force(level);
-    const std::vector<Output> alone = run_kernels(problem, inputs, answers, run_on<1>), shared = run_kernels(problem, inputs, answers, run_on<3>);
-    bool good = check(alone, answers, level.name, "1 thread", tally);
-    good = check(shared, answers, level.name, "3 threads", tally) && good;
+  for (const cpu::Kernels* kernels : cpu::available()) {
+    const std::vector<Output> alone = run_kernels(*kernels, problem, inputs, answers, run_on<1>);
+    const std::vector<Output> shared = run_kernels(*kernels, problem, inputs, answers, run_on<3>);
+    bool good = check(alone, kernels->name, "1 thread", tally);
+    good = check(shared, kernels->name, "3 threads", tally) && good;
     for (size_t k = 0; k < alone.size(); ++k) {
-      if (!alone[k].array.same_bytes(shared[k].array)) good = report(level.name, "1 and 3 threads", alone[k].name + ": other bits");
+      if (!alone[k].array.same_bytes(shared[k].array)) good = report(kernels->name, "1 and 3 threads", alone[k].name + ": other bits");
     }
     ++(good ? tally.passed : tally.failed);
   }

@@ -1,4 +1,5 @@
-// The right answers: naive loops in double over the numbered formulas of smattn/reference.py.
+// The right answers: naive loops in long double over the numbered formulas of smattn/reference.py. (In double they would be no more exact
+// than the kernels' own float64.)
 #pragma once
 
 #include "array.h"
@@ -7,13 +8,14 @@
 
 namespace smattn::driver {
 
-// A tensor T and A(T), its formula with absolute values in place of signs: what rounding errors scale with.
+// A tensor T beside what its errors scale with, element by element: its magnitude A(T), the formula with absolute values in place of signs;
+// and where T is a product with value, dout, key or query the sum of its squared terms Q(T), else 0: what a rounding of each weight costs.
 struct Expected {
-  Dense value, magnitude;
+  DenseOf<long double> value;
+  Dense magnitude, squares;
 
   Expected() = default;
-  explicit Expected(const Shape& size) : value(size), magnitude(size) {}
-  void add(const Shape& at, double x, double size);
+  explicit Expected(const Shape& size) : value(size), magnitude(size), squares(size) {}
 };
 
 struct Answers {
@@ -21,7 +23,7 @@ struct Answers {
   Expected dquery, dkey, dvalue, dmask, dalpha;  // inputs' shapes, dalpha [1, H, 1, 1]
   Expected map;                                // [B, 1, Nq, Nk]
   Expected map_dquery, map_dkey, map_dmask, map_dalpha, map_dhead_weights;
-  double band = 0.0;                           // allowed error is band * A(T) and the last rounding to T's dtype
+  double band = 0.0;                           // what rounding in P = exp(S - L) comes to, as a share
 };
 
 Answers solve(const Problem& problem, const Inputs& inputs);

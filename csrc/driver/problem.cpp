@@ -64,7 +64,7 @@ void draw_mask(Random& random, Problem& p) {
   }
   p.alpha_shared = random.chance(0.3);
   p.oddity = random.pick<Oddity>({Oddity::kNone, Oddity::kNone, Oddity::kNone, Oddity::kNone, Oddity::kNone, Oddity::kNone,
-                                  Oddity::kNaNInMask, Oddity::kMinusInfInMask, Oddity::kVeryNegativeInMask});
+                                  Oddity::kNaNInMask, Oddity::kMinusInfInMask, Oddity::kVeryNegativeInMask, Oddity::kFarFromZero});
 }
 
 }  // namespace
@@ -106,6 +106,11 @@ Problem problem_at(int64_t index) {
   if (p.oddity == Oddity::kMinusInfInMask || p.oddity == Oddity::kVeryNegativeInMask) {
     p.padding = Padding::kNone;  // or a row might have no key of an ordinary score: no softmax, or one that no tolerance describes
   }
+  if (p.oddity == Oddity::kFarFromZero) {
+    p.has_dlse = false;  // or mbar * dL would hide the rest of dalpha
+    p.needs.alpha = true;
+    p.mask_dtype = accumulator_of(p.dtype);  // in 16 bits the little would be rounded away
+  }
   p.needs.mask = p.needs.mask && p.has_mask;
   p.needs.alpha = p.needs.alpha && p.has_mask;
   return p;
@@ -113,7 +118,7 @@ Problem problem_at(int64_t index) {
 
 std::string describe(const Problem& p) {
   constexpr const char* kPadding[] = {"none", "random", "tail", "all but the last", "a dead batch"};
-  constexpr const char* kOddity[] = {"", " with NaN", " with -inf", " with -1e30"};
+  constexpr const char* kOddity[] = {"", " with NaN", " with -inf", " with -1e30", " far from zero"};
   std::ostringstream text;
   text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq" << p.size.Nq
        << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;

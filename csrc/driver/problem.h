@@ -26,7 +26,8 @@ class Random {
 };
 
 enum class Padding { kNone, kRandom, kTail, kAllButLast, kDeadBatch };
-enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask };
+// kFarFromZero: M is 20000 and a little, alpha small. That asks for dalpha's centred sum: dS sums to 0 only up to rounding.
+enum class Oddity { kNone, kNaNInMask, kMinusInfInMask, kVeryNegativeInMask, kFarFromZero };
 
 // Which gradients are asked for.
 struct Needs {
@@ -45,7 +46,7 @@ struct Problem {
   bool alpha_shared = false;    // stride 0
   Padding padding = Padding::kNone;
   bool padding_transposed = false;
-  bool out_saved = true;        // unrounded, when the dtype is not the accumulator's
+  bool out_saved = true;        // else backward has no output to take delta from
   bool has_dlse = true;
   double dropout_p = 0.0;
   double scale = 1.0;

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "inputs.h"
 #include "oracle.h"
 #include "parallel.h"
@@ -11,14 +12,21 @@
 
 namespace smattn::driver {
 
+// What an error may be before the last rounding: shares of A(T) and of sqrt(Q(T)).
+struct Allowance {
+  double magnitude = 0.0, squares = 0.0;
+};
+
 struct Output {
   std::string name;
   Array array;  // absent when it was not asked for
   const Expected* expected;
+  Allowance allowance;
 };
 
 // Forward, backward from forward's own results, attention map and its backward; every output filled with NaN first.
-std::vector<Output> run_kernels(const Problem& problem, const Inputs& inputs, const Answers& answers, ParallelFor threads);
+std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& problem, const Inputs& inputs, const Answers& answers,
+                                ParallelFor threads);
 
 // The largest error as a share of what is allowed, 1 is the limit; infinite where the answer is infinite or NaN and the output is not it.
 struct Comparison {
@@ -26,6 +34,6 @@ struct Comparison {
   std::string where;  // of the largest share
 };
 
-Comparison compare(const Output& output, double band);
+Comparison compare(const Output& output);
 
 }  // namespace smattn::driver

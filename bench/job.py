@@ -1,0 +1,136 @@
+"""One run of the benchmark: where it happens, the rows it has so far, and the validation that comes before anything is timed."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from harness import Cell, timing
+from peers import ours, select_cpu_kernels
+from rows import FORWARD, MATMUL, WARM, Row
+from validate import Validation, fitting, validate
+
+import smattn
+from smattn.backends import TABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SIDE = 2048  # of the calibration's matrices
+
+
+@dataclass
+class Job:
+    """One run: where it happens, and the rows it has so far."""
+
+    device: str
+    seconds: float  # time budget of one contestant in one cell
+    command: str
+    kernels: str = ""  # the set of CPU kernels forced, "avx2" say; "": the machine's best
+    validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
+    rows: list[Row] = field(default_factory=list)
+    matmul_ms: float | None = None  # around the cell being measured
+
+    def __post_init__(self) -> None:
+        self.about: dict[str, Any] = {
+            "device": describe_device(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": {module.__name__: module.__version__ for module in (smattn, torch, triton)} | {"python": platform.python_version()},
+            "commit": describe_commit(),
+            "command": self.command,
+        }
+
+    def check(self, backends: list[str], cells: list[Cell]) -> None:
+        """Validate every backend in every cell; exit when one is outside the budget, for a wrong kernel's time is no news."""
+        if self.kernels:
+            select_cpu_kernels(self.kernels)
+        wanted = dict.fromkeys((cell.workload, cell.mask, cell.dtype) for cell in cells)
+        for (workload, mask, dtype), backend in product(wanted, backends):
+            found = validate(backend, fitting(workload), mask, dtype, self.device)
+            self.keep(replace(found, backend=ours(backend, self.kernels).name))
+        outside = [f"{v.backend} {v.workload} {v.dtype} {v.mask}" for v in self.validations.values() if not v.within]
+        if outside:
+            sys.exit(f"outside the error budget, so nothing is timed: {', '.join(outside)}")
+
+    def keep(self, validation: Validation) -> None:
+        self.validations[validation.backend, validation.workload, validation.mask, getattr(torch, validation.dtype)] = validation
+        print("\n".join(validation.lines()), flush=True)
+
+    def add(
+        self, cell: Cell, backend: str, taken: list[float] | None = None, extra: int | None = None, skipped: str | None = None,
+        cache: str = WARM,
+    ) -> None:  # fmt: skip
+        validation = self.validations.get((backend, cell.workload.name, cell.mask, cell.dtype))
+        default = backend == ours(default_backend(cell), self.kernels).name
+        self.rows.append(
+            Row(
+                **_times(taken), **self.about, workload=cell.workload.name, shape=cell.shape, mask=cell.mask, dtype=name_of(cell.dtype),
+                direction=cell.direction, cache=cache, backend=backend, default=default, extra_bytes=extra, io_bytes=cell.io_bytes,
+                flops=cell.flops, matmul_ms=self.matmul_ms, skipped=skipped, errors=asdict(validation) if validation else None,
+            )
+        )  # fmt: skip
+
+    def add_matmul(self, dtype: torch.dtype, taken: list[float]) -> None:
+        self.rows.append(
+            Row(
+                **_times(taken), **self.about, workload=MATMUL, shape=(SIDE,) * 3, mask="none", dtype=name_of(dtype), direction=FORWARD,
+                cache=WARM, backend="torch.mm", default=False, extra_bytes=None, io_bytes=3 * SIDE**2 * dtype.itemsize, flops=2 * SIDE**3,
+                matmul_ms=None, errors=None, skipped=None,
+            )
+        )  # fmt: skip
+
+    def path(self, *labels: str) -> Path:
+        """Where the rows go: bench/results/<date>-<device>-<labels>.jsonl."""
+        slug = re.sub(r"[^a-z0-9]+", "-", describe_device(self.device).lower()).strip("-")
+        return RESULTS / f"{'-'.join([f'{datetime.date.today()}', slug, *labels])}.jsonl"
+
+
+def default_backend(cell: Cell) -> str:
+    """The backend that backend=None takes."""
+    problem, kind = cell.smaller().case().problem(), torch.device(cell.device).type
+    return next(row.name for row in TABLE if kind in row.default_on and not row.unsupported_reasons(problem, "forward"))
+
+
+def available_backends(device: str) -> list[str]:
+    """Those of the device; on a CPU not Triton, which is interpreted there."""
+    kind = torch.device(device).type
+    names = [row.name for row in TABLE if kind in row.device_types and not (kind == "cpu" and row.name == "triton")]
+    return [name for name in names if smattn.backends()[name].available]
+
+
+def describe_device(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as lines:
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe_commit() -> str:
+    """The commit, with + when what is measured differs from it; "unknown" outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _times(taken: list[float] | None) -> dict[str, Any]:
+    return asdict(timing(taken)) if taken else {"median_ms": None, "p10": None, "p90": None, "reps": 0}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,26 @@
+// The CPU kernels, one set for each instruction set; which set runs is chosen at run time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "parallel.h"
+#include "params.h"
+
+namespace smattn::cpu {
+
+struct Kernels {
+  const char* name;  // "avx512bf16", "avx512", "avx2", "neon" or "baseline"
+  void (*forward)(const ForwardParams& params, ParallelFor threads);
+  void (*backward)(const BackwardParams& params, ParallelFor threads);
+  void (*attention_map)(const MapParams& params, ParallelFor threads);
+  void (*attention_map_backward)(const MapBackwardParams& params, ParallelFor threads);
+  void (*exp2_float)(const float* x, float* y, int64_t n);  // the kernels' own 2^x, to be tested
+  void (*exp2_double)(const double* x, double* y, int64_t n);
+};
+
+const std::vector<const Kernels*>& available();  // those that this machine can run, the fastest first
+const Kernels& selected();                // the first of them, unless select() chose another
+bool select(const char* name);            // for tests and measurements, whole process; false where no such set is available
+
+}  // namespace smattn::cpu

@@ -1,0 +1,110 @@
+// The attention map (9) and its backward (10), on the tiles of forward and backward.
+#pragma once
+
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu/workers.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// One item of (9): a (query block, key block) tile of the map.
+template <class T>
+class MapTile {
+ public:
+  explicit MapTile(const MapParams& params)
+      : p_(params), s_(params.scores), n_(s_.size), query_(kQueries * round_up(n_.D, kLanes<T>)), keys_(kKeys * round_up(n_.D, kLanes<T>)),
+        rows_(kQueries * larger_of(kKeys, round_up(n_.D, kLanes<T>))), mask_(kKeys * kQueries), scores_(kKeys * kQueries),
+        sum_(kKeys * kQueries) {}
+
+  int64_t bytes() const { return bytes_in(query_, keys_, rows_, mask_, scores_, sum_); }
+
+  void run(int64_t b, const QueryBlock& q, const KeyBlock& k) {
+    fill<T>(sum_, kKeys * q.lanes, T(0));
+    for (int64_t h = 0; h < n_.H && k.attended > 0; ++h) add_head(b, h, q, k);
+    const int64_t stride = round_up(k.count, kLanes<T>);
+    transpose_block<T>(sum_, q.lanes, stride, q.lanes, rows_, stride);
+    write_rows<T>(rows_, stride, q.count, k.count, p_.map, DTypeOf<T>::value, (b * n_.Nq + q.first) * n_.Nk + k.first, n_.Nk);
+  }
+
+ private:
+  void add_head(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k) {
+    const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
+    if (mask != nullptr && (h == 0 || s_.mask_size[1] > 1)) read_tile<T>(s_.mask, b, h, q, k, rows_, mask_);
+    read_queries<T>(s_.query, b, h, q, n_.D, static_cast<T>(s_.scale * kLog2e), rows_, query_);
+    T lse_log2[kQueries];
+    for (int64_t i = 0; i < q.lanes; ++i) {
+      const T* row = static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first;
+      lse_log2[i] = static_cast<T>(i < q.count ? exponent_of(row[i]) : __builtin_inf());
+    }
+    const T weight = static_cast<const T*>(p_.head_weights)[h];
+    const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
+    dot_products(key, query_.get(), q, k.count, n_.D, Ahead{}, scores_.get());
+    const Exponents<T> exponent(s_, h, mask);
+    for (int64_t j = 0; j < k.count; ++j) {
+      for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
+        const int64_t at = j * q.lanes + lane;
+        const Vec<T> p = exp2<T>(exponent(load(scores_ + at), at) - load(lse_log2 + lane));
+        store(sum_ + at, load(sum_ + at) + weight * p);
+      }
+    }
+  }
+
+  const MapParams& p_;
+  const Scores& s_;
+  const Sizes& n_;
+  Buffer<T> query_, keys_, rows_, mask_, scores_, sum_;
+};
+
+template <class T>
+inline void attention_map_of(const MapParams& p, ParallelFor threads) {
+  const Sizes& n = p.scores.size;
+  ForwardParams softmax{};  // of a value without columns: lse alone
+  softmax.scores = p.scores;
+  softmax.scores.size.Dv = 0;
+  softmax.lse = p.lse;
+  forward_of<T>(softmax, threads);
+  const Blocking<T> blocking(n);
+  const int64_t tiles = n.B * blocking.query_blocks * blocking.key_blocks;
+  const auto make = [&] { return MapTile<T>(p); };
+  for_each_item(threads, tiles, kSpare, make, [&](MapTile<T>& tile, int64_t item) {
+    const int64_t kb = item % blocking.key_blocks, qb = item / blocking.key_blocks % blocking.query_blocks;
+    const int64_t b = item / (blocking.key_blocks * blocking.query_blocks);
+    tile.run(b, query_block(blocking, qb), key_block(p.scores, blocking, b, kb));
+  });
+}
+
+template <class T>
+inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor threads) {
+  const Sizes& n = p.scores.size;
+  const int64_t rows = n.B * n.H * n.Nq;
+  const auto* weights = static_cast<const T*>(p.head_weights);
+  const Buffer<T> eta(rows), mbar(rows);
+  ForwardTask<T> means{.params = {}, .dmap = p.dmap, .eta = eta};  // of a value without columns: eta and mbar alone
+  means.params.scores = p.scores;
+  means.params.scores.size.Dv = 0;
+  means.params.mbar = mbar.get();
+  forward_pass<T>(means, threads);
+  if (p.dhead_weights != nullptr) {
+    for (int64_t h = 0; h < n.H; ++h) {
+      T sum = 0;
+      for (int64_t b = 0; b < n.B; ++b) {
+        for (int64_t i = 0; i < n.Nq; ++i) sum += eta[(b * n.H + h) * n.Nq + i];
+      }
+      static_cast<T*>(p.dhead_weights)[h] = sum;
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) eta[row] *= weights[row / n.Nq % n.H];
+  BackwardTask<T> task{};
+  task.scores = p.scores;
+  task.scores.size.Dv = 0;
+  task.dmap = p.dmap;
+  task.head_weights = weights;
+  task.lse = static_cast<const T*>(p.lse);
+  task.delta = eta;
+  task.mbar = mbar;
+  task.dquery = p.dquery, task.dkey = p.dkey, task.dmask = p.dmask;
+  task.dalpha = static_cast<T*>(p.dalpha);
+  if (task.wants_ds()) backward_pass<T>(task, static_cast<const T*>(nullptr), threads);
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

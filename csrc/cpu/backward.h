@@ -1,0 +1,312 @@
+// Backward, (5)-(8): P is rebuilt from lse, tile by tile; see backward_plan.h for who sums what.
+#pragma once
+
+#include "cpu/backward_parts.h"
+#include "cpu/backward_step.h"
+#include "cpu/forward.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+template <class E>
+class Backward {
+ public:
+  using T = typename SumOf<E>::type;
+
+  Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
+      : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
+        tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
+        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
+        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
+        dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
+        rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
+        key_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
+    const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
+    for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
+  }
+
+  int64_t bytes() const {
+    return bytes_in(pairs_, tiles_, tile_memory_, step_, sums_, dmask_, dalpha_, mask_, dmap_, rows_, keys_, values_, key_steps_memory_);
+  }
+
+  // slot: the group's place in its round.
+  void run(int64_t group, int64_t slot, int64_t split) {
+    for (int64_t pair = 0; pair < plan_.pairs; ++pair) pairs_[pair] = plan_.pair(group, pair);
+    slot_ = slot;
+    begins_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) == 0;
+    ends_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) + plan_.batches == n_.B;
+    fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
+    const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
+    clear_own_part(split);
+    for (int64_t o = outer * split / plan_.splits; o < outer * (split + 1) / plan_.splits; ++o) {
+      if (plan_.pairs_innermost) {
+        for (int64_t i = 0; i < inner; ++i) {
+          for (int64_t pair = 0; pair < plan_.pairs; ++pair) visit(split, o, i, pair);
+        }
+      } else {
+        for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
+          for (int64_t i = 0; i < inner; ++i) visit(split, o, i, pair);
+        }
+      }
+    }
+    for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
+      T sum = 0;
+      for (int64_t i = 0; i < kQueries; ++i) sum += dalpha_[pair * kQueries + i];
+      parts_.dalpha[split * parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
+    }
+    drain();
+  }
+
+ private:
+  void visit(int64_t split, int64_t o, int64_t i, int64_t pair_index) {
+    const Pair& pair = pairs_[pair_index];
+    const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o, g = kv_head(n_, pair.h);
+    const QueryBlock q = query_block(plan_.blocking, qb);
+    if (block_read_.differs(t_.scores.padding == nullptr ? 0 : pair.b, kb, 0, 0)) k_ = key_block(t_.scores, plan_.blocking, pair.b, kb);
+    const KeyBlock& k = k_;
+    const Sums<T> sums = begin(split, i, pair_index, kb, qb);
+    if (k.attended > 0) {
+      QueryTiles<E>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
+      tiles.read(t_, pair.b, pair.h, q);
+      const T* mask = read_inputs(pair, g, kb, qb, q, k);
+      step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
+                ahead(pair_index, i, k), sums);
+    } else {
+      if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
+      if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));
+    }
+    if (sums.dmask != nullptr) finish_dmask(split, pair_index, q, k, sums.dmask);
+    const bool last_inner = i == plan_.inner_blocks() - 1;
+    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, k)) {
+      store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, kv_slot(pair.kv));
+    }
+    if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery);
+  }
+
+  // This visit's values and the next one's keys, where they are not those of the visit before, and the next one's queries.
+  StepAhead ahead(int64_t pair_index, int64_t i, const KeyBlock& k) const {
+    if (!plan_.outer_keys) return {};
+    const int64_t inner = plan_.inner_blocks();
+    const bool pairs_turn = inner == 1 || plan_.pairs_innermost, last_pair = pair_index == plan_.pairs - 1, last_inner = i == inner - 1;
+    const bool same_pair_next = !pairs_turn && !last_inner;
+    const Pair& pair = pairs_[pair_index];
+    const Pair& next = same_pair_next ? pair : pairs_[last_pair ? 0 : pair_index + 1];
+    const bool with_value = t_.value.data != nullptr;
+    StepAhead ahead;
+    if (with_value && (pairs_turn || i == 0)) ahead.values = keys_ahead(t_.value, n_, pair.b, pair.h, k.first, k.count, n_.Dv);
+    if (!same_pair_next) {
+      const int64_t first = last_pair && last_inner ? k.first + k.count : k.first;
+      ahead.next_keys = keys_ahead(t_.scores.key, n_, next.b, next.h, first, plan_.blocking.keys, n_.D);
+    }
+    if (tile_slots() == 1) {
+      const QueryBlock q = query_block(plan_.blocking, (pairs_turn && !last_pair ? i : i + 1) % inner);
+      ahead.next_queries = rows_ahead(t_.scores.query, next.b, next.h, q.first, q.count, n_.D);
+      if (with_value) ahead.next_douts = rows_ahead(t_.dout, next.b, next.h, q.first, q.count, n_.Dv);
+    }
+    return ahead;
+  }
+
+  // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.
+  bool stored_directly(const Pair& pair, const KeyBlock& k) const {
+    return plan_.outer_keys && plan_.inner_blocks() == 1 && pair.first_of_kv && pair.last_of_kv && k.attended == k.count &&
+           t_.scores.dtype == kStored<E> && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
+  }
+  static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+  // Where queries are few their tiles are kept for all pairs, as far as a core's cache holds them.
+  int64_t tile_slots() const {
+    constexpr int64_t kTilesBytes = 1 << 20;
+    const int64_t bytes = plan_.pairs * QueryTiles<E>::size(n_, plan_.blocking.queries) * static_cast<int64_t>(sizeof(E));
+    return plan_.outer_keys && plan_.inner_blocks() == 1 && bytes <= kTilesBytes ? plan_.pairs : 1;
+  }
+  bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
+  T* kv_slot(int64_t kv) { return sums_ + (plan_.pairs_innermost ? kv : 0) * plan_.dkv_size(); }
+  T* query_slot(int64_t pair) { return sums_ + (plan_.pairs_innermost ? pair : 0) * plan_.dquery_size(); }
+
+  // Where this visit's sums go, those that begin with it cleared.
+  Sums<T> begin(int64_t split, int64_t i, int64_t pair_index, int64_t kb, int64_t qb) {
+    const Pair& pair = pairs_[pair_index];
+    const int64_t g = kv_head(n_, pair.h);
+    T *dquery, *dkv;
+    if (plan_.outer_keys) {
+      dquery = own_part(split) + (pair_index * plan_.blocking.query_blocks + qb) * plan_.dquery_size();
+      dkv = kv_slot(pair.kv);
+    } else {
+      dquery = query_slot(pair_index);
+      dkv = own_part(split) + (pair.kv * plan_.blocking.key_blocks + kb) * plan_.dkv_size();
+      if (i == 0) fill<T>(dquery, plan_.dquery_size(), T(0));
+    }
+    const bool tile = plan_.tile_dmask, direct = stored_directly(pair, k_);
+    const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
+    const int64_t bytes = bytes_of(t_.scores.dtype);
+    void* dkey = direct ? static_cast<char*>(t_.dkey) + row * n_.D * bytes : static_cast<void*>(dkv);
+    T* dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0);
+    if (tile && pair.first_of_mask && !begins_dmask_) {
+      const QueryBlock q = query_block(plan_.blocking, qb);
+      copy<T>(parts_.dmask_total + plan_.dmask_tile(pair.h, q, k_), k_.count * q.lanes, dmask);
+    }
+    T* own_dvalue = dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
+    void* dvalue = direct ? static_cast<char*>(t_.dvalue) + row * n_.Dv * bytes : static_cast<void*>(own_dvalue);
+    return {.dquery = t_.dquery != nullptr ? dquery : nullptr,
+            .dkey = t_.dkey != nullptr ? dkey : nullptr,
+            .dvalue = t_.dvalue != nullptr ? dvalue : nullptr,
+            .dkv_is_new = plan_.outer_keys && i == 0 && pair.first_of_kv,
+            .dkv_is_final = direct,
+            .dmask = dmask,
+            .dmask_is_new = !tile || (pair.first_of_mask && begins_dmask_),
+            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kQueries : nullptr};
+  }
+
+  // Fills the tiles of this visit, those that are not there from the last one; returns M's.
+  const T* read_inputs(const Pair& pair, int64_t g, int64_t kb, int64_t qb, const QueryBlock& q, const KeyBlock& k) {
+    if (kv_read_.differs(pair.b, g, kb, 0)) {
+      keys_read_.key = read_keys<E>(t_.scores.key, pair.b, g, k, n_.D, keys_, kLanes<E>);
+      if (t_.dquery != nullptr) keys_read_.key_steps = by_step(keys_read_.key, k.count, n_.D, key_steps_memory_.get());
+      if (t_.value.data != nullptr) keys_read_.value = read_keys<E>(t_.value, pair.b, g, k, n_.Dv, values_);
+    }
+    if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);
+    if (t_.scores.mask.data == nullptr) return nullptr;
+    const int64_t mask_b = t_.scores.mask_size[0] == 1 && t_.scores.padding == nullptr ? 0 : pair.b;  // each batch selects its own out
+    if (mask_read_.differs(mask_b, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
+      read_tile<T>(t_.scores.mask, pair.b, pair.h, q, k, rows_, mask_);
+    }
+    return mask_;
+  }
+
+  void finish_dmask(int64_t split, int64_t pair_index, const QueryBlock& q, const KeyBlock& k, const T* tile) {
+    const int64_t* size = t_.scores.mask_size;
+    const Pair& pair = pairs_[pair_index];
+    if (!plan_.tile_dmask) {
+      const int64_t own = plan_.dmask_rows > 1 ? pair_index : 0;
+      T* row = parts_.dmask + (plan_.outer_keys ? 0 : split) * parts_.dmask_size + (slot_ * plan_.dmask_rows + own) * n_.Nk + k.first;
+      const int64_t first_block = plan_.outer_keys ? 0 : plan_.outer_blocks() * split / plan_.splits;
+      const bool first = q.first == query_block(plan_.blocking, first_block).first && own == pair_index;
+      for (int64_t j = 0; j < k.count; ++j) {
+        Vec<T> sum{};
+        for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) sum += load(tile + j * q.lanes + lane);
+        row[j] = (first ? T(0) : row[j]) + sum_lanes<T>(sum);
+      }
+      return;
+    }
+    if (!pair.last_of_mask) return;
+    if (!ends_dmask_) return copy<T>(tile, k.count * q.lanes, parts_.dmask_total + plan_.dmask_tile(pair.h, q, k));
+    const int64_t stride = round_up(k.count, kLanes<T>);
+    transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
+    const int64_t b = size[0] == 1 ? 0 : pair.b, h = size[1] == 1 ? 0 : pair.h;
+    const int64_t offset = ((b * size[1] + h) * n_.Nq + q.first) * n_.Nk + k.first;
+    write_rows<T>(rows_, stride, q.count, k.count, t_.dmask, t_.scores.mask.dtype, offset, n_.Nk);
+  }
+
+  void clear_own_part(int64_t split) {
+    if (plan_.wants_parts) fill<T>(own_part(split), parts_.sums_size / plan_.round, T(0));
+  }
+  T* own_part(int64_t split) { return parts_.sums + split * parts_.sums_size + slot_ * (parts_.sums_size / plan_.round); }
+
+  const BackwardTask<T>& t_;
+  const Sizes& n_;
+  const BackwardPlan<T>& plan_;
+  BackwardParts<T>& parts_;
+  Buffer<Pair> pairs_;
+  Buffer<QueryTiles<E>> tiles_;
+  Buffer<E> tile_memory_;
+  BackwardStep<E> step_;
+  Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
+  Buffer<T> dmask_;   // [inner block or one][key][lane]
+  Buffer<T> dalpha_;  // [pair][lane]
+  Buffer<T> mask_, dmap_, rows_;
+  Buffer<E> keys_, values_, key_steps_memory_;
+  KeyTiles<E> keys_read_{};
+  KeyBlock k_;
+  int64_t slot_ = 0;
+  bool begins_dmask_ = true, ends_dmask_ = true;  // among the groups that share M
+  Held block_read_, kv_read_, mask_read_, dmap_read_;
+};
+
+// Every gradient of a call without a query or without a key.
+template <class T>
+inline void store_zeros(const BackwardTask<T>& t) {
+  const Sizes& n = t.scores.size;
+  const auto zero = [](void* p, int64_t bytes) {
+    if (p != nullptr) fill<char>(static_cast<char*>(p), bytes, 0);
+  };
+  const int64_t* mask = t.scores.mask_size;
+  zero(t.dquery, n.B * n.H * n.Nq * n.D * bytes_of(t.scores.dtype));
+  zero(t.dkey, n.B * n.Hkv * n.Nk * n.D * bytes_of(t.scores.dtype));
+  zero(t.dvalue, n.B * n.Hkv * n.Nk * n.Dv * bytes_of(t.scores.dtype));
+  zero(t.dmask, mask[0] * mask[1] * mask[2] * n.Nk * bytes_of(t.scores.mask.dtype));
+  zero(t.dalpha, n.H * static_cast<int64_t>(sizeof(T)));
+}
+
+// (6)-(8), once delta is there.
+template <class E, class T>
+inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFor threads) {
+  if (task.scores.size.B == 0 || task.scores.size.Nq == 0 || task.scores.size.Nk == 0) return store_zeros(task);
+  const BackwardPlan<T> plan(task);
+  BackwardParts<T> parts(task, plan);
+  const auto make = [&] { return Backward<E>(task, plan, parts); };
+  const int64_t spare = plan.memory.for_workers(parts.bytes());
+  for (int64_t first = 0; first < plan.groups; first += plan.round) {
+    const int64_t groups = smaller_of(plan.round, plan.groups - first);
+    for_each_item(threads, groups * plan.splits, spare, make, [&](Backward<E>& backward, int64_t item) {
+      backward.run(first + item / plan.splits, item / plan.splits, item % plan.splits);
+    });
+    if (plan.dmask_rows > 0) store_key_dmask(task, plan, parts, first, groups, threads);
+    if (!plan.wants_parts) continue;
+    parallel_for(threads, plan.part_items() / plan.round * groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) store_sum(task, plan, parts, first, item);
+    });
+  }
+  if (task.dalpha != nullptr) store_dalpha(task, plan, parts, dlse);
+}
+
+// (5), from the output, or as the mean of dP under P in a pass of its own.
+template <class E, class T>
+inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta) {
+  const Sizes& n = p.scores.size;
+  if (p.out.data == nullptr) {
+    ForwardTask<T> means{.params = {}, .dmap = {}, .dout = p.dout, .eta = delta};
+    means.params.scores = p.scores, means.params.value = p.value, means.params.dropout = p.dropout;
+    forward_pass<E>(means, threads);
+  } else {
+    parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<T> dout(n.Dv), out(n.Dv);
+      for (int64_t bh = begin; bh < end; ++bh) {
+        for (int64_t i = 0; i < n.Nq; ++i) {
+          read_rows<T>(rows_of(p.dout, bh / n.H, bh % n.H, i), 1, n.Dv, dout, n.Dv);
+          read_rows<T>(rows_of(p.out, bh / n.H, bh % n.H, i), 1, n.Dv, out, n.Dv);
+          T sum = 0;
+          for (int64_t d = 0; d < n.Dv; ++d) sum += dout[d] * out[d];
+          delta[bh * n.Nq + i] = sum;
+        }
+      }
+    });
+  }
+  const auto* dlse = static_cast<const T*>(p.dlse);
+  for (int64_t row = 0; dlse != nullptr && row < n.B * n.H * n.Nq; ++row) delta[row] -= dlse[row];
+}
+
+template <class E>
+inline void backward_of(const BackwardParams& p, ParallelFor threads) {
+  using T = typename SumOf<E>::type;
+  const Sizes& n = p.scores.size;
+  const auto* lse = static_cast<const T*>(p.lse);
+  const auto* dlse = static_cast<const T*>(p.dlse);
+  const Buffer<T> delta(n.B * n.H * n.Nq);
+  compute_delta<E>(p, threads, delta.get());
+  const BackwardTask<T> task{.scores = p.scores,
+                             .value = p.value,
+                             .dout = p.dout,
+                             .dropout = p.dropout,
+                             .dmap = {},
+                             .head_weights = nullptr,
+                             .lse = lse,
+                             .delta = delta,
+                             .mbar = static_cast<const T*>(p.mbar),
+                             .dquery = p.dquery,
+                             .dkey = p.dkey,
+                             .dvalue = p.dvalue,
+                             .dmask = p.dmask,
+                             .dalpha = static_cast<T*>(p.dalpha),
+                             .unrounded_out = p.out.data != nullptr && p.out.dtype != p.scores.dtype};
+  backward_pass<E>(task, dlse, threads);
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

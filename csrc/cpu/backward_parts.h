@@ -1,0 +1,133 @@
+// What backward's items leave for each other, and how the gradients are made of it and stored.
+#pragma once
+
+#include "cpu/backward_plan.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// What items leave for each other: their sums, added up in the order of the splits when all are done.
+template <class T>
+struct BackwardParts {
+  Buffer<T> sums;    // [split][group of a round][pair][query block][dQ] or [split][group of a round][batch, kv head][key block][dK, dV]
+  Buffer<T> dmask;   // [dmask_parts][group of a round][row][Nk], of an M without the queries' extent
+  Buffer<T> dmask_total;  // where groups take turns: [B|1, H|1, Nk] of such an M, else [H|1, query block, key block][key][lane]
+  Buffer<T> dalpha;  // [split][B, H]
+  int64_t sums_size, dmask_size, dalpha_size;  // of one split
+
+  BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
+      : sums(plan.splits * plan.part_size()),
+        dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
+        dmask_total(plan.dmask_total_size(t.scores.mask_size)),
+        dalpha(plan.splits * plan.n.B * plan.n.H),
+        sums_size(plan.part_size()),
+        dmask_size(plan.round * plan.dmask_rows * plan.n.Nk),
+        dalpha_size(plan.n.B * plan.n.H) {}
+
+  int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha); }
+};
+
+// dQ of one pair and query block, [lane][D], to its rows.
+template <class T>
+inline void store_dquery(const BackwardTask<T>& t, int64_t b, int64_t h, const QueryBlock& q, T* dquery) {
+  const Sizes& n = t.scores.size;
+  const int64_t stride = round_up(n.D, kLanes<T>);
+  const T scale = static_cast<T>(t.scores.scale);
+  for (int64_t i = 0; i < q.count * stride; ++i) dquery[i] *= scale;
+  write_rows<T>(dquery, stride, q.count, n.D, t.dquery, t.scores.dtype, ((b * n.H + h) * n.Nq + q.first) * n.D, n.D);
+}
+
+// dK and dV of one (batch, kv head) and key block, to their rows; a padded key's are 0, whatever NaN met it.
+template <class T>
+inline void store_dkv(const BackwardTask<T>& t, int64_t b, int64_t g, const KeyBlock& k, int64_t keys, T* dkv) {
+  const Sizes& n = t.scores.size;
+  const int64_t stride = round_up(n.D, kLanes<T>), value_stride = round_up(n.Dv, kLanes<T>);
+  T *dkey = dkv, *dvalue = dkv + keys * stride;
+  for (int64_t j = 0; j < k.count && k.attended < k.count; ++j) {
+    if (!k.padded[j]) continue;
+    fill<T>(dkey + j * stride, stride, T(0));
+    fill<T>(dvalue + j * value_stride, value_stride, T(0));
+  }
+  const int64_t row = (b * n.Hkv + g) * n.Nk + k.first;
+  if (t.dkey != nullptr) write_rows<T>(dkey, stride, k.count, n.D, t.dkey, t.scores.dtype, row * n.D, n.D);
+  if (t.dvalue != nullptr) write_rows<T>(dvalue, value_stride, k.count, n.Dv, t.dvalue, t.scores.dtype, row * n.Dv, n.Dv);
+}
+
+// The splits' sums for one (pair, query block) or (batch, kv head, key block) of the round that begins with group `first`, added up
+// and stored.
+template <class T>
+inline void store_sum(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, int64_t first, int64_t item) {
+  const int64_t size = plan.outer_keys ? plan.dquery_size() : plan.dkv_size();
+  const int64_t blocks = plan.outer_keys ? plan.blocking.query_blocks : plan.blocking.key_blocks;
+  T* sum = parts.sums + item * size;
+  for (int64_t s = 1; s < plan.splits; ++s) {
+    const T* from = parts.sums + s * parts.sums_size + item * size;
+    for (int64_t i = 0; i < size; ++i) sum[i] += from[i];
+  }
+  const int64_t owners = plan.outer_keys ? plan.pairs : plan.kvs, owner = item / blocks % owners, group = first + item / (blocks * owners);
+  if (plan.outer_keys) {
+    const Pair pair = plan.pair(group, owner);
+    store_dquery<T>(t, pair.b, pair.h, query_block(plan.blocking, item % blocks), sum);
+  } else {
+    const int64_t b = plan.first_batch(group) + owner / plan.kv_heads, g = plan.first_kv_head(group) + owner % plan.kv_heads;
+    store_dkv<T>(t, b, g, key_block(t.scores, plan.blocking, b, item % blocks), plan.blocking.keys, sum);
+  }
+}
+
+// dM of an M without the queries' extent, from the groups of one round, `first` the first of them: a group there is one (batch, kv head).
+// A row of M that groups of other rounds share is summed in `parts.dmask_total` until the last of them is done.
+template <class T>
+inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, int64_t first,
+                            int64_t groups, ParallelFor threads) {
+  const Sizes& n = plan.n;
+  const int64_t* size = t.scores.mask_size;
+  constexpr int64_t kChunk = 1024;
+  const int64_t chunks = blocks_of(n.Nk, kChunk), per_kv = n.H / n.Hkv;
+  parallel_for(threads, size[0] * size[1] * chunks, 1, [&](int64_t begin, int64_t end) {
+    T sum[kChunk];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t at = item % chunks * kChunk, count = smaller_of(kChunk, n.Nk - at), row = item / chunks;
+      const int64_t b = row / size[1], h = row % size[1], g = kv_head(n, h);
+      const int64_t first_b = size[0] == 1 ? 0 : b, last_b = size[0] == 1 ? n.B - 1 : b;
+      const int64_t first_g = size[1] == 1 ? 0 : g, last_g = size[1] == 1 ? n.Hkv - 1 : g;
+      const int64_t from_group = first_b * n.Hkv + first_g, last_group = last_b * n.Hkv + last_g;
+      if (last_group < first || from_group >= first + groups) continue;
+      T* total = parts.dmask_total + row * n.Nk + at;
+      for (int64_t j = 0; j < count; ++j) sum[j] = from_group < first ? total[j] : T(0);
+      for (int64_t split = 0; split < plan.dmask_parts(); ++split) {
+        for (int64_t bi = first_b; bi <= last_b; ++bi) {
+          for (int64_t gi = first_g; gi <= last_g; ++gi) {
+            const int64_t slot = bi * n.Hkv + gi - first;
+            if (slot < 0 || slot >= groups) continue;
+            for (int64_t r = 0; r < plan.dmask_rows; ++r) {
+              if (size[1] > 1 && r != h % per_kv) continue;
+              const T* from = parts.dmask + split * parts.dmask_size + (slot * plan.dmask_rows + r) * n.Nk + at;
+              for (int64_t j = 0; j < count; ++j) sum[j] += from[j];
+            }
+          }
+        }
+      }
+      if (last_group < first + groups) {
+        write_rows<T>(sum, 0, 1, count, t.dmask, t.scores.mask.dtype, row * n.Nk + at, 0);
+      } else {
+        for (int64_t j = 0; j < count; ++j) total[j] = sum[j];
+      }
+    }
+  });
+}
+
+// dalpha, from the items' sums of dS * (M - mbar) and the rows' mbar * dL.
+template <class T>
+inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, const T* dlse) {
+  const Sizes& n = plan.n;
+  for (int64_t h = 0; h < n.H; ++h) {
+    T sum = 0;
+    for (int64_t b = 0; b < n.B; ++b) {
+      for (int64_t split = 0; split < plan.splits; ++split) sum += parts.dalpha[split * parts.dalpha_size + b * n.H + h];
+      if (dlse == nullptr || !has_keys(t.scores, b)) continue;
+      for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) sum += t.mbar[row] * dlse[row];
+    }
+    t.dalpha[h] = sum;
+  }
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

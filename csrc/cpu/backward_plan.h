@@ -1,0 +1,184 @@
+// How backward is cut into items that run in parallel, so that dK, dV and dM are each summed by one thread in one order.
+//
+// A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
+// and all pairs that share M where dM has the queries' extent (of many batches so many as memory holds: then a group begins with the dM
+// that the last one left). An item is a group and a share of its outer blocks:
+//   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
+//   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
+// The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
+// sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
+#pragma once
+
+#include "cpu/tiles.h"
+#include "cpu/workers.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// What backward works on. Of the attention map, (10) instead of (5) and (6): dP is w_h * dA, delta is w_h * eta, and there is no value.
+template <class T>
+struct BackwardTask {
+  Scores scores;
+  Tensor4 value, dout;     // value.data null for the attention map
+  Dropout dropout;
+  Tensor4 dmap;            // [B, 1, Nq, Nk]
+  const T* head_weights;
+  const T* lse;            // [B, H, Nq]
+  const T* delta;          // [B, H, Nq], (5)
+  const T* mbar;           // [B, H, Nq]
+  void *dquery, *dkey, *dvalue, *dmask;
+  T* dalpha;               // [H]
+  bool unrounded_out;      // held in memory beside the rounded one
+
+  bool wants_ds() const { return dquery != nullptr || dkey != nullptr || dmask != nullptr || dalpha != nullptr; }
+};
+
+struct Pair {
+  int64_t b, h;
+  int64_t kv;                  // which of the group's (batch, kv head) it belongs to
+  bool first_of_kv, last_of_kv;
+  bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
+};
+
+// What a call may hold besides its inputs and results: a quarter of them (out and its gradient, and the gradients asked for, included),
+// and a little whatever its size; less what is held in any case.
+struct BackwardMemory {
+  int64_t io, held;
+
+  template <class T>
+  explicit BackwardMemory(const BackwardTask<T>& t) {
+    const Scores& s = t.scores;
+    const Sizes& n = s.size;
+    const int64_t query = n.B * n.H * n.Nq, key = n.B * n.Hkv * n.Nk;
+    const int64_t elements = query * (n.D + 2 * n.Dv + (t.dquery != nullptr ? n.D : 0)) +
+                             key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
+    const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
+    const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
+    held = (query * (4 + (t.unrounded_out ? n.Dv : 0)) +  // lse, mbar, delta and dlse
+            (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) * static_cast<int64_t>(sizeof(T));
+    io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
+  }
+
+  int64_t free() const { return io / 4 + kSpare - held; }
+  int64_t for_sums() const { return larger_of<int64_t>(free() / 2, free() - io / 20 - (5 << 20)); }
+  int64_t for_workers(int64_t sums) const { return free() - sums; }
+};
+
+template <class T>
+struct BackwardPlan {
+  BackwardMemory memory;
+  Blocking<T> blocking;
+  Sizes n;
+  bool outer_keys;
+  bool wants_parts;            // the sums that items leave for each other
+  bool tile_dmask;             // dM has the queries' extent: summed over a group's pairs in a tile
+  bool batch_inside;
+  int64_t batches, kv_heads;   // in a group
+  int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
+  bool pairs_innermost;        // else the inner blocks are
+  int64_t splits;              // of the outer blocks
+  int64_t dmask_rows;          // a group's rows of dM where M lacks the queries' extent
+  int64_t round;               // how many groups at a time
+
+  explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size) {
+    const Scores& s = t.scores;
+    const bool full_mask = s.mask.data != nullptr && s.mask_size[2] != 1;
+    tile_dmask = t.dmask != nullptr && full_mask;
+    const int64_t bytes = memory.for_sums();
+    const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
+      const bool wanted = by_keys ? t.dquery != nullptr : t.dkey != nullptr || t.dvalue != nullptr;
+      const int64_t size = by_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
+      return wanted ? size * static_cast<int64_t>(sizeof(T)) : 0;
+    };
+    outer_keys = n.Nk >= n.Nq;
+    if (part_bytes(outer_keys) > bytes && part_bytes(!outer_keys) < part_bytes(outer_keys)) outer_keys = !outer_keys;
+    wants_parts = part_bytes(outer_keys) > 0;
+    batch_inside = tile_dmask && s.mask_size[0] == 1 && n.B > 1;
+    // every thread has its group's tiles and sums
+    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
+    const int64_t batch_size = n.H * n.Nq * round_up(n.D, kLanes<T>) + n.H * blocking.queries * query_row + n.Hkv * dkv_size();
+    batches = batch_inside ? largest_divisor(n.B, bytes / 2 / static_cast<int64_t>(sizeof(T)) / batch_size) : 1;
+    kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
+    groups = n.B / batches * groups_of_a_batch();
+    kvs = batches * kv_heads;
+    pairs = kvs * (n.H / n.Hkv);
+    mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
+    // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
+    const int64_t row = round_up(n.D, kLanes<T>) + (outer_keys ? round_up(n.Dv, kLanes<T>) : 0);
+    const int64_t sums = outer_keys ? kvs * blocking.keys * row : pairs * blocking.queries * row;
+    const int64_t tiles = inner_blocks() * blocking.keys * blocking.queries;
+    pairs_innermost = (batch_inside && mask_by_head_) || (inner_blocks() > 1 && sums <= tiles);
+    dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
+    const int64_t group_bytes = part_bytes(outer_keys) / groups + dmask_rows * n.Nk * static_cast<int64_t>(sizeof(T));
+    round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
+    if (batches_take_turns()) round = largest_divisor(groups_of_a_batch(), round);  // no two that share M
+    splits = splits_within(bytes);
+  }
+
+  bool batches_take_turns() const { return batch_inside && batches < n.B; }
+  int64_t dmask_tile(int64_t h, const QueryBlock& q, const KeyBlock& k) const {  // its place in what one group leaves for the next
+    const int64_t head = mask_by_head_ ? h : 0, qb = q.first / blocking.queries, kb = k.first / blocking.keys;
+    return ((head * blocking.query_blocks + qb) * blocking.key_blocks + kb) * blocking.keys * blocking.queries;
+  }
+  int64_t dmask_total_size(const int64_t* mask_size) const {
+    if (batches_take_turns()) return mask_size[1] * blocking.query_blocks * blocking.key_blocks * blocking.keys * blocking.queries;
+    return dmask_rows > 0 && round < groups ? mask_size[0] * mask_size[1] * n.Nk : 0;
+  }
+  int64_t outer_blocks() const { return outer_keys ? blocking.key_blocks : blocking.query_blocks; }
+  int64_t inner_blocks() const { return outer_keys ? blocking.query_blocks : blocking.key_blocks; }
+  int64_t sum_slots() const { return pairs_innermost ? (outer_keys ? kvs : pairs) : 1; }
+  int64_t dmask_parts() const { return outer_keys ? 1 : splits; }  // of an M without the queries' extent: who owns a key block owns its sum
+  int64_t dmask_tiles() const { return pairs_innermost ? 1 : inner_blocks(); }
+
+  int64_t dquery_size() const { return round_up(n.D, kLanes<T>) * blocking.queries; }  // [lane][D], one (pair, query block)
+  int64_t dkv_size() const { return blocking.keys * (round_up(n.D, kLanes<T>) + round_up(n.Dv, kLanes<T>)); }  // dK, dV: [key][...]
+  int64_t part_items() const {  // a round's (pair, query block)s or (batch, kv head, key block)s
+    return round * (outer_keys ? pairs * blocking.query_blocks : kvs * blocking.key_blocks);
+  }
+  int64_t part_size() const {  // what a round's items add to: of one split
+    return wants_parts ? part_items() * (outer_keys ? dquery_size() : dkv_size()) : 0;
+  }
+
+  int64_t first_batch(int64_t group) const { return group / groups_of_a_batch() * batches; }
+  int64_t first_kv_head(int64_t group) const { return group % groups_of_a_batch() * kv_heads; }
+
+  // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
+  // batch and has heads, those of one head are.
+  Pair pair(int64_t group, int64_t i) const {
+    const int64_t per_kv = n.H / n.Hkv;
+    const bool heads_outside = batch_inside && mask_by_head_;
+    const int64_t b = heads_outside ? i % batches : i / (kv_heads * per_kv);
+    const int64_t h = heads_outside ? i / batches : i % (kv_heads * per_kv);
+    const int64_t inside = h % per_kv;
+    return {.b = first_batch(group) + b,
+            .h = first_kv_head(group) * per_kv + h,
+            .kv = b * kv_heads + h / per_kv,
+            .first_of_kv = inside == 0,
+            .last_of_kv = inside == per_kv - 1,
+            .first_of_mask = mask_by_head_ ? !heads_outside || b == 0 : i == 0,
+            .last_of_mask = mask_by_head_ ? !heads_outside || b == batches - 1 : i == pairs - 1};
+  }
+
+ private:
+  bool mask_by_head_;
+
+  int64_t groups_of_a_batch() const { return n.Hkv / kv_heads; }
+
+  // Of n, up to `most`, and 1 at least.
+  static int64_t largest_divisor(int64_t n, int64_t most) {
+    int64_t divisor = larger_of<int64_t>(1, smaller_of(n, most));
+    while (n % divisor != 0) --divisor;
+    return divisor;
+  }
+
+  int64_t splits_within(int64_t bytes) const {
+    constexpr int64_t kItems = 32;
+    const int64_t one = larger_of<int64_t>(1, part_size() * static_cast<int64_t>(sizeof(T)));
+    const int64_t most = smaller_of(larger_of<int64_t>(1, bytes / one), larger_of<int64_t>(1, outer_blocks()));
+    const int64_t wanted = smaller_of(most, blocks_of(kItems, larger_of<int64_t>(1, round)));
+    int64_t power = 1;  // powers of two share the blocks out more evenly
+    while (power * 2 <= wanted) power *= 2;
+    return power;
+  }
+};
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

@@ -1,0 +1,270 @@
+// One (batch, head) pair, query block and key block of backward: the five products of (6) and (7), and dM's and dalpha's share (8).
+// P and dS are made strip by strip, so that the passes over them stay in the first-level cache.
+#pragma once
+
+#include "cpu/backward_plan.h"
+#include "cpu/dropout_tile.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+// Where the step adds its results; null where not asked for.
+template <class T>
+struct Sums {
+  T* dquery;  // [lane][D up to whole vectors], without scale
+  void* dkey;    // of T, [key][D up to whole vectors]
+  void* dvalue;  // of T, [key][Dv up to whole vectors]
+  bool dkv_is_new;  // nothing there yet to add to
+  bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
+  T* dmask;   // [key][lane]
+  bool dmask_is_new;
+  T* dalpha;  // [lane]
+};
+
+// What to fetch meanwhile, product by product.
+struct StepAhead {
+  Ahead values, next_keys, next_queries, next_douts;
+};
+
+// Query-side tiles of one pair and query block, and its rows.
+template <class E>
+struct QueryTiles {
+  using T = typename SumOf<E>::type;
+
+  E* query;               // [D][lane], times scale * log2(e) unless of pairs
+  E* dout;                // [Dv][lane]
+  E *query_rows, *dout_rows;
+  Vectors<E> query_steps;  // for a sum over the queries, times scale unless of pairs
+  Vectors<E> dout_steps;
+  T *lse_log2, *delta, *mbar;
+  int64_t b, h, first;    // what they hold; b is -1 before anything is read
+
+  static int64_t size(const Sizes& n, int64_t lanes) {
+    return (kPack<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + 3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
+  }
+
+  // On `size` elements of memory.
+  void place(const Sizes& n, int64_t lanes, E* memory) {
+    const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
+    query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
+    query_steps.data = kPack<E> == 1 ? query_rows : dout_rows + Dv;
+    dout_steps.data = kPack<E> == 1 ? dout_rows : query_steps.data + D;
+    lse_log2 = reinterpret_cast<T*>(memory + (kPack<E> + 1) * (D + Dv)), delta = lse_log2 + lanes, mbar = delta + lanes;
+    b = -1;
+  }
+
+  void read(const BackwardTask<T>& t, int64_t batch, int64_t head, const QueryBlock& q) {
+    if (b == batch && h == head && first == q.first) return;
+    b = batch, h = head, first = q.first;
+    const Sizes& n = t.scores.size;
+    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
+    if constexpr (kPack<E> == 1) {
+      for (int64_t i = 0; i < q.count * row_elements<E>(n.D); ++i) query_rows[i] *= static_cast<T>(t.scores.scale);
+    }
+    query_steps = by_step(queries, q.count, n.D, const_cast<E*>(query_steps.data));
+    if (t.value.data != nullptr) {
+      const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
+      dout_steps = by_step(douts, q.count, n.Dv, const_cast<E*>(dout_steps.data));
+    }
+    const int64_t row = (b * n.H + h) * n.Nq + q.first;
+    for (int64_t i = 0; i < q.lanes; ++i) {
+      const bool beyond = i >= q.count;
+      lse_log2[i] = beyond ? static_cast<T>(__builtin_inf()) : static_cast<T>(exponent_of(t.lse[row + i]));  // so that P is 0
+      delta[i] = beyond ? T(0) : t.delta[row + i];
+      mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
+    }
+  }
+};
+
+// The key side: rows as they lie, and those of key for a sum over the keys.
+template <class E>
+struct KeyTiles {
+  RowMajor<E> key, value;
+  Vectors<E> key_steps;
+};
+
+template <class E>
+class BackwardStep {
+ public:
+  using T = typename SumOf<E>::type;
+
+  explicit BackwardStep(const BackwardTask<T>& task)
+      : t_(task), n_(task.scores.size), p_(kStrip), keep_(task.dropout.p > 0 ? kStrip : 0), dp_(kStrip), weights_(kKeys * kQueries),
+        ds_(kKeys * kQueries) {}
+
+  int64_t bytes() const { return bytes_in(p_, keep_, dp_, weights_, ds_); }
+
+  // mask, dmap: tiles, null where there is none.
+  void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
+           const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {
+    const int64_t most = strip_keys<T>(q.lanes);
+    for (int64_t first = 0; first < k.count; first += most) {
+      const KeyBlock strip = strip_of(k, first, most);
+      const Strip s{.at = first * q.lanes,
+                    .key = keys.key.from_row(first),
+                    .value = keys.value.from_row(first),
+                    .values_ahead = ahead.values.part(first, strip.count, k.count),
+                    .keys_ahead = ahead.next_keys.part(first, strip.count, k.count)};
+      if (t_.dropout.p > 0) dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, strip, keep_);
+      probabilities(h, q, strip, s, tiles, mask);
+      if (t_.wants_ds()) score_gradients(h, q, strip, s, tiles, mask, dmap, sums);
+    }
+    if (sums.dvalue != nullptr) {
+      add_rows(weights_.by_lane(q.lanes), q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums, sums.dvalue);
+    }
+    const int64_t stride = round_up(n_.D, kLanes<T>);
+    if (sums.dkey != nullptr) {
+      const char* dquery = reinterpret_cast<const char*>(sums.dquery);
+      const Ahead sums_ahead = dquery == nullptr ? Ahead{} : Ahead{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1};
+      const T scale = static_cast<T>(t_.scores.scale);
+      add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums, sums.dkey);
+    }
+    if (sums.dquery != nullptr) {
+      product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), ahead.next_douts,
+              [dquery = sums.dquery, stride]<int N>(int64_t i, int64_t c, const Vec<T>(&added)[N]) {
+                T* to = dquery + i * stride + c * kLanes<T>;
+                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) + added[v]);
+              });
+    }
+  }
+
+ private:
+  static constexpr int64_t kStrip = kKeys * kQueries;  // at most, and then all of it
+
+  // A few keys of the block: where they begin in its tiles, their rows, and what to fetch meanwhile.
+  struct Strip {
+    int64_t at;
+    RowMajor<E> key, value;
+    Ahead values_ahead, keys_ahead;
+  };
+
+  const T* keep() const { return t_.dropout.p > 0 ? keep_.get() : nullptr; }
+  // P of a strip lies among the weights P*C/(1-p) where it is the same.
+  T* probability(const Strip& s) {
+    if constexpr (kPack<E> == 1) {
+      if (keep() == nullptr) return weights_.get() + s.at;
+    }
+    return p_;
+  }
+
+  // P (2), from the saved logsumexp, and P*C/(1-p).
+  void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask) {
+    T* p = probability(s);
+    dot_products(s.key, tiles.query, q, k.count, n_.D, s.values_ahead, p);
+    const Exponents<E> exponent(t_.scores, h, beside(mask, s.at));
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const Vec<T> lse = load(tiles.lse_log2 + lane);
+      each_key(
+          k, [&](auto count, int64_t j) { exponentials<count()>(p, s.at, j * q.lanes + lane, q.lanes, exponent, lse); },
+          [&](int64_t j) {  // even where lse is NaN
+            store(p + j * q.lanes + lane, Vec<T>{});
+            weights_.put(s.at + j * q.lanes + lane, Vec<T>{});
+          });
+    }
+  }
+
+  // Of N keys from number `at` of the strip on, `stride` apart; the strip begins at number `begin` of the block.
+  template <int N>
+  void exponentials(T* p, int64_t begin, int64_t at, int64_t stride, const Exponents<E>& exponent, Vec<T> lse) {
+    Vec<T> x[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride) - lse;
+    exp2_each<T, N>(x);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i]);
+    const T* kept = keep();
+    if (kPack<E> == 1 && kept == nullptr) return;  // then they are the weights
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) weights_.put(begin + at + i * stride, kept == nullptr ? x[i] : x[i] * load(kept + at + i * stride));
+  }
+
+  // dS, and what is summed of it element by element.
+  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask,
+                       const T* dmap, const Sums<T>& sums) {
+    if (dmap == nullptr) {
+      dot_products(s.value, tiles.dout, q, k.count, n_.Dv, s.keys_ahead, dp_.get());
+    } else {
+      const T weight = t_.head_weights[h];
+      for (int64_t i = 0; i < k.count * q.lanes; i += kLanes<T>) store(dp_ + i, weight * load(dmap + s.at + i));
+    }
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      ScoreGradients g{.p = probability(s) + lane, .dp = dp_ + lane, .keep = beside(keep(), lane), .mask = beside(mask, s.at + lane),
+                       .ds = ds_.get(), .dmask = beside(sums.dmask, s.at + lane), .dmask_is_new = sums.dmask_is_new, .at = s.at + lane,
+                       .stride = q.lanes, .alpha = alpha_of<T>(t_.scores, h), .delta = load(tiles.delta + lane), .mbar = load(tiles.mbar + lane)};
+      each_key(k, [&](auto count, int64_t j) { g.template next<count()>(j); }, [&](int64_t j) { g.skip(j); });
+      if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + sum_of(g.dalpha));
+    }
+  }
+
+  // At one vector of queries, a few keys at a time; pointers to its lanes in the strip, `stride` from key to key; ds is the block's.
+  struct ScoreGradients {
+    const T *p, *dp, *keep, *mask;
+    E* ds;
+    T* dmask;
+    bool dmask_is_new;
+    int64_t at, stride;
+    T alpha;
+    Vec<T> delta, mbar, dalpha[kExpAtOnce] = {};  // so that one sum need not wait for the last
+
+    template <int N>
+    void next(int64_t j) {
+      Vec<T> x[N];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const int64_t key = (j + i) * stride;
+        x[i] = keep == nullptr ? load(dp + key) : load(dp + key) * load(keep + key);
+        x[i] = load(p + key) * (x[i] - delta);
+        WeightTile<E>::put(ds, at + key, x[i]);
+      }
+      if (dmask != nullptr) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+          T* to = dmask + (j + i) * stride;
+          store(to, dmask_is_new ? alpha * x[i] : load(to) + alpha * x[i]);
+        }
+      }
+      if (mask == nullptr) return;
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) dalpha[i] += x[i] * (load(mask + (j + i) * stride) - mbar);
+    }
+    void skip(int64_t j) {
+      WeightTile<E>::put(ds, at + j * stride, Vec<T>{});
+      if (dmask != nullptr && dmask_is_new) store(dmask + j * stride, Vec<T>{});
+    }
+  };
+
+  static auto* beside(auto* p, int64_t lane) { return p == nullptr ? nullptr : p + lane; }
+
+  // some(how many, first key) for the keys, as many at a time as there are together; skip(key) for one that is padding.
+  template <class Some, class Skip>
+  static void each_key(const KeyBlock& k, const Some& some, const Skip& skip) {
+    int64_t j = 0;
+    for (; k.attended == k.count && j + kExpAtOnce <= k.count; j += kExpAtOnce) some(Count<kExpAtOnce>{}, j);
+    for (; j < k.count; ++j) k.padded[j] ? skip(j) : some(Count<1>{}, j);
+  }
+  template <int N>
+  struct Count {
+    constexpr int operator()() const { return N; }
+  };
+
+  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
+  void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Ahead& ahead,
+                const Sums<T>& sums, void* sum) {
+    const int64_t stride = round_up(size, kLanes<T>);
+    product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
+            [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final]<int N>(int64_t j, int64_t c,
+                                                                                               const Vec<T>(&added)[N]) {
+              Vec<T> x[N];
+              for (int i = 0; i < N; ++i) x[i] = kPack<E> > 1 ? added[i] * factor : added[i];
+              if (is_final) return stream_row<E>(sum, j * stride + c * kLanes<T>, stride, x);
+              T* to = static_cast<T*>(sum) + j * stride + c * kLanes<T>;
+              for (int i = 0; i < N; ++i, to += kLanes<T>) store(to, is_new ? x[i] : load(to) + x[i]);
+            });
+  }
+
+  const BackwardTask<T>& t_;
+  const Sizes& n_;
+  Buffer<T> p_, keep_, dp_;     // [key][lane] of a strip
+  WeightTile<E> weights_, ds_;  // P*C/(1-p) and dS of the block
+};
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

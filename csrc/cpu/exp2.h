@@ -1,0 +1,107 @@
+// 2^x, lane by lane: x = n + f with n a whole number and |f| <= 1/2, 2^f by a polynomial, then n added to the exponent.
+// The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
+// so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
+// the bound derived, in tests/test_cpu_exp2.py.
+// Results below the smallest normal number may be 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+template <class T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr float kCoefficients[] = {1.545315363e-4f, 1.339086331e-3f,  9.618083015e-3f, 5.550356954e-2f,
+                                            2.402265072e-1f, 6.9314718246e-1f, 1.0f};
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
+  static constexpr int kBias = 127, kMantissa = 23;
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr double kCoefficients[] = {
+      4.4549605981865186e-10, 7.072585949269223e-9, 1.0178062445845774e-7, 1.321544258792169e-6, 1.525273382983612e-5,   1.540353044173605e-4,
+      1.3333558146416936e-3,  9.618129107606888e-3, 5.55041086648216e-2,   2.4022650695910097e-1, 6.931471805599453e-1, 1.0};
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kBias = 1023, kMantissa = 52;
+};
+
+// So many vectors step by step together keep the multipliers busy: one alone would wait for each of its operations.
+constexpr int kExpAtOnce = kRegisters / 8;
+
+#if defined(__AVX512F__)
+// max and min give their second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop sixfold on a
+// Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
+inline Vec<float> bounded(Vec<float> x) {
+  constexpr __mmask16 kAll = 0xffff;
+  return _mm512_maskz_min_ps(kAll, _mm512_set1_ps(160.0f), _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-160.0f), x));
+}
+inline Vec<double> bounded(Vec<double> x) {
+  constexpr __mmask8 kAll = 0xff;
+  return _mm512_maskz_min_pd(kAll, _mm512_set1_pd(1100.0), _mm512_maskz_max_pd(kAll, _mm512_set1_pd(-1100.0), x));
+}
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
+inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
+inline Vec<float> times_exp2(Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
+inline Vec<double> times_exp2(Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(0xff, x, n); }
+
+template <class T, int N>
+inline void exp2_each(Vec<T> (&x)[N]) {
+  Vec<T> n[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = bounded(x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] = nearest_whole(x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] -= n[i], p[i] = broadcast(Exp2<T>::kCoefficients[0]);
+#pragma GCC unroll 16
+  for (unsigned k = 1; k < sizeof(Exp2<T>::kCoefficients) / sizeof(T); ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + Exp2<T>::kCoefficients[k];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = times_exp2(p[i], n[i]);
+}
+
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
+  Vec<T> one[1] = {x};
+  exp2_each<T, 1>(one);
+  return one[0];
+}
+#else
+// 2^f for |f| <= 1/2, by Horner's rule.
+template <class T>
+inline Vec<T> exp2_fraction(Vec<T> f) {
+  Vec<T> p = broadcast(Exp2<T>::kCoefficients[0]);
+#pragma GCC unroll 16
+  for (unsigned k = 1; k < sizeof(Exp2<T>::kCoefficients) / sizeof(T); ++k) p = p * f + Exp2<T>::kCoefficients[k];
+  return p;
+}
+
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
+  using E = Exp2<T>;
+  typedef Bits<T> Whole __attribute__((vector_size(kVectorBytes)));
+  const Vec<T> shifted = x + E::kRound;
+  const Vec<T> p = exp2_fraction<T>(x - (shifted - E::kRound));
+  // 2^n in two factors, so that n = kBias + 1, just before the overflow, is still a number.
+  const Whole n = (Whole)shifted - (Whole)broadcast(E::kRound);
+  const Whole half = n >> 1;
+  Vec<T> y = p * (Vec<T>)((half + E::kBias) << E::kMantissa) * (Vec<T>)((n - half + E::kBias) << E::kMantissa);
+  y = x < static_cast<T>(1 - E::kBias) ? Vec<T>{} : y;
+  return x >= static_cast<T>(1 + E::kBias) ? broadcast(static_cast<T>(__builtin_inf())) : y;
+}
+
+template <class T, int N>
+inline void exp2_each(Vec<T> (&x)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i]);
+}
+#endif
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

@@ -1,0 +1,132 @@
+// What the products multiply, as elements E: of the accumulation type T as they are, or pairs of bfloat16.
+// A row of n numbers takes row_elements(n) elements, whole vectors; numbers beyond the last are 0.
+#pragma once
+
+#include "cpu/blocks.h"
+#include "cpu/product.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+template <class E>
+inline int64_t packed(int64_t n) {
+  return blocks_of(n, kPack<E>);
+}
+template <class E>
+inline int64_t row_elements(int64_t n) {
+  return round_up(packed<E>(n), kLanes<E>);
+}
+
+// to[r] = the matrix's row r.
+template <class E>
+inline void copy_rows(const Strided& from, int64_t rows, int64_t columns, E* to) {
+  const int64_t stride = row_elements<E>(columns);
+  if constexpr (kPack<E> == 1) {
+    read_rows<E>(from, rows, columns, to, stride);
+  } else {
+    const auto* data = static_cast<const BFloat16*>(from.data) + from.offset;
+    for (int64_t r = 0; r < rows; ++r) {
+      auto* row = reinterpret_cast<char*>(to + r * stride);  // a char may alias what is read as pairs
+      __builtin_memset(row, 0, static_cast<std::size_t>(stride) * sizeof(E));
+      for (int64_t c = 0; c < columns; ++c) __builtin_memcpy(row + 2 * c, data + r * from.row_stride + c * from.column_stride, 2);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// To nearest, ties to even; subnormals to 0.
+inline __m256i rounded(Vec<float> x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+
+// Two rows of numbers, one in each half, as pairs. The masked form, because gcc 12 warns inside the plain one.
+inline Vec<BFloat16Pair> in_turn(__m512i rows) {
+  alignas(64) static constexpr int16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (Vec<BFloat16Pair>)_mm512_maskz_permutexvar_epi16(~0u, _mm512_load_si512(kOrder), rows);
+}
+inline Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second) {
+  return in_turn((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+// Numbers [column, column + kLanes) of two rows, the second maybe absent (null, then 0).
+inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column) {
+  const auto numbers = [column](const BFloat16Pair* row) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const BFloat16*>(row) + column));
+  };
+  const __m256i below = second == nullptr ? _mm256_setzero_si256() : numbers(second);
+  return in_turn(_mm512_mask_broadcast_i64x4(_mm512_castsi256_si512(numbers(first)), 0xf0, below));
+}
+// The numbers, first or second of their pairs, whose lane is true; else 0.
+inline Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second) {
+  return pairs & ((first & 0xffff) | (second << 16));
+}
+#else  // nobody calls them
+Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second);
+Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);
+Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second);
+#endif
+
+// Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`.
+template <class E>
+inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* to) {
+  if constexpr (kPack<E> == 1) {
+    return {rows.data, rows.stride};
+  } else {
+    const int64_t stride = round_up(columns, kLanes<E>);
+    for (int64_t r = 0; r < count; r += 2) {
+      const E *first = rows.data + r * rows.stride, *second = r + 1 < count ? first + rows.stride : nullptr;
+      for (int64_t c = 0; c < stride; c += kLanes<E>) store(to + r / 2 * stride + c, paired(first, second, c));
+    }
+    return {to, stride};
+  }
+}
+
+// The dtype of tensors of elements E, and vectors of sums stored in a row of one past the caches, from number `at` on.
+template <class E>
+constexpr DType kStored = DTypeOf<E>::value;
+template <>
+constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
+template <class E, int N>
+inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t stride, const Sum<E> (&x)[N]) {
+  if constexpr (kPack<E> == 1) {
+    for (int i = 0; i < N; ++i) stream(static_cast<E*>(numbers) + at + i * kLanes<E>, x[i]);
+  } else {
+#if defined(__AVX512BF16__)
+    BFloat16* to = static_cast<BFloat16*>(numbers) + at;
+    int i = 0;
+    if (stride % 32 == 0) {  // then two vectors fill a cache line
+      for (; i + 1 < N; i += 2, to += 32) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)_mm512_cvtne2ps_pbh((__m512)x[i + 1], (__m512)x[i]));
+      }
+    }
+    for (; i < N; ++i, to += 16) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), rounded(x[i]));
+#endif
+  }
+}
+
+// A tile [key][lane] of P or dS.
+template <class E>
+class WeightTile {
+ public:
+  explicit WeightTile(int64_t size) : tile_(packed<E>(size)), steps_(kPack<E> == 1 ? 0 : packed<E>(size)) {}
+
+  E* get() const { return tile_; }
+  void put(int64_t at, Sum<E> x) { put(tile_, at, x); }
+  static void put(E* tile, int64_t at, Sum<E> x) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPack<E> > 1) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile) + at), rounded(x));
+      return;
+    }
+#endif
+    if constexpr (kPack<E> == 1) store(tile + at, x);
+  }
+  RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(lanes)}; }  // for a sum over the lanes
+  ColumnMajor<E> by_key(int64_t keys, int64_t lanes) {                            // over the keys
+    const Vectors<E> steps = by_step(by_lane(lanes), keys, lanes, steps_.get());
+    return {steps.data, steps.stride};
+  }
+  int64_t bytes() const { return bytes_in(tile_, steps_); }
+
+ private:
+  Buffer<E> tile_, steps_;
+};
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

@@ -1,0 +1,96 @@
+// What one call of a kernel is given: plain structs, filled by the binding (or a test driver), understood by every kernel in csrc.
+// Formula numbers (1)..(10) are those of smattn/reference.py.
+#pragma once
+
+#include <cstdint>
+
+namespace smattn {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// The accumulation dtype ("acc") is float64 when query is float64 and float32 otherwise.
+
+struct Sizes {
+  int64_t B;    // batch
+  int64_t H;    // query heads
+  int64_t Hkv;  // key and value heads; H % Hkv == 0, query head h reads kv head h / (H / Hkv)
+  int64_t Nq;   // queries
+  int64_t Nk;   // keys
+  int64_t D;    // head size of query and key
+  int64_t Dv;   // head size of value
+};
+
+// A strided tensor that is only read. Strides count elements; any value, 0 and negative included.
+struct Tensor4 {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// Everything that decides the scores (1) and the softmax (2).
+struct Scores {
+  Sizes size;
+  DType dtype;                // of query, key, value, out and their gradients
+  Tensor4 query;              // [B, H, Nq, D]
+  Tensor4 key;                // [B, Hkv, Nk, D]
+  Tensor4 mask;               // [B|1, H|1, Nq|1, Nk], data null when there is none; stride 0 on an axis of size 1
+  int64_t mask_size[3];       // sizes of mask's first three axes
+  const void* alpha;          // [H] acc, null without a mask
+  int64_t alpha_stride;
+  const bool* padding;        // [B, Nk], true = not attended; null when there is none
+  int64_t padding_stride[2];
+  double scale;
+};
+
+struct Dropout {
+  double p = 0.0;             // 0: none
+  uint64_t seed = 0;
+};
+
+struct ForwardParams {
+  Scores scores;
+  Tensor4 value;              // [B, Hkv, Nk, Dv]
+  Dropout dropout;
+  void* out;                  // [B, H, Nq, Dv] dtype, contiguous
+  void* lse;                  // [B, H, Nq] acc, contiguous
+  void* out_acc;              // [B, H, Nq, Dv] acc, contiguous, the unrounded out; null when not asked for
+  void* mbar;                 // [B, H, Nq] acc, contiguous; null when not asked for
+};
+
+// A gradient that was not asked for has a null pointer.
+struct BackwardParams {
+  Scores scores;
+  Tensor4 value;              // [B, Hkv, Nk, Dv]
+  Dropout dropout;
+  Tensor4 dout;               // [B, H, Nq, Dv]
+  Tensor4 out;                // [B, H, Nq, Dv] unrounded; data null: delta (5) is summed as P*dP
+  const void* lse;            // [B, H, Nq] acc, contiguous
+  const void* dlse;           // [B, H, Nq] acc, contiguous; null when lse was not used
+  const void* mbar;           // [B, H, Nq] acc, contiguous; read for dalpha
+  void* dquery;               // [B, H, Nq, D] dtype, contiguous
+  void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
+  void* dvalue;               // [B, Hkv, Nk, Dv] dtype, contiguous
+  void* dmask;                // [B|1, H|1, Nq|1, Nk] mask's dtype, contiguous
+  void* dalpha;               // [H] acc, contiguous
+};
+
+struct MapParams {
+  Scores scores;
+  const void* head_weights;   // [H] acc, contiguous
+  void* map;                  // [B, Nq, Nk] acc, contiguous
+  void* lse;                  // [B, H, Nq] acc, contiguous
+};
+
+struct MapBackwardParams {
+  Scores scores;
+  const void* head_weights;   // [H] acc, contiguous
+  Tensor4 dmap;               // [B, 1, Nq, Nk] acc
+  const void* lse;            // [B, H, Nq] acc, contiguous
+  void* dquery;               // [B, H, Nq, D] dtype, contiguous
+  void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
+  void* dmask;                // [B|1, H|1, Nq|1, Nk] mask's dtype, contiguous
+  void* dalpha;               // [H] acc, contiguous
+  void* dhead_weights;        // [H] acc, contiguous
+};
+
+}  // namespace smattn

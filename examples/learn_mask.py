@@ -1,0 +1,209 @@
+"""A mask that nobody drew: learned from image labels alone, through the gradient that soft-masked attention has for its mask.
+
+A picture is a mosaic of cells. Every cell has a colour and a grating; one of them, the object, has a colour between red and green, and its
+grating is the picture's label. A mask head sees colour only, and so can never know the label; the values that attention reads hold texture
+only, and so never know where the object is. The one loss is cross-entropy of the label. So the label is found only if the mask is, and the
+mask only if a gradient comes through the attention. The inverted mask gains nothing: the other gratings are drawn independently of the
+object's (were they to exclude it, what is absent would tell the label), and alpha starts above 0. The same network is trained
+
+    soft        by smattn.nn.SoftMaskedAttention, mask with its gradient
+    detached    the same, without that gradient
+    hard        by smattn.nn.HardMaskedAttention, as masks are mostly used: thresholded
+
+    python examples/learn_mask.py           # 7 seeds of each: examples/results/learn_mask.csv and .png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from smattn.nn import HardMaskedAttention, SoftMaskedAttention, parameter_groups
+
+RESULTS = Path(__file__).parent / "results"
+MASKINGS = ("soft", "detached", "hard")
+CLASSES, CELLS, SIDE = 6, 16, 32
+
+
+class Pictures(NamedTuple):
+    image: Tensor  # (B, 3, SIDE, SIDE)
+    inside: Tensor  # bool (B, SIDE * SIDE): where the object is; no loss sees it
+    label: Tensor  # int64 (B,): the object's grating
+
+
+def draw(count: int, g: torch.Generator) -> Pictures:
+    """Mosaics of CELLS cells; cell 0 is the object."""
+    row, column = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    pixels = torch.stack([row, column], -1).view(1, -1, 2).float()  # (1, pixels, 2)
+    cell = torch.cdist(pixels, torch.rand(count, CELLS, 2, generator=g) * SIDE).argmin(-1)  # (B, pixels)
+
+    hue = (torch.rand(count, CELLS, generator=g) * 2 + 1) * (2 * math.pi / 3)  # two thirds of the circle for the others,
+    hue[:, 0] = torch.rand(count, generator=g) * (2 * math.pi / 3)  # the third between red and green for the object
+    shift = torch.tensor([0.0, 2, 4]) * (math.pi / 3)
+    colour = torch.cos(hue.gather(1, cell)[..., None] - shift) * 0.25  # (B, pixels, 3): the three channels sum to 0
+    colour = colour + 0.05 * torch.randn(colour.shape, generator=g)
+
+    grating = torch.randint(CLASSES, (count, CELLS), generator=g)
+    angle = grating.gather(1, cell) * (math.pi / CLASSES)  # (B, pixels)
+    phase = torch.rand(count, CELLS, generator=g).gather(1, cell) * (2 * math.pi)
+    wave = torch.sin(1.5 * (pixels[..., 0] * torch.cos(angle) + pixels[..., 1] * torch.sin(angle)) + phase) * 0.2
+    wave = wave + 0.05 * torch.randn(wave.shape, generator=g)
+
+    image = (0.5 + colour + wave[..., None]).mT.reshape(count, 3, SIDE, SIDE)
+    return Pictures(image, cell == 0, grating[:, 0])
+
+
+class Network(nn.Module):
+    """Colour -> mask; texture -> what one query reads under that mask -> label."""
+
+    def __init__(self, masking: str, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.masking = masking
+        self.mask_head = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.texture = nn.Sequential(nn.Conv2d(1, width, 7, padding=3, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(width, width, 1))
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.attention = HardMaskedAttention(width, heads) if masking == "hard" else SoftMaskedAttention(width, heads, alpha_init=4.0)
+        self.classify = nn.Linear(width, CLASSES)
+
+    def mask(self, image: Tensor) -> Tensor:
+        """(B, 1, SIDE * SIDE) in [0, 1] from differences of channels, in which the gratings, equal in all, cancel."""
+        red, green, blue = image.flatten(2).unbind(1)
+        return self.mask_head(torch.stack([red - green, blue - green], -1) * 4).sigmoid().mT
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, CLASSES) and the mask."""
+        mask = self.mask(image)
+        lightness = image.mean(1, keepdim=True) - 0.5  # in which the colours, that sum to 0, cancel
+        features = self.texture(4 * lightness).flatten(2).mT  # (B, SIDE * SIDE, width)
+        query = self.query.expand(len(image), -1, -1)
+        read = self.attention(query, features, features, mask.detach() if self.masking == "detached" else mask)
+        return self.classify(read[:, 0]), mask
+
+
+def overlap(mask: Tensor, inside: Tensor) -> float:
+    """Intersection over union of mask > 0.5 and object, over all pictures."""
+    chosen = mask[:, 0] > 0.5
+    return ((chosen & inside).sum() / (chosen | inside).sum()).item()
+
+
+class Row(NamedTuple):
+    masking: str
+    seed: int
+    step: int
+    mask_iou: float
+    inverted_iou: float  # of 1 - mask
+    accuracy: float
+
+
+def evaluate(network: Network, pictures: Pictures, seed: int, step: int) -> Row:
+    with torch.no_grad():
+        logits, mask = network(pictures.image)
+    accuracy = (logits.argmax(-1) == pictures.label).float().mean().item()
+    return Row(network.masking, seed, step, overlap(mask, pictures.inside), overlap(1 - mask, pictures.inside), accuracy)
+
+
+def train(masking: str, seed: int, steps: int = 600, batch: int = 32, every: int = 50, quiet: bool = False) -> tuple[Network, list[Row]]:
+    """A network of its own seed on pictures of its own seed, and its course on pictures it never saw."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    unseen = draw(128, torch.Generator().manual_seed(10_000 + seed))
+    network = Network(masking)
+    optimizer = torch.optim.AdamW(parameter_groups(network, alpha_lr=0.03), lr=3e-3, weight_decay=0.0)
+    rows = []
+    for step in tqdm(range(steps + 1), desc=f"{masking} {seed}", disable=quiet, leave=False):
+        if step % every == 0:
+            rows.append(evaluate(network, unseen, seed, step))
+        pictures = draw(batch, g)
+        logits, mask = network(pictures.image)
+        loss = nn.functional.cross_entropy(logits, pictures.label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network, rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: median over seeds at the last step, lowest and highest in brackets."""
+    last = max(row.step for row in rows)
+    lines = ["| masking | seeds | mask IoU | IoU of the inverted mask | seeds that end inverted | accuracy |", "| --- " * 6 + "|"]
+    for masking in dict.fromkeys(row.masking for row in rows):
+        final = [row for row in rows if row.masking == masking and row.step == last]
+        spread = [
+            f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+            for values in zip(*((row.mask_iou, row.inverted_iou, row.accuracy) for row in final), strict=True)
+        ]
+        inverted = sum(row.inverted_iou > row.mask_iou for row in final)
+        lines.append(f"| {masking} | {len(final)} | {spread[0]} | {spread[1]} | {inverted} | {spread[2]} |")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[Row]:
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))[1:]
+    return [Row(line[0], int(line[1]), int(line[2]), *map(float, line[3:])) for line in lines]
+
+
+def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
+    """IoU over steps, every seed; beside it pictures that no network saw, and their masks."""
+    import matplotlib.pyplot as plt
+
+    pictures = draw(4, torch.Generator().manual_seed(10_000))
+    figure, axes = plt.subplot_mosaic(
+        [["iou", *(f"{what} {i}" for i in range(4))] for what in ("picture", *networks)],
+        figsize=(10, 4.4), width_ratios=[4.4, 1, 1, 1, 1], layout="constrained",
+    )  # fmt: skip
+    for colour, masking in enumerate(networks):
+        courses = [[row for row in rows if (row.masking, row.seed) == (masking, seed)] for seed in sorted({row.seed for row in rows})]
+        steps = [row.step for row in courses[0]]
+        for course in courses:
+            axes["iou"].plot(steps, [row.mask_iou for row in course], f"C{colour}", alpha=0.3, linewidth=0.8)
+        median = [statistics.median(row.mask_iou for row in at) for at in zip(*courses, strict=True)]
+        line = "--" if colour == 2 else "-"  # detached and hard may lie on one another
+        axes["iou"].plot(steps, median, f"C{colour}{line}", label=f"{masking}, median of {len(courses)} seeds", linewidth=2)
+    axes["iou"].set(xlabel="step", ylabel="mask IoU on unseen pictures", ylim=(0, 1))
+    axes["iou"].legend(loc="center right")
+    with torch.no_grad():
+        shown = {"picture": pictures.image.movedim(1, -1).clamp(0, 1)}
+        shown |= {masking: network.mask(pictures.image).view(-1, SIDE, SIDE) for masking, network in networks.items()}
+    for what, images in shown.items():
+        for i, image in enumerate(images):
+            axis = axes[f"{what} {i}"]
+            axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.contour(pictures.inside[i].view(SIDE, SIDE).numpy(), [0.5], colors="red", linewidths=0.8)
+            axis.set(xticks=[], yticks=[])
+        axes[f"{what} 0"].set_ylabel(what)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    networks = {}
+    for masking in MASKINGS:
+        for seed in range(arguments.seeds):
+            network, course = train(masking, seed, arguments.steps)
+            rows += course
+            networks.setdefault(masking, network)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out / "learn_mask.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows([*row[:3], *(f"{value:.4f}" for value in row[3:])] for row in rows)
+    plot(rows, networks, arguments.out / "learn_mask.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Training that resumes bit for bit, for examples whose every step depends on seed and number alone."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+class Resumable:
+    """A model, its optimizer and the step they are at. A subclass sets these attributes and has `advance`."""
+
+    LOG: tuple[str, ...]  # the columns of the log
+    run: Any  # a dataclass, what the run is; run.config has `steps`
+    step: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    device: str
+
+    def advance(self) -> tuple[float, ...]:
+        """One step; the row of the log: step, loss, and what else LOG names."""
+        raise NotImplementedError
+
+    def shown(self, row: tuple[float, ...]) -> dict[str, Any]:
+        """What the progress bar says of a row."""
+        return {"loss": f"{row[1]:.3f}"}
+
+    def save(self, path: Path) -> None:
+        """Written beside and renamed: a run that is killed leaves the checkpoint before."""
+        saved = {
+            "run": dataclasses.asdict(self.run),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        torch.save(saved, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
+    def restore(self, path: Path) -> None:
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["run"] != dataclasses.asdict(self.run):
+            raise ValueError(f"{path}: a checkpoint of another run, {saved['run']}; this one is {dataclasses.asdict(self.run)}")
+        self.step = saved["step"]
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+
+
+def warmup_and_cosine(step: int, config: Any) -> float:
+    """The factor on the learning rates; config has `steps` and `warmup`."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
+
+
+def train(trainer: Resumable, out: Path, resume: bool = False, save_every: int = 100, stop: int | None = None) -> None:
+    """To the last step (or to `stop`), with out/log.csv and out/checkpoint.pt."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log, kept = out / "checkpoint.pt", out / "log.csv", []
+    if resume and checkpoint.exists():
+        trainer.restore(checkpoint)
+        with open(log, newline="") as file:  # rows after the checkpoint are of steps that will be repeated
+            kept = [row for row in csv.reader(file)][1 : 1 + trainer.step]
+    steps = trainer.run.config.steps if stop is None else stop
+    with open(log, "w", newline="") as file, tqdm(total=steps, initial=trainer.step, desc=out.name) as bar:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([trainer.LOG, *kept])
+        while trainer.step < steps:
+            row = trainer.advance()
+            writer.writerow([row[0], *(f"{value:.6g}" for value in row[1:])])
+            bar.set_postfix(**trainer.shown(row))
+            bar.update()
+            if trainer.step % save_every == 0 or trainer.step == steps:
+                file.flush()
+                trainer.save(checkpoint)

@@ -1,0 +1,94 @@
+"""Propagate the first annotation through a clip, score it, and paint it.
+
+    python -m vos.infer --data clips --checkpoint runs/soft/checkpoint.pt --out shown     # from the folder examples/
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .batches import resized, resized_mask
+from .config import Config
+from .cycle import soft_masks
+from .data import Clip, read_clips, said_in_one_line
+from .metrics import Score, frame_scores, mean_scores
+from .model import VOS
+from .pictures import save_pictures, save_sheet
+
+
+@torch.no_grad()
+def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
+    """The label of each pixel of each frame, int64 (H, W), 0 = background; frame 0 is as annotated.
+
+    Frames are read by the annotated frame and the config.history frames before them.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    first = clip.first_mask()
+    present = torch.ones(1, clip.objects, dtype=torch.bool, device=device)
+
+    def image(t: int) -> Tensor:
+        return resized(clip.image(t)[None], config.height).to(device)
+
+    given = resized_mask(first, image(0).shape[-2:])
+    annotated, past = model.encode(model.features(image(0)), given[None].to(device), present), []
+    labels = [torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)]
+    for t in range(1, len(clip)):
+        frame = model.features(image(t))
+        logits = model.decode([annotated, *past], present, frame)
+        past = [*past, model.encode(frame, soft_masks(logits), present)][-config.history :]
+        labels.append(F.interpolate(logits, first.shape[-2:], mode="bilinear")[0].argmax(0).cpu())
+    return labels
+
+
+def score(clip: Clip, labels: list[Tensor]) -> list[Score]:
+    """Every annotated frame but the first, which was given, and, as DAVIS has it, the last."""
+    frames = [t for t in clip.annotated() if 0 < t < len(clip) - 1]
+    return [one for t in frames for one in frame_scores(clip.name, t, labels[t], clip.mask(t))]
+
+
+def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
+    saved = torch.load(checkpoint, map_location=device, weights_only=True)
+    config = Config(**saved["run"]["config"])
+    model = VOS(config, saved["run"]["masking"]).to(device)
+    model.load_state_dict(saved["model"])
+    return model, config
+
+
+@said_in_one_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="where overlays, GIFs, labels, sheet.png and scores.csv go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    model, config = load(a.checkpoint, a.device)
+    scores: list[Score] = []
+    for clip in tqdm(read_clips(a.data, a.split), desc="clips"):
+        labels = propagate(model, clip, config)
+        scores += score(clip, labels)
+        save_pictures(a.out, clip.name, [clip.image(t) for t in range(len(clip))], labels)
+    with open(a.out / "scores.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Score._fields)
+        writer.writerows([*one[:3], f"{one.J:.4f}", f"{one.F:.4f}"] for one in scores)
+    if scores:
+        of_clips = {name: mean_scores([one for one in scores if one.clip == name])[0] for name in {one.clip: None for one in scores}}
+        ranked = sorted(of_clips, key=of_clips.__getitem__, reverse=True)
+        shown = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+        save_sheet(a.out, shown)
+        print("J&F {:.1f}  J {:.1f}  F {:.1f}".format(*mean_scores(scores)))
+        print("sheet.png: best, median and worst clip,", ", ".join(f"{name} {of_clips[name]:.1f}" for name in shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Where does the gradient through the masks pay? `soft` beside `detached`, one thing changed at a time from what the comparison uses.
+
+    python -m vos.search --data clips     # from the folder examples/; writes results/vos_search.csv
+
+Runs that the CSV already has are not repeated: a search that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from resumable import train
+
+from . import study
+from .config import Config
+from .data import Clip, read_clips, said_in_one_line
+from .infer import propagate, score
+from .metrics import mean_scores
+from .synthetic import write_clips
+from .train import Run, Trainer
+
+SMALL = 0.6  # size of the objects, beside the usual one
+SETTINGS = {  # configuration, cycles, size of the objects
+    "alpha starts at 4 in every head": (Config(alpha_init=4.0), "all", 1),
+    "alpha learns at 0.3, not 0.01": (Config(alpha_lr=0.3), "all", 1),
+    "cycles of four steps alone": (Config(), "long", 1),
+    "cycles from a tenth of the steps on, not from half": (Config(cycles_from=0.1), "all", 1),
+    "objects of 0.6 the size": (Config(), "all", SMALL),
+}
+
+
+class Found(NamedTuple):
+    setting: str
+    masking: str
+    seed: int
+    JF: float
+    J: float
+    F: float
+
+
+def contest(setting: str, masking: str, seed: int, clips: list[Clip], judged: list[Clip], runs: Path) -> Found:
+    config, cycles, _ = SETTINGS[setting]
+    trainer = Trainer(Run(config, masking, cycles, seed), clips)
+    train(trainer, runs / f"{setting.replace(' ', '-')}-{masking}-{seed}", resume=True)
+    scores = [one for clip in judged for one in score(clip, propagate(trainer.model, clip, config))]
+    return Found(setting, masking, seed, *mean_scores(scores))
+
+
+def read(path: Path) -> list[Found]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [Found(line[0], line[1], int(line[2]), *map(float, line[3:])) for line in list(csv.reader(file))[1:]]
+
+
+def unchanged(rows: list[study.Row]) -> list[Found]:
+    """The comparison's own runs, to stand beside."""
+    return [Found("nothing", row.contestant, row.seed, row.JF, row.J, row.F) for row in rows if row.frame < 0]
+
+
+def write(path: Path, found: list[Found]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Found._fields)
+        writer.writerows([*one[:3], *(f"{value:.2f}" for value in one[3:])] for one in found)
+
+
+def table(found: list[Found]) -> str:
+    """Markdown; differences are of runs with the same seed, of which every batch is the same."""
+    lines = ["| changed | seeds | soft | detached | soft - detached, mean ± std | each seed |", "| --- " * 6 + "|"]
+    for setting in dict.fromkeys(one.setting for one in found):
+        JF = {(one.masking, one.seed): one.JF for one in found if one.setting == setting}
+        seeds = sorted(seed for masking, seed in JF if masking == "soft" and ("detached", seed) in JF)
+        soft, detached = ([JF[masking, seed] for seed in seeds] for masking in ("soft", "detached"))
+        gains = [a - b for a, b in zip(soft, detached, strict=True)]
+        spread = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) if len(gains) > 1 else 0:.1f}"
+        means = f"{statistics.mean(soft):.1f} | {statistics.mean(detached):.1f}"
+        lines.append(f"| {setting} | {len(seeds)} | {means} | {spread} | {', '.join(f'{gain:+.1f}' for gain in gains)} |")
+    return "\n".join(lines)
+
+
+@said_in_one_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout; small objects get one beside the runs")
+    parser.add_argument("--out", type=Path, default=Path("results/vos_search.csv"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/search"), help="where checkpoints and logs go")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=3)
+    a = parser.parse_args()
+    found = read(a.out)
+    done = {one[:3] for one in found}
+    for setting in a.settings:
+        root = a.data
+        if SETTINGS[setting][2] != 1:
+            root = a.runs / "clips"
+            if not root.exists():
+                write_clips(root, 400, 20, 10, size=SETTINGS[setting][2])
+        clips, judged = read_clips(root, "train"), read_clips(root, "val")
+        for seed in range(a.seeds):
+            for masking in ("soft", "detached"):
+                if (setting, masking, seed) not in done:
+                    found.append(contest(setting, masking, seed, clips, judged, a.runs))
+                    write(a.out, found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Contestants on one data set: every one trained with every seed, the same steps, batches and inference; scores as CSV, table and plot.
+
+    python -m vos.study --data clips --out results/vos_synthetic                                                # from the folder examples/
+    python -m vos.study --data clip --out results/vos_real --contestants soft frame0 copy --seeds 3 --split train --start soft.pt
+
+Runs that the CSV already has are not repeated: a study that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from resumable import train
+from torch import Tensor
+
+from .config import CONFIGS, Config
+from .data import Clip, read_clips, said_in_one_line
+from .infer import propagate, score
+from .metrics import Score, mean_scores
+from .train import Run, Trainer
+
+CONTESTANTS = {  # masking, cycles
+    "soft": ("soft", "all"),
+    "hard": ("hard", "all"),
+    "detached": ("detached", "all"),
+    "none": ("none", "all"),
+    "frame0": ("soft", "frame0"),  # sees the annotated frame alone
+    "copy": None,  # the first mask in every frame, no network
+}
+
+
+class Row(NamedTuple):
+    contestant: str
+    seed: int
+    steps: int
+    frame: int  # -1: over all frames and objects, as DAVIS averages
+    JF: float
+    J: float
+    F: float
+
+
+def rows_of(contestant: str, seed: int, steps: int, scores: list[Score]) -> Iterable[Row]:
+    yield Row(contestant, seed, steps, -1, *mean_scores(scores))
+    for t in sorted({one.frame for one in scores}):
+        yield Row(contestant, seed, steps, t, *mean_scores([one for one in scores if one.frame == t]))
+
+
+def contest(name: str, seed: int, config: Config, clips: list[Clip], judged: list[Clip], runs: Path, start: Any) -> list[Row]:
+    if CONTESTANTS[name] is None:
+        return list(rows_of(name, seed, 0, [one for clip in judged for one in score(clip, [copied(clip)] * len(clip))]))
+    masking, cycles = CONTESTANTS[name]
+    trainer = Trainer(Run(config, masking, cycles, seed), clips, start=start)
+    train(trainer, runs / f"{name}-{seed}", resume=True)
+    return list(rows_of(name, seed, config.steps, [one for clip in judged for one in score(clip, propagate(trainer.model, clip, config))]))
+
+
+def copied(clip: Clip) -> Tensor:
+    first = clip.first_mask()
+    return torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))[1:]
+    return [Row(line[0], *map(int, line[1:4]), *map(float, line[4:])) for line in lines]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows([*row[:4], *(f"{value:.2f}" for value in row[4:])] for row in rows)
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| contestant | seeds | steps | J&F median | mean ± std | lowest to highest | J | F |", "| --- " * 8 + "|"]
+    for name in dict.fromkeys(row.contestant for row in rows):
+        runs = [row for row in rows if row.contestant == name and row.frame < 0]
+        JF = [run.JF for run in runs]
+        spread = f"{statistics.mean(JF):.1f} ± {statistics.stdev(JF) if len(JF) > 1 else 0:.1f} | {min(JF):.1f} to {max(JF):.1f}"
+        J, F = (f"{statistics.mean(column):.1f}" for column in ([run.J for run in runs], [run.F for run in runs]))
+        lines.append(f"| {name} | {len(runs)} | {runs[0].steps} | {statistics.median(JF):.1f} | {spread} | {J} | {F} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Every seed's J&F and their median; beside it J&F over the frames, mean of the seeds."""
+    import matplotlib.pyplot as plt
+
+    figure, (dots, course) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, 1.4])
+    names = list(dict.fromkeys(row.contestant for row in rows))
+    for i, name in enumerate(names):
+        own = [row for row in rows if row.contestant == name]
+        JF = [row.JF for row in own if row.frame < 0]
+        dots.plot([i] * len(JF), JF, "o", color=f"C{i}", alpha=0.6)
+        dots.plot([i - 0.25, i + 0.25], [statistics.median(JF)] * 2, color=f"C{i}")
+        frames = sorted({row.frame for row in own if row.frame >= 0})
+        JF = [statistics.mean(row.JF for row in own if row.frame == t) for t in frames]
+        course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # two may lie on one another
+    dots.set(xticks=range(len(names)), xticklabels=names, ylabel="J&F, each seed and the median")
+    course.set(xlabel="frame", ylabel="J&F, mean of the seeds")
+    course.legend()
+    figure.savefig(path, dpi=110)
+
+
+@said_in_one_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
+    parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints and logs go")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["soft", "hard", "detached", "none", "copy"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--config", choices=CONFIGS, default="small")
+    parser.add_argument("--steps", type=int, help="instead of the configuration's")
+    parser.add_argument("--split", default="val", help="the clips to judge by; training is on train")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose weights every contestant begins with")
+    a = parser.parse_args()
+    config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
+    clips, judged, rows = read_clips(a.data, "train"), read_clips(a.data, a.split), read(a.out.with_suffix(".csv"))
+    start = torch.load(a.start, weights_only=True)["model"] if a.start else None
+    done = {(row.contestant, row.seed) for row in rows}
+    for seed in range(a.seeds):
+        for name in a.contestants:
+            if (name, seed) not in done and (CONTESTANTS[name] or seed == 0):
+                rows += contest(name, seed, config, clips, judged, a.runs, start)
+                write(a.out.with_suffix(".csv"), rows)
+    plot(rows, a.out.with_suffix(".png"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

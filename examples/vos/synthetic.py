@@ -1,0 +1,140 @@
+"""A clip set made by rule, in DAVIS layout: textured objects that move, turn and grow, look-alikes that are not annotated, bars in front.
+
+    python -m vos.synthetic --out clips     # from the folder examples/
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .data import RESOLUTION, YEAR
+
+PALETTE = np.array([[0, 0, 0], [200, 40, 40], [40, 160, 60], [210, 180, 40], [40, 80, 200]], np.uint8)
+
+
+@dataclass
+class Thing:
+    """A blob with a texture of its own, on a path of its own. Positions and sizes in units of the picture's height."""
+
+    waves: np.ndarray  # of the outline: (3,) amplitudes and (3,) phases
+    colours: np.ndarray  # (2, 3), between which the texture goes
+    pitch: float
+    tilt: float
+    place: np.ndarray  # (2,)
+    speed: np.ndarray  # (2,) a frame
+    turn: float  # radians a frame
+    size: float
+    growth: float  # a frame
+
+    def draw(self, picture: np.ndarray, t: int) -> np.ndarray:
+        """Paints itself into (H, W, 3) as of frame t; returns where."""
+        H, W = picture.shape[:2]
+        room = np.array([1.0, W / H])
+        place = np.abs((self.place + t * self.speed + room) % (2 * room) - room)  # bounces off the walls
+        y, x = (np.mgrid[:H, :W] + 0.5) / H - place[:, None, None]
+        angle = np.arctan2(y, x) - t * self.turn
+        outline = 1 + sum(a * np.sin((k + 2) * angle + phase) for k, (a, phase) in enumerate(self.waves.T))
+        distance = np.hypot(y, x)
+        inside = distance < self.size * (1 + self.growth * t) * outline
+        own = distance * np.sin(angle - self.tilt)  # the texture turns with it
+        mix = (0.5 + 0.5 * np.sin(self.pitch * own))[..., None]
+        picture[inside] = (mix * self.colours[0] + (1 - mix) * self.colours[1])[inside]
+        return inside
+
+
+def thing(rng: np.random.Generator, width: float, size: float) -> Thing:
+    return Thing(
+        waves=np.stack([rng.uniform(0, 0.18, 3), rng.uniform(0, 2 * np.pi, 3)]),
+        colours=rng.uniform(0, 1, (2, 3)),
+        pitch=rng.uniform(25, 70),
+        tilt=rng.uniform(0, np.pi),
+        place=rng.uniform(0.2, 0.8, 2) * [1, width],
+        speed=rng.normal(0, 0.03, 2),
+        turn=rng.normal(0, 0.06),
+        size=size * rng.uniform(0.13, 0.22),
+        growth=rng.uniform(-0.02, 0.02),
+    )
+
+
+def look_alike(of: Thing, rng: np.random.Generator, width: float) -> Thing:
+    """The texture and size of another, in colours a little off, on its own path."""
+    other = thing(rng, width, 1)
+    other.colours = np.clip(of.colours + rng.normal(0, 0.15, (1, 3)), 0, 1)
+    other.pitch, other.tilt, other.size = of.pitch, of.tilt, of.size
+    return other
+
+
+def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: float = 1) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pictures (H, W, 3) uint8 and labels (H, W) uint8, 0 = background. Each object shows in the first frame; `size` scales all."""
+    while True:
+        aspect = width / height
+        objects = [thing(rng, aspect, size) for _ in range(rng.integers(1, 4))]
+        distractors = [look_alike(objects[0], rng, aspect)] + [thing(rng, aspect, size) for _ in range(rng.integers(0, 2))]
+        bars = [(rng.uniform(0.2, 0.8) * width, rng.uniform(0.03, 0.07) * height, rng.uniform(0, 1, 3)) for _ in range(rng.integers(0, 3))]
+        ground = _ground(rng, height, width)
+        pictures, labels = [], []
+        for t in range(frames):
+            picture, label = np.roll(ground, t, 1).copy(), np.zeros((height, width), np.uint8)
+            for other in distractors:
+                other.draw(picture, t)
+            for index, one in enumerate(objects, 1):
+                label[one.draw(picture, t)] = index
+            for at, thickness, colour in bars:
+                covered = np.abs(np.arange(width) + 0.5 - at) < thickness
+                picture[:, covered], label[:, covered] = colour, 0
+            noisy = picture + rng.normal(0, 0.02, picture.shape)
+            pictures.append((np.clip(noisy, 0, 1) * 255).round().astype(np.uint8))
+            labels.append(label)
+        sizes = np.bincount(labels[0].ravel(), minlength=len(objects) + 1)[1:]
+        if sizes.min() > 0.01 * size**2 * height * width:
+            return pictures, labels
+
+
+def write_clips(
+    out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, size: float = 1
+) -> None:
+    """Clips of their own seeds, in DAVIS layout under `out`. Training clips have all their annotations too: training does not read them."""
+    names = {split: [f"{split}-{i:03}" for i in range(count)] for split, count in (("train", train), ("val", val))}
+    sets = out / "ImageSets" / YEAR
+    sets.mkdir(parents=True, exist_ok=True)
+    for split, those in names.items():
+        (sets / f"{split}.txt").write_text("".join(f"{name}\n" for name in those))
+    for i, name in enumerate(tqdm(names["train"] + names["val"], desc="clips")):
+        pictures, labels = clip(np.random.default_rng([seed, i]), frames, height, width, size)
+        folders = [out / kind / RESOLUTION / name for kind in ("JPEGImages", "Annotations")]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for t, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            Image.fromarray(picture).save(folders[0] / f"{t:05}.jpg", quality=95)
+            annotation = Image.fromarray(label).convert("P")
+            annotation.putpalette(PALETTE.ravel().tolist())
+            annotation.save(folders[1] / f"{t:05}.png")
+
+
+def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Smooth noise that repeats to the right, (H, W, 3): a few waves in each channel."""
+    y, x = np.mgrid[:height, :width]
+    ground = np.full((height, width, 3), rng.uniform(0.3, 0.7, 3))
+    for _ in range(6):
+        phase = 2 * np.pi * (rng.integers(-4, 5) * x / width + rng.uniform(-4, 4) * y / height) + rng.uniform(0, 2 * np.pi)
+        ground += 0.07 * np.sin(phase)[..., None] * rng.normal(0, 1, 3)
+    return ground
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a synthetic clip set in DAVIS layout.")
+    parser.add_argument("--out", type=Path, required=True)
+    for name, default in (("train", 60), ("val", 20), ("frames", 12), ("height", 64), ("width", 96), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--size", type=float, default=1, help="of the objects, beside the usual one")
+    write_clips(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Images in VOC layout on disk, and what can be wrong with them.
+
+    JPEGImages/<name>.jpg    Annotations/<name>.xml (the classes of the image)    ImageSets/Segmentation/{train,val}.txt
+    SegmentationClass/<name>.png (palette, 0 = background, index = class, 255 = ignore)    classes.txt (unless the classes are VOC's)
+
+Training reads image and Annotations alone: `Scene.mask` is for evaluation.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IGNORE = 255
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; the message begins with the file."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image on disk and the classes in it."""
+
+    name: str
+    path: Path
+    mask_path: Path
+    classes: int  # C, of the whole set
+    labels: tuple[int, ...]  # 0 .. C-1, at least one
+
+    def image(self, size: int) -> Tensor:
+        """uint8 (3, size, size)."""
+        return torch.from_numpy(_pixels(self.path, size))
+
+    def present(self) -> Tensor:
+        """bool (C,)."""
+        present = torch.zeros(self.classes, dtype=torch.bool)
+        present[list(self.labels)] = True
+        return present
+
+    def shape(self) -> tuple[int, int]:
+        """(H, W), from the file's header alone."""
+        with _opened(self.path) as image:
+            return image.height, image.width
+
+    def mask(self) -> Tensor:
+        """int64 (H, W) of the image's own size: 0 = background, 1 + class, IGNORE."""
+        return read_index(self.mask_path, self.classes, self.shape())
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A split: its images, and the names of the classes, background not among them."""
+
+    classes: tuple[str, ...]
+    scenes: tuple[Scene, ...]
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+def read_scenes(root: Path, split: str) -> Scenes:
+    """The images that ImageSets names for "train" or "val"."""
+    listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not listed.exists():
+        raise DataError(listed, "no such file")
+    classes = read_classes(root)
+    scenes = tuple(_read_scene(root, name, classes) for name in listed.read_text().split())
+    if not scenes:
+        raise DataError(listed, "names no image")
+    return Scenes(classes, scenes)
+
+
+def read_classes(root: Path) -> tuple[str, ...]:
+    """Those that classes.txt names, one a line; VOC's twenty where there is none."""
+    path = root / "classes.txt"
+    classes = tuple(path.read_text().split()) if path.exists() else VOC_CLASSES
+    if not classes:
+        raise DataError(path, "names no class")
+    return classes
+
+
+def read_index(path: Path, classes: int, shape: tuple[int, int]) -> Tensor:
+    """A palette PNG of that shape: int64 (H, W), 0 = background, 1 + class, IGNORE."""
+    image = _decoded(path)
+    if image.mode not in ("P", "L"):
+        raise DataError(path, f"expected a palette PNG, got mode {image.mode}")
+    index = np.array(image).astype(np.int64)
+    beyond = index[(index > classes) & (index != IGNORE)]
+    if beyond.size:
+        raise DataError(path, f"class index {beyond.max()}, but there are {classes} classes")
+    if index.shape != shape:
+        raise DataError(path, f"is {index.shape[1]}x{index.shape[0]}, its image {shape[1]}x{shape[0]}")
+    return torch.from_numpy(index)
+
+
+def _read_scene(root: Path, name: str, classes: tuple[str, ...]) -> Scene:
+    path, annotation = root / "JPEGImages" / f"{name}.jpg", root / "Annotations" / f"{name}.xml"
+    if not path.exists():
+        raise DataError(path, "no such image")
+    return Scene(name, path, root / "SegmentationClass" / f"{name}.png", len(classes), _labels(annotation, classes))
+
+
+def _labels(path: Path, classes: tuple[str, ...]) -> tuple[int, ...]:
+    try:
+        names = {(item.text or "").strip() for item in ElementTree.parse(path).iterfind("object/name")}
+    except (OSError, ElementTree.ParseError) as error:
+        raise DataError(path, f"cannot be read: {error}") from error
+    if not names:
+        raise DataError(path, "image without labels: no object is named")
+    unknown = sorted(names - set(classes))
+    if unknown:
+        raise DataError(path, f"class {unknown[0]!r} is none of the {len(classes)}: {' '.join(classes)}")
+    return tuple(sorted(classes.index(name) for name in names))
+
+
+@lru_cache(maxsize=4096)
+def _pixels(path: Path, size: int) -> np.ndarray:
+    image = _decoded(path).convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
+
+
+def _decoded(path: Path) -> Image.Image:
+    image = _opened(path)
+    try:
+        image.load()  # where a truncated file shows
+    except (OSError, SyntaxError) as error:
+        raise DataError(path, f"cannot be read: {error}") from error
+    return image
+
+
+def _opened(path: Path) -> Image.Image:
+    """The header alone."""
+    try:
+        return Image.open(path)
+    except (OSError, SyntaxError) as error:
+        raise DataError(path, f"cannot be read: {error}") from error

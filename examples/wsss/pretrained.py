@@ -1,0 +1,35 @@
+"""timm's weights for a ViT with class tokens: the layers as they are, the class token as the start of all, positions resized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .model import ViT
+
+
+@torch.no_grad()
+def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
+    """ImportError without timm; ValueError where the width, the patch or the depth is another."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"the weights of {name!r} are timm's: pip install timm") from error
+    theirs = timm.create_model(name, pretrained=pretrained, num_classes=0).state_dict()
+    class_token, positions = theirs.pop("cls_token")[0], theirs.pop("pos_embed")[0]
+    ours = model.state_dict()
+    shared = {key for key in ours if key.startswith(("patch_embed.", "blocks.", "norm.")) and "gates" not in key}
+    wrong = sorted(shared ^ set(theirs)) or sorted(key for key in shared if ours[key].shape != theirs[key].shape)
+    if wrong:
+        c = model.config
+        raise ValueError(f"{name}: not a ViT of width {c.width}, patch {c.patch} and depth {c.depth}: {wrong[0]}")
+    model.load_state_dict(theirs, strict=False)
+    side = int(len(positions) ** 0.5)
+    prefix = len(positions) - side**2  # the class token's
+    of_patches = positions[prefix:].mT.unflatten(-1, (side, side))[None]
+    grid = model.config.grid
+    model.pos_embed.copy_(F.interpolate(of_patches, (grid, grid), mode="bicubic").flatten(2)[0].mT)
+    model.extra_tokens.add_(class_token + positions[:prefix].sum(0))  # their own small random parts tell them apart

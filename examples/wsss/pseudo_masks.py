@@ -1,0 +1,143 @@
+"""Class-token maps to pseudo-masks, for images whose labels are known.
+
+    python -m wsss.pseudo_masks --data scenes --split train --checkpoint runs/full/checkpoint.pt --out runs/full/train  # from examples/
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .data import DataError, Scenes, read_scenes
+from .evaluate import score
+from .model import ViT
+from .synthetic import save_index
+from .train import load
+
+UNDECIDED = -1
+
+
+class Thresholds(NamedTuple):
+    """On a map divided by its own mean over the image."""
+
+    low: float  # where every present class is below: background
+    high: float  # where a class is above: that class
+
+
+CHOICES = tuple(Thresholds(share * high, high) for high in (1.0, 1.4, 1.8, 2.2, 2.6, 3.0) for share in (0.7, 0.85, 1.0))
+CHOSEN_ON = 100  # training images
+
+
+class Seen(NamedTuple):
+    """What the model says of each image of a split."""
+
+    maps: Tensor  # (I, C, side, side)
+    probability: Tensor  # (I, C)
+
+
+@torch.no_grad()
+def see(model: ViT, data: Scenes, all_heads: bool = False, batch: int = 32) -> Seen:
+    """In evaluation: no masking, gates open or closed; all_heads: maps with the closed heads in."""
+    model.eval()
+    device, parts = next(model.parameters()).device, []
+    for start in tqdm(range(0, len(data), batch), desc="maps", leave=False):
+        images = torch.stack([scene.image(model.config.size) for scene in data.scenes[start : start + batch]])
+        logits, maps = model(images.to(device).float() / 255, all_heads=all_heads)
+        parts.append((maps.cpu(), logits.sigmoid().cpu()))
+    return Seen(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def enlarged(maps: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Maps (C, side, side) at the image's size."""
+    return F.interpolate(maps[None], shape, mode="bilinear")[0]
+
+
+def pseudo_mask(maps: Tensor, probability: Tensor, present: Tensor, thresholds: Thresholds) -> Tensor:
+    """int64 (H, W), 0 = background, from maps (C, H, W), probability (C,) and present bool (C,).
+
+    A class is painted where its map is above `high`, the likelier over the less likely; between `low` and `high` the nearest label decides.
+    """
+    ratio = maps / maps.mean((1, 2), keepdim=True).clamp_min(1e-12)
+    label = torch.full(maps.shape[1:], UNDECIDED)
+    label[ratio[present].amax(0) < thresholds.low] = 0
+    for c in sorted(present.nonzero().flatten().tolist(), key=lambda c: probability[c].item()):
+        label[ratio[c] > thresholds.high] = 1 + c
+    return filled(label)
+
+
+def filled(label: Tensor) -> Tensor:
+    """UNDECIDED pixels of (H, W) take the label of the nearest that is decided; all background where none is.
+
+    Exact in two passes: the nearest decided pixel of each column, then the nearest of those along the row.
+    """
+    H, W = label.shape
+    decided = label != UNDECIDED
+    if decided.all() or not decided.any():
+        return label.clamp_min(0)
+    row, far = torch.arange(H)[:, None], 4 * (H + W)
+    above = torch.where(decided, row, -far).cummax(0).values
+    below = torch.where(decided, row, far).flip(0).cummin(0).values.flip(0)
+    nearest = torch.where(row - above <= below - row, above, below)  # (H, W): a row of the same column, or far off
+    column = torch.arange(W)
+    squared = (nearest - row).square()[:, None, :] + (column[:, None] - column).square()  # (H, W, W): to the columns of the last axis
+    there = squared.argmin(-1)
+    return torch.where(decided, label, label[nearest.gather(1, there), there])
+
+
+def pseudo_masks(seen: Seen, data: Scenes, thresholds: Thresholds) -> list[Tensor]:
+    masks = []
+    for scene, maps, probability in zip(data.scenes, seen.maps, seen.probability, strict=True):
+        masks.append(pseudo_mask(enlarged(maps, scene.shape()), probability, scene.present(), thresholds))
+    return masks
+
+
+def choose(seen: Seen, data: Scenes) -> Thresholds:
+    """The best by mIoU on CHOSEN_ON images, whose masks it reads: give it training images."""
+    few = Scenes(data.classes, data.scenes[:CHOSEN_ON])
+    truth = [scene.mask() for scene in few.scenes]
+    first = Seen(seen.maps[:CHOSEN_ON], seen.probability[:CHOSEN_ON])
+
+    def miou(thresholds: Thresholds) -> float:
+        return score(pseudo_masks(first, few, thresholds), truth, len(data.classes)).miou()
+
+    return max(tqdm(CHOICES, desc="thresholds", leave=False), key=miou)
+
+
+def save_masks(masks: list[Tensor], data: Scenes, out: Path) -> None:
+    """out/<name>.png with VOC's palette."""
+    out.mkdir(parents=True, exist_ok=True)
+    for scene, mask in zip(data.scenes, masks, strict=True):
+        save_index(mask.to(torch.uint8).numpy(), out / f"{scene.name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="where the masks go")
+    parser.add_argument("--thresholds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="otherwise chosen on training images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    model, classes = load(a.checkpoint, a.device)
+    data = read_scenes(a.data, a.split)
+    if data.classes != classes:
+        raise DataError(a.data, f"classes {' '.join(data.classes)}; the checkpoint's are {' '.join(classes)}")
+    if a.thresholds:
+        thresholds = Thresholds(*a.thresholds)
+    else:
+        train = read_scenes(a.data, "train")
+        few = Scenes(train.classes, train.scenes[:CHOSEN_ON])
+        thresholds = choose(see(model, few), few)
+    save_masks(pseudo_masks(see(model, data), data, thresholds), data, a.out)
+    print(f"{len(data)} pseudo-masks in {a.out}; thresholds {thresholds.low:.2f} {thresholds.high:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the pseudo-masks are for: a segmentation network in plain torch that learns from them and then needs no labels.
+
+    python -m wsss.segment --data scenes --masks runs/full/train --out runs/full/segmentation     # from the folder examples/
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .data import IGNORE, Scenes, read_index, read_scenes
+from .evaluate import score
+from .pseudo_masks import save_masks
+from .train import batch_of
+
+WIDTH, BATCH, STEPS, LR = 16, 16, 200, 1e-2
+
+
+class Network(nn.Module):
+    """Three scales down and up again, with a connection across at each."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths = [WIDTH, 2 * WIDTH, 4 * WIDTH]
+        self.down = nn.ModuleList(_two_convolutions(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(_two_convolutions(i + o, o) for i, o in zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.head = nn.Conv2d(WIDTH, classes + 1, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to logits (B, 1 + C, H, W), background first."""
+        x, across = 2 * image - 1, []
+        for i, block in enumerate(self.down):
+            x = block(x if i == 0 else F.max_pool2d(x, 2))
+            across.append(x)
+        for block, fine in zip(self.up, across[-2::-1], strict=True):
+            x = block(torch.cat([F.interpolate(x, fine.shape[-2:], mode="bilinear"), fine], 1))
+        return self.head(x)
+
+
+def _two_convolutions(width: int, to: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (width, to):
+        layers += [nn.Conv2d(channels, to, 3, padding=1, bias=False), nn.BatchNorm2d(to), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def fit(data: Scenes, masks: list[Tensor], size: int, seed: int = 0, device: str = "cpu", steps: int = STEPS) -> Network:
+    """Cross-entropy against masks (H, W) of the images, IGNORE left out; both at `size`."""
+    torch.manual_seed(seed)
+    network = Network(len(data.classes)).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
+    target = torch.stack([resized(mask, (size, size)) for mask in masks])
+    g = torch.Generator().manual_seed(seed)
+    with tqdm(range(steps), desc="segmentation") as bar:
+        for _ in bar:
+            images, chosen, mirror = batch_of(data, BATCH, size, g)
+            truth = torch.where(mirror[:, None, None], target[chosen].flip(-1), target[chosen])
+            loss = F.cross_entropy(network(images.to(device)), truth.to(device), ignore_index=IGNORE)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return network
+
+
+@torch.no_grad()
+def predict(network: Network, data: Scenes, size: int) -> list[Tensor]:
+    """int64 (H, W) of each image's own size, 0 = background."""
+    network.eval()
+    device, masks = next(network.parameters()).device, []
+    for scene in data.scenes:
+        logits = network(scene.image(size)[None].to(device).float() / 255)
+        masks.append(F.interpolate(logits, scene.shape(), mode="bilinear")[0].argmax(0).cpu())
+    return masks
+
+
+def resized(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """int64 (H, W) to another shape, by the nearest."""
+    return F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
+    parser.add_argument("--masks", type=Path, required=True, help="pseudo-masks of the training images")
+    parser.add_argument("--out", type=Path, required=True, help="where the predictions for val go")
+    parser.add_argument("--size", type=int, default=64, help="images are resized to squares of this side")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    data, val = read_scenes(a.data, "train"), read_scenes(a.data, "val")
+    masks = [read_index(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in data.scenes]
+    predictions = predict(fit(data, masks, a.size, a.seed, a.device, a.steps), val, a.size)
+    save_masks(predictions, val, a.out)
+    print(f"mIoU {score(predictions, [scene.mask() for scene in val.scenes], len(val.classes)).miou():.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The ablation: every variant trained with every seed, the same steps and images; scores as CSV, table and plot.
+
+    python -m wsss.study --data scenes --out results/wsss_synthetic     # from the folder examples/
+
+Rows that the CSV already has are not computed again: a study that was stopped goes on. Each run has its thresholds from training images;
+all scores are of the val split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from resumable import train
+
+from .config import CONFIGS, Config
+from .data import Scenes, read_scenes
+from .evaluate import score, tokens_right
+from .pictures import save_sheet
+from .pseudo_masks import CHOSEN_ON, Seen, Thresholds, choose, enlarged, pseudo_masks, see
+from .segment import fit, predict
+from .train import Run, Trainer
+
+VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the configuration
+    "full": {},
+    "masking 0": {"masking_rate": 0.0},
+    "masking 1": {"masking_rate": 1.0},
+    "no gates": {"gates": False},
+    "no register": {"register": False},
+    "no diversity": {"diversity": 0.0},
+}
+SEGMENTED = ("full",)  # the variants whose pseudo-masks a segmentation network learns from
+SCORES = ("token_accuracy", "pseudo", "pseudo_all_heads", "segmentation", "labels_right")
+SHOWN = 6  # val images on the sheet
+
+
+class Row(NamedTuple):
+    variant: str
+    seed: int
+    steps: int
+    token_accuracy: float  # percent, as the four after
+    pseudo: float  # mIoU of the pseudo-masks
+    pseudo_all_heads: float  # with the closed heads in the maps, thresholds chosen again
+    segmentation: float  # mIoU of the network that learned from the pseudo-masks; NaN where there is none
+    labels_right: float  # share of the (image, class) pairs that the classifier tells right
+    open_heads: int
+    heads: int
+    low: float
+    high: float
+
+
+def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Scenes, runs: Path) -> Row:
+    out = runs / f"{variant.replace(' ', '-')}-{seed}"
+    trainer = Trainer(Run(dataclasses.replace(config, **VARIANTS[variant]), train_data.classes, seed), train_data)
+    train(trainer, out, resume=True)
+    model, truth = trainer.model, [scene.mask() for scene in val.scenes]
+    few = Scenes(train_data.classes, train_data.scenes[:CHOSEN_ON])
+
+    def judged(all_heads: bool) -> tuple[Seen, Thresholds, float]:
+        thresholds, seen = choose(see(model, few, all_heads), few), see(model, val, all_heads)
+        return seen, thresholds, score(pseudo_masks(seen, val, thresholds), truth, len(val.classes)).miou()
+
+    seen, thresholds, pseudo = judged(all_heads=False)
+    open_heads = sum(model.open_heads())
+    everything = pseudo if open_heads == config.depth * config.heads else judged(all_heads=True)[2]
+    counts = [tokens_right(enlarged(maps, true.shape), true) for maps, true in zip(seen.maps, truth, strict=True)]
+    right, shown = map(sum, zip(*counts, strict=True))
+    present = torch.stack([scene.present() for scene in val.scenes])
+    told = ((seen.probability > 0.5) == present).float().mean().item()
+    segmentation, predictions = float("nan"), []
+    if variant in SEGMENTED:
+        network = fit(train_data, pseudo_masks(see(model, train_data), train_data, thresholds), config.size, seed)
+        predictions = predict(network, val, config.size)
+        segmentation = score(predictions, truth, len(val.classes)).miou()
+    _save_sheet(out / "sheet.png", val, seen, thresholds, predictions)
+    return Row(
+        variant, seed, config.steps, 100 * right / shown, pseudo, everything, segmentation, 100 * told,
+        open_heads, config.depth * config.heads, *thresholds,
+    )  # fmt: skip
+
+
+def _save_sheet(path: Path, val: Scenes, seen: Seen, thresholds: Thresholds, predictions: list) -> None:
+    few, maps = Scenes(val.classes, val.scenes[:SHOWN]), Seen(seen.maps[:SHOWN], seen.probability[:SHOWN])
+    kinds = [pseudo_masks(maps, few, thresholds)] + ([predictions[:SHOWN]] if predictions else [])
+    shown = list(zip(few.scenes, maps.maps, map(list, zip(*kinds, strict=True)), strict=True))
+    save_sheet(path, shown, val.classes, ["pseudo-mask", "segmentation"][: len(kinds)])
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))[1:]
+    types = get_type_hints(Row).values()
+    return [Row(*(kind(field) for kind, field in zip(types, line, strict=True))) for line in lines]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows([f"{value:.2f}" if isinstance(value, float) else value for value in row] for row in rows)
+
+
+def table(rows: list[Row]) -> str:
+    scores = ["token accuracy", "pseudo-mask mIoU", "with closed heads in", "segmentation mIoU", "labels right"]
+    header = ["variant", "seeds", *scores, "open heads"]
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    for name in dict.fromkeys(row.variant for row in rows):
+        runs = [row for row in rows if row.variant == name]
+        columns = (spread([getattr(run, column) for run in runs]) for column in SCORES)
+        heads = f"{', '.join(str(run.open_heads) for run in runs)} of {runs[0].heads}"
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(columns)} | {heads} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean [lowest, highest]."""
+    if any(value != value for value in values):
+        return "–"
+    return f"{statistics.mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Token accuracy and mIoU of every run, and their means."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row.variant for row in rows))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    titles = {"token_accuracy": "token accuracy, %", "pseudo": "mIoU of the pseudo-masks, %"}
+    for panel, (column, title) in zip(panels, titles.items(), strict=True):
+        for i, name in enumerate(names):
+            values = [getattr(row, column) for row in rows if row.variant == name]
+            panel.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.6)
+            panel.plot([i - 0.25, i + 0.25], [statistics.mean(values)] * 2, color=f"C{i}")
+        panel.set(xticks=range(len(names)), title=title)
+        panel.set_xticklabels(names, rotation=20)
+        panel.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
+    parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints, logs and sheets go")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--config", choices=CONFIGS, default="small")
+    a = parser.parse_args()
+    data, val, rows = read_scenes(a.data, "train"), read_scenes(a.data, "val"), read(a.out.with_suffix(".csv"))
+    for variant in a.variants:
+        for seed in range(a.seeds):
+            if all((row.variant, row.seed) != (variant, seed) for row in rows):
+                rows.append(compute(variant, seed, CONFIGS[a.config], data, val, a.runs))
+                rows.sort(key=lambda row: (list(VARIANTS).index(row.variant), row.seed))
+                write(a.out.with_suffix(".csv"), rows)
+    plot(rows, a.out.with_suffix(".png"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Scenes made by rule, in VOC layout: textured blobs of six classes that occur in pairs, borders to be ignored.
+
+    python -m wsss.synthetic --out scenes     # from the folder examples/
+
+The two classes of a pair are next in hue and occur together as often as not: which of them is where, only the scenes tell that show one
+without the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .data import IGNORE
+
+CLASSES = ("stripes", "checks", "rings", "dots", "waves", "grain")  # pairs: 0 and 1, 2 and 3, 4 and 5
+PAIRS = len(CLASSES) // 2
+TOGETHER = 0.5  # the probability that a pair that occurs does so with both its classes
+
+
+def voc_palette() -> np.ndarray:
+    """VOC's colours, uint8 (256, 3): the bits of an index, three at a time, go to the high bits of red, green and blue."""
+    index = np.arange(256)
+    channels = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Picture uint8 (side, side, 3), index uint8 (side, side) with borders, and the classes, each of which shows."""
+    while True:
+        labels = _choose(rng)
+        picture, index = _ground(rng, side), np.zeros((side, side), np.uint8)
+        for label in rng.permutation(labels):
+            inside, across, along = _blob(rng, side)
+            mix = _texture(label, across, along, rng)[..., None]
+            light, dark = _colours(rng, label)
+            picture[inside] = (mix * light + (1 - mix) * dark)[inside]
+            index[inside] = label + 1
+        sizes = np.bincount(index.ravel(), minlength=len(CLASSES) + 1)[[label + 1 for label in labels]]
+        if sizes.min() > 0.03 * side**2:
+            noisy = picture + rng.normal(0, 0.03, picture.shape)
+            index[_borders(index)] = IGNORE
+            return (np.clip(noisy, 0, 1) * 255).round().astype(np.uint8), index, labels
+
+
+def _choose(rng: np.random.Generator) -> list[int]:
+    labels: list[int] = []
+    for pair in rng.choice(PAIRS, rng.integers(1, 3), replace=False):
+        both = [2 * int(pair), 2 * int(pair) + 1]
+        labels += both if rng.random() < TOGETHER else [both[rng.integers(2)]]
+    return sorted(labels)
+
+
+def _blob(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where it is, bool, and coordinates in pixels from its middle, turned, all (side, side)."""
+    y, x = np.mgrid[:side, :side] + 0.5 - (rng.uniform(0.2, 0.8, 2) * side)[:, None, None]
+    angle = np.arctan2(y, x)
+    outline = 1 + sum(rng.uniform(0, 0.15) * np.sin((k + 2) * angle + rng.uniform(0, 2 * np.pi)) for k in range(3))
+    inside = np.hypot(y, x) < rng.uniform(0.16, 0.27) * side * outline
+    turn = rng.uniform(0, np.pi)
+    return inside, np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+
+
+def _texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """In [0, 1]; periods of 5 to 8 pixels."""
+    k = 2 * np.pi / rng.uniform(5, 8)
+    waves = {
+        "stripes": lambda: np.sin(k * u),
+        "checks": lambda: np.sign(np.sin(k * u) * np.sin(k * v)),
+        "rings": lambda: np.sin(k * np.hypot(u, v)),
+        "dots": lambda: 2.0 * (np.cos(k * u) + np.cos(k * v) > 0.9) - 1,
+        "waves": lambda: np.sin(k * u + 2 * np.sin(0.6 * k * v)),
+        "grain": lambda: rng.uniform(-1, 1, u.shape),
+    }
+    return 0.5 + 0.5 * waves[CLASSES[label]]()
+
+
+def _colours(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]:
+    hue = label / len(CLASSES) + rng.normal(0, 0.025)
+    light, dark = (colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 0.9), value) for value in (rng.uniform(0.8, 1), rng.uniform(0.2, 0.4)))
+    return np.array(light), np.array(dark)
+
+
+def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A few broad waves in each channel, (side, side, 3)."""
+    y, x = np.mgrid[:side, :side] / side
+    ground = np.full((side, side, 3), rng.uniform(0.3, 0.7, 3))
+    for _ in range(5):
+        phase = 2 * np.pi * (rng.uniform(-2, 2) * x + rng.uniform(-2, 2) * y) + rng.uniform(0, 2 * np.pi)
+        ground += 0.06 * np.sin(phase)[..., None] * rng.normal(0, 1, 3)
+    return ground
+
+
+def _borders(index: np.ndarray) -> np.ndarray:
+    """Pixels with a neighbour, above, below, left or right, of another class."""
+    border = np.zeros(index.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(index.astype(int), axis=axis) != 0
+        before, after = [slice(None)] * 2, [slice(None)] * 2
+        before[axis], after[axis] = slice(None, -1), slice(1, None)
+        border[tuple(before)] |= differs
+        border[tuple(after)] |= differs
+    return border
+
+
+def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, seed: int = 0) -> None:
+    """Scenes of their own seeds, in VOC layout under `out`."""
+    folders = {kind: out / kind for kind in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    (out / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    names = {split: [f"{split}-{i:05}" for i in range(count)] for split, count in (("train", train), ("val", val))}
+    for split, those in names.items():
+        (folders["ImageSets/Segmentation"] / f"{split}.txt").write_text("".join(f"{name}\n" for name in those))
+    for i, name in enumerate(tqdm(names["train"] + names["val"], desc="scenes")):
+        picture, index, labels = scene(np.random.default_rng([seed, i]), side)
+        Image.fromarray(picture).save(folders["JPEGImages"] / f"{name}.jpg", quality=95)
+        save_index(index, folders["SegmentationClass"] / f"{name}.png")
+        annotation = ElementTree.Element("annotation")
+        for label in labels:
+            ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "name").text = CLASSES[label]
+        ElementTree.ElementTree(annotation).write(folders["Annotations"] / f"{name}.xml")
+
+
+def save_index(index: np.ndarray, path: Path) -> None:
+    """uint8 (H, W) as a PNG with VOC's palette."""
+    image = Image.fromarray(index).convert("P")
+    image.putpalette(voc_palette().ravel().tolist())
+    image.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write synthetic scenes in VOC layout.")
+    parser.add_argument("--out", type=Path, required=True)
+    for name, default in (("train", 2000), ("val", 400), ("side", 64), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    write_scenes(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Train on image labels alone. A step depends on seed and number alone: a resumed run repeats an unbroken one bit for bit.
+
+    python -m wsss.train --data scenes --out runs/full     # from the folder examples/
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from resumable import Resumable, train, warmup_and_cosine
+from torch import Tensor
+
+from . import losses
+from .config import CONFIGS, Config
+from .data import Scenes, read_scenes
+from .gates import HardConcrete
+from .model import ViT
+from .pretrained import load_timm
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is: the same Run on the same images gives the same weights."""
+
+    config: Config
+    classes: tuple[str, ...]
+    seed: int = 0
+
+
+class Trainer(Resumable):
+    LOG = ("step", "loss", "classification", "diversity", "expected_open", "open_heads")
+
+    def __init__(self, run: Run, data: Scenes, device: str = "cpu") -> None:
+        torch.manual_seed(run.seed)
+        self.run, self.data, self.device, self.step = run, data, device, 0
+        config = run.config
+        self.model = ViT(config, len(run.classes))
+        if config.timm is not None:
+            load_timm(self.model, config.timm)
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=config.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_and_cosine(step, config))
+
+    def advance(self) -> tuple[float, ...]:
+        """One step; the row of the log."""
+        config = self.run.config
+        g = torch.Generator().manual_seed(1_000_003 * self.run.seed + self.step)
+        images, chosen, _ = batch_of(self.data, config.batch, config.size, g)
+        present = torch.stack([self.data.scenes[i].present() for i in chosen.tolist()])
+        images, present = images.to(self.device), present.to(self.device)
+        torch.manual_seed(int(torch.randint(2**62, (), generator=g)))  # what the model draws: gates and masking
+        self.model.train()
+        logits, maps = self.model(images, present, with_maps=config.diversity > 0)
+        told, expected_open = losses.classification(logits, present), self.model.expected_open()
+        overlap = losses.diversity(maps) if maps is not None else logits.new_zeros(())
+        loss = told + config.diversity * overlap + config.sparsity * expected_open
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return (self.step, loss.item(), told.item(), overlap.item(), expected_open.item(), sum(self.model.open_heads()))
+
+    def shown(self, row: tuple[float, ...]) -> dict[str, Any]:
+        return super().shown(row) | {"open": row[-1]}
+
+
+def batch_of(data: Scenes, count: int, size: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (count, 3, size, size) in [0, 1], which of the set they are (count,), and which are mirrored, bool (count,)."""
+    chosen = torch.randint(len(data), (count,), generator=g)
+    mirror = torch.rand(count, generator=g) < 0.5
+    images = torch.stack([data.scenes[i].image(size) for i in chosen.tolist()]).float() / 255
+    return torch.where(mirror[:, None, None, None], images.flip(-1), images), chosen, mirror
+
+
+def parameter_groups(model: ViT) -> list[dict]:
+    """Gates learn faster than the rest, and neither they nor norms, biases and tokens decay."""
+    config = model.config
+    gates = [gate.log_a for gate in model.modules() if isinstance(gate, HardConcrete)]
+    rest = [p for p in model.parameters() if all(p is not gate for gate in gates)]
+    decays = [p for p in rest if p.dim() > 1 and p is not model.extra_tokens and p is not model.pos_embed]
+    others = [p for p in rest if all(p is not q for q in decays)]
+    return [
+        {"params": decays, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": gates, "weight_decay": 0.0, "lr": config.gate_lr * config.lr},
+    ]
+
+
+def load(checkpoint: Path, device: str = "cpu") -> tuple[ViT, tuple[str, ...]]:
+    """The model of a checkpoint, in evaluation, and the names of its classes."""
+    saved = torch.load(checkpoint, map_location=device, weights_only=True)
+    model = ViT(Config(**saved["run"]["config"]), len(saved["run"]["classes"])).to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval(), tuple(saved["run"]["classes"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
+    parser.add_argument("--out", type=Path, required=True, help="where log.csv and checkpoint.pt go")
+    parser.add_argument("--config", choices=CONFIGS, default="small")
+    for name in ("size", "steps", "batch"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the configuration's")
+    for name in ("masking-rate", "diversity", "sparsity"):
+        parser.add_argument(f"--{name}", type=float, help="instead of the configuration's")
+    for name in ("register", "gates"):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help="instead of the configuration's")
+    parser.add_argument("--timm", help="a timm ViT whose weights to begin with, instead of the configuration's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    instead = ("size", "steps", "batch", "masking_rate", "diversity", "sparsity", "register", "gates", "timm")
+    config = dataclasses.replace(CONFIGS[a.config], **{name: getattr(a, name) for name in instead if getattr(a, name) is not None})
+    data = read_scenes(a.data, "train")
+    train(Trainer(Run(config, data.classes, a.seed), data, a.device), a.out, a.resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""First step of an attention map's backward: of each query row eta = sum_j dA_ij P_ij, reference.py (10), and mbar.
+
+The sums over keys are split as forward's are where queries are few, and a second kernel adds the splits in order. What is stored is what
+backward_delta.py stores, delta = w_h eta.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backward_delta import store_rows
+from .configs import TileConfig
+from .forward_split import splits_of
+from .launch import Inputs, launch, strides
+from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, probabilities
+
+FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
+
+
+@triton.jit(do_not_specialize=["Nq", "n_splits", "split_blocks"])
+def _map_means_kernel(
+    q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, do_ptr, lse_ptr, sums_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ah, stride_pb, stride_pn,
+    stride_dob, stride_doh, stride_dom, stride_dod,
+    H, Nq, Nk, n_splits, split_blocks, n_rows, scale,
+    GROUP: tl.constexpr, D: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, NEED_MBAR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    offs_m = pid // H % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = pid // H // m_blocks % n_splits
+    first_block = split * split_blocks
+    b = (pid // H // m_blocks // n_splits).to(tl.int64)
+    bh = b * H + h
+    offs_d = tl.arange(0, BLOCK_D)
+    row_ok = offs_m < Nq
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
+    alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+    eta = tl.zeros([BLOCK_M], tl.float32)
+    mbar = tl.zeros([BLOCK_M], tl.float32)
+    for start_n in range(first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+        p = probabilities(q, k, m, live, lse, scale, alpha, HAS_MASK, ALLOW_TF32, BLOCK_M, BLOCK_N)
+        eta += tl.sum(p * load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live), 1)
+        if NEED_MBAR:
+            mbar += tl.sum(p * m, 1)
+    sums = sums_ptr + 2 * (split.to(tl.int64) * n_rows + bh * Nq)
+    tl.store(sums + 2 * offs_m, eta, mask=row_ok)
+    tl.store(sums + 2 * offs_m + 1, mbar, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["Nq", "n_splits"])
+def _map_rows_kernel(
+    sums_ptr, lse_ptr, weights_ptr, rows_ptr, mbar_ptr, eta_ptr, H, Nq, n_splits, n_rows,
+    NEED_ROWS: tl.constexpr, NEED_MBAR: tl.constexpr, NEED_ETA: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    m_blocks = tl.cdiv(Nq, BLOCK_M)
+    offs_m = tl.program_id(0) % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    bh = (tl.program_id(0) // m_blocks).to(tl.int64)
+    row_ok = offs_m < Nq
+    eta = tl.zeros([BLOCK_M], tl.float32)
+    mbar = tl.zeros([BLOCK_M], tl.float32)
+    for split in range(0, n_splits):
+        sums = sums_ptr + 2 * (tl.cast(split, tl.int64) * n_rows + bh * Nq + offs_m)
+        eta += tl.load(sums, mask=row_ok, other=0.0)
+        mbar += tl.load(sums + 1, mask=row_ok, other=0.0)
+    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
+    if NEED_ROWS:
+        dead = (lse == float("-inf")) & (eta == 0.0)  # not a row whose live scores are all -inf: its eta is NaN
+        store_rows(rows_ptr + 2 * bh * Nq, lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead, offs_m, row_ok)
+    if NEED_MBAR:
+        tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
+    if NEED_ETA:
+        tl.store(eta_ptr + bh * Nq + offs_m, eta, mask=row_ok)
+
+
+def run(inputs: Inputs, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
+    """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk)."""
+    t, tile = inputs.problem, inputs.tile("split")
+    splits, split_blocks = splits_of(inputs)
+    n_rows = t.B * t.H * t.Nq
+    sums = inputs.accumulator(splits, n_rows, 2)
+    means = inputs.score_arguments(tile) | strides("do", "bhmd", dout) | dict(
+        do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows, NEED_MBAR=mbar is not None
+    )  # fmt: skip
+    launch(_map_means_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, means, tile)
+    finish = dict(
+        sums_ptr=sums, lse_ptr=lse, weights_ptr=inputs.head_weights, rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
+        H=t.H, Nq=t.Nq, n_splits=splits, n_rows=n_rows,
+        NEED_ROWS=rows is not None, NEED_MBAR=mbar is not None, NEED_ETA=eta is not None, BLOCK_M=FINISH.block_m,
+    )  # fmt: skip
+    launch(_map_rows_kernel, t.B * t.H * triton.cdiv(t.Nq, FINISH.block_m), finish, FINISH)

@@ -1,0 +1,73 @@
+"""The first step of backward where forward left no unrounded output: delta is summed over the keys as P*dP, reference.py (5).
+
+Two products more for each tile of scores, and no memory: for calls whose queries outweigh everything else. What is stored is what
+backward_delta.py stores.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backward_delta import finish_rows
+from .launch import Inputs, launch, strides
+from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, query_program, score_gradient
+
+
+@triton.jit(do_not_specialize=["Nq", "drop_threshold"])
+def _delta_sweep_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, lse_ptr, dl_ptr, mbar_ptr, rows_ptr, dalpha_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_ah, stride_pb, stride_pn,
+    stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
+    H, Nq, Nk, scale, drop_threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    h, m_block, offs_m, b, bh = query_program(H, Nq, BLOCK_M)
+    g = h // GROUP
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = offs_m < Nq
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
+    lse_log2 = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("inf")) * LOG2E
+    alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    any_live = tl.zeros([BLOCK_N], tl.int32)
+    for start_n in range(0, Nk, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        any_live |= live.to(tl.int32)
+        k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+        v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+        _, p_dp = score_gradient(  # with a delta of 0
+            q, k, do, v, None, m, live[None, :], lse_log2[:, None], 0.0, offs_m[:, None], offs_n[None, :], bh,
+            scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        delta += tl.sum(p_dp, 1)
+    dead = (lse_log2 == float("-inf")) & (tl.max(any_live, 0) == 0)
+    finish_rows(
+        delta, dead, lse_log2, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm,
+        mbar_ptr, rows_ptr, dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh if NEED_DALPHA else None,
+        bh, offs_m, Nq, HAS_DLSE, NEED_DALPHA,
+    )  # fmt: skip
+
+
+def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(inputs), B, H): zeros without dlse."""
+    t, tile = inputs.problem, inputs.tile("dq")
+    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
+        do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
+        HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
+    )  # fmt: skip
+    launch(_delta_sweep_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)

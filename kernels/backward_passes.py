@@ -1,0 +1,55 @@
+"""Which passes follow once each row's lse and delta are known, reference.py (6)-(8): the same for attention and for its map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
+from .launch import Inputs
+
+
+def run(
+    inputs: Inputs,
+    dout: Tensor,
+    rows: Tensor,
+    mbar: Tensor | None,
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+    dvalue: Tensor | None,
+    dmask: Tensor | None,
+    dalpha: Tensor | None,
+) -> None:
+    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. rows: (B, H, Nq, 2), mbar: (B, H, Nq) for dalpha."""
+    few = backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask])
+    key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
+    dmask_pass = dmask is not None and not few and not key_only
+    home = backward_few_queries if few else backward_dmask if dmask_pass else backward_dq
+    dalpha_tiles = inputs.accumulator(home.partials(inputs), inputs.problem.B, inputs.problem.H) if dalpha is not None else None
+    if few:
+        backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha_tiles)
+    else:
+        dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
+        if dkey is not None or dvalue is not None or key_only:
+            backward_dkdv.run(inputs, dout, rows, dkey, dvalue, dmask_rows)
+        if dmask is not None and dmask_rows is not None and dmask_rows.shape != dmask.shape:
+            dmask.copy_(dmask_rows.sum_to_size(dmask.shape))
+        if dmask is not None and dmask_pass:
+            backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
+        if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
+            backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
+    if dalpha is not None and dalpha_tiles is not None:
+        torch.sum(dalpha_tiles, (0, 1), out=dalpha)
+
+
+def _each_head_over_the_batch(problem: Problem) -> bool:
+    """Whether dM has heads, several to a kv head, but is summed over the batch: rows of each (batch, head) may then outweigh all inputs."""
+    return problem.mask_shape is not None and problem.mask_shape[0] < problem.B and problem.mask_shape[1] > problem.Hkv
+
+
+def _dmask_rows(inputs: Inputs, dmask: Tensor) -> Tensor:
+    """Where dK and dV's pass leaves a key-only mask's gradient: dM itself (B, H|1, 1, Nk) where it sums no further, else in float32."""
+    t = inputs.problem
+    shape = (t.B, t.H if dmask.shape[1] > 1 else t.Hkv, 1, t.Nk)
+    return dmask if dmask.shape == shape else inputs.accumulator(*shape)

@@ -1,0 +1,107 @@
+"""What bounds each workload, before a GPU is seen: `python -m smattn.kernels.roofline`.
+
+For every pass that backend.py makes: the microseconds that its matrix products, exponentials, memory and L2 traffic would each take
+alone, at the chip's published rates and with the tiles of configs.py, in bfloat16 with a bfloat16 mask. The longest is the limiter. It is
+an estimate from below, of what is asked for: padding to whole tiles, launches, split buffers and what does not overlap come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..problem import Problem
+from ..testing import WORKLOADS, Workload
+from .configs import one_tile, tile
+
+
+class Chip(NamedTuple):
+    """Rates a second: dense bfloat16 FLOP, 2^x, bytes of memory, bytes of L2.
+
+    The first and third by the vendor's datasheets, 2^x as 16 a clock and multiprocessor, L2 as 5120 bytes a clock, which is published of
+    sm_80 and taken over for sm_90; of sm_100 nothing is published, and its L2 does not count.
+    """
+
+    name: str
+    arch: int
+    matmul: float
+    exp2: float
+    memory: float
+    l2: float
+
+
+CHIPS = (
+    Chip("A100", 80, 312e12, 16 * 108 * 1.41e9, 2.04e12, 5120 * 1.41e9),
+    Chip("H200", 90, 989e12, 16 * 132 * 1.83e9, 4.8e12, 5120 * 1.83e9),
+    Chip("B200", 100, 2250e12, 16 * 148 * 1.86e9, 8e12, float("inf")),
+)
+BYTES = 2  # of an element
+
+
+class Pass(NamedTuple):
+    """One kernel over all scores, B*H*Nq*Nk of them: products of 2*D operations a score, exponentials a score, bytes."""
+
+    name: str
+    products: int
+    exponentials: int
+    memory: int
+    l2: int
+
+
+class Estimate(NamedTuple):
+    """Microseconds."""
+
+    matmul: float
+    exp2: float
+    memory: float
+    l2: float
+
+    def limiter(self) -> str:
+        return max(zip(self, self._fields, strict=True))[1]
+
+
+def passes(w: Workload, arch: int) -> Iterator[Pass]:
+    """Forward, then backward with all five gradients: 5 products where one program holds all queries, else 9."""
+    problem = Problem(
+        B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
+        mask_shape=(w.B, 1, w.Nq, w.Nk), device_type="cuda",
+    )  # fmt: skip
+    heads, row = w.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
+    queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES
+    if one_tile(problem):
+        yield Pass("forward", 2, 1, queries + keys + mask, queries + keys + w.H * mask)
+        yield Pass("few_queries", 5, 1, 2 * (queries + keys + mask), 2 * (queries + keys + mask))
+        return
+
+    def blocks(kernel: str) -> tuple[int, int]:
+        shape = tile(kernel, problem, arch)
+        return -(-w.Nq // shape.block_m), -(-w.Nk // shape.block_n)
+
+    yield Pass("forward", 2, 1, queries + keys + mask, blocks("forward")[0] * keys + w.H * mask)
+    yield Pass("dkdv", 4, 1, queries + 2 * keys + mask, blocks("dkdv")[1] * queries + w.H * mask)
+    yield Pass("dq", 3, 1, 2 * queries + keys + mask, blocks("dq")[0] * keys + w.H * mask)
+    of_queries, of_keys = blocks("dmask")
+    yield Pass("dmask", 2, 1, queries + keys + 2 * mask, of_keys * queries + of_queries * keys + 2 * mask)
+
+
+def estimate(w: Workload, chip: Chip, p: Pass) -> Estimate:
+    scores = w.B * w.H * w.Nq * w.Nk
+    amounts = (p.products * 2 * w.D * scores, p.exponentials * scores, p.memory, p.l2)
+    rates = (chip.matmul, chip.exp2, chip.memory, chip.l2)
+    return Estimate(*(1e6 * amount / rate for amount, rate in zip(amounts, rates, strict=True)))
+
+
+def main() -> None:
+    print(f"{'':22}{'pass':12}{'matmul':>9}{'exp2':>9}{'memory':>9}{'L2':>9}   microseconds, limiter")
+    for chip in CHIPS:
+        for w in WORKLOADS.values():
+            for p in passes(w, chip.arch):
+                e = estimate(w, chip, p)
+                times = "".join(f"{time:9.1f}" for time in e)
+                print(f"{chip.name:6}{w.name:16}{p.name:12}{times}   {e.limiter()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Context parallelism: keys that outgrow one device, each rank of a process group holding its own.
+
+Rank r computes (1)-(4) of reference.py over its own keys, O_r, L_r and mbar_r. Over all keys
+
+    L = log sum_r exp(L_r)      O = sum_r exp(L_r - L) O_r      mbar = sum_r exp(L_r - L) mbar_r
+
+and given those, (5)-(8) are as they stand: P_ij = exp(S_ij - L_i) needs nothing but key j. So backward is the one backward there is, on
+each rank's own keys; dK, dV and dM stay where K, V and M are, and only dQ and dalpha are summed over ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import ops
+from ..attention import _allow_tf32, _autocast, _four_axes, _per_head
+from ..backends import resolve
+from ..problem import Problem, describe, validate
+
+
+@overload
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = ..., alpha: float | Tensor | None = ..., *,
+    group: dist.ProcessGroup | None = ..., scale: float | None = ..., key_padding_mask: Tensor | None = ...,
+    enable_gqa: bool = ..., return_lse: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def context_parallel_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = ..., alpha: float | Tensor | None = ..., *,
+    group: dist.ProcessGroup | None = ..., scale: float | None = ..., key_padding_mask: Tensor | None = ...,
+    enable_gqa: bool = ..., return_lse: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def context_parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    alpha: float | Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """smattn.soft_masked_attention over keys that are sharded over the ranks of a process group; the formulas are those above.
+
+    Every rank calls it with the same query and alpha and with its own keys. Every rank gets the whole output, and is to compute the same
+    loss from it: the gradients of query and alpha are then the whole ones on every rank, those of key, value and mask the rank's own.
+
+    Args:
+        query: (B, H, Nq, D), the same on every rank.
+        key, value: (B, Hkv, Nk_r, D) and (B, Hkv, Nk_r, Dv): the rank's keys. Nk_r may differ from rank to rank, and may be 0.
+        mask: the same keys' columns, (B|1, Nq|1, Nk_r) or (B|1, H|1, Nq|1, Nk_r).
+        alpha: as in soft_masked_attention, the same on every rank.
+        group: the process group, the default one unless given.
+        key_padding_mask: bool (B, Nk_r), True = padding. A query whose keys are padding on every rank gives zeros, lse = -inf, no gradient.
+        scale, enable_gqa, return_lse, backend: as in soft_masked_attention, the same on every rank. There is no dropout.
+
+    Returns:
+        (B, H, Nq, Dv) in query's dtype; with return_lse also (B, H, Nq) over the keys of all ranks. The same on every rank.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        TypeError, ValueError: group is no process group, this rank is not in it, or an argument is not as above.
+        NotImplementedError: second derivatives.
+
+    Communication, with n = B * H * Nq and words of 4 bytes (8 in float64), whatever the number of keys: forward all-reduces n words,
+    then n * (Dv + 1), one more a query and head if alpha needs a gradient; backward all-reduces n * D words if query needs a gradient, and
+    H more if alpha does. That every rank passes the same sizes is not checked, which would be one more message: a run with
+    TORCH_DISTRIBUTED_DEBUG=DETAIL says which rank does not.
+    """
+    group = _checked(group)
+    query, key, value = _autocast(query, key, value)
+    validate(
+        query, key, value, mask, alpha, mask_logits=None, scale=scale, key_padding_mask=key_padding_mask, enable_gqa=enable_gqa,
+        return_lse=return_lse, backend=backend,
+    )  # fmt: skip
+    mask = _four_axes(mask)
+    factor = query.shape[3] ** -0.5 if scale is None else float(scale)
+    problem = describe(query, key, value, mask, None, key_padding_mask, factor, 0.0, _allow_tf32(query))
+    out, lse = _ContextParallel.apply(query, key, value, mask, _per_head(alpha, query), key_padding_mask, problem, group, backend or "")
+    return (out, lse) if return_lse else out
+
+
+def _checked(group: Any) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("smattn.distributed: torch.distributed is not initialised; call torch.distributed.init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"group: expected a process group that this rank is in, got one without rank {dist.get_rank()}")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return group
+
+
+class _ContextParallel(Function):
+    """(out, lse) over the keys of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        alpha: Tensor | None,
+        key_padding_mask: Tensor | None,
+        problem: Problem,
+        group: dist.ProcessGroup,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (query, key, value, mask, alpha, key_padding_mask)
+        save_mbar = ctx.needs_input_grad[4]
+        chosen = resolve(problem, backend, "forward")
+        with ops.inside_an_op(query.device):
+            rounded, lse, out, mbar = chosen.forward(problem, *inputs, None, save_out=True, save_mbar=save_mbar)
+        out = out if out.shape == rounded.shape else rounded  # nothing was rounded
+        out, lse, mbar = _merge(out, lse, mbar if save_mbar else None, group)
+        ctx.save_for_backward(*inputs, out, lse, mbar)
+        ctx.call = (problem, group, backend)
+        ctx.set_materialize_grads(False)
+        return out.to(problem.dtype), lse.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 9
+        problem, _, _ = ctx.call
+        if dout is None:
+            query = ctx.saved_tensors[0]
+            dout = query.new_zeros(()).expand(*query.shape[:3], problem.Dv)
+        grads = _ContextParallelBackward.apply(dout, dlse, *ctx.saved_tensors, *ctx.call, ctx.needs_input_grad[:5])
+        return *grads, None, None, None, None
+
+
+class _ContextParallelBackward(Function):
+    """Its five gradients, refusing to be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dout: Tensor,
+        dlse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        alpha: Tensor | None,
+        key_padding_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        mbar: Tensor | None,
+        problem: Problem,
+        group: dist.ProcessGroup,
+        backend: str,
+        needs: tuple[bool, bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        chosen = resolve(problem, backend, "backward")
+        inputs = (query, key, value, mask, alpha, key_padding_mask)
+        rows = (out, lse, lse.new_empty(0) if mbar is None else mbar)
+        with ops.inside_an_op(query.device):
+            dquery, dkey, dvalue, dmask, dalpha = chosen.backward(problem, dout, dlse, *inputs, None, *rows, needs)
+        dalpha, of_rows = _without_rows(dalpha, dlse, mbar, lse, problem, key_padding_mask)
+        dquery, dalpha = _sum_over_ranks((dquery, dalpha), lse.dtype, group)
+        if dalpha is not None:
+            dalpha = dalpha + of_rows
+        return dquery, dkey, dvalue, dmask, dalpha
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError("smattn: second derivatives of soft-masked attention are not implemented")
+
+
+def _merge(out: Tensor, lse: Tensor, mbar: Tensor | None, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
+    """O (B, H, Nq, Dv), L and mbar (B, H, Nq) of this rank's keys -> those of all ranks' keys, in the accumulation dtype."""
+    largest = lse.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    weight = torch.where(lse == largest, 1.0, torch.exp(lse - largest))  # 1, not NaN, where no rank has a key
+    rows = weight[..., None] * (out if mbar is None else torch.cat([out, mbar[..., None]], -1))
+    # where all keys of this rank score -inf its output is NaN: that counts only if those of every rank do
+    rows = rows.masked_fill(((lse == float("-inf")) & (weight == 0))[..., None], 0)
+    total = torch.cat([rows, weight[..., None]], -1)
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    rows, weight = total[..., :-1] / total[..., -1:], total[..., -1]
+    Dv = out.shape[3]
+    return rows[..., :Dv].contiguous(), largest + weight.log(), None if mbar is None else rows[..., Dv].contiguous()
+
+
+def _without_rows(
+    dalpha: Tensor | None, dlse: Tensor | None, mbar: Tensor | None, lse: Tensor, problem: Problem, key_padding_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | float]:
+    """This rank's dalpha without the last term of (8), and that term: it is of rows, not of keys, so every rank has added it."""
+    if dalpha is None or dlse is None or mbar is None:
+        return dalpha, 0.0
+    term = mbar * dlse
+    dead_here = torch.full((problem.B,), problem.Nk == 0, device=lse.device) if key_padding_mask is None else key_padding_mask.all(1)
+    added = term.masked_fill(dead_here[:, None, None], 0).sum((0, 2))
+    return dalpha - added, term.masked_fill(lse == float("-inf"), 0).sum((0, 2))
+
+
+def _sum_over_ranks(grads: tuple[Tensor | None, ...], dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor | None]:
+    """The sums of those that there are, in one message, added in dtype."""
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return [None] * len(grads)
+    total = torch.cat([grad.flatten().to(dtype) for grad in given])
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    sums = iter(total.split([grad.numel() for grad in given]))
+    return [None if grad is None else next(sums).view(grad.shape).to(grad.dtype) for grad in grads]

@@ -1,0 +1,72 @@
+"""Hugging Face's Mask2Former with soft masks: its decoder attends under the predicted masks themselves, which then have a gradient.
+
+The original thresholds each layer's predicted mask at 0.5, detaches it and repeats it for every head; a query whose mask is empty attends
+everywhere. Here M = sigmoid(sharpness * logits), once for all heads, weighs the scores with alpha, and a mask that is nearly empty fades
+into attending everywhere by itself. With large sharpness M is the thresholded mask, and with large alpha the output the original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .multihead import SoftMaskedMultiheadAttention
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def soften_mask2former(
+    model: Model, alpha_init: float | Sequence[float] | None = None, learnable_alpha: bool = True, sharpness: float = 1.0
+) -> Model:
+    """Change a Mask2Former in place: soft-masked cross-attention in every decoder layer, with a gradient to the predicted masks.
+
+    Parameters are shared, not copied; alpha is added, scaling_factors (H,) in every layer's cross_attn: give it a learning rate of its own
+    by smattn.nn.parameter_groups. State dicts of the original load before and after, strictly.
+
+    Args:
+        model: transformers' Mask2FormerModel, Mask2FormerForUniversalSegmentation, or any module with their decoder inside.
+        alpha_init, learnable_alpha: as in smattn.nn.SoftMaskedAttention.
+        sharpness: factor on the mask logits before the sigmoid.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: no Mask2FormerMaskedAttentionDecoder is inside, or one that is soft already.
+    """
+    decoders: list[Any] = [m for m in model.modules() if type(m).__name__ == "Mask2FormerMaskedAttentionDecoder"]
+    if not decoders:
+        raise ValueError(f"model: expected a Mask2FormerMaskedAttentionDecoder inside, found none in {type(model).__name__}")
+    for decoder in decoders:
+        if isinstance(decoder.mask_predictor, _SoftMaskPredictor):
+            raise ValueError("model: expected a Mask2Former with hard masks, got one that is soft already")
+        decoder.mask_predictor = _SoftMaskPredictor(decoder.mask_predictor.mask_embedder, sharpness)
+        for layer in decoder.layers:
+            layer.cross_attn = _SoftCrossAttention.from_module(layer.cross_attn, alpha_init, learnable_alpha)
+    return model
+
+
+class _SoftMaskPredictor(nn.Module):
+    """In place of Mask2FormerMaskPredictor."""
+
+    def __init__(self, mask_embedder: nn.Module, sharpness: float) -> None:
+        super().__init__()
+        self.mask_embedder, self.sharpness = mask_embedder, sharpness
+
+    def forward(self, outputs: Tensor, pixel_embeddings: Tensor, attention_mask_target_size: Any = None) -> tuple[Tensor, Tensor]:
+        """Queries (Nq, B, C) and pixels (B, C, h, w) -> mask logits (B, Nq, h, w), and M (B, Nq, Nk) at the target size."""
+        logits = torch.einsum("bqc, bchw -> bqhw", self.mask_embedder(outputs.transpose(0, 1)), pixel_embeddings)
+        resized = F.interpolate(logits, size=attention_mask_target_size, mode="bilinear", align_corners=False)
+        # the decoder multiplies rows that sum to Nk by 0: M = 1 everywhere and M = 0 everywhere are the same attention
+        return logits, (self.sharpness * resized.flatten(2)).sigmoid()
+
+
+class _SoftCrossAttention(SoftMaskedMultiheadAttention):
+    """In place of a layer's nn.MultiheadAttention, whose attn_mask is now M."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(query, key, value, need_weights=False, mask=attn_mask)[0], None

@@ -1,0 +1,125 @@
+"""A drop-in for torch.nn.MultiheadAttention: its parameters, its call, and a soft mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..attention import attention_map, soft_masked_attention
+from ..nn import initial_alpha
+
+
+class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention whose forward also takes a soft mask. Made from one by `from_module`, whose parameters it shares.
+
+    Its state dict is that of nn.MultiheadAttention and scaling_factors (H,), which is alpha; one without scaling_factors loads as well.
+    """
+
+    scaling_factors: Tensor
+
+    @classmethod
+    def from_module(
+        cls, module: nn.MultiheadAttention, alpha_init: float | Sequence[float] | None = None, learnable_alpha: bool = True
+    ) -> SoftMaskedMultiheadAttention:
+        """The drop-in for `module`, sharing its parameters.
+
+        Args:
+            module: any nn.MultiheadAttention but one with add_bias_kv or add_zero_attn.
+            alpha_init, learnable_alpha: as in smattn.nn.SoftMaskedAttention.
+
+        Raises:
+            ValueError: module has add_bias_kv, add_zero_attn or parameters that are computed (parametrized, say), or alpha_init is not one
+                number or one a head.
+        """
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("module: expected an nn.MultiheadAttention without add_bias_kv and add_zero_attn, got one with")
+        bias = module.in_proj_bias is not None
+        sizes = dict(kdim=module.kdim, vdim=module.vdim, batch_first=module.batch_first, device="meta")
+        made = cls(module.embed_dim, module.num_heads, module.dropout, bias, **sizes)
+        made._parameters.update(module._parameters)
+        if set(made._parameters) - set(module._parameters):
+            raise ValueError("module: expected parameters of its own, got computed ones, parametrized say")
+        made.out_proj = module.out_proj
+        alpha = initial_alpha(alpha_init, module.num_heads).to(module.out_proj.weight.device)
+        if learnable_alpha:
+            made.scaling_factors = nn.Parameter(alpha)
+        else:
+            made.register_buffer("scaling_factors", alpha)
+        return made.train(module.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, under a soft mask if one is given.
+
+        Args:
+            query, key, value, need_weights: as in nn.MultiheadAttention, batched. Weights are before dropout, and cost a pass of their own.
+            key_padding_mask: bool (B, Nk), True = padding, or what nn.TransformerEncoderLayer makes of that: floating, -inf at padding,
+                else 0 (a RuntimeError where it is not). A query with no key left gives zeros, not NaN.
+            attn_mask: as in nn.MultiheadAttention, (Nq, Nk) or (B * H, Nq, Nk), bool or added to the scores; not together with mask.
+            average_attn_weights: True; the weights of single heads are not computed.
+            is_causal: a hint beside attn_mask, as in nn.MultiheadAttention; without effect.
+            mask: soft mask, (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk), read with alpha, one number a head.
+
+        Returns:
+            The output in query's form, and the weights (B, Nq, Nk) averaged over heads, None unless need_weights.
+
+        Raises:
+            TypeError, ValueError: as above is not met, or as in smattn.soft_masked_attention.
+        """
+        if query.dim() != 3:
+            raise ValueError(f"query: expected a batched, 3-D tensor, got shape {tuple(query.shape)}")
+        if need_weights and not average_attn_weights:
+            raise ValueError("average_attn_weights: expected True when need_weights is, got False")
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask: expected one beside is_causal=True, which is but a hint, got None")
+        if mask is not None and attn_mask is not None:
+            raise ValueError("attn_mask: expected None when mask is given, got both")
+        if not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
+            padding = key_padding_mask == float("-inf")
+            torch._assert_async(((key_padding_mask == 0) | padding).all(), "key_padding_mask: expected 0 and -inf where it is floating")
+            key_padding_mask = padding
+        q, k, v = self._projected(query, key, value)
+        alpha: float | Tensor | None = None if mask is None else self.scaling_factors
+        if attn_mask is not None:
+            mask, alpha = self._added_to_scores(attn_mask, q), 1.0
+        options: dict[str, Any] = dict(key_padding_mask=key_padding_mask)
+        out = soft_masked_attention(q, k, v, mask, alpha, dropout_p=self.dropout if self.training else 0.0, **options)
+        out = self.out_proj(out.transpose(1, 2).flatten(-2))
+        weights = attention_map(q, k, mask, alpha, **options).to(out.dtype) if need_weights else None
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _projected(self, *inputs: Tensor) -> list[Tensor]:
+        """query, key, value, batch first -> (B, H, N, D) each."""
+        joint = self.in_proj_weight
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if joint is None else joint.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        parts = zip(inputs, weights, biases, strict=True)
+        return [F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, weight, bias in parts]
+
+    def _added_to_scores(self, attn_mask: Tensor, q: Tensor) -> Tensor:
+        """attn_mask as a mask whose alpha is 1."""
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, float("-inf"))
+        return attn_mask[None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if f"{prefix}scaling_factors" in missing:  # of an nn.MultiheadAttention: alpha stays as it is
+            missing.remove(f"{prefix}scaling_factors")

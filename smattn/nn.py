@@ -1,0 +1,239 @@
+"""Modules: soft-masked attention with its projections, its hard-masked twin, and the transformer layer that takes either.
+
+The architecture is that of arXiv 2206.00182 on arXiv 2112.09131 (HODOR); the state dicts of their attention modules load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .attention import soft_masked_attention
+
+Masking = Literal["soft", "detached", "hard", "none"]
+HODOR_ALPHA = (32.0, 32.0, 16.0, 16.0, 8.0, 8.0, 4.0, 4.0)
+
+__all__ = ["HardMaskedAttention", "Masking", "SoftMaskedAttention", "SoftMaskedTransformerLayer", "parameter_groups"]
+
+
+class _ProjectedAttention(nn.Module):
+    """The projections around attention, batch first; by itself attention without a mask."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim: expected a multiple of num_heads, got {embed_dim} and {num_heads} heads")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.k_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        return self._attend(query, key, value, None, None, key_padding_mask)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, alpha: float | Tensor | None, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D), never copied
+            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        dropout_p = self.dropout if self.training else 0.0
+        out = soft_masked_attention(q, k, v, mask, alpha, dropout_p=dropout_p, key_padding_mask=key_padding_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(-2))
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+class SoftMaskedAttention(_ProjectedAttention):
+    """Multi-head attention steered by a soft mask: softmax(Q K^T / sqrt(D) + alpha_h * M) V between the usual four projections.
+
+    Args:
+        embed_dim: width of query, key, value and output; D = embed_dim / num_heads.
+        num_heads: H.
+        dropout: probability of dropping an attention weight, in training only.
+        bias: whether the query, key and value projections have one; the output projection always has.
+        alpha_init: a number for all heads or H of them, in logits; None spreads HODOR's [32, 32, 16, 16, 8, 8, 4, 4] over the heads,
+            from nearly a hard mask to one that sees its context and carries a gradient that is not saturated.
+        learnable_alpha: alpha is a parameter, else a buffer. Give it its own learning rate by parameter_groups.
+
+    Its state dict has HODOR's names: q_proj, k_proj, v_proj, out_proj and scaling_factors (H,), which is alpha.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        alpha_init: float | Sequence[float] | None = None,
+        learnable_alpha: bool = True,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias)
+        alpha = initial_alpha(alpha_init, num_heads)
+        self.scaling_factors: Tensor
+        if learnable_alpha:
+            self.scaling_factors = nn.Parameter(alpha)
+        else:
+            self.register_buffer("scaling_factors", alpha)
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend under a mask.
+
+        Args:
+            query: (B, Nq, embed_dim).
+            key, value: (B, Nk, embed_dim).
+            mask: soft mask, usually in [0, 1]: (B|1, Nq|1, Nk) for all heads, or (B|1, H|1, Nq|1, Nk). Zeros are attention without a mask.
+            key_padding_mask: bool (B, Nk), True = padding, not attended.
+
+        Returns:
+            (B, Nq, embed_dim).
+
+        Raises:
+            TypeError, ValueError: as smattn.soft_masked_attention.
+        """
+        return self._attend(query, key, value, mask, self.scaling_factors, key_padding_mask)
+
+
+class HardMaskedAttention(_ProjectedAttention):
+    """The twin to compare with: only keys whose mask is above 0.5 are attended, and no gradient reaches the mask.
+
+    A query whose mask covers no key that is not padding would have nothing to attend to: it is un-masked, and attends to all of them.
+    Arguments and calls as SoftMaskedAttention, without alpha.
+    """
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """As SoftMaskedAttention.forward."""
+        if not isinstance(mask, Tensor) or mask.dim() not in (3, 4):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk), got {got}")
+        attended = mask > 0.5
+        present = attended
+        if key_padding_mask is not None:
+            padding = key_padding_mask[:, None, :] if mask.dim() == 3 else key_padding_mask[:, None, None, :]
+            present = attended & ~padding
+        keys = attended | ~present.any(-1, keepdim=True)
+        ruled_out = torch.zeros((), dtype=mask.dtype, device=mask.device).masked_fill(~keys, float("-inf"))
+        return self._attend(query, key, value, ruled_out, 1.0, key_padding_mask)
+
+
+class SoftMaskedTransformerLayer(nn.Module):
+    """Self-attention among queries, masked cross-attention to features, feed-forward; each with a residual and a layer norm.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha: as SoftMaskedAttention; dropout also follows each of the three.
+        dim_feedforward: hidden width of the feed-forward network; 4 * embed_dim unless given.
+        masking: "soft"; "detached", the same without the mask's gradient; "hard", HardMaskedAttention; "none", the mask is not used.
+        norm_first: layer norms before each step instead of after its residual, as the papers have them.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        alpha_init: float | Sequence[float] | None = None,
+        learnable_alpha: bool = True,
+        masking: Masking = "soft",
+        norm_first: bool = False,
+    ) -> None:
+        super().__init__()
+        if masking not in get_args(Masking):
+            raise ValueError(f"masking: expected one of {', '.join(get_args(Masking))}, got {masking!r}")
+        self.masking, self.norm_first = masking, norm_first
+        self.self_attention = _ProjectedAttention(embed_dim, num_heads, dropout, bias)
+        self.cross_attention: nn.Module
+        if masking in ("soft", "detached"):
+            self.cross_attention = SoftMaskedAttention(embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha)
+        else:
+            kind = HardMaskedAttention if masking == "hard" else _ProjectedAttention
+            self.cross_attention = kind(embed_dim, num_heads, dropout, bias)
+        hidden = dim_feedforward or 4 * embed_dim
+        self.feed_forward = nn.Sequential(nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, embed_dim))
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        query: Tensor,
+        features: Tensor,
+        mask: Tensor,
+        key_padding_mask: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        features_pos: Tensor | None = None,
+        query_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            query: (B, Nq, embed_dim).
+            features: (B, Nk, embed_dim), keys and values of the cross-attention.
+            mask, key_padding_mask: as SoftMaskedAttention.forward; both of the cross-attention.
+            query_pos: added to the queries, and to the keys of the self-attention: broadcast to query.
+            features_pos: added to the keys of the cross-attention: broadcast to features.
+            query_padding_mask: bool (B, Nq), True = no query, not attended by the others; what comes out in its place means nothing.
+
+        Returns:
+            (B, Nq, embed_dim).
+        """
+        if self.masking == "detached":
+            mask = mask.detach()
+        masks = () if self.masking == "none" else (mask,)
+        keys = _plus(features, features_pos)
+
+        def among(x: Tensor) -> Tensor:
+            placed = _plus(x, query_pos)
+            return self.self_attention(placed, placed, x, query_padding_mask)
+
+        def across(x: Tensor) -> Tensor:
+            return self.cross_attention(_plus(x, query_pos), keys, features, *masks, key_padding_mask=key_padding_mask)
+
+        steps: tuple[Callable[[Tensor], Tensor], ...] = (among, across, self.feed_forward)
+        for step, norm in zip(steps, self.norms, strict=True):
+            query = query + self.dropout(step(norm(query))) if self.norm_first else norm(query + self.dropout(step(query)))
+        return query
+
+
+def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: everything else, by its defaults, and every learnable alpha at alpha_lr without weight decay.
+
+    Alpha is of the size of a logit and decay would pull it to 0, which is no mask; the rate that suits weights hardly moves it.
+
+        optimizer = torch.optim.AdamW(smattn.nn.parameter_groups(model, alpha_lr=1e-2), lr=1e-4, weight_decay=0.05)
+    """
+    alphas = {id(m.scaling_factors): m.scaling_factors for m in model.modules() if isinstance(getattr(m, "scaling_factors", None), Tensor)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in alphas]
+    learnable = [alpha for alpha in alphas.values() if alpha.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": learnable, "lr": alpha_lr, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def initial_alpha(alpha_init: float | Sequence[float] | None, num_heads: int) -> Tensor:
+    if alpha_init is None:
+        # head h lies (h + 1/2) / H of the way through the pattern
+        alpha_init = [HODOR_ALPHA[(2 * h + 1) * len(HODOR_ALPHA) // (2 * num_heads)] for h in range(num_heads)]
+    alpha = torch.as_tensor(alpha_init, dtype=torch.float32)
+    if alpha.dim() > 1 or (alpha.dim() == 1 and len(alpha) != num_heads):
+        raise ValueError(f"alpha_init: expected a number or {num_heads} of them, one a head, got shape {tuple(alpha.shape)}")
+    return alpha.detach().clone().expand(num_heads).contiguous()
+
+
+def _plus(x: Tensor, position: Tensor | None) -> Tensor:
+    return x if position is None else x + position

@@ -1,0 +1,96 @@
+"""The raw ops torch.ops.smattn_native.*: the C++ side checks what it is handed before a kernel reads it."""
+
+import pytest
+import torch
+
+from smattn import native
+
+B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extension():
+    if native.reasons():
+        pytest.fail("\n".join(native.reasons()))
+
+
+def inputs():
+    return dict(
+        query=torch.randn(B, H, NQ, D), key=torch.randn(B, HKV, NK, D), value=torch.randn(B, HKV, NK, DV),
+        mask=torch.rand(B, 1, NQ, NK), alpha=torch.ones(H), key_padding_mask=None, seed=None, scale=0.3, dropout_p=0.0,
+    )  # fmt: skip
+
+
+def forward_arguments():
+    rows = torch.empty(B, H, NQ)
+    return inputs() | dict(out=torch.empty(B, H, NQ, DV), lse=rows, out_acc=None, mbar=torch.empty_like(rows))
+
+
+def backward_arguments():
+    rows = torch.zeros(B, H, NQ)
+    out = torch.zeros(B, H, NQ, DV)
+    grads = {f"d{name}": torch.empty_like(t) for name, t in inputs().items() if isinstance(t, torch.Tensor)}
+    return inputs() | dict(dout=torch.zeros_like(out), dlse=None, out=out, lse=rows, mbar=rows.clone()) | grads
+
+
+def map_arguments():
+    given = {name: inputs()[name] for name in ("query", "key", "mask", "alpha", "key_padding_mask", "scale")}
+    return given | dict(head_weights=torch.ones(H), map=torch.empty(B, NQ, NK), lse=torch.empty(B, H, NQ))
+
+
+def map_backward_arguments():
+    arguments = map_arguments()
+    del arguments["map"]
+    grads = {f"d{name}": torch.empty_like(arguments[name]) for name in ("query", "key", "mask", "alpha", "head_weights")}
+    return arguments | dict(dmap=torch.zeros(B, 1, NQ, NK), lse=torch.zeros(B, H, NQ)) | grads
+
+
+OPS = {
+    "forward": forward_arguments,
+    "backward": backward_arguments,
+    "attention_map": map_arguments,
+    "attention_map_backward": map_backward_arguments,
+}
+EVERY = tuple(OPS)
+BACKWARDS = ("backward", "attention_map_backward")
+REFUSED = [
+    (EVERY, dict(query=torch.zeros(H, NQ, D)), "query, key: expected 4 dimensions, got 3 and 4"),
+    (EVERY, dict(query=torch.zeros(B, H, NQ, D, dtype=torch.int32)), "query: expected float16, bfloat16, float32 or float64"),
+    (EVERY, dict(key=torch.zeros(B, 3, NK, D)), "key: expected a number of heads that divides query's 4, got 3"),
+    (EVERY, dict(key=torch.zeros(B, HKV, NK, D + 1)), "key: expected size 8 on axis 3, got 9"),
+    (EVERY, dict(key=torch.zeros(B, HKV, NK, D, dtype=torch.float64)), "key: expected query's dtype"),
+    (EVERY, dict(alpha=None), "alpha: expected one exactly when there is a mask"),
+    (EVERY, dict(alpha=torch.ones(H + 1)), "alpha: expected size 4 on axis 0, got 5"),
+    (EVERY, dict(alpha=torch.ones(H, dtype=torch.float64)), "alpha: expected the accumulation dtype"),
+    (EVERY, dict(mask=torch.zeros(B, NQ, NK)), "mask: expected 4 dimensions, got 3"),
+    (EVERY, dict(mask=torch.zeros(B, 2, NQ, NK)), "mask: expected size 1 or query's, got 2, 2, 3"),
+    (EVERY, dict(mask=torch.zeros(B, 1, NQ, NK + 1)), "mask: expected size 5 on axis 3, got 6"),
+    (EVERY, dict(mask=torch.zeros(B, 1, NQ, NK, dtype=torch.bool)), "mask: expected float16, bfloat16, float32 or float64"),
+    (EVERY, dict(key_padding_mask=torch.zeros(B, NK + 1, dtype=torch.bool)), "key_padding_mask: expected size 5 on axis 1, got 6"),
+    (EVERY, dict(key_padding_mask=torch.zeros(B, NK)), "key_padding_mask: expected bool"),
+    (EVERY, dict(lse=torch.zeros(B, H, NQ + 1)), "lse: expected size 3 on axis 2, got 4"),
+    (EVERY, dict(lse=torch.zeros(B, H, NQ, dtype=torch.float64)), "lse: expected a contiguous tensor of the dtype of its place"),
+    (EVERY, dict(lse=torch.zeros(B, NQ, H).mT), "lse: expected a contiguous tensor of the dtype of its place"),
+    (EVERY[:2], dict(value=torch.zeros(B, HKV, NK + 1, DV)), "value: expected size 5 on axis 2, got 6"),
+    (EVERY[:2], dict(value=torch.zeros(B, HKV, NK, DV, dtype=torch.float16)), "value: expected query's dtype"),
+    (EVERY[:2], dict(dropout_p=0.5), "seed: expected one with dropout_p = 0.5"),
+    (EVERY[:2], dict(dropout_p=1.0, seed=torch.tensor([0])), "dropout_p: expected 0 <= p < 1, got 1"),
+    (EVERY[:2], dict(dropout_p=0.5, seed=torch.tensor([0.0])), "seed: expected one int64 element on the CPU"),
+    (EVERY[:2], dict(out=torch.zeros(B, H, NQ, DV + 1)), "out: expected size 6 on axis 3, got 7"),
+    (EVERY[2:], dict(head_weights=torch.ones(H, dtype=torch.float64)), "head_weights: expected a contiguous tensor"),
+    (("backward",), dict(dout=torch.zeros(B, H, NQ + 1, DV)), "dout: expected size 3 on axis 2, got 4"),
+    (("backward",), dict(mbar=None), "mbar: expected with dalpha"),
+    (BACKWARDS, dict(mask=None, alpha=None), "dmask, dalpha: expected none without a mask"),
+    (("attention_map_backward",), dict(dmap=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmap: expected the accumulation dtype"),
+    (BACKWARDS, dict(dmask=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmask: expected a contiguous tensor"),
+    (BACKWARDS, dict(dquery=torch.zeros(B, NQ, H, D).transpose(1, 2)), "dquery: expected a contiguous tensor"),
+]
+CASES = [(op, changed, message) for ops, changed, message in REFUSED for op in ops]
+
+
+@pytest.mark.parametrize("op, changed, message", CASES, ids=[f"{op}: {message}" for op, _, message in CASES])
+def test_a_raw_op_refuses(op, changed, message):
+    call, arguments = getattr(torch.ops.smattn_native, op), OPS[op]()
+    assert call(**arguments) is None  # as it is, it runs
+    with pytest.raises(RuntimeError, match=message):
+        call(**arguments | changed)
