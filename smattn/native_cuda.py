@@ -1,7 +1,6 @@
 """The CUDA C++ backend: allocates results, and hands canonical tensors (see ops.py) to the kernels of smattn/_cuda.so.
 
-The library is built only where asked for, with `CMAKE_ARGS=-DSMATTN_CUDA=ON pip install ...` and nvcc.
-No call synchronises with the device.
+The library is built only where asked for: see CONTRIBUTING.md. No call synchronises with the device.
 """
 
 from __future__ import annotations
@@ -118,12 +117,15 @@ def backward(
     alpha: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     mbar: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
-    """(5)-(8), P rebuilt as exp(S - lse). None where not needed."""
+    """(5)-(8), P rebuilt as exp(S - lse). None where not needed.
+
+    out: unrounded; without it delta is summed as P*dP, in a sweep of its own.
+    """
     t = problem
     grads = _gradients(problem, (query, key, value, mask, alpha), needs)
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:

@@ -5,10 +5,13 @@ As a pytest plugin (`pytest -p emulated_cuda`) it runs the suite over backend="c
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,27 +19,39 @@ import torch
 from smattn import native_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "cuda-emulated"
 
 
-@functools.cache
-def build() -> Path:
-    """The library that registers torch.ops.smattn_cuda_emulated; what changed since the last time is compiled."""
+def build(name: str, *options: str) -> Path:
+    """build/<name>/csrc/cuda/_cuda.so: what changed since the last time is compiled, by one process at a time."""
+    folder = ROOT / "build" / name
+    folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [f"-DTORCH_ROOT={Path(torch.__file__).parent}", "-DSMATTN_CUDA=EMULATED", "-DCMAKE_BUILD_TYPE=None"]
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(BUILD), *generator, *options],
-        ["cmake", "--build", str(BUILD), "--target", "_cuda", "--parallel", str(os.cpu_count() or 1)],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return BUILD / "csrc" / "cuda" / "_cuda.so"
+    options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", *options)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options],
+            ["cmake", "--build", str(folder), "--target", "_cuda", "--parallel", str(os.cpu_count() or 1)],
+        ):
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "csrc" / "cuda" / "_cuda.so"
 
 
 @functools.cache
 def machine() -> native_cuda.Machine:
-    torch.ops.load_library(str(build()))
+    torch.ops.load_library(str(build("cuda-emulated", "-DSMATTN_CUDA=EMULATED", "-DCMAKE_BUILD_TYPE=None")))
     return native_cuda.Machine("smattn_cuda_emulated", "cpu", tuple, lambda device: 0)
+
+
+@contextmanager
+def kernels_left_out() -> Iterator[None]:
+    """Kernels are not run: what remains of a call is what it allocates, at any size."""
+    torch.ops.smattn_cuda_emulated.run_kernels(False)
+    try:
+        yield
+    finally:
+        torch.ops.smattn_cuda_emulated.run_kernels(True)
 
 
 def pytest_configure() -> None:

@@ -1,6 +1,5 @@
 """The CUDA kernels, emulated: whole small problems through the same source that nvcc compiles, warp by warp, within the error budget."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -10,10 +9,15 @@ from pathlib import Path
 import emulated_cuda
 import pytest
 import torch
+from emulated_cuda import kernels_left_out
+from hypothesis import HealthCheck, given, settings
+from meters import LAYOUTS, Call, peak_allocated, size
+from test_memory import CALLS, calls
 
 from smattn import native_cuda, reference
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.slow  # a minute of compiling comes first
 ROOT = Path(__file__).resolve().parents[1]
 HALF_AND_SINGLE = [torch.float16, torch.bfloat16, torch.float32]
 HEADS = [1, 32, 33, 48, 64, 96, 128, 200, 256]
@@ -119,24 +123,6 @@ def test_bits_do_not_depend_on_what_else_is_in_memory():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_on_a_cuda_machine_without_triton_it_is_the_default(monkeypatch):
-    table = importlib.import_module("smattn.backends")
-    monkeypatch.setattr(native_cuda, "machine", replace_device("cuda"))
-    monkeypatch.setitem(sys.modules, "smattn.kernels.backend", None)
-    problem = replace(make_case(1, 1, 1, 1, 8).problem(), device_type="cuda")
-    assert table.resolve(problem, "", "forward") is native_cuda
-
-
-def replace_device(device_type):
-    return emulated_cuda.machine()._replace(device_type=device_type)
-
-
-def test_every_reason_is_given():
-    problem = replace(make_case(1, 1, 1, 1, 300, dtype=torch.float64).problem(), device_type="cuda")
-    reasons = "; ".join(native_cuda.unsupported_reasons(problem))
-    assert "float64" in reasons and "300" in reasons and "'cuda'" in reasons
-
-
 def test_an_error_of_a_launch_names_the_call():
     wide = torch.zeros(1, 2, 3, 300)
     lse, out = torch.empty(1, 2, 3), torch.empty_like(wide)
@@ -144,15 +130,50 @@ def test_an_error_of_a_launch_names_the_call():
         torch.ops.smattn_cuda_emulated.forward(wide, wide, wide, None, None, None, None, 1.0, 0.0, False, 0, out, lse, None, None)
 
 
-@pytest.mark.slow
-def test_the_whole_suite_over_the_emulated_device():
-    names = ["defined", "dropout", "repeatable", "exact", "any_shape", "ops", "compose", "second_derivatives", "dtypes"]
-    command = ["pytest", "-q", "-p", "emulated_cuda", "-m", "not slow", *(f"tests/test_{name}.py" for name in names)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys, pytest; sys.exit(pytest.main({command[1:]}))"],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+def extra(call):
+    """(peak - results, ceiling) of what a call allocates: results, what backward needs, scratch."""
+    case = call.case()
+    with kernels_left_out():
+        peak, results = peak_allocated(lambda: run(case, "cuda", call.needs))
+    return peak - size(results), call.ceiling(results)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_extra_memory_is_under_the_ceiling(name):
+    allocated, ceiling = extra(CALLS[name])
+    assert 0 < allocated <= ceiling, f"{allocated / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
+
+
+def test_no_shape_makes_it_allocate_more():
+    @settings(max_examples=100, suppress_health_check=list(HealthCheck))
+    @given(calls())
+    def under_the_ceiling(call):
+        allocated, ceiling = extra(call)
+        assert allocated <= ceiling, f"{allocated / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}: {call}"
+
+    under_the_ceiling()
+    assert extra(CALLS["half"])[0] > 0  # the meter runs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mask_is_not_copied_whatever_its_strides(layout):
+    for Nq in (13, 1024):
+        call = Call(2, 1, Nq, 2**25 // Nq, 4, dtype="float16", needs=("query", "alpha"), layout=layout)
+        assert extra(call)[0] < 0.5 * 2 * Nq * call.Nk * 2
+
+
+SUITE = [
+    ("exact",),
+    ("defined", "dropout", "repeatable", "any_shape"),
+    ("ops", "dtypes", "compose", "second_derivatives"),
+]
+
+
+@pytest.mark.parametrize("names", SUITE, ids="-".join)
+def test_the_suite_over_the_emulated_device(names):
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # not python -m pytest, which finds a bare `kernels`
+    command = [sys.executable, "-c", code, "-p", "emulated_cuda", "-m", "not slow", *(f"tests/test_{name}.py" for name in names)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]
-    passed = int(result.stdout.rpartition(" passed")[0].split()[-1])
-    assert passed > 300, result.stdout[-2000:]
+    assert "where cuda must run" in result.stdout  # and it alone

@@ -11,7 +11,7 @@ import pytest
 import torch
 from expected import BACKENDS, DEVICE
 
-from smattn import attention_map, native_cuda, problem, soft_masked_attention
+from smattn import attention_map, problem, soft_masked_attention
 from smattn.problem import Problem
 
 B, H, NQ, NK, D = 2, 4, 3, 5, 8
@@ -217,12 +217,6 @@ def test_an_explicit_backend_is_used_or_refused(name):
     else:
         row = next(row for row in table().TABLE if row.name == name)
         assert table().resolve(A_PROBLEM, name, "forward") is row.load()
-
-
-@pytest.mark.skipif(native_cuda.LIBRARY.exists(), reason="the CUDA kernels are built here")
-def test_what_was_not_built_says_how_to_build_it():
-    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: .*_cuda.so was not built.*-DSMATTN_CUDA=ON pip install"):
-        attention(backend="cuda")
 
 
 def test_a_backend_without_attention_map_says_so(backend, device):

@@ -25,7 +25,6 @@ struct alignas(16) PartialRow {
 struct ForwardArgs {
   Call call;
   Tensor4 dmap = {};  // (B, 1, Nq, Nk) of (10), data null in attention itself
-  bool save_residual = false;  // out_acc is wanted: add to O what rounding P to 16 bits loses, so that in backward delta cancels dP
   int64_t splits = 1;  // ranges of keys
   int64_t split_keys = 1;  // a range's length, a multiple of the key tile
   void* out = nullptr;  // ForwardParams
@@ -44,9 +43,10 @@ struct alignas(16) RowState {
 
 struct RowsArgs {
   Call call;
-  Tensor4 dout = {}, out = {};  // data null in attention_map
+  Tensor4 dout = {}, out = {};  // float32; data null where sums takes their place
   const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
-  const float *eta = nullptr, *head_weights = nullptr;  // of attention_map
+  const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
+  const float* head_weights = nullptr;  // of attention_map
   RowState* rows = nullptr;  // (B, H, Nq)
 };
 
@@ -65,8 +65,10 @@ struct KeysArgs {
   void* tile_out = nullptr;  // dmask (Bm, Hm, Nq, Nk) in mask's dtype, or map (B, Nq, Nk) float32
   DType tile_dtype = DType::kFloat32;
   bool tile_per_head = false;  // dmask has a head axis
-  float* dmask_rows = nullptr;  // (B, H, Nk): dM summed over queries, null when not asked for
-  int64_t heads = 1, batches = 1;  // that a block goes over; whole groups of query heads when dK or dV is asked for
+  void* row_out = nullptr;  // dM of a mask without a query axis, summed over queries (B / batches, H or Hkv, Nk); null when not asked for
+  DType row_dtype = DType::kFloat32;
+  bool row_per_head = false;  // a row for each head, else for each group of query heads
+  int64_t heads = 1, batches = 1;  // that a block goes over, the last one fewer batches; whole groups of query heads when dK or dV is asked for
   int64_t span = 1;  // queries that a block goes over
 };
 
@@ -81,6 +83,7 @@ struct QueriesArgs {
   void* dquery = nullptr;  // null when not asked for
   float* partial_dquery = nullptr;  // (splits, B, H, Nq, D)
   float* dalpha = nullptr;  // (B, H, query blocks * splits) partial sums, null when not asked for
+  float* delta = nullptr;  // (splits, B, H, Nq) sums of P*dP; when given, nothing else is computed
 };
 
 // to[o, p, i] = sum over r, s of from[r * stride_r + s * stride_s + o * stride_o + p * stride_p + i]

@@ -24,7 +24,7 @@ struct KeysShape {
 
 // A block's place in the call.
 struct KeysWork {
-  int first_batch, first_head, first_key, first_query, last_query;
+  int first_batch, last_batch, first_head, first_key, first_query, last_query;
 
   SMATTN_DEVICE KeysWork(const KeysArgs& args, int keys) {
     const Sizes& size = args.call.scores.size;
@@ -35,6 +35,7 @@ struct KeysWork {
     first_key = static_cast<int>(rest % key_blocks * keys);
     first_query = static_cast<int>(rest / key_blocks % spans * args.span);
     first_batch = static_cast<int>(rest / key_blocks / spans * args.batches);
+    last_batch = static_cast<int>(first_batch + args.batches < size.B ? first_batch + args.batches : size.B) - 1;
     last_query = static_cast<int>(first_query + args.span < size.Nq ? first_query + args.span : size.Nq);
   }
 };
@@ -67,13 +68,7 @@ SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, He
     tile.for_each_with(unused, [&](float&, float& sum, int half, int slot) {
       const int i = place.query_at(half, slot), j = place.key_at(half, slot);
       if (i >= work.last_query || j >= scores.size.Nk) return;
-      const int64_t to = (base + i) * scores.size.Nk + j;
-      switch (args.tile_dtype) {
-        case DType::kFloat32: static_cast<float*>(args.tile_out)[to] = sum; break;
-        case DType::kFloat64: static_cast<double*>(args.tile_out)[to] = static_cast<double>(sum); break;
-        case DType::kFloat16: round_to(static_cast<Half*>(args.tile_out)[to], sum); break;
-        case DType::kBFloat16: round_to(static_cast<BFloat*>(args.tile_out)[to], sum); break;
-      }
+      store_element(args.tile_out, args.tile_dtype, (base + i) * scores.size.Nk + j, sum);
       sum = 0.0f;
     });
   }
@@ -91,14 +86,23 @@ SMATTN_DEVICE void store_key_gradient(const KeysArgs& args, Tile<D>& x, SharedTi
   store_tile(x, shared, row, rows, keys - first_key, static_cast<int>(depth));
 }
 
-// alpha_h * dS of a warp's keys, summed over queries.
-SMATTN_DEVICE void store_row_sums(const KeysArgs& args, Head at, int first_key, const float (&row_sums)[2]) {
+// alpha_h * dS of a warp's keys, summed over queries, is stored as its row of dM, or added by the block that stored there before.
+SMATTN_DEVICE void store_row_sums(const KeysArgs& args, const KeysWork& work, Head at, int first_key, const float (&row_sums)[2]) {
   const Scores& scores = args.call.scores;
+  const Sizes& size = scores.size;
+  const int group = static_cast<int>(size.H / size.Hkv), rows = static_cast<int>(args.row_per_head ? size.H : size.Hkv);
+  const int64_t row = work.first_batch / args.batches * rows + (args.row_per_head ? at.h : at.h / group);
+  const bool first = at.b == work.first_batch && (args.row_per_head || at.h % group == 0);
   const float alpha = alpha_of(scores, at.h);
   for (int half = 0; half < 2; ++half) {
     const float sum = alpha * row_sum(row_sums[half]);
-    const int64_t key = first_key + row_of(half);
-    if (lane_index() % 4 == 0 && key < scores.size.Nk) args.dmask_rows[at.row(scores.size) * scores.size.Nk + key] = sum;
+    const int64_t key = first_key + row_of(half), to = row * size.Nk + key;
+    if (lane_index() % 4 != 0 || key >= size.Nk) continue;
+    if (first) {
+      store_element(args.row_out, args.row_dtype, to, sum);
+    } else {
+      static_cast<float*>(args.row_out)[to] += sum;
+    }
   }
 }
 
@@ -131,7 +135,7 @@ struct KeysStep {
     if (args.tile_sum == TileSum::kMap) {
       const float weight = args.head_weights[at.h];
       tile.for_each_with(s, [&](float& s, float& sum, int half, int slot) {
-        sum = fmaf(weight, exp2_fast(s - state(half, slot).lse_log2), sum);
+        if (place.is_live(half, slot)) sum = fmaf(weight, exp2_fast(s - state(half, slot).lse_log2), sum);
       });
       return;
     }
@@ -143,7 +147,7 @@ struct KeysStep {
     }
     if (args.tile_sum == TileSum::kMaskGradient)
       tile.for_each_with(dp, [&](float& ds, float& sum, int, int) { sum = fmaf(alpha, ds, sum); });
-    if (args.dmask_rows != nullptr) dp.for_each([&](float& ds, int half, int) { row_sums[half] += ds; });
+    if (args.row_out != nullptr) dp.for_each([&](float& ds, int half, int) { row_sums[half] += ds; });
     if (DKEY && args.dkey != nullptr) {
       if constexpr (DKEY) Math::multiply_tile(dkey, dp, q);
     }
@@ -210,10 +214,9 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
   const int key = work.first_key + 16 * warp_index();
   const int group = static_cast<int>(size.H / size.Hkv);
   const int last_head = work.first_head + static_cast<int>(args.heads) - 1;
-  const int last_batch = work.first_batch + static_cast<int>(args.batches) - 1;
   Tile<DKEY ? D : 8> dkey;
   Tile<DVALUE ? D : 8> dvalue;
-  for (int b = work.first_batch; b <= last_batch; ++b) {
+  for (int b = work.first_batch; b <= work.last_batch; ++b) {
     for (int h = work.first_head; h <= last_head; ++h) {
       const int g = h / group;
       if (h == work.first_head || h % group == 0) {
@@ -227,8 +230,8 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
       }
       float row_sums[2] = {0.0f, 0.0f};
       keys_head<Math, D, DKEY, DVALUE>({args, {b, h}, k, v, dkey, dvalue, row_sums}, work, stages, states, sums);
-      if (args.dmask_rows != nullptr) store_row_sums(args, {b, h}, key, row_sums);
-      const bool finished = (b == last_batch && h == last_head) || (args.tile_per_head && args.batches == 1);
+      if (args.row_out != nullptr) store_row_sums(args, work, {b, h}, key, row_sums);
+      const bool finished = (b == work.last_batch && h == last_head) || (args.tile_per_head && args.batches == 1);
       if (args.tile_sum != TileSum::kNone && finished) store_tile_sum<Shape::kQueries, Shape::kWarps>(args, work, {b, h}, sums);
       if ((h + 1) % group != 0) continue;
       if constexpr (DKEY)

@@ -1,4 +1,5 @@
-// Backward over blocks of queries, reference.py (6)-(8): dQ, and dalpha's partial sums. A block owns a block of queries of one
+// Backward over blocks of queries, reference.py (6)-(8): dQ, and dalpha's partial sums; or before it the sums of P*dP that delta (5)
+// is where the unrounded O was not kept. A block owns a block of queries of one
 // (batch, head) and goes over a range of keys; several ranges leave their dQ to be summed by sums.h. With few queries the warps of a
 // block share the queries and part the keys, as in forward.h.
 #pragma once
@@ -27,6 +28,7 @@ struct QueriesStep {
   RowState (&state)[2];
   Tile<D>& dquery;
   float& dalpha;
+  float (&delta)[2];  // sums of P*dP, where they are asked for
 
   SMATTN_DEVICE void run(const Place<KEYS, false>& place, SharedTile<T, TILE, D> k, SharedTile<T, TILE, D> v) const {
     const Scores& scores = args.call.scores;
@@ -46,6 +48,10 @@ struct QueriesStep {
       drop(dp, args.call, at, args.call.keep_scale, place);
     }
     gradient(s, dp, [&](int half, int) { return state[half]; }, place);
+    if (args.delta != nullptr) {  // the rows' own delta is 0 yet
+      dp.for_each([&](float& ds, int half, int) { delta[half] += ds; });
+      return;
+    }
     if (args.dalpha != nullptr)
       dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
     if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k);
@@ -66,6 +72,22 @@ SMATTN_DEVICE void sum_warps(Tile<D>& x, float* shared) {
   }
 }
 
+// What the lanes of a row have summed of P*dP, and with few queries the warps, in the order of the warps.
+template <bool FEW, int WARPS>
+SMATTN_DEVICE void store_delta(float* to, const float (&sums)[2], int rows, float* shared) {
+  for (int half = 0; half < 2; ++half) {
+    float sum = row_sum(sums[half]);
+    if (FEW) {
+      sync_block();
+      if (lane_index() % 4 == 0) shared[warp_index() * 8 + lane_index() / 4] = sum;
+      sync_block();
+      sum = 0.0f;
+      for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp * 8 + lane_index() / 4];
+    }
+    if (lane_index() % 4 == 0 && row_of(half) < rows && (!FEW || warp_index() == 0)) to[row_of(half)] = sum;
+  }
+}
+
 // The block's sum of x, in a fixed order; whole in thread 0.
 template <int WARPS>
 SMATTN_DEVICE float block_sum(float x, float* shared) {
@@ -76,6 +98,21 @@ SMATTN_DEVICE float block_sum(float x, float* shared) {
   float sum = 0.0f;
   for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp];
   return sum;
+}
+
+// A warp's rows of dQ, or of this range's part of it.
+template <class T, int ROWS, int D>
+SMATTN_DEVICE void store_dquery(const QueriesArgs& args, const QueryWork& work, Tile<D>& dquery, SharedTile<T, ROWS, D> shared, int row,
+                                int64_t first_row, int rows) {
+  const Sizes& size = args.call.scores.size;
+  const int depth = static_cast<int>(size.D);
+  const float scale = static_cast<float>(args.call.scores.scale);
+  dquery.scale_rows({scale, scale});
+  if (args.splits > 1) {
+    store_floats(dquery, args.partial_dquery + (work.split * size.B * size.H * size.Nq + first_row) * depth, rows, depth);
+  } else {
+    store_tile(dquery, shared, row, static_cast<T*>(args.dquery) + first_row * depth, rows, depth);
+  }
 }
 
 template <class Math, int D, bool FEW>
@@ -114,15 +151,20 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
     state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f, 0.0f, 0.0f};
   const bool first = work.split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0;  // adds the row's own term
   float dalpha = first ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
+  float delta[2] = {0.0f, 0.0f};
   Tile<D> dquery;
   dquery.fill(0.0f);
   const float alpha = alpha_of(scores, work.at.h);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha, q.from_row(row), dout.from_row(row), state, dquery, dalpha};
+  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha, q.from_row(row), dout.from_row(row), state, dquery, dalpha, delta};
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);
     step.run(place, stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
+  if (args.delta != nullptr) {
+    float* to = args.delta + work.split * size.B * size.H * size.Nq + first_row;
+    return store_delta<FEW, Shape::kWarps>(to, delta, rest, reinterpret_cast<float*>(shared));
+  }
   if (args.dalpha != nullptr) {
     const float sum = block_sum<Shape::kWarps>(dalpha, reinterpret_cast<float*>(shared));
     if (thread_index() == 0) args.dalpha[(work.at.row(size) * query_blocks + work.query_block) * args.splits + work.split] = sum;
@@ -133,14 +175,7 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
     sum_warps<Shape::kWarps>(dquery, reinterpret_cast<float*>(shared));
     if (warp_index() > 0) return;
   }
-  const int depth = static_cast<int>(size.D);
-  const float scale = static_cast<float>(scores.scale);
-  dquery.scale_rows({scale, scale});
-  if (args.splits > 1) {
-    store_floats(dquery, args.partial_dquery + (work.split * size.B * size.H * size.Nq + first_row) * depth, rest, depth);
-  } else {
-    store_tile(dquery, q, row, static_cast<T*>(args.dquery) + first_row * depth, rest, depth);
-  }
+  store_dquery(args, work, dquery, q, row, first_row, rest);
 }
 
 }  // namespace smattn::cuda

@@ -12,6 +12,9 @@
 #include <vector>
 
 #include "plan.h"
+#ifdef SMATTN_EMULATED
+#include "emulator.h"
+#endif
 
 namespace {
 
@@ -72,7 +75,7 @@ struct Scratch {
     return scratch.blocks.back().mutable_data_ptr();
   }
   smattn::cuda::Context context(int64_t stream, bool allow_tf32, const Maybe& seed) {
-    return {reinterpret_cast<void*>(stream), allow_tf32, static_cast<const int64_t*>(data(seed)), allocate, this};
+    return {static_cast<int>(like.get_device_index()), reinterpret_cast<void*>(stream), allow_tf32, static_cast<const int64_t*>(data(seed)), allocate, this};
   }
 };
 
@@ -108,7 +111,7 @@ void forward(Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Ma
 }
 
 void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Maybe padding, Maybe seed,
-              Tensor out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey,
+              Maybe out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey,
               Maybe dvalue, Maybe dmask, Maybe dalpha) {
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, seed);
@@ -117,7 +120,7 @@ void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, M
                             .value = tensor4(value),
                             .dropout = {.p = dropout_p},
                             .dout = tensor4(dout),
-                            .out = tensor4(out),
+                            .out = out ? tensor4(*out) : Tensor4{},
                             .lse = lse.const_data_ptr(),
                             .dlse = data(dlse),
                             .mbar = data(mbar),
@@ -165,6 +168,9 @@ void attention_map_backward(Tensor dmap, Tensor query, Tensor key, Maybe mask, M
 }  // namespace
 
 #ifdef SMATTN_EMULATED
+namespace {
+void run_kernels(bool on) { smattn::cuda::emulator::runs = on; }
+}  // namespace
 #define SMATTN_NAMESPACE smattn_cuda_emulated
 #define SMATTN_DEVICE_KEY CPU
 #else
@@ -180,7 +186,7 @@ SMATTN_LIBRARY(SMATTN_NAMESPACE, library) {
       "float dropout_p, bool allow_tf32, int stream, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()");
   library.def(
       "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alpha, Tensor? padding, "
-      "Tensor? seed, Tensor out, Tensor lse, Tensor? mbar, float scale, float dropout_p, bool allow_tf32, int stream, "
+      "Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, bool allow_tf32, int stream, "
       "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()");
   library.def(
       "attention_map(Tensor query, Tensor key, Tensor? mask, Tensor? alpha, Tensor head_weights, Tensor? padding, float scale, "
@@ -197,3 +203,8 @@ SMATTN_LIBRARY_IMPL(SMATTN_NAMESPACE, SMATTN_DEVICE_KEY, library) {
   library.impl("attention_map", TORCH_BOX(&attention_map));
   library.impl("attention_map_backward", TORCH_BOX(&attention_map_backward));
 }
+
+#ifdef SMATTN_EMULATED
+STABLE_TORCH_LIBRARY_FRAGMENT(smattn_cuda_emulated, library) { library.def("run_kernels(bool on) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL(smattn_cuda_emulated, CompositeExplicitAutograd, library) { library.impl("run_kernels", TORCH_BOX(&run_kernels)); }
+#endif

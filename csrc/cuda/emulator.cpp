@@ -123,6 +123,7 @@ void run_block() {
 }  // namespace
 
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void(std::byte*)>& kernel) {
+  if (!runs) return;
   const size_t shared_space = shared_bytes + 128;
   const auto memory = std::make_unique<std::byte[]>(shared_space);
   const auto stacks = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(threads) * kStack);

@@ -18,6 +18,9 @@ constexpr int kWarp = 32;
 
 namespace emulator {
 
+// While false kernels are not run: what remains of a call is what it allocates, at any size.
+inline bool runs = true;
+
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void(std::byte* shared)>& kernel);
 
 // What a lane brings to a collective; run(all) is called once with the 32 lanes' arguments.

@@ -18,6 +18,9 @@ struct ForwardShape {
   static constexpr size_t shared_bytes(bool few) { return static_cast<size_t>((queries(few) + 4 * kKeys) * kRowBytes); }
 };
 
+// What is subtracted from scores whose largest is `top`: where that is infinite, infinities stay what they are.
+SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f : top; }
+
 // One warp's online softmax over its rows.
 template <int D>
 struct Softmax {
@@ -32,7 +35,7 @@ struct Softmax {
     SMATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       m[half] = rescale_to(half, row_max(top[half]), rescale[half]);
-      top[half] = m[half] == -infinity() ? 0.0f : m[half];
+      top[half] = finite(m[half]);
     }
     s.for_each([&](float& x, int half, int) {
       x = exp2_fast(x - top[half]);
@@ -45,7 +48,7 @@ struct Softmax {
 
   // The factor that takes sums from the old largest score to a new one; rows' averages are multiplied by it.
   SMATTN_DEVICE float rescale_to(int half, float top, float& factor) {
-    factor = exp2_fast(m[half] - (top == -infinity() ? 0.0f : top));
+    factor = exp2_fast(m[half] - finite(top));
     average[0][half] *= factor;
     average[1][half] *= factor;
     return top;
@@ -89,11 +92,11 @@ struct Softmax {
 };
 
 // The row's factor of O and its lse, from its finished sums, (3) and (4). A row without a live key is 0 with lse -inf; a row whose
-// live scores are all -inf is NaN, as in plain torch.
+// live scores are all -inf is NaN with lse -inf, one with a score of +inf NaN with lse +inf, as in plain torch.
 SMATTN_DEVICE float finish_row(float m, float l, float& lse) {
   lse = l == 0.0f ? -infinity() : (m + log2_exact(l)) * kLn2;
   if (l == 0.0f) return 0.0f;
-  return m == -infinity() ? not_a_number() : 1.0f / l;
+  return fabsf(m) == infinity() ? not_a_number() : 1.0f / l;
 }
 
 SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, float factor, const float (&average)[2]) {
@@ -169,10 +172,6 @@ SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at,
   if (args.out == nullptr) return;
   drop(s, args.call, at, 1.0f, place);
   Math::multiply_tile(softmax.out, s, v);
-  if (Math::kRounds && args.save_residual) {
-    s.for_each([](float& x, int, int) { x -= to_float(rounded<T>(x)); });
-    Math::multiply_tile(softmax.out, s, v);
-  }
 }
 
 template <class Math, int D, bool FEW>

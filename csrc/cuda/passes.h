@@ -18,7 +18,6 @@ struct Passes {
   int tile_span;      // most queries of a block of backward_keys when it sums a tile over heads
   void (*forward)(const ForwardArgs& args, const Context& context);
   void (*forward_merge)(const ForwardArgs& args, const Context& context);
-  void (*backward_rows)(const RowsArgs& args, const Context& context);
   void (*backward_keys)(const KeysArgs& args, const Context& context);
   void (*backward_queries)(const QueriesArgs& args, const Context& context);
 };
@@ -34,6 +33,7 @@ struct BFloat;
 template <class Math, int D>
 Passes passes();
 
+void backward_rows(const RowsArgs& args, const Context& context);
 void sum_many(const SumArgs& args, const Context& context);
 void sum_few(const SumArgs& args, const Context& context);
 

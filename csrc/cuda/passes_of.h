@@ -3,7 +3,6 @@
 
 #include "backward_keys.h"
 #include "backward_queries.h"
-#include "backward_rows.h"
 #include "forward_merge.h"
 #include "launch.h"
 #include "passes.h"
@@ -27,14 +26,6 @@ struct ForwardMergeKernel {
   static SMATTN_DEVICE void run(const Args& args, std::byte*) { forward_merge_block<T>(args); }
 };
 
-template <class T>
-struct BackwardRowsKernel {
-  using Args = RowsArgs;
-  static constexpr const char* kName = "backward_rows";
-  static constexpr int kThreads = kRowsThreads;
-  static SMATTN_DEVICE void run(const Args& args, std::byte*) { backward_rows_block<T>(args); }
-};
-
 template <class Math, int D, bool DKEY, bool DVALUE>
 struct BackwardKeysKernel {
   using Args = KeysArgs;
@@ -50,8 +41,6 @@ struct BackwardQueriesKernel {
   static constexpr int kThreads = QueriesShape<Math, D>::kWarps * kWarp;
   static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { backward_queries_block<Math, D, FEW>(args, shared); }
 };
-
-inline int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
 
 // A kernel with the variant FEW where there is one.
 template <template <class, int, bool> class Kernel, class Shape, class Math, int D, class Args>
@@ -89,11 +78,6 @@ struct PassesOf {
     launch<ForwardMergeKernel<T>>(blocks_of(size.B * size.H * size.Nq, kMergeThreads / kWarp), 0, args, context);
   }
 
-  static void backward_rows(const RowsArgs& args, const Context& context) {
-    const Sizes& size = args.call.scores.size;
-    launch<BackwardRowsKernel<T>>(blocks_of(size.B * size.H * size.Nq, kRowsThreads / kWarp), 0, args, context);
-  }
-
   static void backward_queries(const QueriesArgs& args, const Context& context) {
     launch_by_queries<BackwardQueriesKernel, QueriesShape<Math, D>, Math, D>(args, kQueries, context);
   }
@@ -110,7 +94,7 @@ struct PassesOf {
         rest = args;
         rest.dvalue = nullptr;
         rest.tile_sum = TileSum::kNone;
-        rest.dmask_rows = nullptr;
+        rest.row_out = nullptr;
       }
       if (args.dkey != nullptr) keys<true, false>(rest, context);
     }
@@ -121,7 +105,7 @@ struct PassesOf {
     using Shape = KeysShape<Math, D>;
     const Sizes& size = args.call.scores.size;
     const int64_t tiles = blocks_of(size.Nk, Shape::kKeys) * blocks_of(size.Nq, args.span);
-    const int64_t blocks = tiles * (size.H / args.heads) * (size.B / args.batches);
+    const int64_t blocks = tiles * (size.H / args.heads) * blocks_of(size.B, args.batches);
     launch<BackwardKeysKernel<Math, D, DKEY, DVALUE>>(blocks, Shape::shared_bytes(args.tile_sum != TileSum::kNone), args, context);
   }
 };
@@ -130,8 +114,7 @@ template <class Math, int D>
 Passes passes() {
   using P = PassesOf<Math, D>;
   using Keys = KeysShape<Math, D>;
-  return {P::kForward,        P::kQueries,         Keys::kTileSpan,  P::forward,
-          P::forward_merge, P::backward_rows, P::backward_keys, P::backward_queries};
+  return {P::kForward, P::kQueries, Keys::kTileSpan, P::forward, P::forward_merge, P::backward_keys, P::backward_queries};
 }
 
 }  // namespace smattn::cuda

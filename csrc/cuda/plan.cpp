@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kEnoughBlocks = 512;           // about two a multiprocessor on the largest GPUs
 constexpr int64_t kMostPartialBytes = 8 << 20;   // of a call's partial outputs
 constexpr int64_t kShortestRange = 256;          // keys
+constexpr int64_t kMostRows = int64_t{1} << 30;  // an int counts queries or keys inside a kernel, everything else is 64 bits wide
 
 template <class Math>
 Passes passes_of_depth(int64_t depth) {
@@ -42,6 +43,7 @@ bool aligned(const Tensor4& x) {
 }
 
 Call call_of(const Scores& scores, const Tensor4& value, double dropout_p, const Context& context) {
+  if (std::max(scores.size.Nq, scores.size.Nk) > kMostRows) throw std::runtime_error("CUDA kernels: more than 2^30 queries or keys");
   return {.scores = scores,
           .value = value,
           .query_aligned = aligned(scores.query),
@@ -90,15 +92,38 @@ struct Wanted {
   void *dquery, *dkey, *dvalue, *dmask, *dalpha;
 };
 
-// dM from its sums over queries (B, H, Nk): then over the axes that mask has not.
-void sum_dmask_rows(const float* rows, void* dmask, const Scores& scores, const Context& context) {
-  const Sizes& size = scores.size;
-  const bool batch = scores.mask_size[0] > 1 || size.B == 1, head = scores.mask_size[1] > 1 || size.H == 1;
-  sum_many({.from = rows, .to = dmask, .dtype = scores.mask.dtype,
-            .outer = batch ? size.B : 1, .middle = head ? size.H : 1, .inner = size.Nk,
-            .stride_outer = size.H * size.Nk, .stride_middle = size.Nk,
-            .first = batch ? 1 : size.B, .second = head ? 1 : size.H, .stride_first = size.H * size.Nk, .stride_second = size.Nk}, context);
-}
+// dM of a mask without a query axis, in rows that the passes over keys sum over queries: straight into dM where each of its rows is one
+// block's, else into scratch, whose rows are then summed over the axes that mask has not.
+struct RowSums {
+  const Scores& scores;
+  int64_t batches, outer, rows;  // batches to a block, blocks of them, rows of each
+  bool has_batch, has_head;
+  float* scratch;
+
+  RowSums(const Scores& scores, const Context& context) : scores(scores) {
+    const Sizes& size = scores.size;
+    has_batch = scores.mask_size[0] > 1 || size.B == 1;
+    has_head = scores.mask_size[1] > 1 || size.H == 1;
+    rows = has_head ? size.H : size.Hkv;
+    const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (rows * size.Nk * 4));
+    batches = has_batch ? 1 : (size.B + most - 1) / most;
+    outer = (size.B + batches - 1) / batches;
+    scratch = has_batch && has_head ? nullptr : allocate<float>(outer * rows * size.Nk, context);
+  }
+  void ask(KeysArgs& args, void* dmask) const {
+    args.row_out = scratch != nullptr ? scratch : dmask;
+    args.row_dtype = scratch != nullptr ? DType::kFloat32 : scores.mask.dtype;
+    args.row_per_head = has_head;
+    args.batches = batches;
+  }
+  void finish(void* dmask, const Context& context) const {
+    const int64_t Nk = scores.size.Nk;
+    if (scratch != nullptr)
+      sum_many({.from = scratch, .to = dmask, .dtype = scores.mask.dtype,
+                .outer = has_batch ? outer : 1, .middle = has_head ? rows : 1, .inner = Nk, .stride_outer = rows * Nk, .stride_middle = Nk,
+                .first = has_batch ? 1 : outer, .second = has_head ? 1 : rows, .stride_first = rows * Nk, .stride_second = Nk}, context);
+  }
+};
 
 // dK, dV and dM.
 void run_keys(KeysArgs args, const Wanted& wanted, const Passes& passes, const Context& context) {
@@ -129,10 +154,28 @@ void run_keys(KeysArgs args, const Wanted& wanted, const Passes& passes, const C
     tiled.heads = per_head ? size.H / size.Hkv : size.H;
     return passes.backward_keys(tiled, context);
   }
-  if (key_only) args.dmask_rows = allocate<float>(size.B * size.H * size.Nk, context);
-  if (wide || key_only) passes.backward_keys(args, context);
-  if (key_only) sum_dmask_rows(args.dmask_rows, wanted.dmask, scores, context);
+  if (key_only) {
+    const RowSums sums(scores, context);
+    sums.ask(args, wanted.dmask);
+    passes.backward_keys(args, context);
+    sums.finish(wanted.dmask, context);
+  } else if (wide) {
+    passes.backward_keys(args, context);
+  }
   if (tile) passes.backward_keys(tiled, context);
+}
+
+// Sums of P*dP (B, H, Nq), from rows whose delta is 0.
+void run_delta(QueriesArgs args, float* sums, const Passes& passes, const Context& context) {
+  const Sizes& size = args.call.scores.size;
+  const int64_t count = size.B * size.H * size.Nq;
+  const Ranges ranges = ranges_of(size, passes.queries_tiling, 4);
+  args.splits = ranges.splits;
+  args.split_keys = ranges.split_keys;
+  args.delta = args.splits > 1 ? allocate<float>(args.splits * count, context) : sums;
+  passes.backward_queries(args, context);
+  if (args.splits > 1)
+    sum_many({.from = args.delta, .to = sums, .inner = count, .second = args.splits, .stride_second = count}, context);
 }
 
 // dQ and dalpha.
@@ -163,7 +206,6 @@ void run_queries(QueriesArgs args, const Wanted& wanted, const Passes& passes, c
 void forward(const ForwardParams& params, const Context& context) {
   const Scores& scores = params.scores;
   run_forward({.call = call_of(scores, params.value, params.dropout.p, context),
-               .save_residual = params.out_acc != nullptr,
                .out = params.out,
                .lse = static_cast<float*>(params.lse),
                .out_acc = static_cast<float*>(params.out_acc),
@@ -177,17 +219,25 @@ void backward(const BackwardParams& params, const Context& context) {
   const Passes passes = passes_for(scores.dtype, std::max(size.D, size.Dv), context.allow_tf32);
   const Call call = call_of(scores, params.value, params.dropout.p, context);
   const Wanted wanted{params.dquery, params.dkey, params.dvalue, params.dmask, params.dalpha};
-  auto* rows = allocate<RowState>(size.B * size.H * size.Nq, context);
-  passes.backward_rows({.call = call,
-                        .dout = params.dout,
-                        .out = params.out,
-                        .lse = static_cast<const float*>(params.lse),
-                        .dlse = static_cast<const float*>(params.dlse),
-                        .mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr,
-                        .rows = rows},
-                       context);
+  const int64_t count = size.B * size.H * size.Nq;
+  auto* rows = allocate<RowState>(count, context);
+  const auto* lse = static_cast<const float*>(params.lse);
+  const auto* mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr;
+  RowsArgs r{.call = call, .lse = lse, .dlse = static_cast<const float*>(params.dlse), .mbar = mbar, .rows = rows};
+  const QueriesArgs queries{.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows};
+  if (params.out.data != nullptr && scores.dtype == DType::kFloat32) {
+    r.dout = params.dout;
+    r.out = params.out;
+  } else if (wanted.dquery != nullptr || wanted.dkey != nullptr || wanted.dmask != nullptr || wanted.dalpha != nullptr) {
+    // O was not kept, or summed from a P rounded to 16 bits: a delta made of it would not cancel a dP that is the same for all keys
+    auto* sums = allocate<float>(count, context);
+    backward_rows({.call = call, .lse = lse, .rows = rows}, context);
+    run_delta(queries, sums, passes, context);
+    r.sums = sums;
+  }
+  backward_rows(r, context);
   run_keys({.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows}, wanted, passes, context);
-  run_queries({.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows}, wanted, passes, context);
+  run_queries(queries, wanted, passes, context);
 }
 
 void attention_map(const MapParams& params, const Context& context) {
@@ -200,7 +250,7 @@ void attention_map(const MapParams& params, const Context& context) {
   const auto* weights = static_cast<const float*>(params.head_weights);
   auto* mbar = scores.mask.data != nullptr ? allocate<float>(size.B * size.H * size.Nq, context) : nullptr;
   run_forward({.call = call, .lse = lse, .mbar = mbar}, passes, context);
-  passes.backward_rows({.call = call, .lse = lse, .mbar = mbar, .rows = rows}, context);
+  backward_rows({.call = call, .lse = lse, .mbar = mbar, .rows = rows}, context);
   passes.backward_keys({.call = call, .head_weights = weights, .rows = rows, .tile_sum = TileSum::kMap, .tile_out = params.map,
                         .tile_dtype = DType::kFloat32, .heads = size.H, .batches = 1, .span = passes.tile_span},
                        context);
@@ -217,7 +267,7 @@ void attention_map_backward(const MapBackwardParams& params, const Context& cont
   auto *lse = allocate<float>(count, context), *eta = allocate<float>(count, context);
   auto* mbar = params.dalpha != nullptr ? allocate<float>(count, context) : nullptr;
   run_forward({.call = call, .dmap = params.dmap, .lse = lse, .mbar = mbar, .eta = eta}, passes, context);
-  passes.backward_rows({.call = call, .lse = lse, .mbar = mbar, .eta = eta, .head_weights = weights, .rows = rows}, context);
+  backward_rows({.call = call, .lse = lse, .mbar = mbar, .sums = eta, .head_weights = weights, .rows = rows}, context);
   const Wanted wanted{params.dquery, params.dkey, nullptr, params.dmask, params.dalpha};
   run_keys({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
   run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);

@@ -9,6 +9,7 @@ constexpr int64_t kLargestHead = 256;
 
 // Beside the params: where a call runs.
 struct Context {
+  int device;                      // the current one, whose stream it is
   void* stream;                    // cudaStream_t
   bool allow_tf32;
   const int64_t* seed;             // of dropout, in device memory: Dropout::seed is not read

@@ -10,7 +10,6 @@ namespace smattn::cuda {
 template <class T>
 struct HalfMath {
   using Element = T;
-  static constexpr bool kRounds = true;  // what multiply_tile makes of its tile loses bits
 
   // acc [16, N] += a[:16] b[:N]^T
   template <int N, int ROWS_A, int ROWS_B, int D>
@@ -58,7 +57,6 @@ struct HalfMath {
 
 struct Tf32Math {
   using Element = float;
-  static constexpr bool kRounds = false;  // its caller allowed the rounding
 
   template <int N, int ROWS_A, int ROWS_B, int D>
   static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, SharedTile<float, ROWS_B, D> b) {
@@ -93,7 +91,6 @@ struct Tf32Math {
 
 struct FloatMath {
   using Element = float;
-  static constexpr bool kRounds = false;
 
   struct alignas(16) Four {
     float x[4];

@@ -98,6 +98,16 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at,
   }
 }
 
+// In a tensor of any floating dtype.
+SMATTN_DEVICE void store_element(void* to, DType dtype, int64_t at, float x) {
+  switch (dtype) {
+    case DType::kFloat32: static_cast<float*>(to)[at] = x; break;
+    case DType::kFloat64: static_cast<double*>(to)[at] = static_cast<double>(x); break;
+    case DType::kFloat16: round_to(static_cast<Half*>(to)[at], x); break;
+    case DType::kBFloat16: round_to(static_cast<BFloat*>(to)[at], x); break;
+  }
+}
+
 // (1): from s = <q, k> to scores in base 2, -inf where the key is not live. m holds M, when there is one.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void finish_scores(Tile<COLS>& s, Tile<COLS>& m, const Scores& scores, float alpha, const Place<COLS, KEYS_IN_ROWS>& place) {

@@ -1,21 +1,11 @@
 // Sums of partial results, each in an order that the shape decides.
 #pragma once
 
-#include "args.h"
-#include "device.h"
+#include "scores.h"
 
 namespace smattn::cuda {
 
 constexpr int kSumThreads = 128;
-
-SMATTN_DEVICE void store_sum(const SumArgs& args, int64_t at, float sum) {
-  switch (args.dtype) {
-    case DType::kFloat32: static_cast<float*>(args.to)[at] = sum; break;
-    case DType::kFloat64: static_cast<double*>(args.to)[at] = static_cast<double>(sum); break;
-    case DType::kFloat16: round_to(static_cast<Half*>(args.to)[at], sum); break;
-    case DType::kBFloat16: round_to(static_cast<BFloat*>(args.to)[at], sum); break;
-  }
-}
 
 // Few terms, many sums: a thread a sum.
 SMATTN_DEVICE void sum_many_block(const SumArgs& args) {
@@ -26,7 +16,7 @@ SMATTN_DEVICE void sum_many_block(const SumArgs& args) {
   float sum = 0.0f;
   for (int64_t r = 0; r < args.first; ++r)
     for (int64_t s = 0; s < args.second; ++s) sum += from[r * args.stride_first + s * args.stride_second];
-  store_sum(args, at, sum);
+  store_element(args.to, args.dtype, at, sum);
 }
 
 // Many terms, few sums: a warp a sum, inner is 1.
@@ -38,7 +28,7 @@ SMATTN_DEVICE void sum_few_block(const SumArgs& args) {
   for (int64_t r = 0; r < args.first; ++r)
     for (int64_t s = lane_index(); s < args.second; s += kWarp) sum += from[r * args.stride_first + s * args.stride_second];
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
-  if (lane_index() == 0) store_sum(args, at, sum);
+  if (lane_index() == 0) store_element(args.to, args.dtype, at, sum);
 }
 
 }  // namespace smattn::cuda
