@@ -26,7 +26,7 @@ def build(name: str, *options: str) -> Path:
     folder = ROOT / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", *options)
+    options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (

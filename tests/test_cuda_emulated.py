@@ -145,7 +145,7 @@ def test_extra_memory_is_under_the_ceiling(name):
 
 
 def test_no_shape_makes_it_allocate_more():
-    @settings(max_examples=100, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     @given(calls())
     def under_the_ceiling(call):
         allocated, ceiling = extra(call)
