@@ -10,6 +10,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,15 +26,16 @@ def build(name: str, *options: str) -> Path:
     """build/<name>/csrc/cuda/_cuda.so: what changed since the last time is compiled, by one process at a time."""
     folder = ROOT / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # pip's cmake and ninja are there
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=path) else []
     options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options],
-            ["cmake", "--build", str(folder), "--target", "_cuda", "--parallel", str(os.cpu_count() or 1)],
+            [str(shutil.which("cmake", path=path)), "-S", str(ROOT), "-B", str(folder), *generator, *options],
+            [str(shutil.which("cmake", path=path)), "--build", str(folder), "--target", "_cuda", "--parallel", str(os.cpu_count() or 1)],
         ):
-            result = subprocess.run(command, capture_output=True, text=True)
+            result = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
             assert result.returncode == 0, result.stdout + result.stderr
     return folder / "csrc" / "cuda" / "_cuda.so"
 
