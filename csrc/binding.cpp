@@ -75,7 +75,8 @@ void* output(const Optional& t, const char* name, ScalarType dtype, std::initial
   return t->mutable_data_ptr();
 }
 
-smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha, const Optional& padding, double scale) {
+smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
+                      const Optional& alpha, const Optional& padding, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions, got ", query.dim(), " and ", key.dim());
   smattn::Scores s{};
   const int64_t B = query.size(0), H = query.size(1), Hkv = key.size(1), Nq = query.size(2), Nk = key.size(2), D = query.size(3);
@@ -91,6 +92,7 @@ smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& ma
     const int64_t b = mask->size(0), h = mask->size(1), i = mask->size(2);
     STD_TORCH_CHECK((b == 1 || b == B) && (h == 1 || h == H) && (i == 1 || i == Nq), "mask: expected size 1 or query's, got ", b, ", ", h, ", ", i);
     s.mask = read(*mask, "mask", {b, h, i, Nk});
+    s.mask_is_logits = mask_is_logits;
     s.mask_size[0] = b, s.mask_size[1] = h, s.mask_size[2] = i;
     check_sizes(*alpha, "alpha", {H});
     STD_TORCH_CHECK(alpha->scalar_type() == accumulator_of(query), "alpha: expected the accumulation dtype");
@@ -125,10 +127,11 @@ smattn::Dropout dropout(const Optional& seed, double p) {
   return {p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()))};
 }
 
-void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, const Optional& alpha, const Optional& padding,
-             const Optional& seed, double scale, double p, const Tensor& out, const Tensor& lse, const Optional& out_acc, const Optional& mbar) {
+void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+             const Optional& padding, const Optional& seed, double scale, double p, const Tensor& out, const Tensor& lse,
+             const Optional& out_acc, const Optional& mbar) {
   smattn::ForwardParams f{};
-  f.scores = scores(query, key, mask, alpha, padding, scale);
+  f.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   f.value = read_value(value, query, f.scores);
   f.dropout = dropout(seed, p);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
@@ -141,11 +144,11 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 }
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
-              const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out, const Tensor& lse, const Optional& mbar,
-              double scale, double p, const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask,
-              const Optional& dalpha) {
+              bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
+              const Tensor& lse, const Optional& mbar, double scale, double p, const Optional& dquery, const Optional& dkey,
+              const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
   smattn::BackwardParams g{};
-  g.scores = scores(query, key, mask, alpha, padding, scale);
+  g.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   g.value = read_value(value, query, g.scores);
   g.dropout = dropout(seed, p);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
@@ -166,10 +169,10 @@ void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, con
   smattn::cpu::selected().backward(g, torch_threads);
 }
 
-void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha, const Tensor& head_weights,
-                   const Optional& padding, double scale, const Tensor& map, const Tensor& lse) {
+void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+                   const Tensor& head_weights, const Optional& padding, double scale, const Tensor& map, const Tensor& lse) {
   smattn::MapParams f{};
-  f.scores = scores(query, key, mask, alpha, padding, scale);
+  f.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
   const ScalarType acc = accumulator_of(query);
   f.head_weights = contiguous(head_weights, "head_weights", acc, {H});
@@ -178,11 +181,11 @@ void attention_map(const Tensor& query, const Tensor& key, const Optional& mask,
   smattn::cpu::selected().attention_map(f, torch_threads);
 }
 
-void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha,
-                            const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale, const Optional& dquery,
-                            const Optional& dkey, const Optional& dmask, const Optional& dalpha, const Optional& dhead_weights) {
+void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
+                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale,
+                            const Optional& dquery, const Optional& dkey, const Optional& dmask, const Optional& dalpha, const Optional& dhead_weights) {
   smattn::MapBackwardParams g{};
-  g.scores = scores(query, key, mask, alpha, padding, scale);
+  g.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   const ScalarType acc = accumulator_of(query), dtype = query.scalar_type();
   g.head_weights = contiguous(head_weights, "head_weights", acc, {H});
@@ -238,7 +241,7 @@ Tensor dropout_keep(const Tensor& seed, int64_t B, int64_t H, int64_t Nq, int64_
 }  // namespace
 
 #define SMATTN_SCORES "Tensor query, Tensor key, "
-#define SMATTN_MASK "Tensor? mask, Tensor? alpha, "
+#define SMATTN_MASK "Tensor? mask, bool mask_is_logits, Tensor? alpha, "
 
 STABLE_TORCH_LIBRARY(smattn_native, library) {
   library.def("forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK

@@ -37,6 +37,7 @@ class Call:
     mask: tuple[bool, bool, bool] | None = (True, False, True)
     threads: int | None = None
     as_map: bool = False
+    logits: bool = False  # in place of the mask
 
     def case(self, device: str = "cpu") -> Case:
         """Zeros, never written where the system commits memory lazily."""
@@ -53,7 +54,8 @@ class Call:
             query=zeros(self.B, self.H, self.Nq, self.D),
             key=zeros(self.B, Hkv, self.Nk, self.D),
             value=zeros(self.B, Hkv, self.Nk, self.D),
-            mask=mask,
+            mask=None if self.logits else mask,
+            mask_logits=mask if self.logits else None,
             alpha=None if mask is None else zeros(self.H, dtype=torch.float32),
             dout=zeros(self.B, self.Nq, self.Nk, dtype=torch.float32) if self.as_map else zeros(self.B, self.H, self.Nq, self.D),
             head_weights=zeros(self.H, dtype=torch.float32) if self.as_map else None,

@@ -39,6 +39,10 @@ CALLS = {
     "map": Call(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True),
     "half, map, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", needs=MAP_GRADIENTS, as_map=True),
     "half, map, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
+    "logits": Call(1, 8, 1024, 16384, 32, logits=True),
+    "half, logits, many queries for as many keys": Call(1, 8, 4096, 4096, 64, dtype="float16", logits=True),
+    "half, logits, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", logits=True),
+    "logits, map": Call(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True, logits=True),
     "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
 }
 MANY_THREADS = {

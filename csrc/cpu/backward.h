@@ -166,7 +166,7 @@ class Backward {
     if (t_.scores.mask.data == nullptr) return nullptr;
     const int64_t mask_b = t_.scores.mask_size[0] == 1 && t_.scores.padding == nullptr ? 0 : pair.b;  // each batch selects its own out
     if (mask_read_.differs(mask_b, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
-      read_tile<T>(t_.scores.mask, pair.b, pair.h, q, k, rows_, mask_);
+      read_mask<T>(t_.scores, pair.b, pair.h, q, k, rows_, mask_);
     }
     return mask_;
   }
@@ -191,8 +191,7 @@ class Backward {
     const int64_t stride = round_up(k.count, kLanes<T>);
     transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
     const int64_t b = size[0] == 1 ? 0 : pair.b, h = size[1] == 1 ? 0 : pair.h;
-    const int64_t offset = ((b * size[1] + h) * n_.Nq + q.first) * n_.Nk + k.first;
-    write_rows<T>(rows_, stride, q.count, k.count, t_.dmask, t_.scores.mask.dtype, offset, n_.Nk);
+    write_dmask<T>(t_.scores, b, h, q.first, k.first, rows_, stride, q.count, k.count, t_.dmask);
   }
 
   void clear_own_part(int64_t split) {

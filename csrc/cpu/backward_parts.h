@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward_plan.h"
+#include "cpu/mask.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -107,7 +108,7 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
         }
       }
       if (last_group < first + groups) {
-        write_rows<T>(sum, 0, 1, count, t.dmask, t.scores.mask.dtype, row * n.Nk + at, 0);
+        write_dmask<T>(t.scores, b, h, 0, at, sum, 0, 1, count, t.dmask);
       } else {
         for (int64_t j = 0; j < count; ++j) total[j] = sum[j];
       }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/dropout_tile.h"
+#include "cpu/mask.h"
 #include "cpu/tiles.h"
 #include "cpu/workers.h"
 
@@ -102,7 +103,7 @@ class Forward {
       if (t_.dmap.data != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
         const bool another = h == 0 || s_.mask_size[1] > 1;
-        if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
+        if (mask != nullptr && another) read_mask<T>(s_, b, first + h, q, k, rows_, mask_);
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
         const bool last = h == heads - 1;
         const Ahead next =

@@ -75,7 +75,7 @@ void add_oddity(const Problem& p, Random& random, Dense& mask) {
 
 void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded, Inputs& in) {
   const DType acc = accumulator_of(p.dtype);
-  Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}, [&] { return random.uniform(); });
+  Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}, [&] { return p.mask_is_logits ? 3.0 * random.normal() : random.uniform(); });
   if (p.oddity != Oddity::kNone) add_oddity(p, random, mask);
   const bool own_batch = p.mask_size[0] == p.size.B && !p.mask.expanded[0];
   const auto unseen = [&](int64_t b, int64_t j) {  // padded wherever this element is used

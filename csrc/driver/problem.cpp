@@ -111,6 +111,7 @@ Problem problem_at(int64_t index) {
     p.needs.alpha = true;
     p.mask_dtype = accumulator_of(p.dtype);  // in 16 bits the little would be rounded away
   }
+  p.mask_is_logits = p.has_mask && p.oddity != Oddity::kFarFromZero && random.chance(0.25);
   p.needs.mask = p.needs.mask && p.has_mask;
   p.needs.alpha = p.needs.alpha && p.has_mask;
   return p;
@@ -123,7 +124,7 @@ std::string describe(const Problem& p) {
   text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq" << p.size.Nq
        << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;
   if (p.has_mask) {
-    text << " mask " << name_of(p.mask_dtype) << " (" << p.mask_size[0] << ", " << p.mask_size[1] << ", " << p.mask_size[2] << ", " << p.size.Nk
+    text << (p.mask_is_logits ? " mask logits " : " mask ") << name_of(p.mask_dtype) << " (" << p.mask_size[0] << ", " << p.mask_size[1] << ", " << p.mask_size[2] << ", " << p.size.Nk
          << ")" << kOddity[static_cast<int>(p.oddity)];
   }
   text << " padding " << kPadding[static_cast<int>(p.padding)] << " dropout " << p.dropout_p << (p.has_dlse ? " dL" : "") << " needs ";

@@ -40,6 +40,7 @@ struct Problem {
   DType dtype = DType::kFloat32;
   bool has_mask = true;
   DType mask_dtype = DType::kFloat32;
+  bool mask_is_logits = false;
   int64_t mask_size[3] = {1, 1, 1};
   Oddity oddity = Oddity::kNone;
   Layout query, key, value, mask, dout, dmap;
