@@ -62,8 +62,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
     if max(problem.D, problem.Dv) > LARGEST_HEAD:
         reasons.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
-    if problem.mask_is_logits:
-        reasons.append("mask_logits is not supported yet")
     if problem.device_type != machine.device_type:
         reasons.append(f"it runs on CUDA devices, not on device type {problem.device_type!r}")
     return reasons
@@ -99,8 +97,8 @@ def forward(
         lse.fill_(float("-inf"))
     elif lse.numel() > 0:
         _ops().forward(
-            query, key, value, mask, alpha, key_padding_mask, seed, t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device),
-            out, lse, out_acc, mbar,
+            query, key, value, mask, t.mask_is_logits, alpha, key_padding_mask, seed,
+            t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device), out, lse, out_acc, mbar,
         )  # fmt: skip
     empty = _accumulator(query, 0)
     return out, lse, empty if out_acc is None else out_acc, _accumulator(query, 0) if mbar is None else mbar
@@ -130,7 +128,7 @@ def backward(
     grads = _gradients(problem, (query, key, value, mask, alpha), needs)
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().backward(
-            dout, None if dlse is None else dlse.contiguous(), query, key, value, mask, alpha, key_padding_mask, seed,
+            dout, None if dlse is None else dlse.contiguous(), query, key, value, mask, t.mask_is_logits, alpha, key_padding_mask, seed,
             out, lse, mbar if mbar.numel() > 0 else None, t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device), *grads,
         )  # fmt: skip
     return grads
@@ -150,8 +148,8 @@ def attention_map(
     amap, lse = _accumulator(query, t.B, t.Nq, t.Nk), _accumulator(query, t.B, t.H, t.Nq)
     if amap.numel() > 0:
         _ops().attention_map(
-            query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, t.scale, t.allow_tf32, machine.stream(query.device),
-            amap, lse,
+            query, key, mask, t.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask,
+            t.scale, t.allow_tf32, machine.stream(query.device), amap, lse,
         )  # fmt: skip
     else:
         lse.fill_(float("-inf"))
@@ -175,7 +173,7 @@ def attention_map_backward(
     grads = _gradients(problem, (query, key, mask, alpha, head_weights), needs)
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().attention_map_backward(
-            dmap[:, None], query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, lse,
+            dmap[:, None], query, key, mask, t.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask, lse,
             t.scale, t.allow_tf32, machine.stream(query.device), *grads,
         )  # fmt: skip
     return grads

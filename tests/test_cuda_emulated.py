@@ -127,7 +127,7 @@ def test_an_error_of_a_launch_names_the_call():
     wide = torch.zeros(1, 2, 3, 300)
     lse, out = torch.empty(1, 2, 3), torch.empty_like(wide)
     with pytest.raises(RuntimeError, match=r"head size above 256; query \(1, 2, 3, 300\), key \(1, 2, 3, 300\)"):
-        torch.ops.smattn_cuda_emulated.forward(wide, wide, wide, None, None, None, None, 1.0, 0.0, False, 0, out, lse, None, None)
+        torch.ops.smattn_cuda_emulated.forward(wide, wide, wide, None, False, None, None, None, 1.0, 0.0, False, 0, out, lse, None, None)
 
 
 def extra(call):
@@ -165,7 +165,7 @@ def test_a_mask_is_not_copied_whatever_its_strides(layout):
 SUITE = [
     ("exact",),
     ("defined", "dropout", "repeatable", "any_shape"),
-    ("ops", "dtypes", "compose", "second_derivatives"),
+    ("ops", "dtypes", "compose", "second_derivatives", "mask_logits"),
 ]
 
 

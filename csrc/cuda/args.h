@@ -86,13 +86,14 @@ struct QueriesArgs {
   float* delta = nullptr;  // (splits, B, H, Nq) sums of P*dP; when given, nothing else is computed
 };
 
-// to[o, p, i] = sum over r, s of from[r * stride_r + s * stride_s + o * stride_o + p * stride_p + i]
+// to[o, p, i] = sum over r, s of from[r * stride_r + s * stride_s + o * stride_o + p * stride_p + i], with logits through their sigmoid
 struct SumArgs {
   const float* from = nullptr;
   void* to = nullptr;  // contiguous (outer, middle, inner)
   DType dtype = DType::kFloat32;
   int64_t outer = 1, middle = 1, inner = 1, stride_outer = 1, stride_middle = 1;
   int64_t first = 1, second = 1, stride_first = 1, stride_second = 1;  // what is summed over
+  Tensor4 logits = {};  // [outer, middle, 1, inner], data null where `to` is no gradient of logits
 };
 
 }  // namespace smattn::cuda

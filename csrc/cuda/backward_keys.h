@@ -60,7 +60,7 @@ SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, He
   const bool map = args.tile_sum == TileSum::kMap;
   const int64_t b = map || scores.mask_size[0] > 1 ? at.b : 0;
   const int64_t h = args.tile_per_head ? at.h : 0, heads = args.tile_per_head ? scores.size.H : 1;
-  const int64_t base = (b * heads + h) * scores.size.Nq;
+  const int64_t base = (b * heads + h) * scores.size.Nq, mask = at.b * scores.mask.stride[0] + at.h * scores.mask.stride[1];
   for (int query = work.first_query; query < work.last_query; query += QUERIES) {
     const Place<QUERIES, true> place({scores, at.b, static_cast<int>(scores.size.Nk)}, query, work.first_key + 16 * warp_index());
     const PrivateTile<QUERIES> tile{sums + (query - work.first_query) / QUERIES * QUERIES * 16 * WARPS};
@@ -68,6 +68,7 @@ SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, He
     tile.for_each_with(unused, [&](float&, float& sum, int half, int slot) {
       const int i = place.query_at(half, slot), j = place.key_at(half, slot);
       if (i >= work.last_query || j >= scores.size.Nk) return;
+      if (!map && scores.mask_is_logits) sum = through_sigmoid(sum, scores.mask, mask + i * scores.mask.stride[2] + j * scores.mask.stride[3]);
       store_element(args.tile_out, args.tile_dtype, (base + i) * scores.size.Nk + j, sum);
       sum = 0.0f;
     });
@@ -126,7 +127,7 @@ struct KeysStep {
     const Place<kQueries, true> place({scores, at.b, static_cast<int>(scores.size.Nk)}, query, work.first_key + row);
     const float alpha = alpha_of(scores, at.h);
     Tile<kQueries> s, dp;
-    if (scores.mask.data != nullptr) load_elements(dp, scores.mask, at, place);
+    if (scores.mask.data != nullptr) load_mask(dp, scores, at, place);
     s.fill(0.0f);
     Math::multiply_rows(s, k.from_row(row), q);
     finish_scores(s, dp, scores, alpha, place);

@@ -34,7 +34,7 @@ struct QueriesStep {
     const Scores& scores = args.call.scores;
     const bool has_mask = scores.mask.data != nullptr;
     Tile<KEYS> s, m, dp;
-    if (has_mask) load_elements(m, scores.mask, at, place);
+    if (has_mask) load_mask(m, scores, at, place);
     s.fill(0.0f);
     Math::multiply_rows(s, q, k);
     finish_scores(s, m, scores, alpha, place);

@@ -46,13 +46,14 @@ Tensor4 tensor4(const Tensor& x) {
 const void* data(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
 void* result(const Maybe& x) { return x ? x->mutable_data_ptr() : nullptr; }
 
-smattn::Scores scores_of(const Tensor& query, const Tensor& key, int64_t Dv, const Maybe& mask, const Maybe& alpha, const Maybe& padding,
-                         double scale) {
+smattn::Scores scores_of(const Tensor& query, const Tensor& key, int64_t Dv, const Maybe& mask, bool logits, const Maybe& alpha,
+                         const Maybe& padding, double scale) {
   smattn::Scores scores{.size = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), Dv},
                         .dtype = dtype_of(query),
                         .query = tensor4(query),
                         .key = tensor4(key),
                         .mask = mask ? tensor4(*mask) : Tensor4{},
+                        .mask_is_logits = logits,
                         .mask_size = {1, 1, 1},
                         .alpha = data(alpha),
                         .alpha_stride = alpha ? alpha->stride(0) : 0,
@@ -94,12 +95,12 @@ void say_which(const Tensor& query, const Tensor& key, const Run& run) {
   }
 }
 
-void forward(Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Maybe padding, Maybe seed, double scale, double dropout_p,
-             bool allow_tf32, int64_t stream, Tensor out, Tensor lse, Maybe out_acc, Maybe mbar) {
+void forward(Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Maybe alpha, Maybe padding, Maybe seed, double scale,
+             double dropout_p, bool allow_tf32, int64_t stream, Tensor out, Tensor lse, Maybe out_acc, Maybe mbar) {
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, seed);
   say_which(query, key, [&] {
-    smattn::cuda::forward({.scores = scores_of(query, key, value.size(3), mask, alpha, padding, scale),
+    smattn::cuda::forward({.scores = scores_of(query, key, value.size(3), mask, logits, alpha, padding, scale),
                            .value = tensor4(value),
                            .dropout = {.p = dropout_p},
                            .out = out.mutable_data_ptr(),
@@ -110,13 +111,13 @@ void forward(Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Ma
   });
 }
 
-void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, Maybe alpha, Maybe padding, Maybe seed,
+void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Maybe alpha, Maybe padding, Maybe seed,
               Maybe out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey,
               Maybe dvalue, Maybe dmask, Maybe dalpha) {
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, seed);
   say_which(query, key, [&] {
-    smattn::cuda::backward({.scores = scores_of(query, key, value.size(3), mask, alpha, padding, scale),
+    smattn::cuda::backward({.scores = scores_of(query, key, value.size(3), mask, logits, alpha, padding, scale),
                             .value = tensor4(value),
                             .dropout = {.p = dropout_p},
                             .dout = tensor4(dout),
@@ -133,12 +134,12 @@ void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, M
   });
 }
 
-void attention_map(Tensor query, Tensor key, Maybe mask, Maybe alpha, Tensor head_weights, Maybe padding, double scale, bool allow_tf32,
-                   int64_t stream, Tensor map, Tensor lse) {
+void attention_map(Tensor query, Tensor key, Maybe mask, bool logits, Maybe alpha, Tensor head_weights, Maybe padding, double scale,
+                   bool allow_tf32, int64_t stream, Tensor map, Tensor lse) {
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, {});
   say_which(query, key, [&] {
-    smattn::cuda::attention_map({.scores = scores_of(query, key, query.size(3), mask, alpha, padding, scale),
+    smattn::cuda::attention_map({.scores = scores_of(query, key, query.size(3), mask, logits, alpha, padding, scale),
                                  .head_weights = head_weights.const_data_ptr(),
                                  .map = map.mutable_data_ptr(),
                                  .lse = lse.mutable_data_ptr()},
@@ -146,13 +147,13 @@ void attention_map(Tensor query, Tensor key, Maybe mask, Maybe alpha, Tensor hea
   });
 }
 
-void attention_map_backward(Tensor dmap, Tensor query, Tensor key, Maybe mask, Maybe alpha, Tensor head_weights, Maybe padding, Tensor lse,
-                            double scale, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey, Maybe dmask, Maybe dalpha,
+void attention_map_backward(Tensor dmap, Tensor query, Tensor key, Maybe mask, bool logits, Maybe alpha, Tensor head_weights, Maybe padding,
+                            Tensor lse, double scale, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey, Maybe dmask, Maybe dalpha,
                             Maybe dhead_weights) {
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, {});
   say_which(query, key, [&] {
-    smattn::cuda::attention_map_backward({.scores = scores_of(query, key, query.size(3), mask, alpha, padding, scale),
+    smattn::cuda::attention_map_backward({.scores = scores_of(query, key, query.size(3), mask, logits, alpha, padding, scale),
                                           .head_weights = head_weights.const_data_ptr(),
                                           .dmap = tensor4(dmap),
                                           .lse = lse.const_data_ptr(),
@@ -182,18 +183,18 @@ void run_kernels(bool on) { smattn::cuda::emulator::runs = on; }
 
 SMATTN_LIBRARY(SMATTN_NAMESPACE, library) {
   library.def(
-      "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alpha, Tensor? padding, Tensor? seed, float scale, "
-      "float dropout_p, bool allow_tf32, int stream, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()");
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor? padding, Tensor? seed, "
+      "float scale, float dropout_p, bool allow_tf32, int stream, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()");
   library.def(
-      "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? alpha, Tensor? padding, "
-      "Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, bool allow_tf32, int stream, "
+      "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? mask, bool mask_is_logits, Tensor? alpha, "
+      "Tensor? padding, Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, bool allow_tf32, int stream, "
       "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()");
   library.def(
-      "attention_map(Tensor query, Tensor key, Tensor? mask, Tensor? alpha, Tensor head_weights, Tensor? padding, float scale, "
-      "bool allow_tf32, int stream, Tensor(a!) map, Tensor(b!) lse) -> ()");
+      "attention_map(Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor head_weights, Tensor? padding, "
+      "float scale, bool allow_tf32, int stream, Tensor(a!) map, Tensor(b!) lse) -> ()");
   library.def(
-      "attention_map_backward(Tensor dmap, Tensor query, Tensor key, Tensor? mask, Tensor? alpha, Tensor head_weights, Tensor? padding, "
-      "Tensor lse, float scale, bool allow_tf32, int stream, Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, "
+      "attention_map_backward(Tensor dmap, Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor head_weights, "
+      "Tensor? padding, Tensor lse, float scale, bool allow_tf32, int stream, Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, "
       "Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()");
 }
 

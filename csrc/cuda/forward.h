@@ -156,10 +156,9 @@ template <class Math, int D, int KEYS, int ROWS, int TILE>
 SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at, const Place<KEYS, false>& place,
                           SharedTile<typename Math::Element, ROWS, D> q, SharedTile<typename Math::Element, TILE, D> k,
                           SharedTile<typename Math::Element, TILE, D> v) {
-  using T = typename Math::Element;
   const Scores& scores = args.call.scores;
   Tile<KEYS> s, m;
-  if (scores.mask.data != nullptr) load_elements(m, scores.mask, at, place);
+  if (scores.mask.data != nullptr) load_mask(m, scores, at, place);
   s.fill(0.0f);
   Math::multiply_rows(s, q, k);
   finish_scores(s, m, scores, alpha_of(scores, at.h), place);

@@ -108,7 +108,7 @@ struct RowSums {
     const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (rows * size.Nk * 4));
     batches = has_batch ? 1 : (size.B + most - 1) / most;
     outer = (size.B + batches - 1) / batches;
-    scratch = has_batch && has_head ? nullptr : allocate<float>(outer * rows * size.Nk, context);
+    scratch = has_batch && has_head && !scores.mask_is_logits ? nullptr : allocate<float>(outer * rows * size.Nk, context);
   }
   void ask(KeysArgs& args, void* dmask) const {
     args.row_out = scratch != nullptr ? scratch : dmask;
@@ -121,7 +121,8 @@ struct RowSums {
     if (scratch != nullptr)
       sum_many({.from = scratch, .to = dmask, .dtype = scores.mask.dtype,
                 .outer = has_batch ? outer : 1, .middle = has_head ? rows : 1, .inner = Nk, .stride_outer = rows * Nk, .stride_middle = Nk,
-                .first = has_batch ? 1 : outer, .second = has_head ? 1 : rows, .stride_first = rows * Nk, .stride_second = Nk}, context);
+                .first = has_batch ? 1 : outer, .second = has_head ? 1 : rows, .stride_first = rows * Nk, .stride_second = Nk,
+                .logits = scores.mask_is_logits ? scores.mask : Tensor4{}}, context);
   }
 };
 

@@ -98,6 +98,29 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at,
   }
 }
 
+SMATTN_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-kLog2E * x)); }
+
+// The tile of M, 0 where a key is not live.
+template <int COLS, bool KEYS_IN_ROWS>
+SMATTN_DEVICE void load_mask(Tile<COLS>& m, const Scores& scores, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
+  load_elements(m, scores.mask, at, place);
+  if (scores.mask_is_logits) m.for_each([&](float& x, int half, int slot) { x = place.is_live(half, slot) ? sigmoid(x) : 0.0f; });
+}
+
+// The gradient of an element of logits, (8), from that of M there. A 0 stays 0: the logits of padded keys may be NaN.
+SMATTN_DEVICE float through_sigmoid(float dm, const Tensor4& logits, int64_t element) {
+  if (dm == 0.0f) return 0.0f;
+  float x = 0.0f;
+  switch (logits.dtype) {
+    case DType::kFloat32: x = static_cast<const float*>(logits.data)[element]; break;
+    case DType::kFloat64: x = to_float(static_cast<const double*>(logits.data)[element]); break;
+    case DType::kFloat16: x = to_float(static_cast<const Half*>(logits.data)[element]); break;
+    case DType::kBFloat16: x = to_float(static_cast<const BFloat*>(logits.data)[element]); break;
+  }
+  const float e = exp2_fast(-kLog2E * fabsf(x));
+  return dm * (e / ((1.0f + e) * (1.0f + e)));
+}
+
 // In a tensor of any floating dtype.
 SMATTN_DEVICE void store_element(void* to, DType dtype, int64_t at, float x) {
   switch (dtype) {
