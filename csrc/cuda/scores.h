@@ -67,6 +67,7 @@ struct Place {
     live = keys.bits<KEYS_IN_ROWS ? 2 : COLS / 4>([&](int i) { return key + (KEYS_IN_ROWS ? row_of(i) : column_of(i)); });
   }
   SMATTN_DEVICE bool is_live(int half, int slot) const { return (live >> (KEYS_IN_ROWS ? half : slot) & 1) != 0; }
+  SMATTN_DEVICE bool has(int half, int slot) const { return is_live(half, slot) && query_at(half, slot) < queries; }
   SMATTN_DEVICE int query_at(int half, int slot) const { return query + (KEYS_IN_ROWS ? column_of(slot) : row_of(half)); }
   SMATTN_DEVICE int key_at(int half, int slot) const { return key + (KEYS_IN_ROWS ? row_of(half) : column_of(slot)); }
 };
@@ -77,7 +78,7 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const std::byte* element, int
   const std::byte* rows[2] = {element, element + 8 * row_bytes};
   tile.for_each([&](float& x, int half, int slot) {  // pointers that move on, not an address for every element
     const auto* here = reinterpret_cast<const T*>(rows[half] + slot % 2 * column_bytes);
-    x = place.is_live(half, slot) && place.query_at(half, slot) < place.queries ? to_float(load_constant(here)) : 0.0f;
+    x = place.has(half, slot) ? to_float(load_constant(here)) : 0.0f;
     if (slot % 2 == 1) rows[half] = opaque(rows[half] + 8 * column_bytes);
   });
 }
@@ -100,11 +101,12 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at,
 
 SMATTN_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-kLog2E * x)); }
 
-// The tile of M, 0 where a key is not live.
+// The tile of M, 0 where a key is not live, and past the last query, where P must not outgrow 16 bits.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_mask(Tile<COLS>& m, const Scores& scores, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
   load_elements(m, scores.mask, at, place);
-  if (scores.mask_is_logits) m.for_each([&](float& x, int half, int slot) { x = place.is_live(half, slot) ? sigmoid(x) : 0.0f; });
+  if (!scores.mask_is_logits) return;
+  m.for_each([&](float& x, int half, int slot) { x = place.has(half, slot) ? sigmoid(x) : 0.0f; });
 }
 
 // The gradient of an element of logits, (8), from that of M there. A 0 stays 0: the logits of padded keys may be NaN.
