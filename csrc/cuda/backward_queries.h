@@ -18,7 +18,8 @@ struct QueriesShape {
   static constexpr size_t shared_bytes(bool few) { return static_cast<size_t>((2 * queries(few) + 4 * keys(few)) * kRowBytes); }
 };
 
-template <class Math, int D, int KEYS, int ROWS, int TILE>
+// SUMS: what goes into dalpha or delta. DQUERY: dQ.
+template <class Math, int D, int KEYS, int ROWS, int TILE, bool DQUERY, bool SUMS>
 struct QueriesStep {
   using T = typename Math::Element;
   const QueriesArgs& args;
@@ -26,7 +27,7 @@ struct QueriesStep {
   float alpha;
   SharedTile<T, ROWS, D> q, dout;  // from the warp's rows on
   RowState (&state)[2];
-  Tile<D>& dquery;
+  Tile<DQUERY ? D : 8>& dquery;
   float& dalpha;
   float (&delta)[2];  // sums of P*dP, where they are asked for
 
@@ -48,13 +49,14 @@ struct QueriesStep {
       drop(dp, args.call, at, args.call.keep_scale, place);
     }
     gradient(s, dp, [&](int half, int) { return state[half]; }, place);
-    if (args.delta != nullptr) {  // the rows' own delta is 0 yet
+    if (SUMS && args.delta != nullptr) {  // the rows' own delta is 0 yet
       dp.for_each([&](float& ds, int half, int) { delta[half] += ds; });
       return;
     }
-    if (args.dalpha != nullptr)
+    if (SUMS && args.dalpha != nullptr)
       dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
-    if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k);
+    if constexpr (DQUERY)
+      if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k);
   }
 };
 
@@ -115,7 +117,7 @@ SMATTN_DEVICE void store_dquery(const QueriesArgs& args, const QueryWork& work, 
   }
 }
 
-template <class Math, int D, bool FEW>
+template <class Math, int D, bool FEW, bool DQUERY, bool SUMS>
 SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* shared) {
   using T = typename Math::Element;
   using Shape = QueriesShape<Math, D>;
@@ -152,30 +154,33 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   const bool first = work.split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0;  // adds the row's own term
   float dalpha = first ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
   float delta[2] = {0.0f, 0.0f};
-  Tile<D> dquery;
+  Tile<DQUERY ? D : 8> dquery;
   dquery.fill(0.0f);
   const float alpha = alpha_of(scores, work.at.h);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile> step{args, work.at, alpha, q.from_row(row), dout.from_row(row), state, dquery, dalpha, delta};
+  const QueriesStep<Math, D, kKeys, kQueries, kTile, DQUERY, SUMS> step{args,  work.at, alpha,  q.from_row(row), dout.from_row(row),
+                                                                        state, dquery,  dalpha, delta};
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);
     step.run(place, stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
-  if (args.delta != nullptr) {
+  if (SUMS && args.delta != nullptr) {
     float* to = args.delta + work.split * size.B * size.H * size.Nq + first_row;
     return store_delta<FEW, Shape::kWarps>(to, delta, rest, reinterpret_cast<float*>(shared));
   }
-  if (args.dalpha != nullptr) {
+  if (SUMS && args.dalpha != nullptr) {
     const float sum = block_sum<Shape::kWarps>(dalpha, reinterpret_cast<float*>(shared));
     if (thread_index() == 0) args.dalpha[(work.at.row(size) * query_blocks + work.query_block) * args.splits + work.split] = sum;
     sync_block();
   }
-  if (args.dquery == nullptr) return;
-  if constexpr (FEW) {
-    sum_warps<Shape::kWarps>(dquery, reinterpret_cast<float*>(shared));
-    if (warp_index() > 0) return;
+  if constexpr (DQUERY) {
+    if (args.dquery == nullptr) return;
+    if constexpr (FEW) {
+      sum_warps<Shape::kWarps>(dquery, reinterpret_cast<float*>(shared));
+      if (warp_index() > 0) return;
+    }
+    store_dquery(args, work, dquery, q, row, first_row, rest);
   }
-  store_dquery(args, work, dquery, q, row, first_row, rest);
 }
 
 }  // namespace smattn::cuda

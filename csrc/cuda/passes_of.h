@@ -34,22 +34,22 @@ struct BackwardKeysKernel {
   static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { backward_keys_block<Math, D, DKEY, DVALUE>(args, shared); }
 };
 
-template <class Math, int D, bool FEW>
+template <class Math, int D, bool FEW, bool DQUERY, bool SUMS>
 struct BackwardQueriesKernel {
   using Args = QueriesArgs;
   static constexpr const char* kName = "backward_queries";
   static constexpr int kThreads = QueriesShape<Math, D>::kWarps * kWarp;
-  static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { backward_queries_block<Math, D, FEW>(args, shared); }
+  static SMATTN_DEVICE void run(const Args& args, std::byte* shared) { backward_queries_block<Math, D, FEW, DQUERY, SUMS>(args, shared); }
 };
 
-// A kernel with the variant FEW where there is one.
-template <template <class, int, bool> class Kernel, class Shape, class Math, int D, class Args>
+// A kernel, or where there is one its variant for few queries.
+template <class Kernel, class KernelOfFew, class Shape, class Args>
 void launch_by_queries(const Args& args, const Tiling& tiling, const Context& context) {
   const Sizes& size = args.call.scores.size;
   const int64_t blocks = size.B * size.H * tiling.query_blocks(size.Nq) * args.splits;
   if constexpr (Shape::kHasFew)
-    if (tiling.few(size.Nq)) return launch<Kernel<Math, D, true>>(blocks, Shape::shared_bytes(true), args, context);
-  launch<Kernel<Math, D, false>>(blocks, Shape::shared_bytes(false), args, context);
+    if (tiling.few(size.Nq)) return launch<KernelOfFew>(blocks, Shape::shared_bytes(true), args, context);
+  launch<Kernel>(blocks, Shape::shared_bytes(false), args, context);
 }
 
 template <class Shape>
@@ -70,7 +70,7 @@ struct PassesOf {
   static constexpr Tiling kQueries = tiling_of<QueriesShape<Math, D>>(QueriesShape<Math, D>::keys(true));
 
   static void forward(const ForwardArgs& args, const Context& context) {
-    launch_by_queries<ForwardKernel, ForwardShape<Math, D>, Math, D>(args, kForward, context);
+    launch_by_queries<ForwardKernel<Math, D, false>, ForwardKernel<Math, D, true>, ForwardShape<Math, D>>(args, kForward, context);
   }
 
   static void forward_merge(const ForwardArgs& args, const Context& context) {
@@ -79,7 +79,22 @@ struct PassesOf {
   }
 
   static void backward_queries(const QueriesArgs& args, const Context& context) {
-    launch_by_queries<BackwardQueriesKernel, QueriesShape<Math, D>, Math, D>(args, kQueries, context);
+    if constexpr (D <= 128) {
+      queries<true, true>(args, context);
+    } else {  // what is summed beside an accumulator of this width does not fit the registers: one after the other
+      QueriesArgs one = args;
+      one.dalpha = nullptr;
+      if (args.dquery != nullptr) queries<true, false>(one, context);
+      one = args;
+      one.dquery = nullptr;
+      if (args.dalpha != nullptr || args.delta != nullptr) queries<false, true>(one, context);
+    }
+  }
+
+  template <bool DQUERY, bool SUMS>
+  static void queries(const QueriesArgs& args, const Context& context) {
+    using Kernel = BackwardQueriesKernel<Math, D, false, DQUERY, SUMS>;
+    launch_by_queries<Kernel, BackwardQueriesKernel<Math, D, true, DQUERY, SUMS>, QueriesShape<Math, D>>(args, kQueries, context);
   }
 
   static void backward_keys(const KeysArgs& args, const Context& context) {
