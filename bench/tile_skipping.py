@@ -1,13 +1,14 @@
 """How many tiles of scores the mask has already decided: `python bench/tile_skipping.py` (half a minute)
 
-A tile of queries I and keys J may be left out of head h where its weights are lost in rounding. For i in I and j in J, by Cauchy and Schwarz,
+A tile of queries I and keys J may be left out of head h where its weights are lost in rounding. For i in I and j in J, by Cauchy and
+Schwarz,
 
     S_ij <= |scale| |q_i| max_J |k_j| + max_J alpha M_ij =: U_i,    P_ij <= exp(U_i - m_i),  m_i the row's maximum
 
-so where U_i <= m_i - log(Nk / u) for every i in I, all that is left out of a row weighs at most u = 2^-24 (2^-9 where outputs are bfloat16):
-l_i changes by that share at most, and O_i by u (max |v| + |O_i|). `bound` counts the tiles for which this holds, `best` those whose scores,
-computed, fall below the same line: more than any bound could find. m_i is the final maximum: a kernel has it only after the tile that holds it.
-Counted by element, not by time; no machine matters. Writes bench/results/tile-skipping.csv.
+so where U_i <= m_i - log(Nk / u) for every i in I, all that is left out of a row weighs at most u = 2^-24 (2^-9 where outputs are
+bfloat16): l_i changes by that share at most, and O_i by u (max |v| + |O_i|). `bound` counts the tiles for which this holds, `best` those
+whose scores, computed, fall below the same line: more than any bound could find. m_i is the final maximum: a kernel has it only after the
+tile that holds it. Counted in tiles, not in time: no machine matters. Writes bench/results/tile-skipping.csv.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -73,7 +73,7 @@ def soft_masked_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as above (the message names it), or the backend asked for cannot run the call.
-        NotImplementedError: second derivatives, forward-mode differentiation.
+        NotImplementedError: second derivatives but by backend="reference", forward-mode differentiation.
 
     Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
     """

@@ -198,7 +198,7 @@ def score_gradients(
         if needs[2]:
             dmask = (t.alpha * ds).sum_to_size(mask.shape)
             if problem.mask_is_logits:
-                dmask = through_sigmoid(dmask, mask)
+                dmask = through_sigmoid(dmask, mask, key_padding_mask)
             dmask = dmask.to(mask.dtype)
         if needs[3]:
             mbar = (t.p * t.mask).sum(-1)
@@ -206,10 +206,13 @@ def score_gradients(
     return dquery, dkey, dmask, dalpha
 
 
-def through_sigmoid(dmask: Tensor, logits: Tensor) -> Tensor:
-    """(8): dX of dM and X, 1 - M as exact as M. A 0 stays 0: the logits of a padded key may be NaN."""
-    e = torch.exp(-logits.to(dmask.dtype).abs())
-    return torch.where(dmask == 0, 0, dmask * e / (1 + e).square())
+def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """(8): dX of dM and X. 1 - M is the sigmoid of -X, as exact as M; keys that are padding wherever X is used are selected out of X."""
+    x = logits.to(dmask.dtype)
+    if key_padding_mask is not None:
+        unseen = key_padding_mask if len(x) > 1 else key_padding_mask.all(0, keepdim=True)
+        x = x.masked_fill(unseen[:, None, None, :], 0)
+    return dmask * torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 def attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -57,6 +57,7 @@ MANY_THREADS = {
     "half, much kept, one mask row": Call(4, 16, 1045, 1045, 48, dtype="float16", mask=(False, False, False), threads=64),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
+ON_A_GPU = (pytest.mark.slow, pytest.mark.gpu)  # where they take no time
 ARCHS = (80, 90)
 
 
@@ -69,7 +70,7 @@ def extras(backend, call):
     return [extra_resident(call, backend)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CALLS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_A_GPU if name in SLOW else ()) for name in CALLS])
 def test_extra_memory_is_under_the_ceiling(fused_backend, name):
     for extra, ceiling in extras(fused_backend, CALLS[name]):
         assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"

@@ -43,4 +43,5 @@ def test_the_committed_table_is_what_the_command_writes():
     assert len(fresh) > 0
     for row, again in zip((r for r in rows if r["workload"] == "hodor_infer"), fresh, strict=True):
         assert (row["queries"], row["output"]) == (str(again["queries"]), again["output"])
-        assert float(row["bound"]) == pytest.approx(again["bound"], abs=0.002) and float(row["best"]) == pytest.approx(again["best"], abs=0.002)
+        for column in ("bound", "best"):
+            assert float(row[column]) == pytest.approx(again[column], abs=0.002)

@@ -15,9 +15,8 @@ class Backward {
   Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
         tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
-        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
-        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
-        dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
+        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())), dmask_(plan.dmask_tiles() * kKeys * kQueries),
+        dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries), dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
         key_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
     const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
@@ -68,8 +67,7 @@ class Backward {
       QueryTiles<E>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
-      step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
-                ahead(pair_index, i, k), sums);
+      step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, ahead(pair_index, i, k), sums);
     } else {
       if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
       if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));

@@ -16,13 +16,9 @@ struct BackwardParts {
   int64_t sums_size, dmask_size, dalpha_size;  // of one split
 
   BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
-      : sums(plan.splits * plan.part_size()),
-        dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
-        dmask_total(plan.dmask_total_size(t.scores.mask_size)),
-        dalpha(plan.splits * plan.n.B * plan.n.H),
-        sums_size(plan.part_size()),
-        dmask_size(plan.round * plan.dmask_rows * plan.n.Nk),
-        dalpha_size(plan.n.B * plan.n.H) {}
+      : sums(plan.splits * plan.part_size()), dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
+        dmask_total(plan.dmask_total_size(t.scores.mask_size)), dalpha(plan.splits * plan.n.B * plan.n.H), sums_size(plan.part_size()),
+        dmask_size(plan.round * plan.dmask_rows * plan.n.Nk), dalpha_size(plan.n.B * plan.n.H) {}
 
   int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha); }
 };

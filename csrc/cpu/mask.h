@@ -6,13 +6,25 @@
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
+template <class T>
+constexpr int64_t kSigmoids = kExpAtOnce * kLanes<T>;
+
+// x[0 .. kSigmoids) = after(2^before(x)).
+template <class T, class Before, class After>
+inline void exp2_of(T* x, const Before& before, const After& after) {
+  Vec<T> e[kExpAtOnce];
+  for (int i = 0; i < kExpAtOnce; ++i) e[i] = before(load(x + i * kLanes<T>));
+  exp2_each<T, kExpAtOnce>(e);
+  for (int i = 0; i < kExpAtOnce; ++i) store(x + i * kLanes<T>, after(e[i]));
+}
+
 // M of a query and a key block; padded keys are 0. rows: [kQueries][kKeys], overwritten.
 template <class T>
 inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   read_tile<T>(s.mask, b, h, q, k, rows, tile);
   if (!s.mask_is_logits) return;
-  for (int64_t at = 0; at < k.count * q.lanes; at += kLanes<T>) {
-    store(tile + at, T(1) / (T(1) + exp2<T>(load(tile + at) * static_cast<T>(-kLog2e))));
+  for (int64_t at = 0; at < k.count * q.lanes; at += kSigmoids<T>) {
+    exp2_of<T>(tile + at, [](Vec<T> x) { return x * static_cast<T>(-kLog2e); }, [](Vec<T> e) { return T(1) / (T(1) + e); });
   }
   select_attended(q, k, tile);
 }
@@ -26,10 +38,11 @@ inline void through_sigmoid(const Strided& logits, int64_t columns, T* row) {
     const int64_t count = smaller_of(kAtOnce, columns - first);
     Strided piece = logits;
     piece.offset += first * logits.column_stride;
-    read_rows<T>(piece, 1, count, x, round_up(count, kLanes<T>));
-    for (int64_t j = 0; j < count; j += kLanes<T>) {  // both factors from exp(-|x|): 1 - M as exact as M
-      const Vec<T> size = load(x + j), e = exp2<T>(larger(size, -size) * static_cast<T>(-kLog2e)), sum = T(1) + e;
-      store(x + j, e / (sum * sum));
+    read_rows<T>(piece, 1, count, x, round_up(count, kSigmoids<T>));
+    for (int64_t j = 0; j < count; j += kSigmoids<T>) {  // both factors from exp(-|x|): 1 - M as exact as M
+      exp2_of<T>(
+          x + j, [](Vec<T> logit) { return larger(logit, -logit) * static_cast<T>(-kLog2e); },
+          [](Vec<T> e) { return e / ((T(1) + e) * (T(1) + e)); });
     }
     for (int64_t j = 0; j < count; ++j) row[first + j] = row[first + j] == T(0) ? T(0) : row[first + j] * x[j];
   }

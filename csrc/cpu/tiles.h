@@ -201,7 +201,8 @@ struct StoreTile {
 
 // <row, query> for `count` rows of key or value and the block's queries, [size][lanes], as a tile.
 template <class E, class T>
-inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Ahead& ahead, T* tile) {
+inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Ahead& ahead,
+                         T* tile) {
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
 }
 

@@ -19,7 +19,10 @@ struct Number {
   Number() = default;
   Number(long double value) : value(value), magnitude(static_cast<double>(std::fabs(value))) {}  // NOLINT: a plain one is a number
   Number(long double value, double magnitude) : value(value), magnitude(magnitude) {}
-  Number& operator+=(const Number& x) { value += x.value, magnitude += x.magnitude; return *this; }
+  Number& operator+=(const Number& x) {
+    value += x.value, magnitude += x.magnitude;
+    return *this;
+  }
 };
 
 Number operator*(const Number& x, const Number& y) { return {x.value * y.value, x.magnitude * y.magnitude}; }

@@ -19,7 +19,9 @@ class Random {
   double normal();            // mean 0, variance 1
   bool chance(double p) { return uniform() < p; }
   template <class T>
-  T pick(const std::vector<T>& choices) { return choices[bits() % choices.size()]; }
+  T pick(const std::vector<T>& choices) {
+    return choices[bits() % choices.size()];
+  }
 
  private:
   uint64_t state_;
