@@ -68,7 +68,8 @@ struct KeysArgs {
   void* row_out = nullptr;  // dM of a mask without a query axis, summed over queries (B / batches, H or Hkv, Nk); null when not asked for
   DType row_dtype = DType::kFloat32;
   bool row_per_head = false;  // a row for each head, else for each group of query heads
-  int64_t heads = 1, batches = 1;  // that a block goes over, the last one fewer batches; whole groups of query heads when dK or dV is asked for
+  int64_t heads = 1,
+          batches = 1;  // that a block goes over, the last one fewer batches; whole groups of query heads when dK or dV is asked for
   int64_t span = 1;  // queries that a block goes over
 };
 

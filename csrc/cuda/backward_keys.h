@@ -68,7 +68,8 @@ SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, He
     tile.for_each_with(unused, [&](float&, float& sum, int half, int slot) {
       const int i = place.query_at(half, slot), j = place.key_at(half, slot);
       if (i >= work.last_query || j >= scores.size.Nk) return;
-      if (!map && scores.mask_is_logits) sum = through_sigmoid(sum, scores.mask, mask + i * scores.mask.stride[2] + j * scores.mask.stride[3]);
+      if (!map && scores.mask_is_logits)
+        sum = through_sigmoid(sum, scores.mask, mask + i * scores.mask.stride[2] + j * scores.mask.stride[3]);
       store_element(args.tile_out, args.tile_dtype, (base + i) * scores.size.Nk + j, sum);
       sum = 0.0f;
     });

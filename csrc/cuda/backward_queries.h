@@ -157,8 +157,8 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   Tile<DQUERY ? D : 8> dquery;
   dquery.fill(0.0f);
   const float alpha = alpha_of(scores, work.at.h);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile, DQUERY, SUMS> step{args,  work.at, alpha,  q.from_row(row), dout.from_row(row),
-                                                                        state, dquery,  dalpha, delta};
+  const QueriesStep<Math, D, kKeys, kQueries, kTile, DQUERY, SUMS> step{args,   work.at, alpha, q.from_row(row), dout.from_row(row), state,
+                                                                        dquery, dalpha,  delta};
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);

@@ -76,7 +76,12 @@ struct Scratch {
     return scratch.blocks.back().mutable_data_ptr();
   }
   smattn::cuda::Context context(int64_t stream, bool allow_tf32, const Maybe& seed) {
-    return {static_cast<int>(like.get_device_index()), reinterpret_cast<void*>(stream), allow_tf32, static_cast<const int64_t*>(data(seed)), allocate, this};
+    return {static_cast<int>(like.get_device_index()),
+            reinterpret_cast<void*>(stream),
+            allow_tf32,
+            static_cast<const int64_t*>(data(seed)),
+            allocate,
+            this};
   }
 };
 
@@ -111,9 +116,9 @@ void forward(Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Ma
   });
 }
 
-void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Maybe alpha, Maybe padding, Maybe seed,
-              Maybe out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey,
-              Maybe dvalue, Maybe dmask, Maybe dalpha) {
+void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Maybe alpha, Maybe padding,
+              Maybe seed, Maybe out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery,
+              Maybe dkey, Maybe dvalue, Maybe dmask, Maybe dalpha) {
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, seed);
   say_which(query, key, [&] {
@@ -184,7 +189,8 @@ void run_kernels(bool on) { smattn::cuda::emulator::runs = on; }
 SMATTN_LIBRARY(SMATTN_NAMESPACE, library) {
   library.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor? padding, Tensor? seed, "
-      "float scale, float dropout_p, bool allow_tf32, int stream, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()");
+      "float scale, float dropout_p, bool allow_tf32, int stream, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) "
+      "-> ()");
   library.def(
       "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? mask, bool mask_is_logits, Tensor? alpha, "
       "Tensor? padding, Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, bool allow_tf32, int stream, "
@@ -193,7 +199,8 @@ SMATTN_LIBRARY(SMATTN_NAMESPACE, library) {
       "attention_map(Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor head_weights, Tensor? padding, "
       "float scale, bool allow_tf32, int stream, Tensor(a!) map, Tensor(b!) lse) -> ()");
   library.def(
-      "attention_map_backward(Tensor dmap, Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor head_weights, "
+      "attention_map_backward(Tensor dmap, Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor "
+      "head_weights, "
       "Tensor? padding, Tensor lse, float scale, bool allow_tf32, int stream, Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, "
       "Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()");
 }
@@ -207,5 +214,7 @@ SMATTN_LIBRARY_IMPL(SMATTN_NAMESPACE, SMATTN_DEVICE_KEY, library) {
 
 #ifdef SMATTN_EMULATED
 STABLE_TORCH_LIBRARY_FRAGMENT(smattn_cuda_emulated, library) { library.def("run_kernels(bool on) -> ()"); }
-STABLE_TORCH_LIBRARY_IMPL(smattn_cuda_emulated, CompositeExplicitAutograd, library) { library.impl("run_kernels", TORCH_BOX(&run_kernels)); }
+STABLE_TORCH_LIBRARY_IMPL(smattn_cuda_emulated, CompositeExplicitAutograd, library) {
+  library.impl("run_kernels", TORCH_BOX(&run_kernels));
+}
 #endif

@@ -29,8 +29,8 @@ void launch(int64_t blocks, size_t shared_bytes, const typename Kernel::Args& ar
     if (error == cudaSuccess) return;
     throw std::runtime_error(std::string("CUDA kernel ") + Kernel::kName + " (" + std::to_string(blocks) + " blocks of " +
                              std::to_string(Kernel::kThreads) + " threads, " + std::to_string(shared_bytes) +
-                             " bytes of shared memory, device " + std::to_string(context.device) + ") was not launched: " +
-                             cudaGetErrorString(error));
+                             " bytes of shared memory, device " + std::to_string(context.device) +
+                             ") was not launched: " + cudaGetErrorString(error));
   };
   check(cudaSetDevice(context.device));
   if (blocks > 0x7FFFFFFF) check(cudaErrorInvalidConfiguration);

@@ -119,10 +119,20 @@ struct RowSums {
   void finish(void* dmask, const Context& context) const {
     const int64_t Nk = scores.size.Nk;
     if (scratch != nullptr)
-      sum_many({.from = scratch, .to = dmask, .dtype = scores.mask.dtype,
-                .outer = has_batch ? outer : 1, .middle = has_head ? rows : 1, .inner = Nk, .stride_outer = rows * Nk, .stride_middle = Nk,
-                .first = has_batch ? 1 : outer, .second = has_head ? 1 : rows, .stride_first = rows * Nk, .stride_second = Nk,
-                .logits = scores.mask_is_logits ? scores.mask : Tensor4{}}, context);
+      sum_many({.from = scratch,
+                .to = dmask,
+                .dtype = scores.mask.dtype,
+                .outer = has_batch ? outer : 1,
+                .middle = has_head ? rows : 1,
+                .inner = Nk,
+                .stride_outer = rows * Nk,
+                .stride_middle = Nk,
+                .first = has_batch ? 1 : outer,
+                .second = has_head ? 1 : rows,
+                .stride_first = rows * Nk,
+                .stride_second = Nk,
+                .logits = scores.mask_is_logits ? scores.mask : Tensor4{}},
+               context);
   }
 };
 
@@ -175,8 +185,7 @@ void run_delta(QueriesArgs args, float* sums, const Passes& passes, const Contex
   args.split_keys = ranges.split_keys;
   args.delta = args.splits > 1 ? allocate<float>(args.splits * count, context) : sums;
   passes.backward_queries(args, context);
-  if (args.splits > 1)
-    sum_many({.from = args.delta, .to = sums, .inner = count, .second = args.splits, .stride_second = count}, context);
+  if (args.splits > 1) sum_many({.from = args.delta, .to = sums, .inner = count, .second = args.splits, .stride_second = count}, context);
 }
 
 // dQ and dalpha.
@@ -194,12 +203,33 @@ void run_queries(QueriesArgs args, const Wanted& wanted, const Passes& passes, c
   if (wanted.dquery != nullptr && args.splits > 1) args.partial_dquery = allocate<float>(args.splits * count, context);
   passes.backward_queries(args, context);
   if (args.partial_dquery != nullptr)
-    sum_many({.from = args.partial_dquery, .to = wanted.dquery, .dtype = scores.dtype, .outer = 1, .middle = 1, .inner = count,
-              .stride_outer = 0, .stride_middle = 0, .first = 1, .second = args.splits, .stride_first = 0, .stride_second = count}, context);
+    sum_many({.from = args.partial_dquery,
+              .to = wanted.dquery,
+              .dtype = scores.dtype,
+              .outer = 1,
+              .middle = 1,
+              .inner = count,
+              .stride_outer = 0,
+              .stride_middle = 0,
+              .first = 1,
+              .second = args.splits,
+              .stride_first = 0,
+              .stride_second = count},
+             context);
   if (wanted.dalpha != nullptr)
-    sum_few({.from = args.dalpha, .to = wanted.dalpha, .dtype = DType::kFloat32, .outer = 1, .middle = size.H, .inner = 1,
-             .stride_outer = 0, .stride_middle = partials, .first = size.B, .second = partials,
-             .stride_first = size.H * partials, .stride_second = 1}, context);
+    sum_few({.from = args.dalpha,
+             .to = wanted.dalpha,
+             .dtype = DType::kFloat32,
+             .outer = 1,
+             .middle = size.H,
+             .inner = 1,
+             .stride_outer = 0,
+             .stride_middle = partials,
+             .first = size.B,
+             .second = partials,
+             .stride_first = size.H * partials,
+             .stride_second = 1},
+            context);
 }
 
 }  // namespace
@@ -252,8 +282,15 @@ void attention_map(const MapParams& params, const Context& context) {
   auto* mbar = scores.mask.data != nullptr ? allocate<float>(size.B * size.H * size.Nq, context) : nullptr;
   run_forward({.call = call, .lse = lse, .mbar = mbar}, passes, context);
   backward_rows({.call = call, .lse = lse, .mbar = mbar, .rows = rows}, context);
-  passes.backward_keys({.call = call, .head_weights = weights, .rows = rows, .tile_sum = TileSum::kMap, .tile_out = params.map,
-                        .tile_dtype = DType::kFloat32, .heads = size.H, .batches = 1, .span = passes.tile_span},
+  passes.backward_keys({.call = call,
+                        .head_weights = weights,
+                        .rows = rows,
+                        .tile_sum = TileSum::kMap,
+                        .tile_out = params.map,
+                        .tile_dtype = DType::kFloat32,
+                        .heads = size.H,
+                        .batches = 1,
+                        .span = passes.tile_span},
                        context);
 }
 
@@ -273,9 +310,19 @@ void attention_map_backward(const MapBackwardParams& params, const Context& cont
   run_keys({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
   run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
   if (params.dhead_weights != nullptr)
-    sum_few({.from = eta, .to = params.dhead_weights, .dtype = DType::kFloat32, .outer = 1, .middle = size.H, .inner = 1,
-             .stride_outer = 0, .stride_middle = size.Nq, .first = size.B, .second = size.Nq,
-             .stride_first = size.H * size.Nq, .stride_second = 1}, context);
+    sum_few({.from = eta,
+             .to = params.dhead_weights,
+             .dtype = DType::kFloat32,
+             .outer = 1,
+             .middle = size.H,
+             .inner = 1,
+             .stride_outer = 0,
+             .stride_middle = size.Nq,
+             .first = size.B,
+             .second = size.Nq,
+             .stride_first = size.H * size.Nq,
+             .stride_second = 1},
+            context);
 }
 
 }  // namespace smattn::cuda

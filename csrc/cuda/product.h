@@ -104,23 +104,21 @@ struct FloatMath {
     const auto lane_a = a.lane(lane_index() / 4, 0);
     const auto lane_b = b.lane(2 * (lane_index() % 4), 0);
     SMATTN_ROLLED
-    for (int k = 0; k < D; k += 32)
+    for (int k = 0; k < D; k += 32) SMATTN_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      const Four left = *reinterpret_cast<const Four*>(lane_a.from(0, c) + k);
+      const Four right = *reinterpret_cast<const Four*>(lane_a.from(8, c) + k);
       SMATTN_UNROLL
-      for (int c = 0; c < 8; ++c) {
-        const Four left = *reinterpret_cast<const Four*>(lane_a.from(0, c) + k);
-        const Four right = *reinterpret_cast<const Four*>(lane_a.from(8, c) + k);
+      for (int n = 0; n < N / 8; ++n) SMATTN_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const Four column = *reinterpret_cast<const Four*>(lane_b.from(8 * n + e, c) + k);
         SMATTN_UNROLL
-        for (int n = 0; n < N / 8; ++n)
-          SMATTN_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const Four column = *reinterpret_cast<const Four*>(lane_b.from(8 * n + e, c) + k);
-            SMATTN_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              acc.x[n][e] = fmaf(left.x[i], column.x[i], acc.x[n][e]);
-              acc.x[n][e + 2] = fmaf(right.x[i], column.x[i], acc.x[n][e + 2]);
-            }
-          }
+        for (int i = 0; i < 4; ++i) {
+          acc.x[n][e] = fmaf(left.x[i], column.x[i], acc.x[n][e]);
+          acc.x[n][e + 2] = fmaf(right.x[i], column.x[i], acc.x[n][e + 2]);
+        }
       }
+    }
   }
 
   template <int K, int ROWS_B, int D>

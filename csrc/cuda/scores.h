@@ -44,7 +44,7 @@ struct LiveKeys {
     uint32_t bits = Before{end}.bits<COUNT>(at);
     if (scores.padding == nullptr) return bits;
     SMATTN_ROLLED  // an address for each would fill the registers
-    for (int i = 0; i < COUNT; ++i) {
+        for (int i = 0; i < COUNT; ++i) {
       const int64_t key = at(i);
       if (key < end && scores.padding[b * scores.padding_stride[0] + key * scores.padding_stride[1]]) bits &= ~(1u << i);
     }
@@ -87,8 +87,8 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const std::byte* element, int
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
   const int64_t bytes = from.dtype == DType::kFloat64 ? 8 : from.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t first = at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] +
-                        place.key_at(0, 0) * from.stride[3];
+  const int64_t first =
+      at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
   const std::byte* element = opaque(static_cast<const std::byte*>(from.data) + first * bytes);
   const int64_t row_bytes = from.stride[KEYS_IN_ROWS ? 3 : 2] * bytes, column_bytes = from.stride[KEYS_IN_ROWS ? 2 : 3] * bytes;
   switch (from.dtype) {

@@ -13,34 +13,30 @@ struct Tile {
 
   SMATTN_DEVICE void fill(float value) {
     SMATTN_UNROLL
-    for (int n = 0; n < kBlocks; ++n)
-      SMATTN_UNROLL
-      for (int e = 0; e < 4; ++e) x[n][e] = value;
+    for (int n = 0; n < kBlocks; ++n) SMATTN_UNROLL
+    for (int e = 0; e < 4; ++e) x[n][e] = value;
   }
 
   // each(x, half, slot): half 0 is row l/4, half 1 row l/4 + 8; slot counts the lane's columns, known when compiled, see column_of.
   template <class Each>
   SMATTN_DEVICE void for_each(const Each& each) {
     SMATTN_UNROLL
-    for (int n = 0; n < kBlocks; ++n)
-      SMATTN_UNROLL
-      for (int e = 0; e < 4; ++e) each(x[n][e], e >> 1, 2 * n + (e & 1));
+    for (int n = 0; n < kBlocks; ++n) SMATTN_UNROLL
+    for (int e = 0; e < 4; ++e) each(x[n][e], e >> 1, 2 * n + (e & 1));
   }
 
   // The same over two tiles of one shape: each(x, y, half, slot).
   template <class Each>
   SMATTN_DEVICE void for_each_with(Tile& other, const Each& each) {
     SMATTN_UNROLL
-    for (int n = 0; n < kBlocks; ++n)
-      SMATTN_UNROLL
-      for (int e = 0; e < 4; ++e) each(x[n][e], other.x[n][e], e >> 1, 2 * n + (e & 1));
+    for (int n = 0; n < kBlocks; ++n) SMATTN_UNROLL
+    for (int e = 0; e < 4; ++e) each(x[n][e], other.x[n][e], e >> 1, 2 * n + (e & 1));
   }
 
   SMATTN_DEVICE void scale_rows(const float (&factor)[2]) {
     SMATTN_UNROLL
-    for (int n = 0; n < kBlocks; ++n)
-      SMATTN_UNROLL
-      for (int e = 0; e < 4; ++e) x[n][e] *= factor[e >> 1];
+    for (int n = 0; n < kBlocks; ++n) SMATTN_UNROLL
+    for (int e = 0; e < 4; ++e) x[n][e] *= factor[e >> 1];
   }
 };
 
@@ -149,10 +145,9 @@ struct SharedTile {
   SMATTN_DEVICE void put(const Tile<D>& x, int row) const {
     const Lane to = lane(row + row_of(0), column_of(0) / kPerChunk);
     SMATTN_UNROLL
-    for (int n = 0; n < D / 8; ++n)
-      SMATTN_UNROLL
-      for (int half = 0; half < 2; ++half)
-        put_pair(to.from(8 * half, 8 * n / kPerChunk) + column_of(0) % kPerChunk, x.x[n][2 * half], x.x[n][2 * half + 1]);
+    for (int n = 0; n < D / 8; ++n) SMATTN_UNROLL
+    for (int half = 0; half < 2; ++half)
+      put_pair(to.from(8 * half, 8 * n / kPerChunk) + column_of(0) % kPerChunk, x.x[n][2 * half], x.x[n][2 * half + 1]);
   }
 
   // Copies rows row..row + 16 of the tile, but at most `rows` of them, to contiguous rows of `depth` elements, 16 bytes at a time if depth
