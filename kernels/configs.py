@@ -92,9 +92,7 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    older = (86, 80) if arch in SMALL_SHARED else (100, 90, 80) if arch >= 100 else (90, 80) if arch >= 90 else (80,)
-    row = next(TABLE[kernel, own, size] for own in older if (kernel, own, size) in TABLE)
-    return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+    return row_of(kernel, arch, size)[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -143,3 +141,15 @@ def arch_of(device: torch.device) -> int:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def row_of(kernel: str, arch: int, size: int) -> tuple[TileConfig, TileConfig, TileConfig, TileConfig]:
+    """The row that a chip takes: its own, or that of the newest one before it."""
+    own = generation(arch)
+    before = (own, 80) if own == 86 else (own, 90, 80)
+    return next(TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE)
+
+
+def generation(arch: int) -> int:
+    """The arch of the row that is the chip's own, where there is one."""
+    return 86 if arch in SMALL_SHARED else 100 if arch >= 100 else 90 if arch >= 90 else 80

@@ -87,8 +87,11 @@ REFUSED = [
     (dict(alpha=z(1)), ValueError, "alpha: expected shape () or (H,) = (4,), got (1,)"),
     (dict(alpha=z(H, 1, 1)), ValueError, "alpha: expected shape () or (H,) = (4,), got (4, 1, 1)"),
     (dict(mask_logits=z(B, NQ, NK)), ValueError, "mask_logits: expected None when mask is given, got both"),
-    (dict(mask=None, mask_logits=z(B, NQ, NK)), NotImplementedError,
-     "mask_logits: not supported yet; pass mask=torch.sigmoid(mask_logits)"),
+    (dict(mask=None, mask_logits=z(H, NQ, NK)), ValueError, "mask_logits: expected *, got (4, 3, 5)"),
+    (dict(mask=None, mask_logits=z(B, NQ, NK).bool()), ValueError,
+     "mask_logits: expected dtype float16, bfloat16, float32 or float64, got torch.bool"),
+    (dict(mask=None, alpha=None, mask_logits=z(B, NQ, NK)), ValueError,
+     "alpha: expected a float or a tensor of shape () or (H,), since a mask is given, got None"),
     (dict(key_padding_mask=[True]), TypeError, "key_padding_mask: expected a torch.Tensor, got list"),
     (dict(key_padding_mask=z(B, NK)), ValueError, "key_padding_mask: expected dtype torch.bool, True = padding, got torch.float32"),
     (dict(key_padding_mask=z(B, 6).bool()), ValueError, "key_padding_mask: expected shape (B, Nk) = (2, 5), got (2, 6)"),
@@ -217,11 +220,6 @@ def test_an_explicit_backend_is_used_or_refused(name):
     else:
         row = next(row for row in table().TABLE if row.name == name)
         assert table().resolve(A_PROBLEM, name, "forward") is row.load()
-
-
-def test_what_is_not_part_of_this_version_says_so():
-    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: it is not part of this version"):
-        attention(backend="cuda")
 
 
 def test_a_backend_without_attention_map_says_so(backend, device):
