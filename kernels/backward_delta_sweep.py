@@ -42,7 +42,7 @@ def _delta_sweep_kernel(
     HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    h, m_block, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
+    h, m_block, offs_m, _whole, b, bh = query_program(H, Nq, 1, BLOCK_M)
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
