@@ -14,7 +14,7 @@ def test_pre_commit_runs_what_make_lint_runs():
 
 
 def test_files_that_contributing_names_are_there():
-    named = set(re.findall(r"`([\w./]+\.(?:py|cpp|h|md|toml))`", (ROOT / "CONTRIBUTING.md").read_text()))
+    named = set(re.findall(r"`([\w./]+\.(?:py|cpp|h|cu|md|toml))`", (ROOT / "CONTRIBUTING.md").read_text()))
     folders = ("bench", "csrc", "docs", "examples", "kernels", "smattn", "tests")
     there = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.*")]
     there += [f"/{path.name}" for path in ROOT.glob("*.*")]
