@@ -99,7 +99,7 @@ def install(arch: str, until: float) -> Outcome:
         del attempts["with CUDA C++"]
     for what, options in attempts.items():
         shutil.rmtree(SITE, ignore_errors=True)
-        share = (until - time.monotonic()) / 2  # of the time left: the next attempt, and the parts, want some
+        share = (until - time.monotonic()) / 3  # of the time left: the next attempt, and the parts, want some
         code = command((PYTHON, *INSTALLATION), ROOT, environment(CMAKE_ARGS=options), share)
         if code == 0:
             return Outcome(PASSED, time.monotonic() - began, what)
