@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def search_table(results: Path) -> str:
-    return search.table(search.unchanged(study.read(results / "vos_synthetic.csv")) + search.read(results / "vos_search.csv"))
+    return search.table(search.unchanged(study.read(results / "vos_synthetic.csv")) + study.read(results / "vos_search.csv", search.Found))
 
 
 if __name__ == "__main__":
