@@ -481,11 +481,17 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
 
 
-@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)])
+@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_figures", study), ("vos_clip", study), ("vos_cost", cost)])
 def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
     examples = Path(__file__).resolve().parents[1] / "examples"
     rows = module.read(examples / "results" / f"{name}.csv")
     assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
+
+
+def test_the_table_of_what_was_tried_is_that_of_the_committed_rows():
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    tried = study.read(examples / "results" / "vos_tried.csv", search.Found)
+    assert tried and search.table(tried, "frame0") in (examples / "vos" / "README.md").read_text()
 
 
 def test_the_table_of_the_search_begins_with_the_comparison():

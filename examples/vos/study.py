@@ -1,8 +1,8 @@
 """Contestants on one data set: every one trained with every seed, the same steps, batches and inference; scores as CSV, table and plot.
 
     python -m vos.study --data clips --out results/vos_synthetic                                                # from the folder examples/
-    python -m vos.study --data clip --out results/vos_clip --config clip --contestants ground soft frame0 copy --seeds 3
-    python -m vos.study --data figures --out results/vos_figures --config figure --contestants ground soft frame0 --seeds 6 --alone
+    python -m vos.study --data clip --out results/vos_clip --config clip --contestants soft frame0 ground copy --seeds 3
+    python -m vos.study --data figures --out results/vos_figures --config figure --contestants ground frame0 --seeds 6 --alone
 
 Runs that the CSV already has are not repeated: a study that was stopped goes on.
 """
@@ -15,7 +15,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from resumable import train
@@ -33,6 +33,7 @@ CONTESTANTS = {  # masking, cycles
     "detached": ("detached", "all"),
     "none": ("none", "all"),
     "ground": ("soft", "ground"),  # cycles that end on the ground of another frame
+    "ground-detached": ("detached", "ground"),
     "frame0": ("soft", "frame0"),  # sees the annotated frame alone
     "oracle": ("soft", "frame0"),  # the same with every annotation that the clips have, to know what could be won
     "copy": None,  # the first mask in every frame, no network
@@ -47,9 +48,6 @@ class Row(NamedTuple):
     JF: float
     J: float
     F: float
-
-
-R = TypeVar("R", bound=NamedTuple)
 
 
 def rows_of(contestant: str, seed: int, steps: int, scores: list[Score]) -> Iterable[Row]:
@@ -74,8 +72,8 @@ def copied(clip: Clip) -> Tensor:
     return torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)
 
 
-def read(path: Path, kind: type[R] = Row) -> list[R]:
-    """The rows that `write` wrote; none where there is no file."""
+def read(path: Path, kind: type[Any] = Row) -> list[Any]:
+    """The rows of that kind, a NamedTuple, that `write` wrote; none where there is no file."""
     if not path.exists():
         return []
     kinds = get_type_hints(kind).values()
@@ -83,7 +81,7 @@ def read(path: Path, kind: type[R] = Row) -> list[R]:
         return [kind(*(of(value) for of, value in zip(kinds, line, strict=True))) for line in list(csv.reader(file))[1:]]
 
 
-def write(path: Path, rows: list[R]) -> None:
+def write(path: Path, rows: list[Any]) -> None:
     """As CSV: the names of the fields, and a line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
