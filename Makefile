@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/smattn.stamp
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm64`
+CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: bench test test-all bench-readme bench-full lint docs aot sanitize arm64 clean
+.PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python bench/run.py
@@ -31,11 +32,28 @@ bench-full: bench-readme  ## those, every named workload, and the products tile 
 	$(BIN)/python bench/run.py --full
 	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python bench/brgemm.py
 
-lint: $(INSTALLED)  ## mypy reads a copy laid out as installed: it cannot follow the map kernels/ -> smattn.kernels
+# On a machine with an NVIDIA GPU, torch and triton already there; no network and no environment of its own. PART="suite bench": only these.
+gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu.py lists its parts
+	$(PYTHON) bench/gpu.py $(PART)
+
+tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table
+	$(PYTHON) bench/gpu.py --minutes 60 tune
+
+lint: ruff mypy clang-format  ## the checks of a commit, which pre-commit runs as well
+
+ruff: $(INSTALLED)
 	$(BIN)/ruff check .
+
+mypy: $(INSTALLED)  ## reads a copy laid out as installed: it cannot follow the map kernels/ -> smattn.kernels
 	rm -rf $(VENV)/lint
 	$(BIN)/python setup.py --quiet build_py --build-lib $(VENV)/lint
 	cd $(VENV)/lint && ../bin/mypy --config-file ../../pyproject.toml -p smattn
+
+clang-format: $(INSTALLED)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(INSTALLED)  ## puts right what clang-format finds
+	$(BIN)/clang-format -i $(CPP)
 
 docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
 	$(BIN)/pdoc --docformat google smattn smattn.distributed smattn.integrations smattn.flops smattn.testing --output-directory build/docs

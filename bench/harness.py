@@ -4,7 +4,10 @@ Time. Every contestant is called in turn, round after round, after a warm-up of 
 all. A contestant stays in the rounds until it has used its time budget, and for MIN_REPS calls at least, or SLOW_REPS when those already
 take three budgets. No sample is dropped. With warm caches each timed call follows untimed ones of the same contestant, one at least and as
 many as fit in WARM_MS: the steady state of a loop, worker threads awake. With cold caches it follows the reading of a buffer that is
-FLUSH times as large as the device's largest cache. That too is part of the budget.
+many times as large as the device's largest cache. That too is part of the budget.
+
+On a GPU a warm call finds the device idle, and what Python and the launches take counts. A cold call's launches queue up behind the reading
+of the buffer, and those of a CUDA graph are one: there only the device's own time is left.
 
 Memory. What the process grows by at its highest point during one call, less the outputs and gradients the call returns: whatever a call
 needs besides its inputs and results, scratch that it keeps for the next call included. On a GPU that is torch.cuda.max_memory_allocated.
@@ -22,7 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -33,7 +36,8 @@ from torch import Tensor
 
 from smattn.testing import Case, Workload, make_case
 
-FLUSH = 8
+FLUSH = {"cpu": 8, "cuda": 64}  # times the largest cache; on a GPU a millisecond, longer than any call takes to be launched
+GRAPH_CALLS = 10  # in one CUDA graph
 SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
 WARM_MS = 5.0
 WARM_UP_SECONDS = 1.0  # a warm-up is two calls, or one that took this long
@@ -50,10 +54,10 @@ class Cell:
     device: str
     direction: str
     also_cold: bool = False  # timed with warm caches, then with cold ones
+    also_graph: bool = False  # and then in a CUDA graph
 
     def case(self) -> Case:
-        w = self.workload
-        return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=self.dtype, mask=self.mask, mask_dtype=self.dtype, device=self.device)
+        return _case(self.workload, self.mask, self.dtype, self.device)
 
     def smaller(self) -> Cell:
         w = self.workload
@@ -80,8 +84,13 @@ class Cell:
         return inputs + output if self.direction == FORWARD else 2 * (inputs + output)
 
 
-def bind(attend: Attend, case: Case, direction: str) -> Step:
-    """One call: the output, and with BOTH the gradients of query, key, value, mask and alpha."""
+@lru_cache(2)  # both masks of a shape: the largest take seconds to make
+def _case(w: Workload, mask: str, dtype: torch.dtype, device: str) -> Case:
+    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
+
+
+def bind(attend: Attend, case: Case, direction: str, gradients: int = 5) -> Step:
+    """One call: the output, and with BOTH the gradients of query, key, value, mask and alpha, or of the first so many."""
     assert case.mask is not None and isinstance(case.alpha, Tensor)
     inputs = (case.query, case.key, case.value, case.mask[:, None], case.alpha)
     if direction == FORWARD:
@@ -95,7 +104,7 @@ def bind(attend: Attend, case: Case, direction: str) -> Step:
 
     def forward_and_backward() -> tuple[Tensor, ...]:
         out = attend(*leaves)
-        return (out, *torch.autograd.grad(out, leaves, case.dout))
+        return (out, *torch.autograd.grad(out, leaves[:gradients], case.dout))
 
     return forward_and_backward
 
@@ -114,15 +123,19 @@ def timing(samples: list[float]) -> Timing:
     return Timing(statistics.median(samples), deciles[0], deciles[-1], len(samples))
 
 
-def once(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call, on the device's own clock."""
+def once(call: Callable[[], object], device: str, before: Callable[[], object] | None = None) -> float:
+    """Milliseconds of one call after `before`, on the device's own clock; a GPU goes from one to the other without the host."""
     if torch.device(device).type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if before:
+            before()
         start.record()
         call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
+    if before:
+        before()
     began = time.perf_counter()
     call()
     return (time.perf_counter() - began) * 1e3
@@ -145,23 +158,38 @@ def time_interleaved(
     gc.collect()
     while running := [name for name, taken in samples.items() if _goes_on(len(taken), used[name] / 1e3, seconds)]:
         for name in running:
-            used[name] += once(before, device) if before else in_a_loop(calls[name], device)
-            samples[name].append(once(calls[name], device))
-            used[name] += samples[name][-1]
+            began = time.perf_counter()
+            if before is None:
+                in_a_loop(calls[name], device)
+            samples[name].append(once(calls[name], device, before))
+            used[name] += (time.perf_counter() - began) * 1e3
     return samples
 
 
-def in_a_loop(call: Callable[[], object], device: str) -> float:
-    """Call it for WARM_MS, once at least; the milliseconds that took."""
+def in_a_loop(call: Callable[[], object], device: str) -> None:
+    """Call it for WARM_MS, once at least."""
     taken = once(call, device)
     while taken < WARM_MS:
         taken += once(call, device)
-    return taken
+
+
+def in_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """GRAPH_CALLS of them, captured in one CUDA graph: its replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            call()
+    return graph.replay
 
 
 def cache_flush(device: str) -> Callable[[], object]:
     """A call after which the device's caches hold nothing from before it."""
-    buffer = torch.ones(FLUSH * largest_cache(device) // 4, device=device)
+    buffer = torch.ones(FLUSH[torch.device(device).type] * largest_cache(device) // 4, device=device)
     return buffer.sum
 
 
@@ -184,8 +212,8 @@ def extra_bytes(contestant: Contestant, cell: Cell) -> int:
 
 def _call_and_warm_up(contestant: Contestant, cell: Cell) -> tuple[Step, Step]:
     attend = contestant.ready()
-    call = bind(attend, cell.case(), cell.direction)
-    return call, call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction)
+    call = bind(attend, cell.case(), cell.direction, contestant.gradients)
+    return call, call if contestant.compiled else bind(attend, cell.smaller().case(), cell.direction, contestant.gradients)
 
 
 def peak_beyond_results(make: Callable[[], tuple[Step, Step]], device: str) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import re
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import triton
 from harness import Cell, timing
 from peers import ours, select_cpu_kernels
-from rows import FORWARD, MATMUL, WARM, Row
+from rows import FORWARD, MATMUL, WARM, Row, write
 from validate import Validation, fitting, validate
 
 import smattn
@@ -35,7 +35,9 @@ class Job:
     seconds: float  # time budget of one contestant in one cell
     command: str
     kernels: str = ""  # the set of CPU kernels forced, "avx2" say; "": the machine's best
+    file: Path | None = None  # where the rows go as they come
     validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
+    failed: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)  # of these: why
     rows: list[Row] = field(default_factory=list)
     matmul_ms: float | None = None  # around the cell being measured
 
@@ -48,17 +50,36 @@ class Job:
             "command": self.command,
         }
 
+    def save(self) -> None:
+        """Write what there is."""
+        if self.file:
+            write(self.rows, self.file)
+
     def check(self, backends: list[str], cells: list[Cell]) -> None:
-        """Validate every backend in every cell; exit when one is outside the budget, for a wrong kernel's time is no news."""
+        """Validate every backend in every cell: one that is outside the budget is not timed there, for a wrong kernel's time is no news."""
         if self.kernels:
             select_cpu_kernels(self.kernels)
         wanted = dict.fromkeys((cell.workload, cell.mask, cell.dtype) for cell in cells)
         for (workload, mask, dtype), backend in product(wanted, backends):
-            found = validate(backend, fitting(workload), mask, dtype, self.device)
-            self.keep(replace(found, backend=ours(backend, self.kernels).name))
-        outside = [f"{v.backend} {v.workload} {v.dtype} {v.mask}" for v in self.validations.values() if not v.within]
-        if outside:
-            sys.exit(f"outside the error budget, so nothing is timed: {', '.join(outside)}")
+            name = ours(backend, self.kernels).name
+            try:
+                found = replace(validate(backend, fitting(workload), mask, dtype, self.device), backend=name)
+            except Exception as error:  # a kernel that does not compile, say: the others are measured
+                self.failed[name, workload.name, mask, dtype] = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{name} {workload.name} {name_of(dtype)} {mask}: {error}", flush=True)
+                continue
+            self.keep(found)
+            if not found.within:
+                self.failed[name, workload.name, mask, dtype] = "outside the error budget"
+
+    def refusal(self, name: str, cell: Cell) -> str | None:
+        """Why this contestant, wrong or broken in this cell, is not timed there."""
+        return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype))
+
+    def verdict(self) -> str | None:
+        """For sys.exit, at the end: what failed the check; None when nothing did."""
+        failed = [f"{name} {workload} {name_of(dtype)} {mask}: {why}" for (name, workload, mask, dtype), why in self.failed.items()]
+        return "not timed, for it failed the check: " + "; ".join(failed) if failed else None
 
     def keep(self, validation: Validation) -> None:
         self.validations[validation.backend, validation.workload, validation.mask, getattr(torch, validation.dtype)] = validation
@@ -78,19 +99,26 @@ class Job:
             )
         )  # fmt: skip
 
-    def add_matmul(self, dtype: torch.dtype, taken: list[float]) -> None:
+    def add_matmul(self, dtype: torch.dtype, taken: list[float], workload: str = MATMUL, side: int = SIDE) -> None:
+        self.add_ceiling(workload, "torch.mm", (side,) * 3, dtype, taken, 3 * side**2 * dtype.itemsize, 2 * side**3)
+
+    def add_ceiling(
+        self, workload: str, what: str, shape: tuple[int, ...], dtype: torch.dtype, taken: list[float], io_bytes: int, flops: int
+    ) -> None:
         self.rows.append(
             Row(
-                **_times(taken), **self.about, workload=MATMUL, shape=(SIDE,) * 3, mask="none", dtype=name_of(dtype), direction=FORWARD,
-                cache=WARM, backend="torch.mm", default=False, extra_bytes=None, io_bytes=3 * SIDE**2 * dtype.itemsize, flops=2 * SIDE**3,
+                **_times(taken), **self.about, workload=workload, shape=shape, mask="none", dtype=name_of(dtype), direction=FORWARD,
+                cache=WARM, backend=what, default=False, extra_bytes=None, io_bytes=io_bytes, flops=flops,
                 matmul_ms=None, errors=None, skipped=None,
             )
         )  # fmt: skip
 
     def path(self, *labels: str) -> Path:
-        """Where the rows go: bench/results/<date>-<device>-<labels>.jsonl."""
+        """Where the rows go: bench/results/<date>-<device>-<labels>.jsonl, with a number after it where that is committed already."""
         slug = re.sub(r"[^a-z0-9]+", "-", describe_device(self.device).lower()).strip("-")
-        return RESULTS / f"{'-'.join([f'{datetime.date.today()}', slug, *labels])}.jsonl"
+        stem = "-".join([f"{datetime.date.today()}", slug, *labels])
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        return next(path for name in names if not committed(path := RESULTS / f"{name}.jsonl"))
 
 
 def default_backend(cell: Cell) -> str:
@@ -115,17 +143,25 @@ def describe_device(device: str) -> str:
     return f"{model}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def committed(path: Path) -> bool:
+    """Whether git keeps this file: a figure of the README may come from it."""
+    try:
+        return bool(_git("ls-files", "--", str(path), folder=path.parent))
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no such folder
+        return False
+
+
 def describe_commit() -> str:
     """The commit, with + when what is measured differs from it; "unknown" outside a repository."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
+        return _git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _times(taken: list[float] | None) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def main() -> None:
     path = job.path("nk-sweep")
     write(job.rows, path)
     print(f"wrote {path} and {write_report(path)}")
+    sys.exit(job.verdict())
 
 
 if __name__ == "__main__":

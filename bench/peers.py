@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rows import OURS
+from rows import OURS, UNMASKED
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 import smattn
@@ -40,6 +41,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor)
     return out
 
 
+def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
 @dataclass(frozen=True)
 class Contestant:
     """One entry: a function, compiled or not. Picklable, so that a fresh process can measure its memory."""
@@ -49,6 +55,7 @@ class Contestant:
     compiled: bool = False
     forward_only_on: tuple[str, ...] = ()  # device types
     holds_scores: bool = True  # tensors of B*H*Nq*Nk elements
+    gradients: int = 5  # of the inputs, the first so many
     kernels: str = ""  # the set of CPU kernels to force on the process, "avx2" say
 
     def ready(self) -> Attend:
@@ -64,6 +71,9 @@ PEERS = (
     Contestant("sdpa", sdpa),
     Contestant("flex", flex, compiled=True, forward_only_on=("cpu",), holds_scores=False),
 )
+
+
+WITHOUT_MASK = Contestant(UNMASKED, flash, holds_scores=False, gradients=3)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Rewrite the figures of README.md, between its two markers, from result files: `python bench/readme_figures.py bench/results/FILE.jsonl`
+"""Rewrite the figures of README.md, between its markers, from result files: `python bench/readme_figures.py bench/results/FILE.jsonl`
 
-Without a file, from those the README shows now. Every figure of the README is made here.
+Without a file, from those the README shows now. A GPU's files go between markers of their own, with the targets, and a CPU's between
+theirs: a call with one kind leaves the other as it is. Every figure of the README is made here.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ import re
 import sys
 from pathlib import Path
 
-from rows import BOTH, FORWARD, MATMUL, Row, read
+import targets
+from rows import BOTH, COPY, FORWARD, MATMUL, Row, read
 from tables import DISTURBED, Duel, disturbed, duels, markdown, mib, ms
 
 ROOT = Path(__file__).resolve().parent.parent
-SWEEP = "nk-sweep.jsonl"  # what nk_sweep.py writes; any other file is run.py's
+SWEEP = "-nk-sweep"  # in the name of what nk_sweep.py writes; any other file is run.py's
 BLOCK = re.compile(r"(?<=<!-- figures: begin -->\n).*?(?=<!-- figures: end -->)", re.DOTALL)
+GPU_BLOCK = re.compile(r"(?<=<!-- gpu figures: begin -->\n).*?(?=<!-- gpu figures: end -->)", re.DOTALL)
+NO_GPU = "No run on a GPU has been made yet; `make gpu` makes one.\n"
 
 INTRODUCTION = """Medians in ms of the backend that smattn takes, beside the fastest of its peers in the same run: plain PyTorch eager and
 compiled, SDPA with the materialised bias, compiled FlexAttention (on a CPU forward only). "Both" is forward and backward with all five
@@ -22,16 +26,30 @@ gradients, and the memory its peak beyond inputs, outputs and gradients. Cold ca
 """
 
 
-def files_shown(readme: str) -> list[str]:
+def files_shown(readme: str, marked: re.Pattern[str] = BLOCK) -> list[str]:
     """The result files, relative to the repository's root, that the README's block was made from."""
-    block = BLOCK.search(readme)
+    block = marked.search(readme)
     return re.findall(r"rows: \[.*?\]\((bench/results/\S+\.jsonl)\)", block[0]) if block else []
 
 
 def with_figures(readme: str, files: list[str]) -> str:
-    runs, sweeps = ([file for file in files if file.endswith(SWEEP) is swept] for swept in (False, True))
+    runs, sweeps = ([file for file in files if (SWEEP in file) is swept] for swept in (False, True))
     parts = [INTRODUCTION] * bool(runs) + [section(file, with_plot=file == runs[0]) for file in runs] + [*map(sweep_section, sweeps)]
     return BLOCK.sub(lambda _: "\n".join(parts), readme)
+
+
+def with_gpu_figures(readme: str, files: list[str]) -> str:
+    return GPU_BLOCK.sub(lambda _: "\n".join([INTRODUCTION, *map(gpu_section, files)]) if files else NO_GPU, readme)
+
+
+def gpu_section(file: str) -> str:
+    """One run on a GPU: its section, and what became of the targets."""
+    what = " ".join((targets.__doc__ or "").splitlines()[2:])
+    return f"{section(file, with_plot=True)}\n**Targets on an H200, and this run.** {what}\n\n{targets.table(read(ROOT / file))}\n"
+
+
+def is_on_a_gpu(file: str) -> bool:
+    return any(row.workload == COPY for row in read(ROOT / file))
 
 
 def section(file: str, with_plot: bool = False) -> str:
@@ -96,9 +114,11 @@ def times(duel: Duel | None) -> list[str]:
 def main(files: list[str]) -> None:
     path = ROOT / "README.md"
     readme = path.read_text()
-    if BLOCK.search(readme) is None:
-        sys.exit("README.md has no <!-- figures: begin --> and <!-- figures: end -->")
-    path.write_text(with_figures(readme, files or files_shown(readme)))
+    if BLOCK.search(readme) is None or GPU_BLOCK.search(readme) is None:
+        sys.exit("README.md has not the four markers <!-- figures: begin -->, ... <!-- gpu figures: end -->")
+    on_cpus, on_gpus = ([file for file in files if is_on_a_gpu(file) is gpu] for gpu in (False, True))
+    readme = with_figures(readme, on_cpus or files_shown(readme))
+    path.write_text(with_gpu_figures(readme, on_gpus or files_shown(readme, GPU_BLOCK)))
 
 
 if __name__ == "__main__":

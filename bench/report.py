@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rows import COLD, OURS, WARM, Row, read
+from rows import COLD, COPY, GRAPH, OURS, WARM, Row, read
 from tables import Key, calibration, cells, contestants, disturbed, duels, markdown, mib, ms
 
 from smattn.testing import WORKLOADS
@@ -52,7 +52,7 @@ Cold cache: before each call the caches are emptied, as by whatever else a netwo
 {markdown(["workload", *names, "best peer / smattn"], time_body(rows, names))}
 
 {calibration(rows)}
-
+{on_a_gpu(rows)}
 ## Extra peak memory
 
 MiB beyond inputs, outputs and gradients (given in the second column) at the highest point of a call, scratch included.
@@ -76,6 +76,26 @@ Workloads not in this run: {", ".join(name for name in WORKLOADS if name not in 
     report = path.with_suffix(".md")
     report.write_text(text)
     return report
+
+
+def on_a_gpu(rows: list[Row]) -> str:
+    """The ceilings and the targets, of a run that has the ceilings."""
+    if all(row.workload != COPY for row in rows):
+        return ""
+    import ceilings
+    import targets
+
+    return f"""
+## Ceilings
+
+{ceilings.table(rows)}
+
+## Targets
+
+{" ".join(targets.__doc__.splitlines()[2:])}
+
+{targets.table(rows)}
+"""
 
 
 TENSORS = ("out", "dquery", "dkey", "dvalue", "dmask", "dalpha")
@@ -132,7 +152,8 @@ def plot(rows: list[Row], what: str, path: Path) -> None:
     """Bars on a logarithmic axis: a group a cell, a colour a contestant, forward above forward+backward."""
     table, names = cells(rows), contestants(rows)
     directions = list(dict.fromkeys(key.direction for key in table))
-    figure, axes = plt.subplots(len(directions), 1, figsize=(9, 3 * len(directions)), squeeze=False, layout="constrained")
+    size = (max(9, 0.4 * len(table)), 3 * len(directions))
+    figure, axes = plt.subplots(len(directions), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, direction in zip(axes[:, 0], directions, strict=True):
         keys = [key for key in table if key.direction == direction]
         width = 0.8 / len(names)
@@ -152,7 +173,7 @@ def plot(rows: list[Row], what: str, path: Path) -> None:
 def ticks(keys: list[Key]) -> list[str]:
     """The workload of each cell, and in what else the cells differ."""
     several = {field: len({getattr(key, field) for key in keys}) > 1 for field in ("dtype", "mask")}
-    cold = {key: ["cold cache"] if key.cache == COLD else [] for key in keys}
+    cold = {key: {COLD: ["cold cache"], GRAPH: ["CUDA graph"]}.get(key.cache, []) for key in keys}
     return ["\n".join([key.workload, *(getattr(key, field) for field in several if several[field]), *cold[key]]) for key in keys]
 
 
@@ -165,7 +186,7 @@ def _value(row: Row, what: str) -> float:
 def colour(name: str, names: list[str]) -> str:
     """smattn in greens, peers in greys and blues."""
     same = [other for other in names if other.startswith(OURS) == name.startswith(OURS)]
-    palette = ("#1b7837", "#7fbf7b", "#c7e9c0") if name.startswith(OURS) else ("#555555", "#999999", "#4393c3", "#92c5de")
+    palette = ("#1b7837", "#7fbf7b", "#c7e9c0") if name.startswith(OURS) else ("#555555", "#999999", "#4393c3", "#92c5de", "#d6a1c8")
     return palette[same.index(name) % len(palette)]
 
 

@@ -10,7 +10,11 @@ from typing import Any
 
 FORWARD, BOTH = "forward", "forward+backward"
 WARM, COLD = "warm", "cold"  # what the caches hold before a call: what the same call left there, in a loop, or nothing of it
+GRAPH = "graph"  # as WARM, and replayed from a CUDA graph
 MATMUL = "matmul2048"  # the calibration row: torch.mm at 2048^3, in the same run
+LARGE_MATMUL, COPY = "matmul8192", "copy"  # with it the ceilings of a GPU: what no kernel is expected to exceed
+CEILINGS = (MATMUL, LARGE_MATMUL, COPY)
+UNMASKED = "flash without mask"  # no peer: the price of the mask is what the others take beyond it
 OURS = "smattn/"  # a backend of smattn is "smattn/cpu"; any other name is a peer's
 
 
@@ -18,10 +22,10 @@ OURS = "smattn/"  # a backend of smattn is "smattn/cpu"; any other name is a pee
 class Row:
     workload: str
     shape: tuple[int, ...]  # B, H, Nq, Nk, D
-    mask: str  # "uniform", "blob"; "none" for the calibration
+    mask: str  # "uniform", "blob"; "none" for the ceilings
     dtype: str
     direction: str  # FORWARD or BOTH: every gradient, that of mask and alpha included
-    cache: str  # WARM or COLD
+    cache: str  # WARM, COLD or GRAPH
     backend: str
     default: bool  # the backend that smattn takes when none is named
     median_ms: float | None  # None: not timed, `skipped` says why
@@ -46,8 +50,11 @@ class Row:
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
+    """In one step: whenever the process is killed, the file holds one call's rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    unfinished.replace(path)
 
 
 def read(path: Path) -> list[Row]:

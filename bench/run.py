@@ -1,22 +1,25 @@
 """The main job, `make bench`: every backend of this machine checked against float64, then timed beside its peers, in one run.
 
 Writes bench/results/<date>-<device>.jsonl, one row (rows.py) for each cell measured or skipped, and a report beside it (report.py).
-`--full` (make bench-full) takes every named workload, both kinds of mask, float32 and bfloat16.
+`--full` (make bench-full) takes every named workload, both kinds of mask, float32 and bfloat16. On a GPU every run does, in bfloat16 alone,
+and has the ceilings beside it (ceilings.py), CUDA graphs, and torch's flash attention without a mask. The rows are saved as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from itertools import product
 
 import torch
+from ceilings import measure_ceilings
 from harness import Cell
 from job import Job, available_backends
-from measure import measure
-from peers import PEERS, cpu_kernels, ours
-from rows import BOTH, FORWARD, OURS, write
+from measure import compile_ahead, measure
+from peers import PEERS, WITHOUT_MASK, cpu_kernels, ours
+from rows import BOTH, FORWARD, OURS
 from validate import interpreted_triton
 
 import smattn
@@ -24,6 +27,8 @@ from smattn.testing import WORKLOADS
 
 SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls")  # what a CPU does in minutes
 ALSO_COLD = ("hodor_train", "hodor_infer")  # in use, a network runs between two calls: keys and values come from memory
+COLD_ON_A_GPU = (*ALSO_COLD, "queries100", "queries100_b1", "video64k")  # those bound by memory
+GRAPHS = ("hodor_train", "hodor_infer")  # where launches cost more than the work
 INTERPRETED = ("hodor_train", "self1k")  # few queries and many: Triton's two regimes
 
 
@@ -39,8 +44,20 @@ def check_interpreted(job: Job) -> None:
         job.add(cell, validation.backend, skipped="interpreted: validated at a reduced size, never timed")
 
 
+def chosen_cells(args: argparse.Namespace, on_a_gpu: bool) -> list[Cell]:
+    """What the command line asks for; the masks of a shape side by side, for what a peer compiles serves both."""
+    workloads = args.workloads or (list(WORKLOADS) if args.full or on_a_gpu else SHORT)
+    masks = ("uniform", "blob") if args.full or on_a_gpu else ("uniform",)
+    dtypes = (torch.float32, torch.bfloat16) if args.full else (torch.bfloat16,) if on_a_gpu else (torch.float32,)
+    if args.dtypes:
+        dtypes = tuple(getattr(torch, name) for name in args.dtypes)
+    cold, graphs = (COLD_ON_A_GPU, GRAPHS) if on_a_gpu else (ALSO_COLD, ())
+    order = product(workloads, dtypes, (FORWARD, BOTH), masks)
+    return [Cell(WORKLOADS[w], m, t, args.device, d, also_cold=w in cold, also_graph=w in graphs) for w, t, d, m in order]
+
+
 def main() -> None:
-    began = time.perf_counter()
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every named workload, uniform and blob masks, float32 and bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -48,22 +65,24 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")
     parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, not the best")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     args = parser.parse_args()
 
-    everything = args.full or args.device != "cpu"
-    workloads = args.workloads or (list(WORKLOADS) if everything else SHORT)
-    masks = ("uniform", "blob") if args.full else ("uniform",)
-    dtypes = (torch.float32, torch.bfloat16) if args.full else (torch.float32,) if args.device == "cpu" else (torch.bfloat16,)
-    if args.dtypes:
-        dtypes = tuple(getattr(torch, name) for name in args.dtypes)
-    order = product(workloads, dtypes, masks, (FORWARD, BOTH))
-    cells = [Cell(WORKLOADS[w], m, t, args.device, d, also_cold=w in ALSO_COLD) for w, t, m, d in order]
-
+    on_a_gpu = torch.device(args.device).type == "cuda"
+    cells = chosen_cells(args, on_a_gpu)
+    workloads = {cell.workload.name for cell in cells}
     job = Job(args.device, args.seconds, " ".join(["python bench/run.py", *sys.argv[1:]]), args.kernels)
+    labels = ["full"] * args.full + ["part"] * bool(args.workloads) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
+    path = job.file = job.path(*labels)
     print(f"{job.about['device']}; {job.about['versions']}; commit {job.about['commit']}")
     for name, status in smattn.backends().items():
         print(f"{name:10} {'available' if status.available else 'not available: ' + '; '.join(status.reasons)}")
     names = ["cpu"] if args.kernels else available_backends(args.device)
+    timed = [name for name in names if name != "reference"] or names  # it is slow by design: timed only where nothing else runs
+    contestants = [*(ours(name, args.kernels) for name in timed), *PEERS, *[WITHOUT_MASK] * on_a_gpu]
+    if on_a_gpu:
+        measure_ceilings(job, cells[0].dtype)
+        compile_ahead(cells, contestants)
     print("\n== errors against float64", flush=True)
     if args.device == "cpu" and not args.kernels:
         check_interpreted(job)
@@ -72,16 +91,13 @@ def main() -> None:
     for name in WORKLOADS:
         if name not in workloads:
             print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
-    timed = [name for name in names if name != "reference"] or names  # it is slow by design: timed only where nothing else runs
-    measure(job, cells, [*(ours(name, args.kernels) for name in timed), *PEERS])
+    measure(job, cells, contestants, until=began + 60 * args.minutes)
 
     from report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 
-    labels = ["full"] * args.full + ["part"] * bool(args.workloads) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
-    path = job.path(*labels)
-    write(job.rows, path)
     print("\n" + summary(job.rows))
-    print(f"\nwrote {path} and {write_report(path)} after {time.perf_counter() - began:.0f} s")
+    print(f"\nwrote {path} and {write_report(path)} after {time.monotonic() - began:.0f} s")
+    sys.exit(job.verdict())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from rows import COLD, MATMUL, Row
+from rows import CEILINGS, COLD, GRAPH, MATMUL, UNMASKED, Row
 
 DISTURBED = 1.2
+HOW = {COLD: ", cold cache", GRAPH: ", CUDA graph"}
 
 
 class Key(NamedTuple):
@@ -22,7 +23,7 @@ class Key(NamedTuple):
     @property
     def inputs(self) -> str:
         """All but the direction, in words."""
-        return f"{self.workload} {self.dtype} {self.mask}" + (", cold cache" if self.cache == COLD else "")
+        return f"{self.workload} {self.dtype} {self.mask}" + HOW.get(self.cache, "")
 
 
 class Duel(NamedTuple):
@@ -40,10 +41,10 @@ class Duel(NamedTuple):
 
 
 def cells(rows: Iterable[Row]) -> dict[Key, list[Row]]:
-    """The timed rows of each cell, in the order measured; the calibration left out."""
+    """The timed rows of each cell, in the order measured; the ceilings left out."""
     table: dict[Key, list[Row]] = {}
     for row in rows:
-        if row.workload != MATMUL and row.median_ms is not None:
+        if row.workload not in CEILINGS and row.median_ms is not None:
             table.setdefault(Key(row.workload, row.dtype, row.mask, row.cache, row.direction), []).append(row)
     return table
 
@@ -52,7 +53,7 @@ def duels(rows: Iterable[Row]) -> dict[Key, Duel]:
     table = {}
     for key, group in cells(rows).items():
         ours = next((row for row in group if row.default), None)
-        peers = [row for row in group if not row.ours]
+        peers = [row for row in group if not row.ours and row.backend != UNMASKED]
         if ours is not None:
             table[key] = Duel(ours, _least(peers, lambda row: row.median_ms), _least(peers, lambda row: row.extra_bytes))
     return table

@@ -75,7 +75,8 @@ void* output(const Optional& t, const char* name, ScalarType dtype, std::initial
   return t->mutable_data_ptr();
 }
 
-smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha, const Optional& padding, double scale) {
+smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+                      const Optional& padding, double scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions, got ", query.dim(), " and ", key.dim());
   smattn::Scores s{};
   const int64_t B = query.size(0), H = query.size(1), Hkv = key.size(1), Nq = query.size(2), Nk = key.size(2), D = query.size(3);
@@ -89,8 +90,10 @@ smattn::Scores scores(const Tensor& query, const Tensor& key, const Optional& ma
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->dim() == 4, "mask: expected 4 dimensions, got ", mask->dim());
     const int64_t b = mask->size(0), h = mask->size(1), i = mask->size(2);
-    STD_TORCH_CHECK((b == 1 || b == B) && (h == 1 || h == H) && (i == 1 || i == Nq), "mask: expected size 1 or query's, got ", b, ", ", h, ", ", i);
+    STD_TORCH_CHECK((b == 1 || b == B) && (h == 1 || h == H) && (i == 1 || i == Nq), "mask: expected size 1 or query's, got ", b, ", ", h,
+                    ", ", i);
     s.mask = read(*mask, "mask", {b, h, i, Nk});
+    s.mask_is_logits = mask_is_logits;
     s.mask_size[0] = b, s.mask_size[1] = h, s.mask_size[2] = i;
     check_sizes(*alpha, "alpha", {H});
     STD_TORCH_CHECK(alpha->scalar_type() == accumulator_of(query), "alpha: expected the accumulation dtype");
@@ -121,14 +124,16 @@ smattn::Dropout dropout(const Optional& seed, double p) {
     STD_TORCH_CHECK(p == 0.0, "seed: expected one with dropout_p = ", p);
     return {};
   }
-  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed: expected one int64 element on the CPU");
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "seed: expected one int64 element on the CPU");
   return {p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()))};
 }
 
-void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, const Optional& alpha, const Optional& padding,
-             const Optional& seed, double scale, double p, const Tensor& out, const Tensor& lse, const Optional& out_acc, const Optional& mbar) {
+void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+             const Optional& padding, const Optional& seed, double scale, double p, const Tensor& out, const Tensor& lse,
+             const Optional& out_acc, const Optional& mbar) {
   smattn::ForwardParams f{};
-  f.scores = scores(query, key, mask, alpha, padding, scale);
+  f.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   f.value = read_value(value, query, f.scores);
   f.dropout = dropout(seed, p);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
@@ -141,11 +146,11 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 }
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
-              const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out, const Tensor& lse, const Optional& mbar,
-              double scale, double p, const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask,
-              const Optional& dalpha) {
+              bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
+              const Tensor& lse, const Optional& mbar, double scale, double p, const Optional& dquery, const Optional& dkey,
+              const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
   smattn::BackwardParams g{};
-  g.scores = scores(query, key, mask, alpha, padding, scale);
+  g.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   g.value = read_value(value, query, g.scores);
   g.dropout = dropout(seed, p);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
@@ -166,10 +171,10 @@ void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, con
   smattn::cpu::selected().backward(g, torch_threads);
 }
 
-void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha, const Tensor& head_weights,
-                   const Optional& padding, double scale, const Tensor& map, const Tensor& lse) {
+void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+                   const Tensor& head_weights, const Optional& padding, double scale, const Tensor& map, const Tensor& lse) {
   smattn::MapParams f{};
-  f.scores = scores(query, key, mask, alpha, padding, scale);
+  f.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
   const ScalarType acc = accumulator_of(query);
   f.head_weights = contiguous(head_weights, "head_weights", acc, {H});
@@ -178,11 +183,12 @@ void attention_map(const Tensor& query, const Tensor& key, const Optional& mask,
   smattn::cpu::selected().attention_map(f, torch_threads);
 }
 
-void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, const Optional& alpha,
-                            const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale, const Optional& dquery,
-                            const Optional& dkey, const Optional& dmask, const Optional& dalpha, const Optional& dhead_weights) {
+void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
+                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale,
+                            const Optional& dquery, const Optional& dkey, const Optional& dmask, const Optional& dalpha,
+                            const Optional& dhead_weights) {
   smattn::MapBackwardParams g{};
-  g.scores = scores(query, key, mask, alpha, padding, scale);
+  g.scores = scores(query, key, mask, mask_is_logits, alpha, padding, scale);
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   const ScalarType acc = accumulator_of(query), dtype = query.scalar_type();
   g.head_weights = contiguous(head_weights, "head_weights", acc, {H});
@@ -209,6 +215,9 @@ std::string cpu_kernels() {
   return names;
 }
 
+// The version of the torch whose headers this was built with; any from 2.11 on may load it.
+std::string built_with_torch() { return SMATTN_TORCH; }
+
 void select_cpu_kernels(const std::string& name) {
   STD_TORCH_CHECK(smattn::cpu::select(name.c_str()), "name: expected one of ", cpu_kernels(), ", got ", name);
 }
@@ -218,7 +227,8 @@ void exp2_of(const Tensor& x, const Tensor& y) {
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && x.numel() == y.numel(), "x, y: expected contiguous, alike");
   STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "y: expected x's dtype");
   if (dtype_of(x, "x") == DType::kFloat64) {
-    smattn::cpu::selected().exp2_double(static_cast<const double*>(x.const_data_ptr()), static_cast<double*>(y.mutable_data_ptr()), x.numel());
+    smattn::cpu::selected().exp2_double(static_cast<const double*>(x.const_data_ptr()), static_cast<double*>(y.mutable_data_ptr()),
+                                        x.numel());
   } else {
     STD_TORCH_CHECK(dtype_of(x, "x") == DType::kFloat32, "x: expected float32 or float64");
     smattn::cpu::selected().exp2_float(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(y.mutable_data_ptr()), x.numel());
@@ -231,14 +241,15 @@ Tensor dropout_keep(const Tensor& seed, int64_t B, int64_t H, int64_t Nq, int64_
   const smattn::Dropout bits = dropout(seed, p);
   Tensor keep = torch::stable::empty({B, H, Nq, Nk}, ScalarType::Bool);
   smattn::dropout_bits(
-      {.keep = static_cast<bool*>(keep.mutable_data_ptr()), .rows = B * H * Nq, .Nq = Nq, .Nk = Nk, .seed = bits.seed, .p = bits.p}, torch_threads);
+      {.keep = static_cast<bool*>(keep.mutable_data_ptr()), .rows = B * H * Nq, .Nq = Nq, .Nk = Nk, .seed = bits.seed, .p = bits.p},
+      torch_threads);
   return keep;
 }
 
 }  // namespace
 
 #define SMATTN_SCORES "Tensor query, Tensor key, "
-#define SMATTN_MASK "Tensor? mask, Tensor? alpha, "
+#define SMATTN_MASK "Tensor? mask, bool mask_is_logits, Tensor? alpha, "
 
 STABLE_TORCH_LIBRARY(smattn_native, library) {
   library.def("forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK
@@ -252,6 +263,7 @@ STABLE_TORCH_LIBRARY(smattn_native, library) {
   library.def("attention_map_backward(Tensor dmap, " SMATTN_SCORES SMATTN_MASK
               "Tensor head_weights, Tensor? key_padding_mask, Tensor lse, float scale, "
               "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()");
+  library.def("built_with_torch() -> str");
   library.def("cpu_kernels() -> str");
   library.def("select_cpu_kernels(str name) -> ()");
   library.def("exp2(Tensor x, Tensor(a!) y) -> ()");
@@ -268,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(smattn_native, CPU, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smattn_native, CompositeExplicitAutograd, library) {
+  library.impl("built_with_torch", TORCH_BOX(&built_with_torch));
   library.impl("cpu_kernels", TORCH_BOX(&cpu_kernels));
   library.impl("select_cpu_kernels", TORCH_BOX(&select_cpu_kernels));
 }

@@ -17,7 +17,8 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   constexpr uintptr_t kHugePage = 2 << 20;
   const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
   const uintptr_t first = begin / kHugePage * kHugePage, last = (end + kHugePage - 1) / kHugePage * kHugePage;
-  if (end - begin >= kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: where it fails, nothing is lost
+  if (end - begin >= kHugePage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: where it fails, nothing is lost
 #endif
 }
 

@@ -13,8 +13,7 @@ using ParallelFor = void (*)(int64_t items, int64_t grain, void (*body)(int64_t 
 template <class Body>
 void parallel_for(ParallelFor run, int64_t items, int64_t grain, const Body& body) {
   run(
-      items, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      items, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -34,6 +34,7 @@ struct Scores {
   Tensor4 query;              // [B, H, Nq, D]
   Tensor4 key;                // [B, Hkv, Nk, D]
   Tensor4 mask;               // [B|1, H|1, Nq|1, Nk], data null when there is none; stride 0 on an axis of size 1
+  bool mask_is_logits;        // then M = sigmoid(mask), and dmask is the gradient of the logits
   int64_t mask_size[3];       // sizes of mask's first three axes
   const void* alpha;          // [H] acc, null without a mask
   int64_t alpha_stride;

@@ -22,6 +22,7 @@ from . import (
     backward_passes,
     configs,
     forward_split,
+    soft_mask,
 )
 from . import forward as forward_full
 from .launch import Inputs
@@ -38,8 +39,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"it computes float16, bfloat16 and float32, not {problem.dtype}")
     if max(problem.D, problem.Dv) > LARGEST_HEAD:
         reasons.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
-    if problem.mask_is_logits:
-        reasons.append("mask_logits is not supported yet")
     if not triton.knobs.runtime.interpret:
         if problem.device_type != "cuda":
             reasons.append("it runs on CUDA devices; on the CPU only interpreted, with TRITON_INTERPRET=1 set before Triton is imported")
@@ -64,7 +63,7 @@ def forward(
     save_mbar: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(1)-(4): out (B, H, Nq, Dv), lse (B, H, Nq), the unrounded out if asked for, mbar (B, H, Nq) if asked for."""
-    t, inputs = problem, Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed)
+    t, inputs = problem, soft_mask.soften(Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed))
     out = torch.empty((t.B, t.H, t.Nq, t.Dv), dtype=t.dtype, device=query.device)
     lse = inputs.accumulator(t.B, t.H, t.Nq)
     out_acc = inputs.accumulator(*out.shape) if save_out and t.dtype != torch.float32 else None
@@ -106,15 +105,16 @@ def backward(
     grads = _gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
+    soft = soft_mask.soften(inputs, _buffer_of_m(grads[3]))
     rows, dalpha, dalpha_rows = inputs.accumulator(*lse.shape, 2), grads[4], None
     if dalpha is not None and dlse is not None:
         partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
     if out is None:
-        backward_delta_sweep.run(inputs, dout, lse, dlse, mbar, rows, dalpha_rows)
+        backward_delta_sweep.run(soft, dout, lse, dlse, mbar, rows, dalpha_rows)
     else:
         backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
-    backward_passes.run(inputs, dout, rows, mbar, *grads)
+    backward_passes.run(inputs, soft, dout, rows, mbar, *grads)
     if dalpha is not None and dalpha_rows is not None:
         # apart: more terms in the sum over tiles would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
         dalpha += dalpha_rows.sum((0, 1))
@@ -132,8 +132,9 @@ def attention_map(
 ) -> tuple[Tensor, Tensor]:
     """(9): the map (B, Nq, Nk) and lse (B, H, Nq), float32; head_weights (H,) float32. lse is that of a value without columns."""
     inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
+    inputs = soft_mask.soften(inputs)
     value, t = inputs.value, inputs.problem
-    _, lse, *_ = forward(t, query, key, value, mask, alpha, key_padding_mask, None, save_out=False, save_mbar=False)
+    _, lse, *_ = forward(t, query, key, value, inputs.mask, alpha, key_padding_mask, None, save_out=False, save_mbar=False)
     amap = inputs.accumulator(t.B, t.Nq, t.Nk)
     if not inputs.empty:
         attention_map_forward.run(inputs, lse, amap)
@@ -162,10 +163,10 @@ def attention_map_backward(
         inputs.accumulator(*lse.shape, *last) if wanted else None
         for last, wanted in (((2,), any(needs[:4])), ((), dalpha is not None), ((), dweights is not None))
     )
-    dout = dmap[:, None]
-    attention_map_rows.run(inputs, dout, lse, rows, mbar, eta)
+    dout, soft = dmap[:, None], soft_mask.soften(inputs, _buffer_of_m(dmask))
+    attention_map_rows.run(soft, dout, lse, rows, mbar, eta)
     if rows is not None:
-        backward_passes.run(inputs, dout, rows, mbar, dquery, dkey, None, dmask, dalpha)
+        backward_passes.run(inputs, soft, dout, rows, mbar, dquery, dkey, None, dmask, dalpha)
     if dweights is not None and eta is not None:
         torch.sum(eta, (0, 2), out=dweights)
     return grads
@@ -183,6 +184,11 @@ def _map_inputs(
     """A map's inputs: those of attention to a value without columns."""
     problem = replace(problem, Dv=0)
     return Inputs(problem, query, key, key[..., :0], mask, alpha, key_padding_mask, head_weights=head_weights.contiguous())
+
+
+def _buffer_of_m(dmask: Tensor | None) -> Tensor | None:
+    """Where M of logits may lie until its gradient is stored; a key-only one's is stored too early."""
+    return dmask if dmask is not None and dmask.shape[2] > 1 else None
 
 
 def _gradients(problem: Problem, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:

@@ -83,7 +83,8 @@ def _dmask_kernel(
                     partial = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + bh
                     store_dalpha(partial, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
     offs_m = m_lo * BLOCK_M + tl.arange(0, BLOCK_M)
-    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), offs_m, offs_n, Nq, Nk, SHARED_M)
+    mask_tile = mask_ptr + tl.cast(b_lo, tl.int64) * stride_mb + tl.cast(h_lo, tl.int64) * stride_mh
+    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK, SHARED_M)
 
 
 def partials(inputs: Inputs) -> int:

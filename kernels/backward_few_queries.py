@@ -80,7 +80,7 @@ def _few_queries_kernel(
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + b * stride_mb if HAS_MASK else None
-            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK and SHARED_H, HAS_PADDING)
+            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK if SHARED_H else 0, HAS_PADDING)
             for group in range(g_lo, g_hi):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,
@@ -95,7 +95,10 @@ def _few_queries_kernel(
                 )  # fmt: skip
         if NEED_DMASK and (SUM_B or SHARED_H):
             mask_bh = b_lo if SHARED_H else b_lo * groups + g_lo
-            store_mask_tile(dmask_ptr, dm, mask_bh.to(tl.int64), offs_m, offs_n, Nq, Nk, SHARED_M)
+            store_mask_tile(
+                dmask_ptr, dm, mask_bh.to(tl.int64), mask_ptr + b_lo.to(tl.int64) * stride_mb + (0 if SHARED_H else g_lo) * stride_mh,
+                stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK, SHARED_M,
+            )  # fmt: skip
         if NEED_DQ:
             tl.debug_barrier()  # the next key block adds to what other threads of this program stored
 
@@ -154,7 +157,8 @@ def _kv_head(
         if NEED_DMASK:
             dm += tl.where(live[None, :], alpha * ds, 0.0)
             if not (SHARED_H or SUM_B):
-                store_mask_tile(dmask_ptr, dm, bh, offs_m, offs_n, Nq, Nk, SHARED_M)
+                mask_tile = mask_ptr + h * stride_mh
+                store_mask_tile(dmask_ptr, dm, bh, mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK, SHARED_M)
                 dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bg = b * (H // GROUP) + g
     store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)

@@ -12,6 +12,7 @@ from .launch import Inputs
 
 def run(
     inputs: Inputs,
+    soft: Inputs,
     dout: Tensor,
     rows: Tensor,
     mbar: Tensor | None,
@@ -21,7 +22,10 @@ def run(
     dmask: Tensor | None,
     dalpha: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. rows: (B, H, Nq, 2), mbar: (B, H, Nq) for dalpha."""
+    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. rows: (B, H, Nq, 2), mbar: (B, H, Nq) for dalpha.
+
+    soft: those of soft_mask.soften; M may lie in dmask, whose pass is therefore the last.
+    """
     few = backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask])
     key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
     dmask_pass = dmask is not None and not few and not key_only
@@ -32,13 +36,13 @@ def run(
     else:
         dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
         if dkey is not None or dvalue is not None or key_only:
-            backward_dkdv.run(inputs, dout, rows, dkey, dvalue, dmask_rows)
-        if dmask is not None and dmask_rows is not None and dmask_rows.shape != dmask.shape:
-            dmask.copy_(dmask_rows.sum_to_size(dmask.shape))
+            backward_dkdv.run(soft, dout, rows, dkey, dvalue, dmask_rows)
+        if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
+            dmask.copy_(_of_rows(inputs, dmask_rows.sum_to_size(dmask.shape)))
+        if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
+            backward_dq.run(soft, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
         if dmask is not None and dmask_pass:
             backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
-        if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
-            backward_dq.run(inputs, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
     if dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)
 
@@ -49,7 +53,15 @@ def _each_head_over_the_batch(problem: Problem) -> bool:
 
 
 def _dmask_rows(inputs: Inputs, dmask: Tensor) -> Tensor:
-    """Where dK and dV's pass leaves a key-only mask's gradient: dM itself (B, H|1, 1, Nk) where it sums no further, else in float32."""
+    """Where dK and dV's pass leaves a key-only mask's gradient: dM itself (B, H|1, 1, Nk) where nothing follows, else in float32."""
     t = inputs.problem
     shape = (t.B, t.H if dmask.shape[1] > 1 else t.Hkv, 1, t.Nk)
-    return dmask if dmask.shape == shape else inputs.accumulator(*shape)
+    return dmask if dmask.shape == shape and not t.mask_is_logits else inputs.accumulator(*shape)
+
+
+def _of_rows(inputs: Inputs, dmask: Tensor) -> Tensor:
+    """dM, or the logits' gradient of it, (8), as primitives.through_sigmoid has it, for the few elements of a key-only mask."""
+    if inputs.mask is None or not inputs.problem.mask_is_logits:
+        return dmask
+    logits = inputs.mask.float()
+    return torch.where(dmask == 0, 0, dmask * torch.sigmoid(logits) * torch.sigmoid(-logits))

@@ -86,9 +86,13 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    own = 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
-    row = TABLE.get((kernel, own, size)) or TABLE[kernel, 80, size]
+    row = TABLE.get((kernel, generation(arch), size)) or TABLE[kernel, 80, size]
     return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+
+
+def generation(arch: int) -> int:
+    """The arch of the row that is the chip's own, where there is one."""
+    return 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
 
 
 def bucket(queries: int) -> int:

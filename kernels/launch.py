@@ -11,6 +11,7 @@ from torch import Tensor
 from ..problem import Problem
 from . import configs
 from .configs import TileConfig
+from .primitives import LOGITS, ROUNDED_LOGITS, SOFT
 
 
 @dataclass
@@ -61,6 +62,14 @@ class Inputs:
         """Whether there are no scores at all."""
         return 0 in (self.problem.B, self.problem.Nq, self.problem.Nk)
 
+    def mask_kind(self) -> int:
+        """HAS_MASK of the kernels. Where queries are few each pass takes the sigmoid of logits; else see soft_mask.py."""
+        if self.mask is None:
+            return 0
+        t = self.problem
+        kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= configs.FEW_QUERIES else ROUNDED_LOGITS
+        return int(kind.value)
+
     def tile(self, kernel: str) -> TileConfig:
         return configs.tile(kernel, self.problem, arch_of(self.query.device))
 
@@ -77,7 +86,7 @@ class Inputs:
             **strides("q", "bhmd", self.query), **strides("k", "bhnd", self.key),
             **strides("m", "bhmn", self.mask), **strides("a", "h", self.alpha), **strides("p", "bn", pad),
             H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
-            HAS_MASK=self.mask is not None, HAS_PADDING=pad is not None, ALLOW_TF32=t.allow_tf32,
+            HAS_MASK=self.mask_kind(), HAS_PADDING=pad is not None, ALLOW_TF32=t.allow_tf32,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
         )  # fmt: skip
 

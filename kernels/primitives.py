@@ -12,6 +12,8 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# What HAS_MASK says of mask_ptr when it is true: M, logits of M, or logits whose M the other passes read rounded to their dtype.
+SOFT, LOGITS, ROUNDED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -47,12 +49,31 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
 
 
 @triton.jit
-def store_mask_tile(dmask_ptr, dm, mask_bh, offs_m, offs_n, Nq, Nk, SHARED_M: tl.constexpr):
-    """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis."""
+def store_mask_tile(
+    dmask_ptr, dm, mask_bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK: tl.constexpr, SHARED_M: tl.constexpr
+):  # fmt: skip
+    """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis; mask_ptr: M there."""
     if SHARED_M:
-        tl.store(dmask_ptr + mask_bh * Nk + offs_n, tl.sum(dm, 0).to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
+        row = tl.sum(dm, 0)
+        if HAS_MASK >= LOGITS:
+            row = through_sigmoid(row, tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mn, mask=offs_n < Nk, other=0.0))
+        tl.store(dmask_ptr + mask_bh * Nk + offs_n, row.to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
     else:
+        if HAS_MASK >= LOGITS:
+            dm = through_sigmoid(dm, load_tile(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, offs_m < Nq, offs_n < Nk))
         store_tile(dmask_ptr + mask_bh * Nq * Nk, dm, offs_m, offs_n, Nk, offs_m < Nq, offs_n < Nk)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def through_sigmoid(dm, logits):
+    """The logits' gradient of dM, reference.py (8). A 0 stays 0: the logits of a padded key may be NaN."""
+    e = tl.exp2(tl.abs(logits.to(tl.float32)) * -LOG2E)
+    return tl.where(dm == 0.0, 0.0, dm * (e / ((1.0 + e) * (1.0 + e))))
 
 
 @triton.jit
@@ -79,12 +100,16 @@ def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
 def load_mask(
     mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr
 ):  # fmt: skip
-    """Tile of M in float32, whatever its dtype; 0 past the ends and where the key is not live, and the scalar 0 without a mask.
+    """Tile of M in float32, whatever its dtype; 0 where the key is not live, some number past the ends, and the scalar 0 without a mask.
 
     Padding is selected out of what was loaded: a load that skips keys in the middle is one of single elements.
     """
     if HAS_MASK:
         m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, rows < n_rows, cols < n_cols).to(tl.float32)
+        if HAS_MASK >= LOGITS:
+            m = sigmoid(m)
+        if HAS_MASK == ROUNDED_LOGITS:
+            m = m.to(mask_ptr.dtype.element_ty).to(tl.float32)
         return tl.where(live, m, 0.0) if HAS_PADDING else m
     else:
         return 0.0

@@ -55,9 +55,10 @@ def soft_masked_attention(
         mask: soft mask M, usually in [0, 1] (not checked): (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk); any floating
             dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask has an expanded one.
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
-        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when mask is.
+        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when M is.
             Pass a tensor for what changes: torch.compile makes a new graph for each float, here and in scale and dropout_p.
-        mask_logits: reserved for M = sigmoid(mask_logits); not supported yet.
+        mask_logits: instead of mask, of the same shapes and dtypes: M = sigmoid(mask_logits), held nowhere on the CPU, nor on a GPU for up
+            to 128 queries.
         scale: factor on Q K^T, 1/sqrt(D) unless given. A score past 2.3e38 (1.2e308 in float64) may count as infinite: kept in base 2.
         dropout_p: probability, in [0, 1), of dropping an attention weight; the others are scaled by 1/(1 - dropout_p).
         key_padding_mask: bool (B, Nk), True = padding, not attended (nn.MultiheadAttention's convention). Padded keys may hold NaN;
@@ -72,7 +73,7 @@ def soft_masked_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as above (the message names it), or the backend asked for cannot run the call.
-        NotImplementedError: mask_logits, second derivatives, forward-mode differentiation.
+        NotImplementedError: second derivatives but by backend="reference", forward-mode differentiation.
 
     Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
     """
@@ -83,8 +84,8 @@ def soft_masked_attention(
     )  # fmt: skip
     alpha_h = _per_head(alpha, query)
     out, lse = call(
-        SoftMaskedAttention, query, key, value, _four_axes(mask), mask_logits, alpha_h, key_padding_mask,
-        _seed(query, key, value, mask, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
+        SoftMaskedAttention, query, key, value, _four_axes(mask), _four_axes(mask_logits), alpha_h, key_padding_mask,
+        _seed(query, key, value, mask, mask_logits, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
         query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
         _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "", op=ops.forward,
     )[:2]  # fmt: skip
@@ -128,7 +129,7 @@ def attention_map(
     H = query.shape[1]
     weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
     result: Tensor = call(
-        AttentionMap, query, key, _four_axes(mask), mask_logits, _per_head(alpha, query), weights, key_padding_mask,
+        AttentionMap, query, key, _four_axes(mask), _four_axes(mask_logits), _per_head(alpha, query), weights, key_padding_mask,
         query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "", op=ops.attention_map,
     )[0]  # fmt: skip
     return result
@@ -140,11 +141,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _seed(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, dropout_p: float, backend: str | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_logits: Tensor | None,
+    key_padding_mask: Tensor | None, dropout_p: float, backend: str | None,
 ) -> Tensor:  # fmt: skip
     """draw_seed, but a backend that was named and cannot run the call refuses before the generator has moved."""
     if backend and not torch.compiler.is_compiling():
-        resolve(describe(query, key, value, _four_axes(mask), None, key_padding_mask, 1.0, float(dropout_p), False), backend, "forward")
+        masks = (_four_axes(mask), _four_axes(mask_logits))
+        resolve(describe(query, key, value, *masks, key_padding_mask, 1.0, float(dropout_p), False), backend, "forward")
     return draw_seed(query.device)
 
 

@@ -1,7 +1,8 @@
-"""First derivatives over the ops, composable with torch.func and torch.compile; anything beyond the first is refused.
+"""First derivatives over the ops, composable with torch.func and torch.compile; beyond the first, the reference's alone.
 
 Backward calls its op through a second Function whose own backward refuses: `once_differentiable` guards .backward() only, and a gradient
-penalty by torch.autograd.grad would be silently wrong.
+penalty by torch.autograd.grad would be silently wrong. The reference, where it was asked for by name, is plain torch: its backward is then
+recorded instead, and differentiates as often as wanted.
 
 Dynamo must not look inside the four Functions: what it rebuilds of one runs backward without grad mode, keeps saved tensors of the wrong
 torch.func level and, under vmap, has no backward at all; second derivatives, and under vmap first ones, would silently be 0. So Dynamo is
@@ -23,7 +24,7 @@ from torch.autograd import Function, forward_ad
 
 from . import ops
 
-_SECOND = "smattn: second derivatives of soft-masked attention are not implemented"
+NO_SECOND = "smattn: second derivatives of soft-masked attention are not implemented"
 
 
 def what_backward_reads(
@@ -75,7 +76,14 @@ def _run(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
 def _refuse_a_lost_graph(*grads: Tensor | None) -> None:
     """torch.autograd.grad(is_grads_batched=True, create_graph=True) would drop the graph of a Function inside it without a word."""
     if torch.is_grad_enabled() and any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
-        raise NotImplementedError(_SECOND)
+        raise NotImplementedError(f"{NO_SECOND} for batched gradients")
+
+
+def _gradients(function: type[Function], formula: Callable[..., Any], *args: Any) -> Any:
+    """What function's op returns; of the reference, where the gradients are to have gradients, by the op's code in autograd's sight."""
+    if args[-1] == "reference" and torch.is_grad_enabled():
+        return formula(*args)
+    return call(function, *args)
 
 
 class SoftMaskedAttention(Function):
@@ -107,7 +115,9 @@ class SoftMaskedAttention(Function):
             dout = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3] or wanted[4], wanted[5]]
-        dquery, dkey, dvalue, dmask, dalpha = call(_AttentionBackward, dout, dlse, *saved, *ctx.call, needs, ctx.backend)
+        dquery, dkey, dvalue, dmask, dalpha = _gradients(
+            _AttentionBackward, ops._backward, dout, dlse, *saved, *ctx.call, needs, ctx.backend
+        )
         dmask, dlogits = (dmask, None) if mask_logits is None else (None, dmask)
         grads = (dquery, dkey, dvalue, dmask, dlogits, dalpha)
         return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 8
@@ -138,7 +148,7 @@ class AttentionMap(Function):
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2] or wanted[3], wanted[4], wanted[5]]
-        grads = call(_AttentionMapBackward, dmap, *saved, *ctx.call, needs, ctx.backend)
+        grads = _gradients(_AttentionMapBackward, ops._attention_map_backward, dmap, *saved, *ctx.call, needs, ctx.backend)
         dquery, dkey, dmask, dalpha, dweights = grads
         dmask, dlogits = (dmask, None) if saved[3] is None else (None, dmask)
         grads = (dquery, dkey, dmask, dlogits, dalpha, dweights)
@@ -162,7 +172,7 @@ class _AttentionBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(_SECOND)
+        raise NotImplementedError(f"{NO_SECOND}, but by backend='reference'")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -182,7 +192,7 @@ class _AttentionMapBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(_SECOND)
+        raise NotImplementedError(f"{NO_SECOND}, but by backend='reference'")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -32,8 +32,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     why = reasons()
     if max(problem.D, problem.Dv) > LARGEST_HEAD:
         why.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
-    if problem.mask_is_logits:
-        why.append("mask_logits is not supported yet")
     return why
 
 
@@ -55,7 +53,7 @@ def forward(
     lse = query.new_empty(out.shape[:3], dtype=problem.acc_dtype)
     out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and lse.dtype != out.dtype else None
     mbar = torch.empty_like(lse) if save_mbar and mask is not None else None
-    inputs = (query, key, value, mask, alpha, key_padding_mask, seed, problem.scale, problem.dropout_p)
+    inputs = (query, key, value, mask, problem.mask_is_logits, alpha, key_padding_mask, seed, problem.scale, problem.dropout_p)
     torch.ops.smattn_native.forward(*inputs, out, lse, out_acc, mbar)
     return out, lse, lse.new_empty(0) if out_acc is None else out_acc, lse.new_empty(0) if mbar is None else mbar
 
@@ -83,7 +81,8 @@ def backward(
     grads = _gradients((query, key, value, mask, alpha), needs)
     dlse = None if dlse is None else dlse.contiguous()
     rows = (out, lse.contiguous(), mbar.contiguous() if needs[4] else None)
-    inputs = (dout, dlse, query, key, value, mask, alpha, key_padding_mask, seed, *rows, problem.scale, problem.dropout_p)
+    soft = (mask, problem.mask_is_logits, alpha)
+    inputs = (dout, dlse, query, key, value, *soft, key_padding_mask, seed, *rows, problem.scale, problem.dropout_p)
     torch.ops.smattn_native.backward(*inputs, *grads)
     return grads
 
@@ -100,7 +99,7 @@ def attention_map(
     """(9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype; head_weights (H,) in that dtype."""
     amap = query.new_empty((problem.B, problem.Nq, problem.Nk), dtype=problem.acc_dtype)
     lse = query.new_empty((problem.B, problem.H, problem.Nq), dtype=problem.acc_dtype)
-    inputs = (query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, problem.scale)
+    inputs = (query, key, mask, problem.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask, problem.scale)
     torch.ops.smattn_native.attention_map(*inputs, amap, lse)
     return amap, lse
 
@@ -119,7 +118,8 @@ def attention_map_backward(
 ) -> Grads:
     """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
     grads = _gradients((query, key, mask, alpha, head_weights), needs)
-    inputs = (query, key, mask, alpha, head_weights.contiguous(), key_padding_mask, lse.contiguous(), problem.scale)
+    soft = (mask, problem.mask_is_logits, alpha)
+    inputs = (query, key, *soft, head_weights.contiguous(), key_padding_mask, lse.contiguous(), problem.scale)
     torch.ops.smattn_native.attention_map_backward(dmap[:, None], *inputs, *grads)
     return grads
 

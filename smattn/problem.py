@@ -118,7 +118,7 @@ def validate(
 ) -> None:
     """Refuse a call that is not well formed, naming the argument, what was expected and what came.
 
-    Raises TypeError for a wrong type, ValueError for anything else, NotImplementedError for mask_logits.
+    Raises TypeError for a wrong type, ValueError for anything else.
     """
     for name, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
@@ -126,11 +126,12 @@ def validate(
     _check_qkv(query, key, value, enable_gqa, is_map)
     B, H, Nq, _ = query.shape
     Nk = key.shape[2]
+    if mask is not None and mask_logits is not None:
+        _refuse("mask_logits", "None when mask is given", "both")
     if mask_logits is not None:
-        if mask is not None:
-            _refuse("mask_logits", "None when mask is given", "both")
-        raise NotImplementedError("mask_logits: not supported yet; pass mask=torch.sigmoid(mask_logits)")
-    _check_mask(mask, alpha, query, Nk)
+        _check_mask("mask_logits", mask_logits, alpha, query, Nk)
+    else:
+        _check_mask("mask", mask, alpha, query, Nk)
     if head_weights is not None:
         _check_floating("head_weights", head_weights, query)
         if head_weights.dim() != 1 or head_weights.shape[0] != H:
@@ -178,13 +179,13 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: boo
         _refuse("key", f"a number of heads that divides query's {H}", str(Hkv))
 
 
-def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor, Nk: int) -> None:
+def _check_mask(name: str, mask: Tensor | None, alpha: float | Tensor | None, query: Tensor, Nk: int) -> None:
     B, H, Nq, _ = query.shape
     if mask is None:
         if alpha is not None:
             _refuse("alpha", "None when there is no mask", "an alpha")
         return
-    _check_floating("mask", mask, query)
+    _check_floating(name, mask, query)
     if mask.dim() == 3:
         fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, Nq) and mask.shape[2] == Nk
     elif mask.dim() == 4:
@@ -193,7 +194,7 @@ def _check_mask(mask: Tensor | None, alpha: float | Tensor | None, query: Tensor
         fits = False
     if not fits:
         sizes = f"B = {B}, H = {H}, Nq = {Nq}, Nk = {Nk}"
-        _refuse("mask", f"shape (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk) with {sizes}", _shape(mask))
+        _refuse(name, f"shape (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk) with {sizes}", _shape(mask))
     if alpha is None:
         _refuse("alpha", "a float or a tensor of shape () or (H,), since a mask is given", "None")
     if isinstance(alpha, Tensor):

@@ -14,6 +14,7 @@ Backward, given dO, and dL when the caller uses L:
     (7)  dV = (P*C/(1-p))^T dO            dQ = scale * dS K       dK = scale * dS^T Q     (dK, dV summed over the heads of a kv head)
     (8)  dM = sum over M's size-1 axes of alpha_h * dS
          dalpha_h = sum_bij dS * (M - mbar_i) + sum_bi mbar_i * dL_i,   mbar_i = sum_j P_ij M_ij
+         Where the call gives logits X instead, M = sigmoid(X) and dX = dM * M (1 - M).
 
 Attention map with head weights w:
 
@@ -55,8 +56,8 @@ class Scores(NamedTuple):
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """Why this backend cannot run the call; the reference runs everything but mask_logits."""
-    return ["mask_logits is not supported yet"] if problem.mask_is_logits else []
+    """Why this backend cannot run the call; the reference runs everything."""
+    return []
 
 
 def forward(
@@ -164,6 +165,8 @@ def softmax(
         m, a = mask.to(acc), alpha[:, None, None]
         if key_padding_mask is not None:
             m = torch.where(key_padding_mask[:, None, None, :], 0, m)
+        if problem.mask_is_logits:
+            m = torch.sigmoid(m)
         s = s + a * m
     dead = torch.full((problem.B, 1, 1, 1), problem.Nk == 0, device=query.device)
     if key_padding_mask is not None and problem.Nk > 0:
@@ -193,11 +196,23 @@ def score_gradients(
     dmask = dalpha = None
     if mask is not None and t.mask is not None and t.alpha is not None:
         if needs[2]:
-            dmask = (t.alpha * ds).sum_to_size(mask.shape).to(mask.dtype)
+            dmask = (t.alpha * ds).sum_to_size(mask.shape)
+            if problem.mask_is_logits:
+                dmask = through_sigmoid(dmask, mask, key_padding_mask)
+            dmask = dmask.to(mask.dtype)
         if needs[3]:
             mbar = (t.p * t.mask).sum(-1)
             dalpha = (ds * (t.mask - mbar[..., None])).sum((0, 2, 3)) + (mbar * dl).sum((0, 2))
     return dquery, dkey, dmask, dalpha
+
+
+def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """(8): dX of dM and X. 1 - M is the sigmoid of -X, as exact as M; keys that are padding wherever X is used are selected out of X."""
+    x = logits.to(dmask.dtype)
+    if key_padding_mask is not None:
+        unseen = key_padding_mask if len(x) > 1 else key_padding_mask.all(0, keepdim=True)
+        x = x.masked_fill(unseen[:, None, None, :], 0)
+    return dmask * torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 def attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -28,6 +28,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:smattn runs on the reference:UserWarning")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure, and so is a run without a test that passed")
+
+
+ON_THE_DEVICE = {"device", "backend", "map_backend", "fused_backend"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ON_THE_DEVICE & set(getattr(item, "fixturenames", ())):
+            item.add_marker("device")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    outcomes, option = session.config.pluginmanager.get_plugin("terminalreporter"), session.config.getoption
+    if outcomes is None or not option("--no-skips") or option("--collect-only"):
+        return
+    if outcomes.stats.get("skipped") or not outcomes.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, those in {
         "backend": names(),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from smattn import soft_masked_attention
 from smattn.testing import Case, plain, run
 
 
@@ -37,6 +38,7 @@ class Call:
     mask: tuple[bool, bool, bool] | None = (True, False, True)
     threads: int | None = None
     as_map: bool = False
+    logits: bool = False  # in place of the mask
 
     def case(self, device: str = "cpu") -> Case:
         """Zeros, never written where the system commits memory lazily."""
@@ -53,7 +55,8 @@ class Call:
             query=zeros(self.B, self.H, self.Nq, self.D),
             key=zeros(self.B, Hkv, self.Nk, self.D),
             value=zeros(self.B, Hkv, self.Nk, self.D),
-            mask=mask,
+            mask=None if self.logits else mask,
+            mask_logits=mask if self.logits else None,
             alpha=None if mask is None else zeros(self.H, dtype=torch.float32),
             dout=zeros(self.B, self.Nq, self.Nk, dtype=torch.float32) if self.as_map else zeros(self.B, self.H, self.Nq, self.D),
             head_weights=zeros(self.H, dtype=torch.float32) if self.as_map else None,
@@ -153,8 +156,17 @@ def run_plainly(case: Case, needs: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(needs, grads, strict=True)}
 
 
+def run_sigmoid_first(case: Case, needs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """A case of logits on the CPU's kernels as one would without mask_logits: M and its gradient are held."""
+    leaves = {name: t.detach().requires_grad_(name in needs) for name, t in case.inputs().items()}
+    mask = torch.sigmoid(leaves["mask_logits"])
+    out = soft_masked_attention(leaves["query"], leaves["key"], leaves["value"], mask, leaves["alpha"], backend="cpu")
+    grads = torch.autograd.grad(out, [leaves[name] for name in needs], case.dout)
+    return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(needs, grads, strict=True)}
+
+
 def extra_resident(call: Call, backend: str) -> tuple[float, float]:
-    """(peak - results, ceiling) of the resident set of a process that does nothing else; backend "plain" is plain PyTorch."""
+    """(peak - results, ceiling) of the resident set of a process that does nothing else; backend: or one of OTHERS."""
     fields = json.dumps(call.__dict__)
     result = subprocess.run([sys.executable, __file__, fields, backend], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -167,11 +179,15 @@ def _resident(field: str) -> int:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
 
 
+OTHERS = {"plain": run_plainly, "sigmoid first": run_sigmoid_first}
+
+
 def main(fields: str, backend: str) -> None:
     call = Call(**json.loads(fields))
 
     def compute(call: Call, case: Case) -> dict[str, torch.Tensor]:
-        return run_plainly(case, call.needs) if backend == "plain" else run(case, backend, call.needs)
+        other = OTHERS.get(backend)
+        return run(case, backend, call.needs) if other is None else other(case, call.needs)
 
     if call.threads is not None:
         torch.set_num_threads(call.threads)

@@ -1,4 +1,4 @@
-"""Running a function in several gloo processes, and what each of them returned."""
+"""Running a function in several processes of a process group, and what each of them returned."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def in_processes(function: Callable[[int, int], Any], world: int, folder: Path) -> list[Any]:
-    """function(rank, world) in each of `world` gloo processes -> what they returned, in the order of ranks."""
-    # forked, not spawned: each would import torch again
-    mp.start_processes(_worker, (function, world, str(folder)), nprocs=world, start_method="fork")
+def in_processes(function: Callable[[int, int], Any], world: int, folder: Path, transport: str = "gloo") -> list[Any]:
+    """function(rank, world) in each of `world` processes -> what they returned, in the order of ranks. Over "nccl" each has its GPU."""
+    # forked, not spawned: each would import torch again. But CUDA does not outlive a fork, and neither does autograd that has used it.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(_worker, (function, world, str(folder), transport), nprocs=world, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _worker(rank: int, function: Callable[[int, int], Any], world: int, folder: str) -> None:
+def _worker(rank: int, function: Callable[[int, int], Any], world: int, folder: str, transport: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    if transport == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(transport, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.save(function(rank, world), os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()

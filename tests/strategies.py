@@ -20,7 +20,7 @@ PADDED = st.sampled_from([0.0, 0.0, 0.3, 0.95])
 def cases(draw: st.DrawFn, dtype: torch.dtype, device: str, largest: int = 80, as_map: bool = False) -> Case:
     B, Hkv, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     H, Nq, Nk = Hkv * group, draw(st.integers(1, largest // 4)), draw(st.integers(1, largest))
-    mask = draw(st.sampled_from(["uniform", "uniform", "uniform", "blob", None]))
+    mask = draw(st.sampled_from(["uniform", "uniform", "logits", "blob", None]))
     shape = (draw(st.sampled_from([1, B])), *draw(st.sampled_from([(), (1,), (H,)])), draw(st.sampled_from([1, Nq])), Nk)
     case = make_case(
         B, H, Nq, Nk, draw(HEAD_SIZES),
@@ -36,9 +36,10 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, device: str, largest: int = 80, a
         dout=draw(restrided(case.dout)),
         scale=draw(st.sampled_from([None, None, 0.3, -0.5, 0.0])),
     )
-    if case.mask is None:
+    if case.alpha is None:
         return case
-    return replace(case, mask=draw(restrided(case.mask, expand=True)), alpha=draw(st.sampled_from(alphas(case.alpha))))
+    soft = "mask" if case.mask_logits is None else "mask_logits"
+    return replace(case, **{soft: draw(restrided(getattr(case, soft), expand=True))}, alpha=draw(st.sampled_from(alphas(case.alpha))))
 
 
 def alphas(alpha: Tensor) -> list[float | Tensor]:

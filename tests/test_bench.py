@@ -269,14 +269,26 @@ def test_rows_survive_the_file_and_become_a_report(job, tmp_path):
         rows.read(path)
 
 
-def test_nothing_is_timed_when_a_backend_is_outside_the_budget(job, monkeypatch):
+def test_a_backend_is_not_timed_where_it_is_outside_the_budget_or_broken(job, monkeypatch):
     good = next(iter(job.validations.values()))
     bad = replace(good, tensors=good.tensors | {"dmask": good.tensors["dmask"] | {"within": False}})
     monkeypatch.setattr(bench_job, "validate", lambda *args: good)
-    bench_job.Job("cpu", 0.01, "").check(["reference"], [tiny()])
-    monkeypatch.setattr(bench_job, "validate", lambda *args: bad)
-    with pytest.raises(SystemExit, match="nothing is timed"):
-        bench_job.Job("cpu", 0.01, "").check(["reference"], [tiny()])
+    sound = bench_job.Job("cpu", 0.01, "")
+    sound.check(["reference"], [tiny()])
+    assert sound.verdict() is None
+
+    def raises(*args):
+        raise RuntimeError("no such kernel")
+
+    for outcome, why in ((lambda *args: bad, "outside the error budget"), (raises, "RuntimeError: no such kernel")):
+        monkeypatch.setattr(bench_job, "validate", outcome)
+        wrong = bench_job.Job("cpu", 0.01, "")
+        wrong.check(["reference"], [tiny()])
+        measure.measure(wrong, [tiny()], [REFERENCE, EAGER])
+        rows_of = {row.backend: row for row in wrong.rows}
+        assert (rows_of["smattn/reference"].median_ms, rows_of["smattn/reference"].skipped) == (None, why)
+        assert rows_of["eager"].median_ms is not None
+        assert f"smattn/reference hodor_infer float32 uniform: {why}" in str(wrong.verdict())
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda w: w.name)
@@ -337,3 +349,17 @@ def test_a_cell_measured_while_the_machine_was_busy_is_marked(job, tmp_path):
     rows.write(busy, tmp_path / "busy.jsonl")
     text = report.write_report(tmp_path / "busy.jsonl").read_text()
     assert "| hodor_infer float32 uniform, forward+backward † |" in text and "| hodor_infer float32 uniform, forward |" in text
+
+
+def test_a_committed_result_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_job, "RESULTS", tmp_path)
+    job = bench_job.Job("cpu", 0.01, "")
+    first = job.path("part")
+    assert job.path("part") == first, "no repository: the same name again"
+    rows.write([], first)
+    for command in (["init", "-q"], ["add", first.name]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    second = job.path("part")
+    assert second.name == first.name.replace("-part.jsonl", "-part-2.jsonl")
+    rows.write([], second)
+    assert job.path("part") == second, "of the runs that nobody committed the last is kept"

@@ -251,9 +251,10 @@ def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@pytest.mark.parametrize("Nq", [13, 150], ids=["few queries", "many queries"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_cuda_graph_replay(fused_backend, dropout_p):
-    case = make_case(2, 2, 13, 400, 32, dropout_p=dropout_p, device="cuda")
+def test_cuda_graph_replay(fused_backend, device, dropout_p, Nq):
+    case = make_case(2, 2, Nq, 400, 32, dropout_p=dropout_p, device=device)
     inputs = tensors(case)
 
     def step():
@@ -261,6 +262,7 @@ def test_cuda_graph_replay(fused_backend, dropout_p):
         return out, torch.autograd.grad(out, inputs, case.dout)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()

@@ -150,7 +150,7 @@ def test_activation_checkpointing_with_dropout(backend, device, use_reentrant):
         leaves = [t.clone().requires_grad_() for t in tensors]
         torch.manual_seed(5)
         out = function(*leaves)
-        torch.rand(3)  # the generator moves on before backward
+        torch.rand(3, device=device)  # the generator moves on before backward
         return out, torch.autograd.grad(out.square().sum(), leaves)
 
     out, grads = gradients(call)

@@ -70,10 +70,10 @@ def test_manual_seed_repeats_a_call_and_the_next_call_differs(backend, device):
 def test_without_dropout_the_generator_is_left_alone(backend, device):
     query, key, value = (torch.randn(1, 2, n, 8, device=device) for n in (5, 7, 7))
     torch.manual_seed(3)
-    expected = torch.rand(1)
+    expected = torch.rand(1, device=device)
     torch.manual_seed(3)
     soft_masked_attention(query, key, value, backend=backend)
-    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.rand(1, device=device), expected)
 
 
 def test_draws_cover_64_bits():

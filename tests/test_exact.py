@@ -12,7 +12,7 @@ from strategies import cases
 from smattn import ops, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run, run_plain, workload_case
 
-MANY, FEW = 60, 10  # random calls per dtype; interpreted kernels get few
+MANY, FEW = 60, 10  # random calls per dtype; Triton gets few: its kernels are interpreted, or compiled anew for each shape
 no_check = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 GRADIENTS = {"dquery", "dkey", "dvalue", "dmask", "dalpha"}
 
@@ -30,18 +30,18 @@ def hypothesize(backend, dtype, device, examples, **kw):
 
 
 def test_random_calls(backend, dtype, device):
-    assert hypothesize(backend, dtype, device, FEW if backend == "triton" and device == "cpu" else MANY)
+    assert hypothesize(backend, dtype, device, FEW if backend == "triton" else MANY)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_random_calls_without_the_unrounded_output(backend, half, device, monkeypatch):
     """As where it would take too much memory, which random calls never do."""
     monkeypatch.setattr(ops, "queries_kept_unrounded", lambda problem: 0)
-    assert hypothesize(backend, half, device, FEW if backend == "triton" and device == "cpu" else MANY)
+    assert hypothesize(backend, half, device, FEW if backend == "triton" else MANY)
 
 
 def test_random_maps(map_backend, dtype, device):
-    assert hypothesize(map_backend, dtype, device, FEW if map_backend == "triton" and device == "cpu" else MANY, as_map=True)
+    assert hypothesize(map_backend, dtype, device, FEW if map_backend == "triton" else MANY, as_map=True)
 
 
 @pytest.mark.slow
@@ -189,6 +189,7 @@ def test_a_map_with_scores_of_plus_infinity_is_nan_where_it_is_in_plain_torch(ma
 @pytest.mark.parametrize("mask", ["uniform", "blob"])
 @pytest.mark.parametrize("name", ["hodor_infer", "hodor_train", "vit_cls"])
 @pytest.mark.slow
+@pytest.mark.gpu
 def test_named_workloads(backend, device, name, mask):
     if name == "vit_cls" and device == "cpu":
         pytest.skip("the float64 answer to vit_cls takes too much memory on a CPU")

@@ -14,6 +14,7 @@ from smattn.testing import run
 
 SCORES = 8 * 1024 * 16384 * 4  # bytes of one score tensor of the first call
 MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
+WITH_LOGITS = dict(logits=True, needs=("query", "key", "value", "mask_logits", "alpha"))
 CALLS = {
     "B1 H8 Nq1024 Nk16384 D32": Call(1, 8, 1024, 16384, 32),
     "queries100 at Nk 65536": Call(4, 8, 100, 65536, 32),
@@ -39,6 +40,10 @@ CALLS = {
     "map": Call(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True),
     "half, map, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", needs=MAP_GRADIENTS, as_map=True),
     "half, map, many queries for few keys": Call(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
+    "logits": Call(1, 8, 1024, 16384, 32, **WITH_LOGITS),
+    "half, logits, many queries for as many keys": Call(1, 8, 4096, 4096, 64, dtype="float16", **WITH_LOGITS),
+    "half, logits, few queries": Call(4, 8, 100, 65536, 32, dtype="bfloat16", **WITH_LOGITS),
+    "logits, map": Call(1, 8, 1024, 16384, 32, as_map=True, logits=True, needs=("query", "key", "mask_logits", "alpha", "head_weights")),
     "half, one mask a head for many batches": Call(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
 }
 MANY_THREADS = {
@@ -52,6 +57,7 @@ MANY_THREADS = {
     "half, much kept, one mask row": Call(4, 16, 1045, 1045, 48, dtype="float16", mask=(False, False, False), threads=64),
 }
 SLOW = [name for name in CALLS if name != "hodor_infer"]
+ON_A_GPU = (pytest.mark.slow, pytest.mark.gpu)  # where they take no time
 ARCHS = (80, 90)
 
 
@@ -64,7 +70,7 @@ def extras(backend, call):
     return [extra_resident(call, backend)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CALLS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_A_GPU if name in SLOW else ()) for name in CALLS])
 def test_extra_memory_is_under_the_ceiling(fused_backend, name):
     for extra, ceiling in extras(fused_backend, CALLS[name]):
         assert extra <= ceiling, f"{extra / 2**20:.1f} MiB, allowed {ceiling / 2**20:.1f}"
@@ -149,3 +155,12 @@ def test_the_meter_of_resident_memory_sees_a_score_tensor():
 def test_plain_pytorch_is_far_above_the_ceiling():
     extra, ceiling = extra_resident(CALLS["B1 H8 Nq1024 Nk16384 D32"], "plain")
     assert extra > 2 * SCORES and extra > 10 * ceiling
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in BACKENDS or DEVICE == "cuda", reason="resident memory is the CPU's")
+def test_logits_save_m_and_its_gradient():
+    call = Call(1, 8, 100, 65536, 32, **WITH_LOGITS)
+    inside, outside = (extra_resident(call, how)[0] for how in ("cpu", "sigmoid first"))
+    m = 100 * 65536 * 4
+    assert outside - inside > 1.8 * m, f"{outside / 2**20:.1f} and {inside / 2**20:.1f} MiB, M is {m / 2**20:.1f}"

@@ -17,7 +17,8 @@ def extension():
 def inputs():
     return dict(
         query=torch.randn(B, H, NQ, D), key=torch.randn(B, HKV, NK, D), value=torch.randn(B, HKV, NK, DV),
-        mask=torch.rand(B, 1, NQ, NK), alpha=torch.ones(H), key_padding_mask=None, seed=None, scale=0.3, dropout_p=0.0,
+        mask=torch.rand(B, 1, NQ, NK), mask_is_logits=False, alpha=torch.ones(H), key_padding_mask=None, seed=None,
+        scale=0.3, dropout_p=0.0,
     )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def backward_arguments():
 
 
 def map_arguments():
-    given = {name: inputs()[name] for name in ("query", "key", "mask", "alpha", "key_padding_mask", "scale")}
+    given = {name: inputs()[name] for name in ("query", "key", "mask", "mask_is_logits", "alpha", "key_padding_mask", "scale")}
     return given | dict(head_weights=torch.ones(H), map=torch.empty(B, NQ, NK), lse=torch.empty(B, H, NQ))
 
 

@@ -14,13 +14,15 @@ OPTIONS = [
     {"dropout_p": 0.3, "padded": 0.4, "with_lse": True},
     {"dtype": torch.float16, "Hkv": 1},
     {"mask_shape": (1, 2, 1, 9), "mask_dtype": torch.bfloat16},
+    {"mask": "logits", "padded": 0.4},
 ]
 GRADIENTS = ("query", "key", "value", "mask", "alpha")
 MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 
 
 def canonical(case):
-    return (case.query, case.key, case.value, four_axes(case.mask), None, per_head(case), case.key_padding_mask, case.seed())
+    masks = (four_axes(case.mask), four_axes(case.mask_logits))
+    return (case.query, case.key, case.value, *masks, per_head(case), case.key_padding_mask, case.seed())
 
 
 def call_of(case):
@@ -28,7 +30,7 @@ def call_of(case):
 
 
 def forward(case, backend, save=True):
-    return ops.forward(*canonical(case), *call_of(case), save, save and case.mask is not None, backend)
+    return ops.forward(*canonical(case), *call_of(case), save, save and case.alpha is not None, backend)
 
 
 def requiring_grad(arguments):
@@ -48,7 +50,7 @@ def test_opcheck_forward(backend, device, options, save):
 @pytest.mark.parametrize("needs", [(True,) * 5, (False, False, False, True, True), (True, False, False, False, False)], ids=str)
 def test_opcheck_backward(backend, device, options, needs):
     case = make_case(2, 2, 3, 9, 4, Dv=5, device=device, **options)
-    if case.mask is None:
+    if case.alpha is None:
         needs = (*needs[:3], False, False)
     out, lse, out_acc, mbar = forward(case, backend)
     saved = (out_acc if out_acc.numel() else out, lse, mbar)
@@ -57,15 +59,16 @@ def test_opcheck_backward(backend, device, options, needs):
     assert set(report.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": None}, {"padded": 0.4, "Hkv": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mask": None}, {"padded": 0.4, "Hkv": 1}, {"mask": "logits"}], ids=str)
 def test_opcheck_maps(map_backend, device, options):
     case = make_case(2, 2, 3, 9, 4, as_map=True, device=device, **options)
-    inputs = (case.query, case.key, four_axes(case.mask), None, per_head(case), case.head_weights, case.key_padding_mask)
+    masks = (four_axes(case.mask), four_axes(case.mask_logits))
+    inputs = (case.query, case.key, *masks, per_head(case), case.head_weights, case.key_padding_mask)
     scale = case.problem().scale
     report = torch.library.opcheck(ops.attention_map, requiring_grad((*inputs, scale, False, map_backend)))
     assert set(report.values()) == {"SUCCESS"}
     lse = ops.attention_map(*inputs, scale, False, map_backend)[1]
-    needs = [True, True, case.mask is not None, case.mask is not None, True]
+    needs = [True, True, case.alpha is not None, case.alpha is not None, True]
     report = torch.library.opcheck(ops.attention_map_backward, (case.dout, *inputs, lse, scale, False, needs, map_backend))
     assert set(report.values()) == {"SUCCESS"}
 

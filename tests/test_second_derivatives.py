@@ -1,5 +1,10 @@
-"""Second derivatives and forward mode are refused on every route, never a silently wrong number."""
+"""Second derivatives and forward mode are refused on every route, never a silently wrong number.
 
+The reference has second derivatives where it is asked for by name (test_reference_derivatives.py); here it is left to backend=None, and
+what it refuses as well is in `any_function`.
+"""
+
+import sys
 from itertools import product
 
 import pytest
@@ -15,10 +20,8 @@ NOT_IMPLEMENTED = "second derivatives of soft-masked attention are not implement
 CALLS = [*product(["out", "lse"], names()), *product(["map"], names(attention_map=True))]
 
 
-@pytest.fixture(params=CALLS, ids="-".join)
-def function(request, device):
+def scalar(what, backend, device):
     """A scalar function of the mask, differentiable once; and a mask."""
-    what, backend = request.param
     case = make_case(1, 2, 3, 7, 4, device=device)
 
     def call(mask):
@@ -28,6 +31,21 @@ def function(request, device):
         return (out if what == "out" else lse).square().sum()
 
     return call, case.mask
+
+
+@pytest.fixture(params=CALLS, ids="-".join)
+def any_function(request, device):
+    return scalar(*request.param, device)
+
+
+@pytest.fixture(params=CALLS, ids="-".join)
+def function(request, device, monkeypatch):
+    what, backend = request.param
+    if backend != "reference":
+        return scalar(what, backend, device)
+    table = sys.modules["smattn.backends"]  # smattn.backends is the function
+    monkeypatch.setattr(table, "TABLE", [row for row in table.TABLE if row.name == "reference"])
+    return scalar(what, None, device)
 
 
 def test_a_gradient_penalty_by_autograd_grad(function):
@@ -57,8 +75,8 @@ def test_the_derivative_with_respect_to_the_incoming_gradient(function):
         torch.autograd.grad(gradient.sum(), weight)
 
 
-def test_batched_gradients(function):
-    call, mask = function
+def test_batched_gradients(any_function):
+    call, mask = any_function
     mask.requires_grad_()
     value, rows = call(mask), torch.ones(2, device=mask.device)
     torch.autograd.grad(value, mask, rows, is_grads_batched=True, retain_graph=True)
@@ -66,8 +84,8 @@ def test_batched_gradients(function):
         torch.autograd.grad(value, mask, rows, is_grads_batched=True, create_graph=True)
 
 
-def test_a_vectorized_jacobian_with_its_graph(function):
-    call, mask = function
+def test_a_vectorized_jacobian_with_its_graph(any_function):
+    call, mask = any_function
     with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
         torch.autograd.functional.jacobian(call, mask, create_graph=True, vectorize=True)
 
@@ -84,24 +102,28 @@ def test_func_jacrev_of_grad(function):
         torch.func.jacrev(torch.func.grad(call))(mask)
 
 
-def test_hessians(function):
-    call, mask = function
+def test_a_hessian_by_forward_mode(any_function):
+    call, mask = any_function
     with pytest.raises(NotImplementedError):
         torch.func.hessian(call)(mask)
+
+
+def test_a_hessian_by_backward(function):
+    call, mask = function
     with pytest.raises(NotImplementedError, match=NOT_IMPLEMENTED):
         torch.autograd.functional.hessian(call, mask)
 
 
-def test_forward_mode(function):
-    call, mask = function
+def test_forward_mode(any_function):
+    call, mask = any_function
     with pytest.raises(NotImplementedError, match="(?i)jvp|forward"):
         torch.func.jvp(call, (mask,), (torch.ones_like(mask),))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="(?i)jvp|forward"):
         call(torch.autograd.forward_ad.make_dual(mask, torch.ones_like(mask)))
 
 
-def test_a_compiled_gradient_penalty(function):
-    call, mask = function
+def test_a_compiled_gradient_penalty(any_function):
+    call, mask = any_function
     torch._dynamo.reset()
     mask.requires_grad_()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

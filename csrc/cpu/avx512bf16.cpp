@@ -22,7 +22,7 @@ void backward(const BackwardParams& p, ParallelFor threads) {
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {"avx512bf16",        forward, backward, avx512::attention_map, avx512::attention_map_backward, avx512::exp2_float,
+const Kernels kKernels = {"avx512bf16",       forward, backward, avx512::attention_map, avx512::attention_map_backward, avx512::exp2_float,
                           avx512::exp2_double};
 
 }  // namespace smattn::cpu::avx512bf16

@@ -15,9 +15,8 @@ class Backward {
   Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
         tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
-        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())),
-        dmask_(plan.dmask_tiles() * kKeys * kQueries), dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries),
-        dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
+        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())), dmask_(plan.dmask_tiles() * kKeys * kQueries),
+        dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries), dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
         key_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
     const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
@@ -68,8 +67,7 @@ class Backward {
       QueryTiles<E>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
-      step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr,
-                ahead(pair_index, i, k), sums);
+      step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, ahead(pair_index, i, k), sums);
     } else {
       if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
       if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));
@@ -166,7 +164,7 @@ class Backward {
     if (t_.scores.mask.data == nullptr) return nullptr;
     const int64_t mask_b = t_.scores.mask_size[0] == 1 && t_.scores.padding == nullptr ? 0 : pair.b;  // each batch selects its own out
     if (mask_read_.differs(mask_b, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
-      read_tile<T>(t_.scores.mask, pair.b, pair.h, q, k, rows_, mask_);
+      read_mask<T>(t_.scores, pair.b, pair.h, q, k, rows_, mask_);
     }
     return mask_;
   }
@@ -191,8 +189,7 @@ class Backward {
     const int64_t stride = round_up(k.count, kLanes<T>);
     transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
     const int64_t b = size[0] == 1 ? 0 : pair.b, h = size[1] == 1 ? 0 : pair.h;
-    const int64_t offset = ((b * size[1] + h) * n_.Nq + q.first) * n_.Nk + k.first;
-    write_rows<T>(rows_, stride, q.count, k.count, t_.dmask, t_.scores.mask.dtype, offset, n_.Nk);
+    write_dmask<T>(t_.scores, b, h, q.first, k.first, rows_, stride, q.count, k.count, t_.dmask);
   }
 
   void clear_own_part(int64_t split) {

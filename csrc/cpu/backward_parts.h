@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward_plan.h"
+#include "cpu/mask.h"
 
 namespace smattn::cpu::SMATTN_LEVEL {
 
@@ -15,13 +16,9 @@ struct BackwardParts {
   int64_t sums_size, dmask_size, dalpha_size;  // of one split
 
   BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
-      : sums(plan.splits * plan.part_size()),
-        dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
-        dmask_total(plan.dmask_total_size(t.scores.mask_size)),
-        dalpha(plan.splits * plan.n.B * plan.n.H),
-        sums_size(plan.part_size()),
-        dmask_size(plan.round * plan.dmask_rows * plan.n.Nk),
-        dalpha_size(plan.n.B * plan.n.H) {}
+      : sums(plan.splits * plan.part_size()), dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
+        dmask_total(plan.dmask_total_size(t.scores.mask_size)), dalpha(plan.splits * plan.n.B * plan.n.H), sums_size(plan.part_size()),
+        dmask_size(plan.round * plan.dmask_rows * plan.n.Nk), dalpha_size(plan.n.B * plan.n.H) {}
 
   int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha); }
 };
@@ -107,7 +104,7 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
         }
       }
       if (last_group < first + groups) {
-        write_rows<T>(sum, 0, 1, count, t.dmask, t.scores.mask.dtype, row * n.Nk + at, 0);
+        write_dmask<T>(t.scores, b, h, 0, at, sum, 0, 1, count, t.dmask);
       } else {
         for (int64_t j = 0; j < count; ++j) total[j] = sum[j];
       }

@@ -54,7 +54,8 @@ struct BackwardMemory {
     const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
     const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
     held = (query * (4 + (t.unrounded_out ? n.Dv : 0)) +  // lse, mbar, delta and dlse
-            (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) * static_cast<int64_t>(sizeof(T));
+            (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) *
+           static_cast<int64_t>(sizeof(T));
     io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
   }
 

@@ -39,7 +39,8 @@ struct QueryTiles {
   int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
   static int64_t size(const Sizes& n, int64_t lanes) {
-    return (kPack<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + 3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
+    return (kPack<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) +
+           3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
   }
 
   // On `size` elements of memory.
@@ -187,9 +188,18 @@ class BackwardStep {
       for (int64_t i = 0; i < k.count * q.lanes; i += kLanes<T>) store(dp_ + i, weight * load(dmap + s.at + i));
     }
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      ScoreGradients g{.p = probability(s) + lane, .dp = dp_ + lane, .keep = beside(keep(), lane), .mask = beside(mask, s.at + lane),
-                       .ds = ds_.get(), .dmask = beside(sums.dmask, s.at + lane), .dmask_is_new = sums.dmask_is_new, .at = s.at + lane,
-                       .stride = q.lanes, .alpha = alpha_of<T>(t_.scores, h), .delta = load(tiles.delta + lane), .mbar = load(tiles.mbar + lane)};
+      ScoreGradients g{.p = probability(s) + lane,
+                       .dp = dp_ + lane,
+                       .keep = beside(keep(), lane),
+                       .mask = beside(mask, s.at + lane),
+                       .ds = ds_.get(),
+                       .dmask = beside(sums.dmask, s.at + lane),
+                       .dmask_is_new = sums.dmask_is_new,
+                       .at = s.at + lane,
+                       .stride = q.lanes,
+                       .alpha = alpha_of<T>(t_.scores, h),
+                       .delta = load(tiles.delta + lane),
+                       .mbar = load(tiles.mbar + lane)};
       each_key(k, [&](auto count, int64_t j) { g.template next<count()>(j); }, [&](int64_t j) { g.skip(j); });
       if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + sum_of(g.dalpha));
     }
@@ -252,7 +262,7 @@ class BackwardStep {
     const int64_t stride = round_up(size, kLanes<T>);
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
             [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final]<int N>(int64_t j, int64_t c,
-                                                                                               const Vec<T>(&added)[N]) {
+                                                                                                 const Vec<T>(&added)[N]) {
               Vec<T> x[N];
               for (int i = 0; i < N; ++i) x[i] = kPack<E> > 1 ? added[i] * factor : added[i];
               if (is_final) return stream_row<E>(sum, j * stride + c * kLanes<T>, stride, x);

@@ -139,7 +139,8 @@ inline void read_rows(const Strided& from, int64_t rows, int64_t columns, T* to,
 
 // from[r][0 .. columns) to consecutive rows of `columns` elements that start at element `offset`.
 template <class T>
-inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset, int64_t to_stride) {
+inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset,
+                       int64_t to_stride) {
   with_storage(dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(to) + offset;
     for (int64_t r = 0; r < rows; ++r) {

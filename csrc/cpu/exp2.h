@@ -14,17 +14,17 @@ struct Exp2;
 
 template <>
 struct Exp2<float> {
-  static constexpr float kCoefficients[] = {1.545315363e-4f, 1.339086331e-3f,  9.618083015e-3f, 5.550356954e-2f,
-                                            2.402265072e-1f, 6.9314718246e-1f, 1.0f};
+  static constexpr float kCoefficients[] = {
+      1.545315363e-4f, 1.339086331e-3f, 9.618083015e-3f, 5.550356954e-2f, 2.402265072e-1f, 6.9314718246e-1f, 1.0f};
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
   static constexpr int kBias = 127, kMantissa = 23;
 };
 
 template <>
 struct Exp2<double> {
-  static constexpr double kCoefficients[] = {
-      4.4549605981865186e-10, 7.072585949269223e-9, 1.0178062445845774e-7, 1.321544258792169e-6, 1.525273382983612e-5,   1.540353044173605e-4,
-      1.3333558146416936e-3,  9.618129107606888e-3, 5.55041086648216e-2,   2.4022650695910097e-1, 6.931471805599453e-1, 1.0};
+  static constexpr double kCoefficients[] = {4.4549605981865186e-10, 7.072585949269223e-9,  1.0178062445845774e-7, 1.321544258792169e-6,
+                                             1.525273382983612e-5,   1.540353044173605e-4,  1.3333558146416936e-3, 9.618129107606888e-3,
+                                             5.55041086648216e-2,    2.4022650695910097e-1, 6.931471805599453e-1,  1.0};
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kBias = 1023, kMantissa = 52;
 };

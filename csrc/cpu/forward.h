@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/dropout_tile.h"
+#include "cpu/mask.h"
 #include "cpu/tiles.h"
 #include "cpu/workers.h"
 
@@ -52,34 +53,19 @@ class Forward {
   using T = typename SumOf<E>::type;
 
   Forward(const ForwardTask<T>& task, const ForwardPlan<E>& plan)
-      : t_(task),
-        p_(task.params),
-        s_(p_.scores),
-        n_(s_.size),
-        plan_(plan),
-        Dvp_(round_up(n_.Dv, kLanes<T>)),
-        wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr),
-        query_size_(row_elements<E>(n_.D) * kQueries),
-        dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0),
-        queries_(plan.group_heads * query_size_),
-        douts_(plan.group_heads * dout_size_),
-        query_rows_(larger_of(query_size_, dout_size_)),
-        part_size_(plan.part_size(n_)),
-        part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_),
-        scores_(kKeys * kQueries),
-        mask_(kKeys * kQueries),
-        dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
-        keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(kQueries * kKeys),
-        keys_(kKeys * row_elements<E>(n_.D)),
-        values_(kKeys * row_elements<E>(n_.Dv)),
-        value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
-        weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
+      : t_(task), p_(task.params), s_(p_.scores), n_(s_.size), plan_(plan), Dvp_(round_up(n_.Dv, kLanes<T>)),
+        wants_mbar_(p_.mbar != nullptr && s_.mask.data != nullptr), query_size_(row_elements<E>(n_.D) * kQueries),
+        dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0), queries_(plan.group_heads * query_size_),
+        douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
+        part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), scores_(kKeys * kQueries), mask_(kKeys * kQueries),
+        dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0), rows_(kQueries * kKeys),
+        keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
+        value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0), weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
         rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
 
   int64_t bytes() const {
-    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_, weights_,
-                    rests_);
+    return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_,
+                    weights_, rests_);
   }
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
@@ -102,7 +88,7 @@ class Forward {
       if (t_.dmap.data != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
         const bool another = h == 0 || s_.mask_size[1] > 1;
-        if (mask != nullptr && another) read_tile<T>(s_.mask, b, first + h, q, k, rows_, mask_);
+        if (mask != nullptr && another) read_mask<T>(s_, b, first + h, q, k, rows_, mask_);
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
         const bool last = h == heads - 1;
         const Ahead next =
@@ -161,8 +147,8 @@ class Forward {
   static Vec<T> finite_maximum(Vec<T> m) { return m - m == T(0) ? m : Vec<T>{}; }
 
   // One head against one key block.
-  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query,
-              const E* dout, T* part, const Ahead& next_keys) {
+  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query, const E* dout,
+              T* part, const Ahead& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
@@ -251,7 +237,8 @@ class Forward {
   }
 
   // For keys [first, end) and one vector of queries; returns the maximum of `before` and theirs. A padded key's is -inf.
-  Vec<T> exponents(const Exponents<E>& exponent, int64_t stride, const KeyBlock& k, int64_t first, int64_t end, int64_t lane, Vec<T> before) {
+  Vec<T> exponents(const Exponents<E>& exponent, int64_t stride, const KeyBlock& k, int64_t first, int64_t end, int64_t lane,
+                   Vec<T> before) {
     constexpr int kChains = 4;  // so that one maximum need not wait for the last
     Vec<T> chain[kChains] = {before, before, before, before};
     const auto next = [&](Vec<T>& maximum, int64_t j) {

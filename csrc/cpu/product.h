@@ -173,7 +173,8 @@ inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Ahead&
   int64_t row = 0;
   for (int64_t tiles = blocks_of(rows, height_of(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
-    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead, [done, row](int r, const auto& sums) { done(row + r, sums); });
+    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead,
+                                     [done, row](int r, const auto& sums) { done(row + r, sums); });
     row += height;
   }
 }

@@ -158,6 +158,15 @@ inline Ahead keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, 
   return rows_ahead(t, b, kv_head(n, h), first, smaller_of(count, n.Nk - first), size);
 }
 
+// Padded keys of a tile are 0, whatever was read there.
+template <class T>
+inline void select_attended(const QueryBlock& q, const KeyBlock& k, T* tile) {
+  if (k.attended == k.count) return;
+  for (int64_t j = 0; j < k.count; ++j) {
+    if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, T(0));
+  }
+}
+
 // A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
 template <class T>
 inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
@@ -174,10 +183,7 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
     fill<T>(rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
     transpose_block<T>(rows, stride, q.lanes, k.count, tile, q.lanes);
   }
-  if (k.attended == k.count) return;
-  for (int64_t j = 0; j < k.count; ++j) {
-    if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, T(0));
-  }
+  select_attended(q, k, tile);
 }
 
 // What becomes of a product that is a tile itself.
@@ -195,7 +201,8 @@ struct StoreTile {
 
 // <row, query> for `count` rows of key or value and the block's queries, [size][lanes], as a tile.
 template <class E, class T>
-inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Ahead& ahead, T* tile) {
+inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Ahead& ahead,
+                         T* tile) {
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
 }
 

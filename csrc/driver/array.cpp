@@ -196,7 +196,8 @@ Dense Array::values() const {
 
 bool Array::same_bytes(const Array& other) const {
   if (!present() || !other.present()) return present() == other.present();
-  return extent_ == other.extent_ && std::memcmp(memory_.data(), other.memory_.data(), static_cast<size_t>(extent_ * bytes_of(dtype_))) == 0;
+  return extent_ == other.extent_ &&
+         std::memcmp(memory_.data(), other.memory_.data(), static_cast<size_t>(extent_ * bytes_of(dtype_))) == 0;
 }
 
 }  // namespace smattn::driver

@@ -43,7 +43,10 @@ class Guarded {
   explicit Guarded(int64_t bytes);
   ~Guarded();
   Guarded(Guarded&& other) noexcept { swap(other); }
-  Guarded& operator=(Guarded&& other) noexcept { swap(other); return *this; }
+  Guarded& operator=(Guarded&& other) noexcept {
+    swap(other);
+    return *this;
+  }
 
   void* data() const { return data_; }
   void seal();               // from here on a write faults

@@ -49,7 +49,8 @@ void draw_padding(const Problem& p, Random& random, Inputs& in) {
   in.padding_stride[1] = p.padding_transposed ? B : 1;
   in.padding = Guarded(B * Nk);
   for (int64_t k = 0; k < B * Nk; ++k) {
-    static_cast<bool*>(in.padding.data())[k / Nk * in.padding_stride[0] + k % Nk * in.padding_stride[1]] = in.padded[static_cast<size_t>(k)];
+    static_cast<bool*>(in.padding.data())[k / Nk * in.padding_stride[0] + k % Nk * in.padding_stride[1]] =
+        in.padded[static_cast<size_t>(k)];
   }
   in.padding.seal();
 }
@@ -75,7 +76,8 @@ void add_oddity(const Problem& p, Random& random, Dense& mask) {
 
 void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded, Inputs& in) {
   const DType acc = accumulator_of(p.dtype);
-  Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk}, [&] { return random.uniform(); });
+  Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk},
+                    [&] { return p.mask_is_logits ? 3.0 * random.normal() : random.uniform(); });
   if (p.oddity != Oddity::kNone) add_oddity(p, random, mask);
   const bool own_batch = p.mask_size[0] == p.size.B && !p.mask.expanded[0];
   const auto unseen = [&](int64_t b, int64_t j) {  // padded wherever this element is used

@@ -27,7 +27,8 @@ void run_on(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*),
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     // Relaxed: the counter must not order what two pieces do, or ThreadSanitizer would miss their races.
-    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < items;) body(begin, std::min(items, begin + piece), context);
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < items;)
+      body(begin, std::min(items, begin + piece), context);
   };
   std::vector<std::thread> others;
   for (int t = 1; t < Threads; ++t) others.emplace_back(work);

@@ -19,7 +19,10 @@ struct Number {
   Number() = default;
   Number(long double value) : value(value), magnitude(static_cast<double>(std::fabs(value))) {}  // NOLINT: a plain one is a number
   Number(long double value, double magnitude) : value(value), magnitude(magnitude) {}
-  Number& operator+=(const Number& x) { value += x.value, magnitude += x.magnitude; return *this; }
+  Number& operator+=(const Number& x) {
+    value += x.value, magnitude += x.magnitude;
+    return *this;
+  }
 };
 
 Number operator*(const Number& x, const Number& y) { return {x.value * y.value, x.magnitude * y.magnitude}; }
@@ -53,6 +56,14 @@ class Oracle {
   bool padded(int64_t b, int64_t j) const { return in_.padded[static_cast<size_t>(b * p_.size.Nk + j)]; }
   long double keep(int64_t b, int64_t h, int64_t i, int64_t j) const;  // C/(1-p) of (3)
   int64_t kv(int64_t h) const { return h / (p_.size.H / p_.size.Hkv); }
+  long double soft(int64_t b, int64_t h, int64_t i, int64_t j) const {  // M
+    const long double m = mask_.at(b, h, i, j);
+    return p_.mask_is_logits ? 1.0L / (1.0L + std::exp(-m)) : m;
+  }
+  long double slope(int64_t b, int64_t h, int64_t i, int64_t j) const {  // of M over what the caller gave
+    const long double e = std::exp(-std::fabs(static_cast<long double>(mask_.at(b, h, i, j))));
+    return p_.mask_is_logits ? e / ((1.0L + e) * (1.0L + e)) : 1.0L;
+  }
 
   const Problem& p_;
   const Inputs& in_;
@@ -114,7 +125,7 @@ void Oracle::softmax(int64_t b, int64_t h, int64_t i) {
       squares += static_cast<double>(product * product);
     }
     Number s = product;
-    if (p_.has_mask) s += Number(alpha_.at(0, 0, 0, h)) * mask_.at(b, h, i, j);
+    if (p_.has_mask) s += Number(alpha_.at(0, 0, 0, h)) * soft(b, h, i, j);
     highest = std::max(highest, s.value);
     probabilities_.at(b, h, i, j) = s.value;
     row_errors_[static_cast<size_t>(j)] = score_error(squares, s.magnitude);
@@ -124,7 +135,7 @@ void Oracle::softmax(int64_t b, int64_t h, int64_t i) {
     long double& p = probabilities_.at(b, h, i, j);
     p = std::exp(p - highest) / sum;
     if (p > 0.0) answers_.band = std::max(answers_.band, row_errors_[static_cast<size_t>(j)]);  // what is exactly 0 stays it
-    if (p_.has_mask) add(answers_.mbar, {b, h, i, 0}, Number(p) * mask_.at(b, h, i, j));
+    if (p_.has_mask) add(answers_.mbar, {b, h, i, 0}, Number(p) * soft(b, h, i, j));
   }
   add(answers_.lse, {b, h, i, 0}, {js_.empty() ? -kInfinity : highest + std::log(sum), 1.0});
 }
@@ -184,9 +195,9 @@ void Oracle::score_gradients(int64_t b, int64_t h, int64_t i, const Number& dl, 
       add_weighted(dk, {b, kv(h), j, d}, Number(p_.scale) * ds, query_.at(b, h, i, d));
     }
     if (!p_.has_mask) continue;
-    add(dm, {b, h, i, j}, Number(alpha_.at(0, 0, 0, h)) * ds);
+    add(dm, {b, h, i, j}, Number(alpha_.at(0, 0, 0, h)) * ds * slope(b, h, i, j));
     // That |M - mbar| and not |M| + |mbar| stands here asks for the centred sum; what an error of mbar does to it is of second order.
-    const Number centred = mask_.at(b, h, i, j) - mbar.value;
+    const Number centred = soft(b, h, i, j) - mbar.value;
     add(da, {0, h, 0, 0}, ds * Number(centred.value, centred.magnitude + answers_.band * mbar.magnitude));
   }
   if (p_.has_mask) add(da, {0, h, 0, 0}, mbar * dl);

@@ -92,7 +92,8 @@ Problem problem_at(int64_t index) {
   p.query = draw_rows(random), p.key = draw_rows(random), p.value = draw_rows(random);
   draw_mask(random, p);
   p.dout = draw_any(random), p.dmap = draw_any(random);
-  p.padding = random.pick<Padding>({Padding::kNone, Padding::kNone, Padding::kRandom, Padding::kTail, Padding::kAllButLast, Padding::kDeadBatch});
+  p.padding =
+      random.pick<Padding>({Padding::kNone, Padding::kNone, Padding::kRandom, Padding::kTail, Padding::kAllButLast, Padding::kDeadBatch});
   p.padding_transposed = random.chance(0.3);
   p.out_saved = random.chance(0.8);
   p.has_dlse = random.chance(0.5);
@@ -111,6 +112,7 @@ Problem problem_at(int64_t index) {
     p.needs.alpha = true;
     p.mask_dtype = accumulator_of(p.dtype);  // in 16 bits the little would be rounded away
   }
+  p.mask_is_logits = p.has_mask && p.oddity != Oddity::kFarFromZero && random.chance(0.25);
   p.needs.mask = p.needs.mask && p.has_mask;
   p.needs.alpha = p.needs.alpha && p.has_mask;
   return p;
@@ -120,11 +122,11 @@ std::string describe(const Problem& p) {
   constexpr const char* kPadding[] = {"none", "random", "tail", "all but the last", "a dead batch"};
   constexpr const char* kOddity[] = {"", " with NaN", " with -inf", " with -1e30", " far from zero"};
   std::ostringstream text;
-  text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq" << p.size.Nq
-       << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;
+  text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq"
+       << p.size.Nq << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;
   if (p.has_mask) {
-    text << " mask " << name_of(p.mask_dtype) << " (" << p.mask_size[0] << ", " << p.mask_size[1] << ", " << p.mask_size[2] << ", " << p.size.Nk
-         << ")" << kOddity[static_cast<int>(p.oddity)];
+    text << (p.mask_is_logits ? " mask logits " : " mask ") << name_of(p.mask_dtype) << " (" << p.mask_size[0] << ", " << p.mask_size[1]
+         << ", " << p.mask_size[2] << ", " << p.size.Nk << ")" << kOddity[static_cast<int>(p.oddity)];
   }
   text << " padding " << kPadding[static_cast<int>(p.padding)] << " dropout " << p.dropout_p << (p.has_dlse ? " dL" : "") << " needs ";
   const auto need = [&](bool needed, const char* name) { text << (needed ? name : ""); };

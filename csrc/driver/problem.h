@@ -19,7 +19,9 @@ class Random {
   double normal();            // mean 0, variance 1
   bool chance(double p) { return uniform() < p; }
   template <class T>
-  T pick(const std::vector<T>& choices) { return choices[bits() % choices.size()]; }
+  T pick(const std::vector<T>& choices) {
+    return choices[bits() % choices.size()];
+  }
 
  private:
   uint64_t state_;
@@ -40,6 +42,7 @@ struct Problem {
   DType dtype = DType::kFloat32;
   bool has_mask = true;
   DType mask_dtype = DType::kFloat32;
+  bool mask_is_logits = false;
   int64_t mask_size[3] = {1, 1, 1};
   Oddity oddity = Oddity::kNone;
   Layout query, key, value, mask, dout, dmap;

@@ -28,6 +28,7 @@ Scores scores_of(const Problem& p, const Inputs& in) {
   s.dtype = p.dtype;
   s.query = in.query.tensor(), s.key = in.key.tensor(), s.mask = in.mask.tensor();
   std::copy_n(p.mask_size, 3, s.mask_size);
+  s.mask_is_logits = p.mask_is_logits;
   s.alpha = in.alpha.data();
   s.alpha_stride = in.alpha.stride(3);
   s.padding = static_cast<const bool*>(in.padding.data());

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from .. import ops
 from ..attention import _allow_tf32, _autocast, _four_axes, _per_head
+from ..autograd import NO_SECOND
 from ..backends import resolve
 from ..problem import Problem, describe, validate
 
@@ -179,7 +180,7 @@ class _ContextParallelBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError("smattn: second derivatives of soft-masked attention are not implemented")
+        raise NotImplementedError(NO_SECOND)
 
 
 def _merge(out: Tensor, lse: Tensor, mbar: Tensor | None, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:

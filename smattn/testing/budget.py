@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..problem import Problem
-from .cases import Case, Results, four_axes, per_head, run_plain
+from .cases import Case, Results, per_head, run_plain
 
 
 class Exact(NamedTuple):
@@ -25,7 +25,7 @@ class Exact(NamedTuple):
 def run_exact(case: Case) -> Exact:
     """A case's outputs and gradients in float64 by reference.py, named as in `run`."""
     c = replace(case.with_inputs({name: t.detach().double() for name, t in case.inputs().items()}), dout=case.dout.double())
-    problem, mask, alpha = c.problem(), four_axes(c.mask), per_head(c)
+    problem, mask, alpha = c.problem(), c.soft(), per_head(c)
     t = reference.softmax(problem, c.query, c.key, mask, alpha, c.key_padding_mask)
     largest = t.s.masked_fill(t.s == float("-inf"), 0).abs().max().item() if t.s.numel() else 0.0
     run_exactly = _exact_map if c.is_map else _exact_attention
@@ -41,7 +41,7 @@ _Named = dict[str, "Tensor | None"]
 
 def _exact_attention(c: Case, problem: Problem, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of out and dvalue, and the magnitudes of dS and dL."""
-    mask, alpha, seed = four_axes(c.mask), per_head(c), c.seed()
+    mask, alpha, seed = c.soft(), per_head(c), c.seed()
     dlse = None if c.dlse is None else c.dlse.double()
     rest = (c.query, c.key, c.value, mask, alpha, c.key_padding_mask, seed)
     out, lse, _, mbar = reference.forward(problem, *rest, save_out=True, save_mbar=True)
@@ -63,7 +63,7 @@ def _exact_attention(c: Case, problem: Problem, t: reference.Scores) -> tuple[_N
 
 def _exact_map(c: Case, problem: Problem, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of map and dhead_weights, and the magnitudes of dS and dL."""
-    mask, alpha = four_axes(c.mask), per_head(c)
+    mask, alpha = c.soft(), per_head(c)
     assert c.head_weights is not None
     rest = (c.query, c.key, mask, alpha, c.head_weights, c.key_padding_mask)
     amap, lse = reference.attention_map(problem, *rest)
@@ -164,8 +164,10 @@ def _norms(tensor: Tensor) -> tuple[float, float]:
 
 
 def _as_given(results: _Named, case: Case) -> Results:
-    """Canonical gradients in the shapes of the case's own arguments: a 3-D mask, an alpha of shape ()."""
+    """Canonical gradients by the names and in the shapes of the case's own arguments: a 3-D mask, an alpha of shape ()."""
     inputs = case.inputs()
+    if "mask_logits" in inputs:
+        results = {"dmask_logits" if name == "dmask" else name: tensor for name, tensor in results.items()}
     given = {}
     for name, tensor in results.items():
         if tensor is None or name.startswith("d") and name[1:] not in inputs:

@@ -65,10 +65,12 @@ class Case:
     rng: int = 0  # torch.manual_seed before the call: fixes the dropout bits
     key_padding_mask: Tensor | None = None
     enable_gqa: bool = False
+    mask_logits: Tensor | None = None  # instead of mask
 
     def inputs(self) -> dict[str, Tensor]:
         """The tensors that have a gradient, by argument name."""
-        names = ("query", "key", "mask", "alpha", "head_weights") if self.is_map else ("query", "key", "value", "mask", "alpha")
+        value = () if self.is_map else ("value",)
+        names = ("query", "key", *value, "mask", "mask_logits", "alpha", "head_weights")
         return {name: tensor for name in names if isinstance(tensor := getattr(self, name), Tensor)}
 
     def with_inputs(self, tensors: dict[str, Any]) -> Case:
@@ -79,9 +81,13 @@ class Case:
         return self.head_weights is not None
 
     def problem(self) -> Problem:
-        mask = four_axes(self.mask)
         scale = self.query.shape[3] ** -0.5 if self.scale is None else self.scale
-        return describe(self.query, self.key, self.value, mask, None, self.key_padding_mask, scale, self.dropout_p, False)
+        masks = (four_axes(self.mask), four_axes(self.mask_logits))
+        return describe(self.query, self.key, self.value, *masks, self.key_padding_mask, scale, self.dropout_p, False)
+
+    def soft(self) -> Tensor | None:
+        """mask or mask_logits, whichever is given, 4-D."""
+        return four_axes(self.mask if self.mask_logits is None else self.mask_logits)
 
     def seed(self) -> Tensor | None:
         """The dropout seed that the call will draw."""
@@ -127,9 +133,9 @@ def make_case(
     device: str | torch.device = "cpu",
     rng: int = 0,
 ) -> Case:
-    """A seeded case: normal q, k, v and dO, alpha by default_alpha, mask "uniform" in [0, 1], "blob" or None.
+    """A seeded case: normal q, k, v and dO, alpha by default_alpha, mask "uniform" in [0, 1], "blob", "logits" (normal, times 3) or None.
 
-    mask_shape (B, Nq, Nk) unless given ("uniform" only); padded: the share of keys that is padding, drawn at random.
+    mask_shape (B, Nq, Nk) unless given (not for "blob"); padded: the share of keys that is padding, drawn at random.
     """
     g = torch.Generator().manual_seed(rng)
     Hkv, Dv, acc = Hkv or H, Dv or D, acc_dtype(dtype)
@@ -142,11 +148,14 @@ def make_case(
         m = blob_mask(B, Nq, Nk, g).to(device, mask_dtype)
     elif mask == "uniform":
         m = torch.rand(*(mask_shape or (B, Nq, Nk)), generator=g, dtype=acc).to(device, mask_dtype)
+    elif mask == "logits":
+        m = 3 * normal(*(mask_shape or (B, Nq, Nk)), to=mask_dtype)
     return Case(
         query=normal(B, H, Nq, D),
         key=normal(B, Hkv, Nk, D),
         value=normal(B, Hkv, Nk, Dv),
-        mask=m,
+        mask=None if mask == "logits" else m,
+        mask_logits=m if mask == "logits" else None,
         alpha=None if m is None else default_alpha(H).to(device, acc),
         dout=normal(B, Nq, Nk, to=acc) if as_map else normal(B, H, Nq, Dv),
         dlse=normal(B, H, Nq, to=acc) if with_lse and not as_map else None,
@@ -168,7 +177,7 @@ def run(case: Case, backend: str | None = None, needs: Sequence[str] | None = No
     """The public call on a case, and the gradients of the inputs named in needs (all unless given)."""
     leaves = {name: t.detach().requires_grad_(needs is None or name in needs) for name, t in case.inputs().items()}
     c = case.with_inputs(leaves)
-    common = dict(scale=c.scale, key_padding_mask=c.key_padding_mask, enable_gqa=c.enable_gqa, backend=backend)
+    common = dict(mask_logits=c.mask_logits, scale=c.scale, key_padding_mask=c.key_padding_mask, enable_gqa=c.enable_gqa, backend=backend)
     with _forked_rng(c):
         if c.is_map:
             outputs = {"map": attention_map(c.query, c.key, c.mask, c.alpha, head_weights=c.head_weights, **common)}  # type: ignore[arg-type]
@@ -211,9 +220,10 @@ def run_plain(case: Case) -> Results:
     groups = problem.H // problem.Hkv
     k = c.key.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
     v = c.value.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
-    mask = four_axes(c.mask)
+    mask = c.soft()
     if mask is not None:
         mask = torch.where(padding[:, None, None, :], torch.zeros((), dtype=mask.dtype, device=mask.device), mask)
+        mask = mask if c.mask_logits is None else torch.sigmoid(mask)
     alive_padding = padding & ~dead[:, None]
     seed = c.seed()
     keep = None if seed is None else reference.dropout_factor(problem, seed)

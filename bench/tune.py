@@ -1,0 +1,210 @@
+"""Search the tiles of kernels/configs.py by timing them on this GPU, and rewrite the table: `make tune`
+
+For each (kernel, chip, bytes of an element, head size): the tiles near the present one are compiled ahead of time, side by side, and
+those that spill, want more shared memory than the chip has or otherwise fail `make aot` are left out. The others are timed in turn within
+the pass that they serve, caches emptied before each call. The fastest that is right takes the place of the present one when it is faster
+by more than MARGIN. The file is rewritten after each cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from harness import cache_flush, time_interleaved, timing, warm_up
+from tile_table import Key, Tiles, rewritten
+
+import smattn
+from smattn.kernels import aot, configs
+from smattn.kernels.configs import HEAD_SIZES, NONE, TileConfig
+from smattn.testing import Case, errors, make_case, run
+
+CONFIGS = Path(__file__).resolve().parent.parent / "kernels" / "configs.py"
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+MARGIN = 1.03
+SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
+FEWER = 4  # of the keys, for a check against float64
+SHAPES = {16: (2, 8, 13, 9504), 32: (2, 8, 30, 9504), 64: (4, 8, 60, 16384), 128: (4, 8, 100, 16384)}  # B, H, Nq, Nk by queries in a tile
+MANY = (2, 8, 4096, 4096)
+
+
+class Cell(NamedTuple):
+    """One tile of the table, and the call that it is timed in."""
+
+    kernel: str
+    itemsize: int
+    head: int  # index into HEAD_SIZES
+
+    @property
+    def few(self) -> int | None:
+        """How many queries the tile is for; None: many."""
+        number = re.search(r"_(\d+)$", self.kernel)
+        return int(number[1]) if number else None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return SHAPES[self.few] if self.few else MANY
+
+    @property
+    def forward(self) -> bool:
+        return self.kernel.startswith(("forward", "split"))
+
+    def case(self, device: str, fewer: int = 1) -> Case:
+        B, H, Nq, Nk = self.shape
+        Nq, dtype = Nq if self.few else Nq // fewer, DTYPES[self.itemsize]
+        return make_case(B, H, Nq, Nk // fewer, HEAD_SIZES[self.head], dtype=dtype, mask_dtype=dtype, device=device)
+
+    def job(self, arch: int) -> aot.Job:
+        known = max(chip for chip in aot.SHARED_MEMORY if chip <= arch)
+        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.shape[2], aot.PLAIN)
+
+    def text(self) -> str:
+        return f"{self.kernel} {str(DTYPES[self.itemsize])[6:]} D={HEAD_SIZES[self.head]}"
+
+
+def cells(kernels: Sequence[str] = (), heads: Sequence[int] = HEAD_SIZES) -> Iterator[Cell]:
+    """Those that have a tile, 16-bit elements first."""
+    names = dict.fromkeys(kernel for kernel, _, _ in configs.TABLE)
+    for itemsize, (head, size), kernel in product(DTYPES, enumerate(HEAD_SIZES), names):
+        wanted = (not kernels or kernel in kernels) and size in heads
+        if wanted and configs.TABLE[kernel, 80, itemsize][head] != NONE:
+            yield Cell(kernel, itemsize, head)
+
+
+def present(cell: Cell, arch: int) -> tuple[Key, Tiles]:
+    """The key of this chip's row, and what serves there now: its own row, or the one it falls back to."""
+    key = (cell.kernel, configs.generation(arch), cell.itemsize)
+    return key, configs.TABLE.get(key) or configs.TABLE[cell.kernel, 80, cell.itemsize]
+
+
+def put(cell: Cell, arch: int, tile: TileConfig) -> Tiles:
+    """From now on this process uses the tile there; the row."""
+    key, row = present(cell, arch)
+    row = (*row[: cell.head], tile, *row[cell.head + 1 :])
+    configs.TABLE[key] = row  # type: ignore[assignment]
+    configs._tile.cache_clear()
+    return row
+
+
+def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
+    """The present tile first, then its neighbours in every direction.
+
+    A tile of few queries holds all of them: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
+    """
+
+    def near(size: int) -> list[int]:
+        return [n for n in SIZES if size / 2 <= n <= 2 * size]
+
+    rows = [now.block_m] if cell.few else near(now.block_m)
+    warps = sorted({*WARPS, now.num_warps})
+    shapes = product(rows, near(now.block_n), warps, STAGES)
+    largest = now.block_m * now.block_n * (2 if cell.itemsize == 2 else 1)
+    others = [replace(now, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in shapes if 64 * w <= m * n <= largest]
+    return list(dict.fromkeys([now, *others]))
+
+
+def failure(cell: Cell, arch: int, tile: TileConfig) -> str:
+    """Why the compiler's figures rule this tile out; "" when they do not."""
+    put(cell, arch, tile)
+    try:
+        found = [row.failure() for row in aot.compile_job(cell.job(arch)) if row.tile == tile]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return next(filter(None, found), "") if found else "no kernel was launched with it"
+
+
+def compiled(cell: Cell, arch: int, tiles: list[TileConfig], pool: ProcessPoolExecutor) -> dict[TileConfig, str]:
+    """failure of each."""
+    return dict(zip(tiles, pool.map(partial(failure, cell, arch), tiles), strict=True))
+
+
+def the_pass(cell: Cell, case: Case) -> Callable[[], object]:
+    """The call that the kernel serves: forward, or backward alone."""
+    assert case.mask is not None and isinstance(case.alpha, torch.Tensor)
+    leaves = [tensor.detach().requires_grad_(not cell.forward) for tensor in case.inputs().values()]
+
+    def forward() -> torch.Tensor:
+        return smattn.soft_masked_attention(*leaves, backend="triton")
+
+    if cell.forward:
+        return forward
+    out = forward()
+    return lambda: torch.autograd.grad(out, leaves, case.dout, retain_graph=True)
+
+
+def timed(cell: Cell, arch: int, tiles: list[TileConfig], device: str, seconds: float) -> dict[TileConfig, float]:
+    """Median milliseconds of the pass with each tile; those that do not run are left out."""
+    call, calls = the_pass(cell, cell.case(device)), dict[str, Callable[[], object]]()
+
+    def with_tile(tile: TileConfig) -> object:
+        put(cell, arch, tile)
+        return call()
+
+    named = {str(tile): tile for tile in tiles}
+    for name, tile in named.items():
+        try:
+            warm_up(partial(with_tile, tile), device)
+            calls[name] = partial(with_tile, tile)
+        except Exception as error:
+            print(f"    {name}: {error}".splitlines()[0])
+    return {named[name]: timing(taken).median_ms for name, taken in time_interleaved(calls, device, seconds, cache_flush(device)).items()}
+
+
+def chosen(times: Mapping[TileConfig, float], now: TileConfig, right: Callable[[TileConfig], bool]) -> TileConfig:
+    """The fastest that is right, if it is faster than the present one by more than MARGIN."""
+    limit = times.get(now, math.inf) / MARGIN
+    return next((tile for tile in sorted(times, key=times.__getitem__) if times[tile] < limit and right(tile)), now)
+
+
+def is_right(cell: Cell, arch: int, device: str, tile: TileConfig) -> bool:
+    put(cell, arch, tile)
+    case = cell.case(device, FEWER)
+    return all(row.within for row in errors(run(case, "triton"), case))
+
+
+def tune(cell: Cell, arch: int, device: str, pool: ProcessPoolExecutor, seconds: float) -> dict[Key, Tiles]:
+    """The row with its new tile; empty when the present one stays."""
+    key, row = present(cell, arch)
+    now = row[cell.head]
+    failures = compiled(cell, arch, candidates(cell, now), pool)
+    times = timed(cell, arch, [tile for tile, why in failures.items() if not why or tile == now], device, seconds)
+    best = chosen(times, now, partial(is_right, cell, arch, device))
+    row = put(cell, arch, best)
+    print(f"{cell.text()}: {len(times)} of {len(failures)} timed, {now} {times.get(now, math.nan):.4f} ms", flush=True)
+    if best == now:
+        return {}
+    print(f"    -> {best} {times[best]:.4f} ms", flush=True)
+    return {key: row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kernels", nargs="+", default=(), choices=sorted({kernel for kernel, _, _ in configs.TABLE}), help="only these")
+    parser.add_argument("--heads", nargs="+", type=int, default=HEAD_SIZES, choices=HEAD_SIZES, help="only these head sizes")
+    parser.add_argument("--seconds", type=float, default=0.02, help="time budget of one tile (default 0.02)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+    args = parser.parse_args()
+    until, arch = time.monotonic() + 60 * args.minutes, configs.arch_of(torch.device("cuda"))
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for cell in cells(args.kernels, args.heads):
+            if time.monotonic() > until:
+                print(f"{cell.text()}: no time was left")
+                continue
+            if changed := tune(cell, arch, "cuda", pool, args.seconds):
+                CONFIGS.write_text(rewritten(CONFIGS.read_text(), changed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+// The soft mask M as a tile, and dM on its way out: where the caller gave logits, M = sigmoid(logits), and neither M nor dM is ever whole.
+#pragma once
+
+#include "cpu/exp2.h"
+#include "cpu/tiles.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+template <class T>
+constexpr int64_t kSigmoids = kExpAtOnce * kLanes<T>;
+
+// x[0 .. kSigmoids) = after(2^before(x)).
+template <class T, class Before, class After>
+inline void exp2_of(T* x, const Before& before, const After& after) {
+  Vec<T> e[kExpAtOnce];
+  for (int i = 0; i < kExpAtOnce; ++i) e[i] = before(load(x + i * kLanes<T>));
+  exp2_each<T, kExpAtOnce>(e);
+  for (int i = 0; i < kExpAtOnce; ++i) store(x + i * kLanes<T>, after(e[i]));
+}
+
+// M of a query and a key block; padded keys are 0. rows: [kQueries][kKeys], overwritten.
+template <class T>
+inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
+  read_tile<T>(s.mask, b, h, q, k, rows, tile);
+  if (!s.mask_is_logits) return;
+  for (int64_t at = 0; at < k.count * q.lanes; at += kSigmoids<T>) {
+    exp2_of<T>(tile + at, [](Vec<T> x) { return x * static_cast<T>(-kLog2e); }, [](Vec<T> e) { return T(1) / (T(1) + e); });
+  }
+  select_attended(q, k, tile);
+}
+
+// row[j] *= M (1 - M), j < columns: dM becomes the logits' gradient. A 0 stays 0: the logits of a padded key may be NaN.
+template <class T>
+inline void through_sigmoid(const Strided& logits, int64_t columns, T* row) {
+  constexpr int64_t kAtOnce = 256;
+  alignas(64) T x[kAtOnce];
+  for (int64_t first = 0; first < columns; first += kAtOnce) {
+    const int64_t count = smaller_of(kAtOnce, columns - first);
+    Strided piece = logits;
+    piece.offset += first * logits.column_stride;
+    read_rows<T>(piece, 1, count, x, round_up(count, kSigmoids<T>));
+    for (int64_t j = 0; j < count; j += kSigmoids<T>) {  // both factors from exp(-|x|): 1 - M as exact as M
+      exp2_of<T>(
+          x + j, [](Vec<T> logit) { return larger(logit, -logit) * static_cast<T>(-kLog2e); },
+          [](Vec<T> e) { return e / ((T(1) + e) * (T(1) + e)); });
+    }
+    for (int64_t j = 0; j < count; ++j) row[first + j] = row[first + j] == T(0) ? T(0) : row[first + j] * x[j];
+  }
+}
+
+// dM of the queries from q on and the keys from k on, [queries][keys] in rows of `stride`, to its place; b and h are those of M's axes.
+template <class T>
+inline void write_dmask(const Scores& s, int64_t b, int64_t h, int64_t q, int64_t k, T* rows, int64_t stride, int64_t queries, int64_t keys,
+                        void* dmask) {
+  if (s.mask_is_logits) {
+    Strided logits = rows_of(s.mask, b, h, q);
+    logits.offset += k * s.mask.stride[3];
+    for (int64_t i = 0; i < queries; ++i, logits.offset += logits.row_stride) through_sigmoid<T>(logits, keys, rows + i * stride);
+  }
+  const int64_t offset = ((b * s.mask_size[1] + h) * s.mask_size[2] + q) * s.size.Nk + k;
+  write_rows<T>(rows, stride, queries, keys, dmask, s.mask.dtype, offset, s.size.Nk);
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL

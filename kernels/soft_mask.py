@@ -1,0 +1,48 @@
+"""M = sigmoid(logits), written once: with many queries, where each head of each pass would take the sigmoid again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import TileConfig
+from .launch import Inputs, launch, strides
+from .primitives import ROUNDED_LOGITS, sigmoid
+
+ROW = TileConfig(block_m=1, block_n=1024, num_warps=4, num_stages=1)
+
+
+@triton.jit(do_not_specialize=["Nq"])
+def _soft_mask_kernel(logits_ptr, m_ptr, stride_lb, stride_lh, stride_lm, stride_ln, H, Nq, Nk, BLOCK_N: tl.constexpr):
+    pid = tl.program_id(0)
+    n_blocks = tl.cdiv(Nk, BLOCK_N)
+    row = (pid // n_blocks).to(tl.int64)  # of M, (b, h, i)
+    offs_n = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits_row = logits_ptr + row // Nq // H * stride_lb + row // Nq % H * stride_lh + row % Nq * stride_lm
+    logits = tl.load(logits_row + offs_n.to(tl.int64) * stride_ln, mask=offs_n < Nk, other=0.0)
+    tl.store(m_ptr + row * Nk + offs_n, sigmoid(logits.to(tl.float32)).to(m_ptr.dtype.element_ty), mask=offs_n < Nk)
+
+
+def soften(inputs: Inputs, buffer: Tensor | None = None) -> Inputs:
+    """The inputs with M, rounded to the logits' dtype, in place of logits, where queries are many; else as they are.
+
+    buffer: where to write M, contiguous, of the logits' shape and dtype; None: memory of its own.
+    """
+    logits = inputs.mask
+    if logits is None or inputs.mask_kind() != ROUNDED_LOGITS.value:
+        return inputs
+    if buffer is None:  # as large as the logits are in memory: an expanded axis stays one
+        logits = logits[tuple(slice(None) if stride else slice(1) for stride in logits.stride())]
+        buffer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _fill(logits, buffer)
+    return replace(inputs, mask=buffer.expand(inputs.mask.shape), problem=replace(inputs.problem, mask_is_logits=False))
+
+
+def _fill(logits: Tensor, m: Tensor) -> None:
+    B, H, Nq, Nk = logits.shape
+    arguments = dict(logits_ptr=logits, m_ptr=m, H=H, Nq=Nq, Nk=Nk, BLOCK_N=ROW.block_n) | strides("l", "bhmn", logits)
+    launch(_soft_mask_kernel, B * H * Nq * triton.cdiv(Nk, ROW.block_n), arguments, ROW)

@@ -1,0 +1,192 @@
+"""`make gpu` on a machine without one: what it would run, what it makes of the outcomes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+
+from smattn import native  # noqa: E402
+
+LATER = 3600.0
+
+
+def in_python(code: str, **more) -> gpu.Part:
+    return gpu.Part("a test", 1.0, (sys.executable, "-c", code), **more)
+
+
+def run(part: gpu.Part, seconds: float = LATER) -> gpu.Outcome:
+    return gpu.run(part, time.monotonic() + seconds)
+
+
+@pytest.mark.parametrize(
+    "code, state, why",
+    [("", gpu.PASSED, ""), ("raise SystemExit(3)", gpu.FAILED, "exit status 3"), ("raise SystemExit(77)", gpu.NOT_RUN, "as it says above")],
+)
+def test_the_outcome_of_a_part_is_that_of_its_command(code, state, why):
+    outcome = run(in_python(code))
+    assert (outcome.state, outcome.why) == (state, why)
+
+
+def test_a_part_whose_time_is_up_is_told_so_and_then_killed_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PATIENCE", 1)
+    code = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(tmp_path / "told")!r}, "w").write("yes")
+    time.sleep(60)
+"""
+    outcome = run(in_python(code), seconds=2)
+    assert outcome.state == gpu.STOPPED and 2 < outcome.seconds < 20
+    assert (tmp_path / "told").read_text() == "yes", "it may write down what there is"
+    stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_a_part_that_lacks_something_says_what():
+    assert run(in_python("", modules=("json", "no_such_module"))).why == "this Python has no no_such_module"
+    assert run(in_python("", tool=("no-such-sanitizer",))) == (gpu.NOT_RUN, 0.0, "no-such-sanitizer is not installed")
+    assert run(in_python(""), seconds=0.5).why == "no time was left"
+    broken = run(in_python("", tool=("false",)))
+    assert broken.state == gpu.NOT_RUN and "does not work here" in broken.why
+
+
+def test_minutes_left_are_handed_on():
+    code = "import sys; left = float(sys.argv[1]); sys.exit(not 0 < left < 1)"
+    part = gpu.Part("", 5.0, (sys.executable, "-c", code, "{minutes}"))
+    assert run(part, seconds=80).state == gpu.PASSED
+
+
+def test_without_a_gpu_it_says_what_is_missing():
+    blind, command = os.environ | {"CUDA_VISIBLE_DEVICES": ""}, [sys.executable, ROOT / "bench/gpu.py"]
+    done = subprocess.run([*command, "suite"], capture_output=True, text=True, env=blind)
+    assert done.returncode == 1 and "needs an NVIDIA GPU, torch and triton" in done.stderr
+    done = subprocess.run([*command, "no-such-part"], capture_output=True, text=True, env=blind)
+    assert done.returncode == 2 and "no part no-such-part" in done.stderr
+
+
+def test_the_parts_end_in_a_line_each_and_one_failure_fails_the_run(monkeypatch, capsys):
+    parts = {"good": in_python(""), "bad": in_python("raise SystemExit(1)"), "absent": in_python("", modules=("no_such_module",))}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "describe_gpu", lambda: "90a")
+    monkeypatch.setattr(gpu, "install", lambda arch, until: gpu.Outcome(gpu.PASSED, 1.0, arch))
+    assert gpu.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[:2] for line in lines] == [["install", "passed"], ["good", "passed"], ["bad", "FAILED"], ["absent", "not"]]
+    assert gpu.main(["good", "absent"]) == 0
+
+
+def test_a_part_has_minutes_of_its_own_unless_it_is_named(monkeypatch):
+    limits = []
+    monkeypatch.setattr(gpu, "PARTS", {"one": in_python("")._replace(minutes=2.0)})
+    monkeypatch.setattr(gpu, "describe_gpu", lambda: "90a")
+    monkeypatch.setattr(gpu, "install", lambda arch, until: gpu.Outcome(gpu.PASSED))
+    monkeypatch.setattr(gpu, "run", lambda part, until: limits.append(until - time.monotonic()) or gpu.Outcome(gpu.PASSED))
+    for arguments in ([], ["one"], ["--minutes", "1"]):
+        gpu.main(arguments)
+    assert limits == pytest.approx([120, 510 - gpu.PATIENCE, 60 - gpu.PATIENCE], abs=1)
+
+
+def test_an_installation_falls_back_to_less_and_needs_no_network(tmp_path, monkeypatch):
+    tried = []
+
+    def command(words, folder, variables, seconds):
+        tried.append((words, variables["CMAKE_ARGS"]))
+        return 1
+
+    monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu, "find", lambda tool: f"/usr/bin/{tool}")
+    outcome = gpu.install("90a", time.monotonic() + 60)
+    assert (outcome.state, outcome.why) == (gpu.PASSED, "linked, nothing built")
+    assert [options for _, options in tried] == ["-DSMATTN_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=90a-real", "-DSMATTN_CUDA=OFF"]
+    assert all({"--no-index", "--no-build-isolation", "--no-deps", "--target"} <= set(words) for words, _ in tried)
+    monkeypatch.setattr(gpu, "find", lambda tool: None)
+    tried.clear()
+    gpu.install("90a", time.monotonic() + 60)
+    assert [options for _, options in tried] == ["-DSMATTN_CUDA=OFF"]
+    code = "import smattn, smattn.kernels.backend as b; print(smattn.__version__, smattn.__file__, b.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=gpu.environment(), capture_output=True, text=True)
+    files = [str(tmp_path / "site/smattn" / name) for name in ("__init__.py", "kernels/backend.py")]
+    assert done.stdout.split()[1:] == files, done.stderr
+
+
+def collected(name: str) -> set[str]:
+    """The tests that a part would run, on a machine with a GPU."""
+    part = gpu.PARTS[name]
+    words = [word for word in part.command if word not in ("-n", "auto", "--dist", "worksteal")]
+    done = subprocess.run([*words, "--collect-only"], cwd=ROOT / part.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def named(tests: set[str], name: str) -> set[str]:
+    return {test for test in tests if f"::{name}" in test}
+
+
+@pytest.mark.slow
+def test_the_parts_share_out_every_test_that_runs_on_a_device():
+    graphs, offsets, ranks, suite = (collected(name) for name in ("graphs", "offsets", "ranks", "suite"))
+    assert {"few queries" in test for test in graphs} == {True, False} and named(graphs, "test_cuda_graph_replay") == graphs
+    assert {test.split("::")[1].split("[")[0] for test in offsets} == {
+        "test_mask_offsets_past_2_to_the_31", "test_query_key_and_value_offsets_past_2_to_the_31", "test_padding_offsets_past_2_to_the_31"
+    }  # fmt: skip
+    assert any("nccl-1" in test for test in ranks) and named(ranks, "test_two_processes_have_the_gradients_of_one")
+    assert not suite & (graphs | offsets | ranks)
+    for name in ("test_random_calls", "test_the_same_bits_every_time", "test_extra_memory_is_under_the_ceiling", "test_named_workloads"):
+        assert named(suite, name), name
+    assert not named(suite, "test_more_random_calls") and not named(suite, "test_both_contestants_compute_every_tile")
+    dtypes = {test.split("triton-")[1].rstrip("]") for test in named(suite, "test_random_calls[") if "triton" in test}
+    assert dtypes == {"float16", "bfloat16", "float32"}
+
+
+NO_SKIPS = """
+import pytest
+@pytest.mark.skipif({skipped}, reason="for the test")
+def test_one():
+    pass
+"""
+
+
+@pytest.mark.parametrize("skipped, status", [(True, 1), (False, 0)])
+def test_a_skipped_test_fails_a_part_that_must_run(tmp_path, skipped, status):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_one.py").write_text(NO_SKIPS.format(skipped=skipped))
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-skips", "--rootdir", tmp_path, "test_one.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout
+
+
+def test_small_calls_of_every_fused_backend_run_where_there_is_no_sanitizer():
+    fewer = "import sanitized as s; s.DTYPES, s.QUERIES, s.KEYS = s.DTYPES[:1], (5,), 37"
+    code = f"import sys; sys.path.insert(0, 'bench'); {fewer}; s.main('cpu')"
+    interpreted = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=interpreted, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"triton, float16: done", "cpu, float16: done"} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.skipif(bool(native.reasons()), reason="there is no compiled extension here")
+def test_the_binary_says_which_torch_built_it_and_which_loads_it(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "bench/binary.py", native.LIBRARY], capture_output=True, text=True)
+    assert done.returncode == 0 and f"loaded by torch {torch.__version__}" in done.stdout, done.stderr
+    assert "built with torch 2." in done.stdout
+    other = tmp_path / "_C.so"
+    other.write_bytes(b"not a library")
+    done = subprocess.run([sys.executable, ROOT / "bench/binary.py", other], capture_output=True, text=True)
+    assert done.returncode == 1 and "does not load with torch" in done.stderr

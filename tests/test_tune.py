@@ -1,0 +1,202 @@
+"""`make tune` without a GPU: the table is rewritten as it reads, bad candidates are left out, only what is faster wins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import tile_table  # noqa: E402
+import tune  # noqa: E402
+
+from smattn.kernels import configs  # noqa: E402
+from smattn.kernels.configs import NONE, TABLE, TileConfig  # noqa: E402
+
+SOURCE = tune.CONFIGS.read_text()
+T = TileConfig
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A copy that a test may change."""
+    copy = dict(TABLE)
+    monkeypatch.setattr(configs, "TABLE", copy)
+    yield copy
+    configs._tile.cache_clear()
+
+
+def read_back(source: str) -> dict:
+    """The table of a source."""
+    values = {"T": T, "NONE": NONE}
+    entries = tile_table.entries_of(source).items()
+    return {key: eval(compile(tile_table.ast.Expression(value), "", "eval"), values) for key, value in entries}
+
+
+def test_every_row_is_written_as_it_stands_in_the_file():
+    assert read_back(SOURCE) == TABLE
+    assert tile_table.rewritten(SOURCE, TABLE) == SOURCE
+
+
+def test_a_row_is_changed_in_place_and_nothing_else():
+    key = next(iter(TABLE))
+    row = (T(16, 32, 4, 1, 128), NONE, *TABLE[key][2:])
+    changed = tile_table.rewritten(SOURCE, {key: row})
+    assert read_back(changed) == TABLE | {key: row}
+    differing = [(a, b) for a, b in zip(SOURCE.splitlines(), changed.splitlines(), strict=True) if a != b]
+    assert len(differing) == 1 and "(T(16, 32, 4, 1, 128), NONE, T(" in differing[0][1]
+
+
+def test_a_row_of_another_chip_comes_after_those_of_its_kernel():
+    first = next(iter(TABLE))
+    new = (first[0], 99, first[2])
+    changed = tile_table.rewritten(SOURCE, {new: TABLE[first]})
+    assert read_back(changed) == TABLE | {new: TABLE[first]}
+    order = list(tile_table.entries_of(changed))
+    assert order[order.index(new) - 1] in [key for key in TABLE if key[0] == new[0] and key[2] == new[2]]
+    assert tile_table.rewritten(changed, {new: TABLE[first]}) == changed
+
+
+def test_a_row_of_several_lines_and_its_comment_are_kept():
+    source = 'TABLE: dict = {\n    ("é", 80, 2): (\n        T(1, 2, 3, 4),\n    ),  # why\n    ("b", 80, 2): (T(5, 6, 7, 8),),\n}\n'
+    changed = tile_table.rewritten(source, {("é", 80, 2): (T(9, 9, 9, 9), NONE), ("b", 80, 2): (NONE, NONE)})
+    assert changed == 'TABLE: dict = {\n    ("é", 80, 2): (T(9, 9, 9, 9), NONE),  # why\n    ("b", 80, 2): (NONE, NONE),\n}\n'
+    with pytest.raises(ValueError, match="no TABLE"):
+        tile_table.rewritten("x = 1\n", {("a", 80, 2): (NONE,)})
+
+
+def test_every_tile_of_the_table_is_searched_once():
+    cells = list(tune.cells())
+    served = {(kernel, size, i) for (kernel, _, size), row in TABLE.items() for i, tile in enumerate(row) if tile != NONE}
+    assert len(cells) == len(set(cells)) and {(c.kernel, c.itemsize, c.head) for c in cells} == served
+    assert {c.kernel for c in tune.cells(["dq"], [64])} == {"dq"} and len(list(tune.cells(["dq"], [64]))) == 2
+
+
+@pytest.mark.parametrize("cell", list(tune.cells(heads=[64])), ids=tune.Cell.text)
+def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, device):
+    """What is timed is what the tile is for."""
+    from meters import launches_recorded
+
+    from smattn.testing import make_case
+
+    class Launches(list):
+        def append(self, launched):
+            super().append((launched[0].__name__, launched[2]))
+
+    odd = T(*(tune.present(cell, 90)[1][cell.head].block_m, 16, 4, 7))
+    tune.put(cell, 90, odd)
+    B, H, Nq, Nk = cell.shape
+    case = make_case(1, 2, Nq if cell.few else 256, min(Nk, 2048), 64, dtype=tune.DTYPES[cell.itemsize], device=device)
+    call = None
+    with launches_recorded(90) as recorder:
+        recorder.launches = Launches()
+        call = tune.the_pass(cell, case)
+        recorder.launches.clear()
+        call()
+    assert odd in [tile for _, tile in recorder.launches], recorder.launches
+
+
+def test_the_present_tile_is_a_candidate_and_few_queries_stay_in_one():
+    for cell in tune.cells():
+        now = tune.present(cell, 90)[1][cell.head]
+        found = tune.candidates(cell, now)
+        assert found[0] == now and 4 < len(found) == len(set(found)) < 120
+        assert not cell.few or {tile.block_m for tile in found} == {now.block_m}
+        assert {tile.registers for tile in found} == {now.registers}
+
+
+def test_a_tile_put_is_the_one_taken_and_the_rest_of_its_row_stays(table):
+    cell = tune.Cell("forward", 2, 1)
+    key, before = tune.present(cell, 100)
+    row = tune.put(cell, 100, T(16, 16, 4, 1))
+    assert key == ("forward", 90, 2) and row == (before[0], T(16, 16, 4, 1), *before[2:]) == table[key]
+    assert configs._tile("forward", 128, 100, 2, 64) == T(16, 16, 4, 1)
+    assert configs._tile("forward", 128, 80, 2, 64) == TABLE["forward", 80, 2][1]
+
+
+def test_only_what_is_faster_by_the_margin_and_right_is_chosen():
+    now, fast, faster, slow = (T(16, n, 4, 1) for n in (16, 32, 64, 128))
+    times = {now: 1.0, fast: 0.9, faster: 0.8, slow: 1.2}
+    assert tune.chosen(times, now, lambda tile: True) == faster
+    assert tune.chosen(times, now, lambda tile: tile != faster) == fast
+    assert tune.chosen(times, now, lambda tile: False) == now
+    assert tune.chosen({now: 1.0, fast: 0.98}, now, lambda tile: True) == now
+    assert tune.chosen({fast: 5.0}, now, lambda tile: True) == fast, "the present one does not even run"
+
+
+def test_a_search_ends_in_a_row_or_in_nothing(table, monkeypatch):
+    cell = tune.Cell("dq", 2, 0)
+    key, row = tune.present(cell, 90)
+    best = replace(row[0], num_warps=4)
+    asked = []
+
+    def compiled(cell, arch, tiles, pool):
+        return {tile: "spills" * (tile.num_warps == 8 and tile != row[0]) for tile in tiles}
+
+    def timed(cell, arch, tiles, device, seconds):
+        asked.extend(tiles)
+        return {tile: 0.5 if tile == best else 1.0 for tile in tiles}
+
+    monkeypatch.setattr(tune, "compiled", compiled)
+    monkeypatch.setattr(tune, "timed", timed)
+    monkeypatch.setattr(tune, "is_right", lambda *args: True)
+    assert tune.tune(cell, 90, "cuda", None, 0.01) == {key: (best, *row[1:])}
+    assert row[0] in asked and all(tile.num_warps == 4 for tile in asked if tile != row[0]), "what spills is not timed"
+    assert tune.tune(cell, 90, "cuda", None, 0.01) == {}, "it is the present one now"
+
+
+class Compiled(NamedTuple):
+    tile: TileConfig
+    why: str
+
+    def failure(self) -> str:
+        return self.why
+
+
+def test_the_figures_of_the_compiler_rule_a_tile_out(table, monkeypatch):
+    cell, tile, other = tune.Cell("dq", 2, 0), T(64, 64, 4, 2), T(32, 32, 4, 1)
+
+    def failure_with(*rows):
+        monkeypatch.setattr(tune.aot, "compile_job", lambda job: [Compiled(*row) for row in rows])
+        return tune.failure(cell, 90, tile)
+
+    assert failure_with((other, "spills"), (tile, "")) == ""
+    assert failure_with((tile, ""), (tile, "spills 8 bytes")) == "spills 8 bytes"
+    assert failure_with((other, "")) == "no kernel was launched with it"
+    monkeypatch.setattr(tune.aot, "compile_job", lambda job: 1 // 0)
+    assert "ZeroDivisionError" in tune.failure(cell, 90, tile)
+
+
+COMPILE = """
+import tune
+from smattn.kernels.configs import TileConfig as T
+cell = tune.Cell("split_16", 2, 0)
+for tile in (tune.present(cell, 90)[1][0], T(16, 256, 4, 20)):
+    print(repr(tune.failure(cell, 90, tile)))
+"""
+
+
+@pytest.mark.slow
+def test_a_tile_that_the_compiler_finds_too_large_is_left_out():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT / "bench", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    present, large = done.stdout.splitlines()
+    assert present == "''" and "bytes of shared memory, the chip has" in large
+
+
+def test_what_is_timed_is_the_pass_of_the_kernel():
+    case = tune.make_case(1, 2, 13, 40, 32)
+    forward, backward = (tune.the_pass(tune.Cell(kernel, 4, 0), case) for kernel in ("split_16", "few_16"))
+    assert forward().shape == case.query.shape and not forward().requires_grad
+    grads = backward()
+    assert [g.shape for g in grads] == [t.shape for t in case.inputs().values()]
+    assert all(torch.equal(a, b) for a, b in zip(grads, backward(), strict=True))
