@@ -83,7 +83,7 @@ arm64: $(INSTALLED)  ## the driver built for arm64 and run in an emulator
 	qemu-aarch64-static build/arm64/smattn_driver 0 $(PROBLEMS)
 
 clean:
-	rm -rf $(VENV) build smattn/_C.so smattn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build smattn/_C.so smattn/_cuda.so smattn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/torch.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit("smattn needs Python 3.10 or newer; choose one: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'

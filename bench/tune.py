@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,8 +35,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 MARGIN = 1.03
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 FEWER = 4  # of the keys, for a check against float64
-SHAPES = {16: (2, 8, 13, 9504), 32: (2, 8, 30, 9504), 64: (4, 8, 60, 16384), 128: (4, 8, 100, 16384)}  # B, H, Nq, Nk by queries in a tile
-MANY = (2, 8, 4096, 4096)
+# Queries -> B, H, Nk of the calls that tiles are timed in, many queries first.
+SHAPES = {4096: (2, 8, 4096), 100: (4, 8, 16384), 60: (4, 8, 16384), 30: (2, 8, 9504), 13: (2, 8, 9504)}
 
 
 class Cell(NamedTuple):
@@ -46,41 +45,49 @@ class Cell(NamedTuple):
     kernel: str
     itemsize: int
     head: int  # index into HEAD_SIZES
-
-    @property
-    def few(self) -> int | None:
-        """How many queries the tile is for; None: many."""
-        number = re.search(r"_(\d+)$", self.kernel)
-        return int(number[1]) if number else None
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return SHAPES[self.few] if self.few else MANY
-
-    @property
-    def forward(self) -> bool:
-        return self.kernel.startswith(("forward", "split"))
+    Nq: int = 0
+    forward: bool = False  # else backward
 
     def case(self, device: str, fewer: int = 1) -> Case:
-        B, H, Nq, Nk = self.shape
-        Nq, dtype = Nq if self.few else Nq // fewer, DTYPES[self.itemsize]
+        B, H, Nk = SHAPES[self.Nq]
+        Nq, dtype = self.Nq if self.Nq <= configs.FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
         return make_case(B, H, Nq, Nk // fewer, HEAD_SIZES[self.head], dtype=dtype, mask_dtype=dtype, device=device)
 
     def job(self, arch: int) -> aot.Job:
         known = max(chip for chip in aot.SHARED_MEMORY if chip <= arch)
-        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.shape[2], aot.PLAIN)
+        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.Nq, aot.PLAIN)
 
     def text(self) -> str:
         return f"{self.kernel} {str(DTYPES[self.itemsize])[6:]} D={HEAD_SIZES[self.head]}"
 
 
-def cells(kernels: Sequence[str] = (), heads: Sequence[int] = HEAD_SIZES) -> Iterator[Cell]:
-    """Those that have a tile, 16-bit elements first."""
+def cells(arch: int, kernels: Sequence[str] = (), heads: Sequence[int] = HEAD_SIZES) -> Iterator[Cell]:
+    """Those that have a tile and a call that launches it, 16-bit elements first."""
     names = dict.fromkeys(kernel for kernel, _, _ in configs.TABLE)
     for itemsize, (head, size), kernel in product(DTYPES, enumerate(HEAD_SIZES), names):
+        cell = Cell(kernel, itemsize, head)
         wanted = (not kernels or kernel in kernels) and size in heads
-        if wanted and configs.TABLE[kernel, 80, itemsize][head] != NONE:
-            yield Cell(kernel, itemsize, head)
+        if wanted and present(cell, arch)[1][head] != NONE and (found := placed(cell, arch)):
+            yield found
+
+
+def placed(cell: Cell, arch: int) -> Cell | None:
+    """With the first of the calls whose launches have its tile; None when not one has."""
+    key, row = present(cell, arch)
+    own, marked = configs.TABLE.get(key), replace(row[cell.head], num_stages=100)
+    put(cell, arch, marked)
+    try:
+        for Nq in SHAPES:
+            job = cell._replace(Nq=Nq).job(arch)
+            forward = aot.record(job._replace(variant=aot.PLAIN._replace(needs=(False,) * 5)))
+            for launches, is_forward in ((forward, True), (aot.record(job), False)):
+                if marked in [tile for *_, tile in launches]:
+                    return cell._replace(Nq=Nq, forward=is_forward)
+    finally:
+        del configs.TABLE[key]
+        configs.TABLE |= {key: own} if own else {}
+        configs._tile.cache_clear()
+    return None
 
 
 def present(cell: Cell, arch: int) -> tuple[Key, Tiles]:
@@ -101,13 +108,13 @@ def put(cell: Cell, arch: int, tile: TileConfig) -> Tiles:
 def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
     """The present tile first, then its neighbours in every direction.
 
-    A tile of few queries holds all of them: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
+    A tile of few_* holds all queries: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
     """
 
     def near(size: int) -> list[int]:
         return [n for n in SIZES if size / 2 <= n <= 2 * size]
 
-    rows = [now.block_m] if cell.few else near(now.block_m)
+    rows = [now.block_m] if cell.kernel.startswith("few") else near(now.block_m)
     warps = sorted({*WARPS, now.num_warps})
     shapes = product(rows, near(now.block_n), warps, STAGES)
     largest = now.block_m * now.block_n * (2 if cell.itemsize == 2 else 1)
@@ -198,7 +205,7 @@ def main() -> None:
     args = parser.parse_args()
     until, arch = time.monotonic() + 60 * args.minutes, configs.arch_of(torch.device("cuda"))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for cell in cells(args.kernels, args.heads):
+        for cell in cells(arch, args.kernels, args.heads):
             if time.monotonic() > until:
                 print(f"{cell.text()}: no time was left")
                 continue

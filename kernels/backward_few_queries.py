@@ -65,6 +65,7 @@ def _few_queries_kernel(
     split = pid % n_splits
     SUM_B: tl.constexpr = tl.constexpr(NEED_DMASK and SHARED_B)  # dM is summed over the axis here
     SUM_H: tl.constexpr = tl.constexpr(NEED_DMASK and SHARED_H)
+    SHARED_MASK: tl.constexpr = tl.constexpr(HAS_MASK if SHARED_H else 0)  # the kind of a mask that one load serves all heads of
     groups = 1 if SUM_H else H // GROUP
     g_lo = pid // n_splits % groups
     g_hi = H // GROUP if SUM_H else g_lo + 1
@@ -80,7 +81,7 @@ def _few_queries_kernel(
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + b * stride_mb if HAS_MASK else None
-            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK if SHARED_H else 0, HAS_PADDING)
+            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
             for group in range(g_lo, g_hi):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,

@@ -90,11 +90,6 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
     return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
-def generation(arch: int) -> int:
-    """The arch of the row that is the chip's own, where there is one."""
-    return 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
-
-
 def bucket(queries: int) -> int:
     """The block that holds all of a few queries: 16, 32, 64 or 128."""
     return max(16, min(FEW_QUERIES, triton.next_power_of_2(queries)))
@@ -120,3 +115,8 @@ def arch_of(device: torch.device) -> int:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def generation(arch: int) -> int:
+    """The arch of the row that is the chip's own, where there is one."""
+    return 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80

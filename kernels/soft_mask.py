@@ -35,11 +35,12 @@ def soften(inputs: Inputs, buffer: Tensor | None = None) -> Inputs:
     logits = inputs.mask
     if logits is None or inputs.mask_kind() != ROUNDED_LOGITS.value:
         return inputs
+    shape = logits.shape
     if buffer is None:  # as large as the logits are in memory: an expanded axis stays one
         logits = logits[tuple(slice(None) if stride else slice(1) for stride in logits.stride())]
         buffer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _fill(logits, buffer)
-    return replace(inputs, mask=buffer.expand(inputs.mask.shape), problem=replace(inputs.problem, mask_is_logits=False))
+    return replace(inputs, mask=buffer.expand(shape), problem=replace(inputs.problem, mask_is_logits=False))
 
 
 def _fill(logits: Tensor, m: Tensor) -> None:

@@ -31,17 +31,14 @@ class Status(NamedTuple):
 class Backend:
     name: str
     device_types: tuple[str, ...]
-    module: str | None  # None: named in the public signature, not part of this version
+    module: str
     default_on: tuple[str, ...]  # device types on which backend=None considers it
 
     def load(self) -> ModuleType:
-        assert self.module is not None
         return _import(self.module)
 
     def unsupported_reasons(self, problem: Problem, operation: str) -> list[str]:
         """Why this backend cannot run `operation` ("forward" or "attention_map") on such a call; empty when it can."""
-        if self.module is None:
-            return ["it is not part of this version"]
         if problem.device_type not in self.device_types:
             return [f"it does not run on device type {problem.device_type!r}, only on {', '.join(self.device_types)}"]
         try:
@@ -54,7 +51,7 @@ class Backend:
 
 TABLE = (
     Backend("triton", ("cuda", "cpu"), "smattn.kernels.backend", default_on=("cuda",)),
-    Backend("cuda", ("cuda",), None, default_on=("cuda",)),
+    Backend("cuda", ("cuda", "cpu"), "smattn.native_cuda", default_on=("cuda",)),
     Backend("cpu", ("cpu",), "smattn.native", default_on=("cpu",)),
     Backend("reference", ("cuda", "cpu"), "smattn.reference", default_on=("cuda", "cpu")),
 )

@@ -43,6 +43,18 @@ def test_every_element_of_every_second_derivative():
     assert torch.autograd.gradgradcheck(attention(case), leaves(case))
 
 
+@pytest.mark.parametrize("Nk", [1, 5])
+def test_logits(Nk):
+    """With one key dM is exactly 0, and still has a derivative."""
+    case = with_a_dead_row(make_case(2, 2, 3, Nk, 3, dtype=torch.float64, mask="logits", mask_dtype=torch.float64, padded=0.4, rng=1))
+    inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value, case.mask_logits, case.alpha / 8)]
+
+    def call(query, key, value, logits, alpha):
+        return attention(case, mask_logits=logits)(query, key, value, None, alpha)
+
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
 def test_attention_with_dropout():
     case = a_case((2, 3, 5))
     assert torch.autograd.gradgradcheck(attention(case, dropout_p=0.3), leaves(case), fast_mode=True)
@@ -59,6 +71,33 @@ def test_attention_map(shape):
 
     query, key, *mask_and_alpha = leaves(case)
     assert torch.autograd.gradgradcheck(call, (query, key, weights, *mask_and_alpha), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 5)], ids=str)
+def test_mask_logits(shape):
+    """Zeros among them, where a formula with |x| in it would have no second derivative; NaN where all is padding."""
+    case = with_a_dead_row(a_case(shape, padded=0.4))
+    query, key, value, mask, alpha = leaves(case)
+    logits = (4 * mask.detach() - 2).requires_grad_()
+    unread = case.key_padding_mask if shape[0] > 1 else case.key_padding_mask.all(0, keepdim=True)
+    options = dict(key_padding_mask=case.key_padding_mask, enable_gqa=True, backend="reference")
+
+    def inside(logits, *rest):
+        logits = torch.cat([torch.zeros_like(logits[..., :1]), logits[..., 1:]], -1)
+        logits = logits.masked_fill(unread[:, None, :], float("nan"))
+        return soft_masked_attention(*rest[:3], mask_logits=logits, alpha=rest[3], **options)
+
+    def outside(logits):
+        logits = torch.cat([torch.zeros_like(logits[..., :1]), logits[..., 1:]], -1)
+        return soft_masked_attention(query, key, value, logits.sigmoid(), alpha, **options)
+
+    rest = query, key, value, alpha
+    assert torch.autograd.gradgradcheck(inside, (logits, *rest), fast_mode=True)
+    # twice backward, the first time from a gradient of 0, whose derivative is not 0
+    direction = torch.ones_like(logits)
+    got, expected = (torch.autograd.functional.jvp(f, logits, direction)[1] for f in (lambda x: inside(x, *rest), outside))
+    assert expected.any()
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.fixture(params=["attention", "map"])

@@ -222,11 +222,6 @@ def test_an_explicit_backend_is_used_or_refused(name):
         assert table().resolve(A_PROBLEM, name, "forward") is row.load()
 
 
-def test_what_is_not_part_of_this_version_says_so():
-    with pytest.raises(ValueError, match="backend='cuda' cannot run this call: it is not part of this version"):
-        attention(backend="cuda")
-
-
 def test_a_backend_without_attention_map_says_so(backend, device):
     there = {name: tensor.to(device) for name, tensor in arguments().items()}
     if BACKENDS[backend].attention_map:

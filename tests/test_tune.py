@@ -23,6 +23,8 @@ from smattn.kernels.configs import NONE, TABLE, TileConfig  # noqa: E402
 
 SOURCE = tune.CONFIGS.read_text()
 T = TileConfig
+ARCH = 90
+CELLS = list(tune.cells(ARCH, heads=[64]))
 
 
 @pytest.fixture
@@ -74,13 +76,14 @@ def test_a_row_of_several_lines_and_its_comment_are_kept():
 
 
 def test_every_tile_of_the_table_is_searched_once():
-    cells = list(tune.cells())
+    cells = list(tune.cells(ARCH))
     served = {(kernel, size, i) for (kernel, _, size), row in TABLE.items() for i, tile in enumerate(row) if tile != NONE}
-    assert len(cells) == len(set(cells)) and {(c.kernel, c.itemsize, c.head) for c in cells} == served
-    assert {c.kernel for c in tune.cells(["dq"], [64])} == {"dq"} and len(list(tune.cells(["dq"], [64]))) == 2
+    assert len(cells) == len(set(cells)) and {(c.kernel, c.itemsize, c.head) for c in cells} == served, "and every tile is launched"
+    assert {c.kernel for c in tune.cells(ARCH, ["dq"], [64])} == {"dq"} and len(list(tune.cells(ARCH, ["dq"], [64]))) == 2
+    assert {c.forward for c in cells if c.kernel == "forward"} == {True} and {c.forward for c in cells if c.kernel == "dkdv"} == {False}
 
 
-@pytest.mark.parametrize("cell", list(tune.cells(heads=[64])), ids=tune.Cell.text)
+@pytest.mark.parametrize("cell", CELLS, ids=tune.Cell.text)
 def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, device):
     """What is timed is what the tile is for."""
     from meters import launches_recorded
@@ -91,12 +94,11 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
         def append(self, launched):
             super().append((launched[0].__name__, launched[2]))
 
-    odd = T(*(tune.present(cell, 90)[1][cell.head].block_m, 16, 4, 7))
-    tune.put(cell, 90, odd)
-    B, H, Nq, Nk = cell.shape
-    case = make_case(1, 2, Nq if cell.few else 256, min(Nk, 2048), 64, dtype=tune.DTYPES[cell.itemsize], device=device)
+    odd = replace(tune.present(cell, ARCH)[1][cell.head], num_stages=7)
+    tune.put(cell, ARCH, odd)
+    case = make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=tune.DTYPES[cell.itemsize], device=device)
     call = None
-    with launches_recorded(90) as recorder:
+    with launches_recorded(ARCH) as recorder:
         recorder.launches = Launches()
         call = tune.the_pass(cell, case)
         recorder.launches.clear()
@@ -105,11 +107,11 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
 
 
 def test_the_present_tile_is_a_candidate_and_few_queries_stay_in_one():
-    for cell in tune.cells():
-        now = tune.present(cell, 90)[1][cell.head]
+    for cell in CELLS:
+        now = tune.present(cell, ARCH)[1][cell.head]
         found = tune.candidates(cell, now)
         assert found[0] == now and 4 < len(found) == len(set(found)) < 120
-        assert not cell.few or {tile.block_m for tile in found} == {now.block_m}
+        assert not cell.kernel.startswith("few") or {tile.block_m for tile in found} == {now.block_m}
         assert {tile.registers for tile in found} == {now.registers}
 
 
@@ -133,7 +135,7 @@ def test_only_what_is_faster_by_the_margin_and_right_is_chosen():
 
 
 def test_a_search_ends_in_a_row_or_in_nothing(table, monkeypatch):
-    cell = tune.Cell("dq", 2, 0)
+    cell = tune.Cell("dq", 2, 0, 4096)
     key, row = tune.present(cell, 90)
     best = replace(row[0], num_warps=4)
     asked = []
@@ -162,7 +164,7 @@ class Compiled(NamedTuple):
 
 
 def test_the_figures_of_the_compiler_rule_a_tile_out(table, monkeypatch):
-    cell, tile, other = tune.Cell("dq", 2, 0), T(64, 64, 4, 2), T(32, 32, 4, 1)
+    cell, tile, other = tune.Cell("dq", 2, 0, 4096), T(64, 64, 4, 2), T(32, 32, 4, 1)
 
     def failure_with(*rows):
         monkeypatch.setattr(tune.aot, "compile_job", lambda job: [Compiled(*row) for row in rows])
@@ -178,7 +180,7 @@ def test_the_figures_of_the_compiler_rule_a_tile_out(table, monkeypatch):
 COMPILE = """
 import tune
 from smattn.kernels.configs import TileConfig as T
-cell = tune.Cell("split_16", 2, 0)
+cell = tune.Cell("split_16", 2, 0, 13, True)
 for tile in (tune.present(cell, 90)[1][0], T(16, 256, 4, 20)):
     print(repr(tune.failure(cell, 90, tile)))
 """
@@ -195,7 +197,7 @@ def test_a_tile_that_the_compiler_finds_too_large_is_left_out():
 
 def test_what_is_timed_is_the_pass_of_the_kernel():
     case = tune.make_case(1, 2, 13, 40, 32)
-    forward, backward = (tune.the_pass(tune.Cell(kernel, 4, 0), case) for kernel in ("split_16", "few_16"))
+    forward, backward = (tune.the_pass(tune.Cell(kernel, 4, 0, 13, kernel == "split_16"), case) for kernel in ("split_16", "few_16"))
     assert forward().shape == case.query.shape and not forward().requires_grad
     grads = backward()
     assert [g.shape for g in grads] == [t.shape for t in case.inputs().values()]

@@ -30,7 +30,7 @@ def run_exact(case: Case) -> Exact:
     largest = t.s.masked_fill(t.s == float("-inf"), 0).abs().max().item() if t.s.numel() else 0.0
     run_exactly = _exact_map if c.is_map else _exact_attention
     values, magnitudes, ds, dl = run_exactly(c, problem, t)
-    magnitudes |= _score_magnitudes(problem, t, ds, dl, mask)
+    magnitudes |= _score_magnitudes(problem, t, ds, dl, mask, c.key_padding_mask)
     if "lse" in values:
         magnitudes["lse"] = torch.full_like(t.lse, 1 + largest)
     return Exact(_as_given(values, case), _as_given(magnitudes, case), largest)
@@ -77,11 +77,11 @@ def _exact_map(c: Case, problem: Problem, t: reference.Scores) -> tuple[_Named, 
     return values, {"map": (w * t.p).sum(1), "dhead_weights": eta.sum((0, 2))}, ds, torch.zeros_like(eta)
 
 
-def _score_magnitudes(problem: Problem, t: reference.Scores, ds: Tensor, dl: Tensor, mask: Tensor | None) -> _Named:
+def _score_magnitudes(problem: Problem, t: reference.Scores, ds: Tensor, dl: Tensor, mask: Tensor | None, padding: Tensor | None) -> _Named:
     """A(T) of the gradients that come from dS, given the magnitudes of dS and dL."""
     positive = t._replace(query=t.query.abs(), key=t.key.abs(), alpha=None if t.alpha is None else t.alpha.abs())
     needs = (True, True, mask is not None, False)
-    dquery, dkey, dmask, _ = reference.score_gradients(replace(problem, scale=abs(problem.scale)), positive, ds, dl, mask, None, needs)
+    dquery, dkey, dmask, _ = reference.score_gradients(replace(problem, scale=abs(problem.scale)), positive, ds, dl, mask, padding, needs)
     dalpha = None
     if t.mask is not None:
         mbar = (t.p * t.mask).sum(-1, keepdim=True)

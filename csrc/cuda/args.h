@@ -1,0 +1,100 @@
+// What the kernels are given: plain structs with device pointers, filled by plan.cpp.
+#pragma once
+
+#include "../params.h"
+
+namespace smattn::cuda {
+
+// What every kernel of a call is given.
+struct Call {
+  Scores scores;
+  Tensor4 value = {};
+  bool query_aligned = false, key_aligned = false, value_aligned = false;  // Rows::aligned
+  const int64_t* seed = nullptr;  // of dropout, in device memory
+  uint32_t drop_below = 0;  // dropout_threshold, 0 without dropout
+  float keep_scale = 1.0f;  // 1/(1-p)
+};
+
+// Of a row over one range of keys: not yet divided by l.
+struct alignas(16) PartialRow {
+  float m;  // largest score, base 2
+  float l;  // sum of exp2(s - m); 1 where live scores are all -inf, 0 where no key is live
+  float average[2];  // sums of P*M and P*dA
+};
+
+struct ForwardArgs {
+  Call call;
+  Tensor4 dmap = {};  // (B, 1, Nq, Nk) of (10), data null in attention itself
+  int64_t splits = 1;  // ranges of keys
+  int64_t split_keys = 1;  // a range's length, a multiple of the key tile
+  void* out = nullptr;  // ForwardParams
+  float *lse = nullptr, *out_acc = nullptr, *mbar = nullptr;
+  float* eta = nullptr;  // (B, H, Nq), null when not asked for
+  float* partial_out = nullptr;  // (splits, B, H, Nq, Dv)
+  PartialRow* partial_rows = nullptr;  // (splits, B, H, Nq)
+};
+
+// What backward knows of a query row; 16 bytes, one load.
+struct alignas(16) RowState {
+  float lse_log2;  // +inf in dead rows and past the last: P is 0 there
+  float delta;  // (5); for attention_map w_h * eta of (10)
+  float mbar, dl;  // for dalpha
+};
+
+struct RowsArgs {
+  Call call;
+  Tensor4 dout = {}, out = {};  // float32; data null where sums takes their place
+  const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
+  const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
+  const float* head_weights = nullptr;  // of attention_map
+  RowState* rows = nullptr;  // (B, H, Nq)
+};
+
+// What is summed over heads in `tile`.
+enum class TileSum : int32_t { kNone, kMaskGradient, kMap };
+
+struct KeysArgs {
+  Call call;
+  Tensor4 dout = {};  // data null in attention_map
+  bool dout_aligned = false;
+  Tensor4 dmap = {};  // (B, 1, Nq, Nk), data null in attention
+  const float* head_weights = nullptr;  // (H,) of attention_map
+  const RowState* rows = nullptr;  // (B, H, Nq)
+  void *dkey = nullptr, *dvalue = nullptr;  // null when not asked for
+  TileSum tile_sum = TileSum::kNone;
+  void* tile_out = nullptr;  // dmask (Bm, Hm, Nq, Nk) in mask's dtype, or map (B, Nq, Nk) float32
+  DType tile_dtype = DType::kFloat32;
+  bool tile_per_head = false;  // dmask has a head axis
+  void* row_out = nullptr;  // dM of a mask without a query axis, summed over queries (B / batches, H or Hkv, Nk); null when not asked for
+  DType row_dtype = DType::kFloat32;
+  bool row_per_head = false;  // a row for each head, else for each group of query heads
+  int64_t heads = 1,
+          batches = 1;  // that a block goes over, the last one fewer batches; whole groups of query heads when dK or dV is asked for
+  int64_t span = 1;  // queries that a block goes over
+};
+
+struct QueriesArgs {
+  Call call;
+  Tensor4 dout = {};  // data null in attention_map
+  bool dout_aligned = false;
+  Tensor4 dmap = {};  // (B, 1, Nq, Nk), data null in attention
+  const float* head_weights = nullptr;  // (H,) of attention_map
+  const RowState* rows = nullptr;  // (B, H, Nq)
+  int64_t splits = 1, split_keys = 1;  // ranges of keys, a range's length
+  void* dquery = nullptr;  // null when not asked for
+  float* partial_dquery = nullptr;  // (splits, B, H, Nq, D)
+  float* dalpha = nullptr;  // (B, H, query blocks * splits) partial sums, null when not asked for
+  float* delta = nullptr;  // (splits, B, H, Nq) sums of P*dP; when given, nothing else is computed
+};
+
+// to[o, p, i] = sum over r, s of from[r * stride_r + s * stride_s + o * stride_o + p * stride_p + i], with logits through their sigmoid
+struct SumArgs {
+  const float* from = nullptr;
+  void* to = nullptr;  // contiguous (outer, middle, inner)
+  DType dtype = DType::kFloat32;
+  int64_t outer = 1, middle = 1, inner = 1, stride_outer = 1, stride_middle = 1;
+  int64_t first = 1, second = 1, stride_first = 1, stride_second = 1;  // what is summed over
+  Tensor4 logits = {};  // [outer, middle, 1, inner], data null where `to` is no gradient of logits
+};
+
+}  // namespace smattn::cuda

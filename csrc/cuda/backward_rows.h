@@ -1,0 +1,54 @@
+// First step of every backward: what the passes read of a query row, side by side in one buffer. A warp a row.
+// attention: delta of reference.py (5). attention_map: w_h * eta of (10), so that with w_h * dA for dP the passes are the same.
+#pragma once
+
+#include "scores.h"
+
+namespace smattn::cuda {
+
+constexpr int kRowsThreads = 128;
+
+// <dO, O>; any: whether O is anything but 0.
+SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i, bool& any) {
+  const auto row = [&](const Tensor4& x) {
+    return static_cast<const float*>(x.data) + at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2];
+  };
+  const float *dout = row(args.dout), *out = row(args.out);
+  float sum = 0.0f, square = 0.0f;
+  for (int64_t col = lane_index(); col < args.call.scores.size.Dv; col += kWarp) {
+    const float o = out[col * args.out.stride[3]];
+    sum = fmaf(dout[col * args.dout.stride[3]], o, sum);
+    square = fmaf(o, o, square);
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    sum += shuffle_xor(sum, lanes);
+    square += shuffle_xor(square, lanes);
+  }
+  any |= square != 0.0f;
+  return sum;
+}
+
+SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
+  const Sizes& size = args.call.scores.size;
+  const int64_t row = block_index() * (kRowsThreads / kWarp) + warp_index();
+  if (row >= size.B * size.H * size.Nq) return;
+  const int64_t i = row % size.Nq;
+  const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
+  const float lse = args.lse[row];
+  RowState state{lse * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row], args.dlse == nullptr ? 0.0f : args.dlse[row]};
+  bool any = state.mbar != 0.0f;  // something was summed in this row, or NaN
+  if (args.sums != nullptr) {
+    state.delta = (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row] - state.dl;
+    any |= args.sums[row] != 0.0f;
+  } else if (args.out.data != nullptr) {
+    state.delta = output_gradient_product(args, at, i, any) - state.dl;
+  } else {
+    any = true;  // the sums of P*dP are still to come, which tell a row without keys from one whose scores are all -inf
+  }
+  // rows whose live scores are all -inf, or that have one of +inf, are NaN: what comes of them is NaN, not 0
+  if (lse == -infinity() && !any) state = {infinity(), 0.0f, 0.0f, 0.0f};
+  if (lse == infinity()) state.lse_log2 = not_a_number();
+  if (lane_index() == 0) args.rows[row] = state;
+}
+
+}  // namespace smattn::cuda

@@ -1,0 +1,39 @@
+// Rows that several blocks of forward.h have summed over ranges of keys, put together: a warp a row, in the order of the ranges.
+#pragma once
+
+#include "forward.h"
+
+namespace smattn::cuda {
+
+constexpr int kMergeThreads = 128;
+
+template <class T>
+SMATTN_DEVICE void forward_merge_block(const ForwardArgs& args) {
+  const Sizes& size = args.call.scores.size;
+  const int64_t rows = size.B * size.H * size.Nq, row = block_index() * (kMergeThreads / kWarp) + warp_index();
+  if (row >= rows) return;
+  float m = -infinity(), l = 0.0f, average[2] = {0.0f, 0.0f};
+  for (int64_t i = 0; i < args.splits; ++i) m = fmaxf(m, args.partial_rows[i * rows + row].m);
+  // 1 also where the largest score is infinite, and so is what is summed, or where it is -inf: then l counts the ranges that have live keys
+  const auto factor_of = [&](float part) { return part == m ? 1.0f : exp2_fast(part - finite(m)); };
+  for (int64_t i = 0; i < args.splits; ++i) {
+    const PartialRow part = args.partial_rows[i * rows + row];
+    const float factor = factor_of(part.m);
+    l += part.l * factor;
+    for (int which = 0; which < 2; ++which) average[which] += part.average[which] * factor;
+  }
+  float lse;
+  const float factor = finish_row(m, l, lse);
+  if (lane_index() == 0) store_row(args, row, lse, factor, average);
+  if (args.out == nullptr) return;
+  for (int64_t col = lane_index(); col < size.Dv; col += kWarp) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < args.splits; ++i)
+      sum = fmaf(args.partial_out[(i * rows + row) * size.Dv + col], factor_of(args.partial_rows[i * rows + row].m), sum);
+    sum *= factor * args.call.keep_scale;
+    round_to(static_cast<T*>(args.out)[row * size.Dv + col], sum);
+    if (args.out_acc != nullptr) args.out_acc[row * size.Dv + col] = sum;
+  }
+}
+
+}  // namespace smattn::cuda

@@ -1,0 +1,5 @@
+#include "../passes_of.h"
+
+namespace smattn::cuda {
+template Passes passes<HalfMath<BFloat>, 32>();
+}

@@ -1,0 +1,5 @@
+#include "../passes_of.h"
+
+namespace smattn::cuda {
+template Passes passes<HalfMath<Half>, 64>();
+}

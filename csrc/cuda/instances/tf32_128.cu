@@ -1,0 +1,5 @@
+#include "../passes_of.h"
+
+namespace smattn::cuda {
+template Passes passes<Tf32Math, 128>();
+}

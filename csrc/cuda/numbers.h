@@ -1,0 +1,80 @@
+// The 16-bit storage types, the same for the device compiler and for a host that emulates it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SMATTN_DEVICE __device__ __forceinline__
+#define SMATTN_UNROLL _Pragma("unroll")
+#define SMATTN_ROLLED _Pragma("unroll 1")
+#else
+#define SMATTN_DEVICE inline
+#define SMATTN_UNROLL
+#define SMATTN_ROLLED
+#endif
+
+namespace smattn::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+#ifdef __CUDACC__
+
+SMATTN_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+SMATTN_DEVICE float to_float(BFloat x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+SMATTN_DEVICE void round_to(Half& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+SMATTN_DEVICE void round_to(BFloat& to, float x) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+#else
+
+inline float to_float(Half x) {
+  _Float16 y;
+  std::memcpy(&y, &x, sizeof y);
+  return static_cast<float>(y);
+}
+inline float to_float(BFloat x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+inline void round_to(Half& to, float x) {
+  const auto y = static_cast<_Float16>(x);
+  std::memcpy(&to, &y, sizeof to);
+}
+inline void round_to(BFloat& to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool nan = x != x;
+  to.bits = nan ? uint16_t{0x7FFF} : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+
+#endif
+
+SMATTN_DEVICE float to_float(float x) { return x; }
+SMATTN_DEVICE float to_float(double x) { return static_cast<float>(x); }
+SMATTN_DEVICE void round_to(float& to, float x) { to = x; }
+SMATTN_DEVICE void round_to(double& to, float x) { to = x; }
+
+template <class T>
+SMATTN_DEVICE T rounded(float x) {
+  T y;
+  round_to(y, x);
+  return y;
+}
+
+// Two neighbours of a 16-bit type in one register, the first in the low half.
+template <class T>
+SMATTN_DEVICE uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(rounded<T>(low).bits) | static_cast<uint32_t>(rounded<T>(high).bits) << 16;
+}
+
+}  // namespace smattn::cuda

@@ -1,0 +1,328 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../philox.h"
+#include "args.h"
+#include "passes.h"
+
+namespace smattn::cuda {
+namespace {
+
+constexpr int64_t kEnoughBlocks = 512;           // about two a multiprocessor on the largest GPUs
+constexpr int64_t kMostPartialBytes = 8 << 20;   // of a call's partial outputs
+constexpr int64_t kShortestRange = 256;          // keys
+constexpr int64_t kMostRows = int64_t{1} << 30;  // an int counts queries or keys inside a kernel, everything else is 64 bits wide
+
+template <class Math>
+Passes passes_of_depth(int64_t depth) {
+  if (depth <= 32) return passes<Math, 32>();
+  if (depth <= 64) return passes<Math, 64>();
+  if (depth <= 128) return passes<Math, 128>();
+  return passes<Math, 256>();
+}
+
+Passes passes_for(DType dtype, int64_t depth, bool allow_tf32) {
+  if (depth > kLargestHead) throw std::runtime_error("CUDA kernels: head size above 256");
+  switch (dtype) {
+    case DType::kFloat16: return passes_of_depth<HalfMath<Half>>(depth);
+    case DType::kBFloat16: return passes_of_depth<HalfMath<BFloat>>(depth);
+    case DType::kFloat32: return allow_tf32 ? passes_of_depth<Tf32Math>(depth) : passes_of_depth<FloatMath>(depth);
+    case DType::kFloat64: break;
+  }
+  throw std::runtime_error("CUDA kernels: no float64");
+}
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Rows can be copied 16 bytes at a time.
+bool aligned(const Tensor4& x) {
+  if (x.stride[3] != 1 || reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
+  return std::all_of(x.stride, x.stride + 3, [&](int64_t stride) { return stride * bytes_of(x.dtype) % 16 == 0; });
+}
+
+Call call_of(const Scores& scores, const Tensor4& value, double dropout_p, const Context& context) {
+  if (std::max(scores.size.Nq, scores.size.Nk) > kMostRows) throw std::runtime_error("CUDA kernels: more than 2^30 queries or keys");
+  return {.scores = scores,
+          .value = value,
+          .query_aligned = aligned(scores.query),
+          .key_aligned = aligned(scores.key),
+          .value_aligned = aligned(value),
+          .seed = context.seed,
+          .drop_below = dropout_p > 0.0 ? dropout_threshold(dropout_p) : 0,
+          .keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p))};
+}
+
+template <class T>
+T* allocate(int64_t count, const Context& context) {
+  return static_cast<T*>(context.allocate(count * static_cast<int64_t>(sizeof(T)), context.allocator));
+}
+
+struct Ranges {
+  int64_t splits, split_keys;
+};
+
+// Into how many ranges the keys are parted, so that few queries keep a GPU busy. By the shape alone: results repeat on every device.
+Ranges ranges_of(const Sizes& size, const Tiling& tiling, int64_t row_bytes) {
+  const int64_t rows = size.B * size.H, blocks = rows * tiling.query_blocks(size.Nq);
+  const int64_t most = std::max<int64_t>(1, std::min(size.Nk / kShortestRange, kMostPartialBytes / (rows * size.Nq * row_bytes)));
+  const int64_t wanted = std::clamp<int64_t>((kEnoughBlocks + blocks - 1) / blocks, 1, most);
+  const int64_t tiles = (size.Nk + tiling.keys - 1) / tiling.keys, tiles_each = (tiles + wanted - 1) / wanted;
+  return {(tiles + tiles_each - 1) / tiles_each, tiles_each * tiling.keys};
+}
+
+void run_forward(ForwardArgs args, const Passes& passes, const Context& context) {
+  const Sizes& size = args.call.scores.size;
+  const int64_t row_bytes = (args.out != nullptr ? size.Dv * 4 : 0) + static_cast<int64_t>(sizeof(PartialRow));
+  const Ranges ranges = ranges_of(size, passes.forward_tiling, row_bytes);
+  args.splits = ranges.splits;
+  args.split_keys = ranges.split_keys;
+  if (args.splits > 1) {
+    const int64_t rows = args.splits * size.B * size.H * size.Nq;
+    args.partial_rows = allocate<PartialRow>(rows, context);
+    if (args.out != nullptr) args.partial_out = allocate<float>(rows * size.Dv, context);
+  }
+  passes.forward(args, context);
+  if (args.splits > 1) passes.forward_merge(args, context);
+}
+
+// What (7) and (8) ask for, of attention and of its map alike.
+struct Wanted {
+  void *dquery, *dkey, *dvalue, *dmask, *dalpha;
+};
+
+// dM of a mask without a query axis, in rows that the passes over keys sum over queries: straight into dM where each of its rows is one
+// block's, else into scratch, whose rows are then summed over the axes that mask has not.
+struct RowSums {
+  const Scores& scores;
+  int64_t batches, outer, rows;  // batches to a block, blocks of them, rows of each
+  bool has_batch, has_head;
+  float* scratch;
+
+  RowSums(const Scores& scores, const Context& context) : scores(scores) {
+    const Sizes& size = scores.size;
+    has_batch = scores.mask_size[0] > 1 || size.B == 1;
+    has_head = scores.mask_size[1] > 1 || size.H == 1;
+    rows = has_head ? size.H : size.Hkv;
+    const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (rows * size.Nk * 4));
+    batches = has_batch ? 1 : (size.B + most - 1) / most;
+    outer = (size.B + batches - 1) / batches;
+    scratch = has_batch && has_head && !scores.mask_is_logits ? nullptr : allocate<float>(outer * rows * size.Nk, context);
+  }
+  void ask(KeysArgs& args, void* dmask) const {
+    args.row_out = scratch != nullptr ? scratch : dmask;
+    args.row_dtype = scratch != nullptr ? DType::kFloat32 : scores.mask.dtype;
+    args.row_per_head = has_head;
+    args.batches = batches;
+  }
+  void finish(void* dmask, const Context& context) const {
+    const int64_t Nk = scores.size.Nk;
+    if (scratch != nullptr)
+      sum_many({.from = scratch,
+                .to = dmask,
+                .dtype = scores.mask.dtype,
+                .outer = has_batch ? outer : 1,
+                .middle = has_head ? rows : 1,
+                .inner = Nk,
+                .stride_outer = rows * Nk,
+                .stride_middle = Nk,
+                .first = has_batch ? 1 : outer,
+                .second = has_head ? 1 : rows,
+                .stride_first = rows * Nk,
+                .stride_second = Nk,
+                .logits = scores.mask_is_logits ? scores.mask : Tensor4{}},
+               context);
+  }
+};
+
+// dK, dV and dM.
+void run_keys(KeysArgs args, const Wanted& wanted, const Passes& passes, const Context& context) {
+  const Scores& scores = args.call.scores;
+  const Sizes& size = scores.size;
+  const bool shared_batch = size.B > 1 && scores.mask_size[0] == 1, per_head = size.H > 1 && scores.mask_size[1] > 1;
+  const bool key_only = wanted.dmask != nullptr && size.Nq > 1 && scores.mask_size[2] == 1;
+  const bool tile = wanted.dmask != nullptr && !key_only, wide = wanted.dkey != nullptr || wanted.dvalue != nullptr;
+  const bool fused = tile && wide && size.Nq <= passes.tile_span && !(shared_batch && per_head);
+
+  KeysArgs tiled = args;
+  tiled.tile_sum = TileSum::kMaskGradient;
+  tiled.tile_out = wanted.dmask;
+  tiled.tile_dtype = scores.mask.dtype;
+  tiled.tile_per_head = per_head;
+  tiled.heads = per_head ? 1 : size.H;
+  tiled.batches = shared_batch ? size.B : 1;
+  tiled.span = passes.tile_span;
+
+  args.dkey = wanted.dkey;
+  args.dvalue = wanted.dvalue;
+  args.heads = size.H / size.Hkv;
+  args.batches = 1;
+  args.span = size.Nq;
+  if (fused) {
+    tiled.dkey = wanted.dkey;
+    tiled.dvalue = wanted.dvalue;
+    tiled.heads = per_head ? size.H / size.Hkv : size.H;
+    return passes.backward_keys(tiled, context);
+  }
+  if (key_only) {
+    const RowSums sums(scores, context);
+    sums.ask(args, wanted.dmask);
+    passes.backward_keys(args, context);
+    sums.finish(wanted.dmask, context);
+  } else if (wide) {
+    passes.backward_keys(args, context);
+  }
+  if (tile) passes.backward_keys(tiled, context);
+}
+
+// Sums of P*dP (B, H, Nq), from rows whose delta is 0.
+void run_delta(QueriesArgs args, float* sums, const Passes& passes, const Context& context) {
+  const Sizes& size = args.call.scores.size;
+  const int64_t count = size.B * size.H * size.Nq;
+  const Ranges ranges = ranges_of(size, passes.queries_tiling, 4);
+  args.splits = ranges.splits;
+  args.split_keys = ranges.split_keys;
+  args.delta = args.splits > 1 ? allocate<float>(args.splits * count, context) : sums;
+  passes.backward_queries(args, context);
+  if (args.splits > 1) sum_many({.from = args.delta, .to = sums, .inner = count, .second = args.splits, .stride_second = count}, context);
+}
+
+// dQ and dalpha.
+void run_queries(QueriesArgs args, const Wanted& wanted, const Passes& passes, const Context& context) {
+  const Scores& scores = args.call.scores;
+  const Sizes& size = scores.size;
+  if (wanted.dquery == nullptr && wanted.dalpha == nullptr) return;
+  const Ranges ranges = ranges_of(size, passes.queries_tiling, size.D * 4);
+  const int64_t rows = size.B * size.H, partials = passes.queries_tiling.query_blocks(size.Nq) * ranges.splits;
+  args.splits = ranges.splits;
+  args.split_keys = ranges.split_keys;
+  args.dquery = wanted.dquery;
+  if (wanted.dalpha != nullptr) args.dalpha = allocate<float>(rows * partials, context);
+  const int64_t count = rows * size.Nq * size.D;
+  if (wanted.dquery != nullptr && args.splits > 1) args.partial_dquery = allocate<float>(args.splits * count, context);
+  passes.backward_queries(args, context);
+  if (args.partial_dquery != nullptr)
+    sum_many({.from = args.partial_dquery,
+              .to = wanted.dquery,
+              .dtype = scores.dtype,
+              .outer = 1,
+              .middle = 1,
+              .inner = count,
+              .stride_outer = 0,
+              .stride_middle = 0,
+              .first = 1,
+              .second = args.splits,
+              .stride_first = 0,
+              .stride_second = count},
+             context);
+  if (wanted.dalpha != nullptr)
+    sum_few({.from = args.dalpha,
+             .to = wanted.dalpha,
+             .dtype = DType::kFloat32,
+             .outer = 1,
+             .middle = size.H,
+             .inner = 1,
+             .stride_outer = 0,
+             .stride_middle = partials,
+             .first = size.B,
+             .second = partials,
+             .stride_first = size.H * partials,
+             .stride_second = 1},
+            context);
+}
+
+}  // namespace
+
+void forward(const ForwardParams& params, const Context& context) {
+  const Scores& scores = params.scores;
+  run_forward({.call = call_of(scores, params.value, params.dropout.p, context),
+               .out = params.out,
+               .lse = static_cast<float*>(params.lse),
+               .out_acc = static_cast<float*>(params.out_acc),
+               .mbar = static_cast<float*>(params.mbar)},
+              passes_for(scores.dtype, std::max(scores.size.D, scores.size.Dv), context.allow_tf32), context);
+}
+
+void backward(const BackwardParams& params, const Context& context) {
+  const Scores& scores = params.scores;
+  const Sizes& size = scores.size;
+  const Passes passes = passes_for(scores.dtype, std::max(size.D, size.Dv), context.allow_tf32);
+  const Call call = call_of(scores, params.value, params.dropout.p, context);
+  const Wanted wanted{params.dquery, params.dkey, params.dvalue, params.dmask, params.dalpha};
+  const int64_t count = size.B * size.H * size.Nq;
+  auto* rows = allocate<RowState>(count, context);
+  const auto* lse = static_cast<const float*>(params.lse);
+  const auto* mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr;
+  RowsArgs r{.call = call, .lse = lse, .dlse = static_cast<const float*>(params.dlse), .mbar = mbar, .rows = rows};
+  const QueriesArgs queries{.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows};
+  if (params.out.data != nullptr && scores.dtype == DType::kFloat32) {
+    r.dout = params.dout;
+    r.out = params.out;
+  } else if (wanted.dquery != nullptr || wanted.dkey != nullptr || wanted.dmask != nullptr || wanted.dalpha != nullptr) {
+    // O was not kept, or summed from a P rounded to 16 bits: a delta made of it would not cancel a dP that is the same for all keys
+    auto* sums = allocate<float>(count, context);
+    backward_rows({.call = call, .lse = lse, .rows = rows}, context);
+    run_delta(queries, sums, passes, context);
+    r.sums = sums;
+  }
+  backward_rows(r, context);
+  run_keys({.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows}, wanted, passes, context);
+  run_queries(queries, wanted, passes, context);
+}
+
+void attention_map(const MapParams& params, const Context& context) {
+  const Scores& scores = params.scores;
+  const Sizes& size = scores.size;
+  const Passes passes = passes_for(scores.dtype, size.D, context.allow_tf32);
+  const Call call = call_of(scores, {}, 0.0, context);
+  auto* rows = allocate<RowState>(size.B * size.H * size.Nq, context);
+  auto* lse = static_cast<float*>(params.lse);
+  const auto* weights = static_cast<const float*>(params.head_weights);
+  auto* mbar = scores.mask.data != nullptr ? allocate<float>(size.B * size.H * size.Nq, context) : nullptr;
+  run_forward({.call = call, .lse = lse, .mbar = mbar}, passes, context);
+  backward_rows({.call = call, .lse = lse, .mbar = mbar, .rows = rows}, context);
+  passes.backward_keys({.call = call,
+                        .head_weights = weights,
+                        .rows = rows,
+                        .tile_sum = TileSum::kMap,
+                        .tile_out = params.map,
+                        .tile_dtype = DType::kFloat32,
+                        .heads = size.H,
+                        .batches = 1,
+                        .span = passes.tile_span},
+                       context);
+}
+
+void attention_map_backward(const MapBackwardParams& params, const Context& context) {
+  const Scores& scores = params.scores;
+  const Sizes& size = scores.size;
+  const int64_t count = size.B * size.H * size.Nq;
+  const Passes passes = passes_for(scores.dtype, size.D, context.allow_tf32);
+  const Call call = call_of(scores, {}, 0.0, context);
+  const auto* weights = static_cast<const float*>(params.head_weights);
+  auto* rows = allocate<RowState>(count, context);
+  auto *lse = allocate<float>(count, context), *eta = allocate<float>(count, context);
+  auto* mbar = params.dalpha != nullptr ? allocate<float>(count, context) : nullptr;
+  run_forward({.call = call, .dmap = params.dmap, .lse = lse, .mbar = mbar, .eta = eta}, passes, context);
+  backward_rows({.call = call, .lse = lse, .mbar = mbar, .sums = eta, .head_weights = weights, .rows = rows}, context);
+  const Wanted wanted{params.dquery, params.dkey, nullptr, params.dmask, params.dalpha};
+  run_keys({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
+  run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
+  if (params.dhead_weights != nullptr)
+    sum_few({.from = eta,
+             .to = params.dhead_weights,
+             .dtype = DType::kFloat32,
+             .outer = 1,
+             .middle = size.H,
+             .inner = 1,
+             .stride_outer = 0,
+             .stride_middle = size.Nq,
+             .first = size.B,
+             .second = size.Nq,
+             .stride_first = size.H * size.Nq,
+             .stride_second = 1},
+            context);
+}
+
+}  // namespace smattn::cuda
