@@ -95,7 +95,7 @@ def placed(cell: Cell, arch: int) -> Cell | None:
 def present(cell: Cell, arch: int) -> tuple[Key, Tiles]:
     """The key of this chip's row, and what serves there now: its own row, or the one it falls back to."""
     key = (cell.kernel, configs.generation(arch), cell.itemsize)
-    return key, configs.TABLE.get(key) or configs.TABLE[cell.kernel, 80, cell.itemsize]
+    return key, configs.row_of(cell.kernel, arch, cell.itemsize)
 
 
 def put(cell: Cell, arch: int, tile: TileConfig) -> Tiles:

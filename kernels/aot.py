@@ -1,23 +1,20 @@
-"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90] [--full]`.
+"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90 100] [--full]`.
 
 The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
-specialisation, same tiles as there. Prints registers, spills and shared memory, and fails when a kernel does not compile, wants more shared
-memory than its chip has, or spills registers where SPILLING does not say so. Must run without TRITON_INTERPRET, under which there is no
-compiler.
+specialisation, same tiles as there. Prints a line for each: its tile, registers, spills, the tensor-core instruction with the shortest and
+the longest run of it between two waits, bits * number of the loads, shared memory, and how many programs a multiprocessor holds. Fails
+where Row.failure says so. What was compiled and read once is taken from Triton's cache. Must run without TRITON_INTERPRET, under which
+there is no compiler.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +26,11 @@ from triton.compiler import ASTSource
 from ..problem import Problem
 from . import backend, launch
 from .configs import TileConfig, block_of, bucket
+from .machine_code import Reading, read
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
+RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and that each program takes besides its own
+REGISTERS, THREADS, TENSOR_COLUMNS = 65_536, {86: 1536, 89: 1536, 120: 1536}, 512  # of a multiprocessor; elsewhere 2048 threads
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 HEAD_SIZES = (32, 48, 64, 128)
@@ -39,8 +39,8 @@ FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size
 # What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
 # its random numbers take registers of their own.
 SPILLING = {
-    ("few_queries", 2): {(32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128), (256, 32), (256, 64)},
-    ("few_queries", 4): {(32, 128), (64, 64), (64, 128), (128, 16), (128, 32), (128, 64), (256, 16), (256, 32)},
+    ("few_queries", 2): {(64, 128)},
+    ("dmask", 4): {(256, 128)},
     ("map", 4): {(64, 128)},
     ("map_means", 2): {(32, 16)},
 }
@@ -63,6 +63,7 @@ class Variant(NamedTuple):
 
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
+TF32 = Variant("tf32", tf32=True)
 MAP = Variant("map", as_map=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
@@ -95,50 +96,69 @@ class Row(NamedTuple):
     kernel: str
     job: Job
     tile: TileConfig
-    registers: int
-    spill_bytes: int
-    shared: int
-    error: str
+    reading: Reading | None = None  # None: it did not compile, see error
+    shared: int = 0
+    tensor_columns: int = 0  # of tensor memory, sm_100
+    products: bool = False  # whether the kernel has matrix products
+    groups: int = 0  # of wgmma that the compiler means to run without a wait between, sm_90
+    error: str = ""
 
     def failure(self) -> str:
-        if self.error:
+        """What is wrong with it, or nothing."""
+        if self.reading is None:
             return self.error
-        j, limit = self.job, SHARED_MEMORY[self.job.arch]
+        j, limit, r = self.job, SHARED_MEMORY[self.job.arch], self.reading
         if self.shared > limit:
             return f"{self.shared} bytes of shared memory, the chip has {limit}"
+        if self.products and not r.instruction and (j.dtype.itemsize == 2 or j.variant.tf32):
+            return "no tensor-core instruction"
+        if r.instruction == "HGMMA" and r.groups > self.groups:
+            return f"serialised wgmma: {r.groups} groups, not {self.groups}"
         known = j.variant.dropout or (block_of(j.D), bucket(j.Nq)) in SPILLING.get((self.kernel, j.dtype.itemsize), ())
-        return f"spills {self.spill_bytes} bytes" if self.spill_bytes and not known else ""
+        return f"spills {r.spill_bytes} bytes" if r.spill_bytes and not known else ""
+
+    def per_multiprocessor(self) -> int:
+        """How many programs run on one at a time."""
+        arch, threads = self.job.arch, 32 * self.tile.num_warps
+        registers = -(-(self.reading.registers if self.reading else 1) // 8) * 8
+        most = [THREADS.get(arch, 2048) // threads, REGISTERS // (registers * threads)]
+        most += [(SHARED_MEMORY[arch] + RESERVED) // (self.shared + RESERVED), TENSOR_COLUMNS // max(16, self.tensor_columns)]
+        return min(most)
 
     def text(self) -> str:
         j, t = self.job, self.tile
         tile = f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages}"
-        where = f"sm_{j.arch} {str(j.dtype)[6:]:9}D={j.D:<4}Nq={j.Nq:<5}{j.variant.name:35}"
-        return f"{self.kernel:14}{where}{tile:17}{self.registers:3} regs {self.spill_bytes:6} spill {self.shared:7} shared {self.failure()}"
+        where = f"{self.kernel:14}sm_{j.arch:<4}{str(j.dtype)[6:]:9}D={j.D:<4}Nq={j.Nq:<5}{j.variant.name:35}{tile:17}"
+        if self.reading is None:
+            return where + self.error
+        return f"{where}{self.reading.text()}{self.shared:7} shared {self.per_multiprocessor():2} per SM {self.failure()}"
 
 
 def jobs(archs: list[int], full: bool) -> Iterator[Job]:
-    """Every kernel, dtype and head size with the plain mask, then each variant once on the last chip. `full`: all products, and D = 256."""
-    everything = (PLAIN, FEATURES, PLAIN._replace(name="tf32", tf32=True), MAP, *OTHERS)
+    """Every kernel, chip and regime in every dtype, then each variant once, on one chip. `full`: all products."""
+    everything = (PLAIN, FEATURES, TF32, MAP, *OTHERS)
     if full:
         for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
             if dtype == torch.float32 or not variant.tf32:
                 yield Job(arch, dtype, D, Nq, variant)
         return
-    for arch, dtype in product(archs, DTYPES):
-        for D, Nq in product(HEAD_SIZES, (FEW[0], MANY)):
-            yield Job(arch, dtype, D, Nq, PLAIN)
-        for Nq in FEW[1:]:
-            yield Job(arch, dtype, 64, Nq, PLAIN)
-        for Nq in (FEW[0], MANY):
-            yield Job(arch, dtype, 64, Nq, MAP)
-        if dtype != torch.bfloat16:  # same tiles as float16
-            for Nq in (FEW[0], MANY):
-                yield Job(arch, dtype, WIDEST, Nq, PLAIN)
-    for Nq in (FEW[0], MANY):
-        yield Job(archs[-1], torch.float16, 64, Nq, FEATURES)
-        yield Job(archs[-1], torch.float32, 64, Nq, PLAIN._replace(name="tf32", tf32=True))
+    few, most = FEW[0], FEW[-1]
+    for arch in archs:
+        for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
+            yield Job(arch, torch.float16, D, Nq, PLAIN)
+        for D, Nq in (*product((64,), (few, most, MANY)), (32, few), (32, most), (128, MANY), (WIDEST, MANY)):
+            yield Job(arch, torch.float32, D, Nq, PLAIN)
+        for Nq in (few, most, MANY):
+            yield Job(arch, torch.float32, 64, Nq, TF32)
+        for Nq in (few, MANY):
+            yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
+            yield Job(arch, torch.float16, 64, Nq, MAP)
+        yield Job(arch, torch.float32, 64, MANY, MAP)
+    chip = 90 if 90 in archs else archs[-1]
+    for Nq in (few, MANY):
+        yield Job(chip, torch.float16, 64, Nq, FEATURES)
         for variant in OTHERS:
-            yield Job(archs[-1], torch.bfloat16, 32, Nq, variant)
+            yield Job(chip, torch.bfloat16, 32, Nq, variant)
 
 
 def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
@@ -210,29 +230,18 @@ def compile_job(job: Job) -> list[Row]:
         try:
             compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", job.arch, 32), options=tile.options())
         except Exception as error:  # whatever the compiler throws belongs in the table
-            rows.append(Row(name, job, tile, 0, 0, 0, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
+            rows.append(Row(name, job, tile, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
             continue
-        registers, spill_bytes = _resources(compiled.asm["cubin"])
-        rows.append(Row(name, job, tile, registers, spill_bytes, compiled.metadata.shared, ""))
+        rows.append(Row(
+            name, job, tile, read(compiled.asm["cubin"]), compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0,
+            "tt.dot" in compiled.asm["ttir"], compiled.asm["ptx"].count("wgmma.commit_group"),
+        ))  # fmt: skip
     return rows
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory: the spills."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers = re.search(r"REG:(\d+)", usage)
-    stack, local = re.search(r"STACK:(\d+)", usage), re.search(r"LOCAL:(\d+)", usage)
-    assert registers and stack and local, usage
-    return int(registers[1]), int(stack[1]) + int(local[1])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY))
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--full", action="store_true", help="every product of dtype, head size, regime and variant")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)

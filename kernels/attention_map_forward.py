@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .launch import Inputs, launch
 from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile
 
@@ -52,4 +53,4 @@ def run(inputs: Inputs, lse: Tensor, amap: Tensor) -> None:
     arguments = inputs.score_arguments(tile) | dict(
         weights_ptr=inputs.head_weights, lse_ptr=lse, map_ptr=amap, MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[1] > 1
     )
-    launch(_map_kernel, t.B * triton.cdiv(t.Nq, tile.block_m) * triton.cdiv(t.Nk, tile.block_n), arguments, tile)
+    launch(_map_kernel, t.B * cdiv(t.Nq, tile.block_m) * cdiv(t.Nk, tile.block_n), arguments, tile)

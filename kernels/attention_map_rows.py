@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward_delta import store_rows
-from .configs import TileConfig
+from .configs import TileConfig, cdiv
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
-from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, probabilities
+from .primitives import LOG2E, finish_rows, live_keys, load_alpha, load_mask, load_tile, probabilities, query_program, store_rows
 
 FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
 
@@ -32,14 +31,8 @@ def _map_means_kernel(
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, NEED_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = (pid % H).to(tl.int64)
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    offs_m = pid // H % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = pid // H // m_blocks % n_splits
+    h, _, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
     first_block = split * split_blocks
-    b = (pid // H // m_blocks // n_splits).to(tl.int64)
-    bh = b * H + h
     offs_d = tl.arange(0, BLOCK_D)
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
@@ -80,7 +73,8 @@ def _map_rows_kernel(
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     if NEED_ROWS:
         dead = (lse == float("-inf")) & (eta == 0.0)  # not a row whose live scores are all -inf: its eta is NaN
-        store_rows(rows_ptr + 2 * bh * Nq, lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead, offs_m, row_ok)
+        lse_log2, delta = finish_rows(lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead)
+        store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
     if NEED_MBAR:
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
     if NEED_ETA:
@@ -96,10 +90,10 @@ def run(inputs: Inputs, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Te
     means = inputs.score_arguments(tile) | strides("do", "bhmd", dout) | dict(
         do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows, NEED_MBAR=mbar is not None
     )  # fmt: skip
-    launch(_map_means_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, means, tile)
+    launch(_map_means_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, means, tile)
     finish = dict(
         sums_ptr=sums, lse_ptr=lse, weights_ptr=inputs.head_weights, rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
         H=t.H, Nq=t.Nq, n_splits=splits, n_rows=n_rows,
         NEED_ROWS=rows is not None, NEED_MBAR=mbar is not None, NEED_ETA=eta is not None, BLOCK_M=FINISH.block_m,
     )  # fmt: skip
-    launch(_map_rows_kernel, t.B * t.H * triton.cdiv(t.Nq, FINISH.block_m), finish, FINISH)
+    launch(_map_rows_kernel, t.B * t.H * cdiv(t.Nq, FINISH.block_m), finish, FINISH)

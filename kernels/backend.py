@@ -19,13 +19,14 @@ from . import (
     backward_delta,
     backward_delta_sweep,
     backward_dq,
+    backward_few_queries,
     backward_passes,
     configs,
     forward_split,
     soft_mask,
 )
 from . import forward as forward_full
-from .launch import Inputs
+from .launch import Inputs, Rows
 
 Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 LARGEST_HEAD = 256
@@ -74,8 +75,9 @@ def forward(
                 tensor.zero_()
         lse.fill_(float("-inf"))
     elif lse.numel() > 0:
-        if t.Nq <= configs.FEW_QUERIES and forward_split.splits_of(inputs)[0] > 1:
-            forward_split.run(inputs, out, lse, out_acc, mbar)
+        splits, split_blocks = forward_split.splits_of(inputs) if t.Nq <= configs.FEW_QUERIES else (1, 0)
+        if splits > 1:
+            forward_split.run(inputs, splits, split_blocks, out, lse, out_acc, mbar)
         else:
             forward_full.run(inputs, out, lse, out_acc, mbar)
     return out, lse, inputs.accumulator(0) if out_acc is None else out_acc, inputs.accumulator(0) if mbar is None else mbar
@@ -105,15 +107,22 @@ def backward(
     grads = _gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
+    few, dquery, dalpha, dalpha_rows = backward_few_queries.serves(inputs, list(grads[:4])), grads[0], grads[4], None
+    if few and out is not None and backward_few_queries.folds_delta(inputs, dquery):
+        held = configs.holds_dq(problem)
+        rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
+        backward_passes.run(inputs, inputs, dout, rows, mbar, *grads)
+        return grads
     soft = soft_mask.soften(inputs, _buffer_of_m(grads[3]))
-    rows, dalpha, dalpha_rows = inputs.accumulator(*lse.shape, 2), grads[4], None
-    if dalpha is not None and dlse is not None:
+    values = inputs.accumulator(*lse.shape, 2)
+    rows = Rows(values, None, lse, dlse)
+    if dalpha is not None and dlse is not None and not few:
         partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
     if out is None:
-        backward_delta_sweep.run(soft, dout, lse, dlse, mbar, rows, dalpha_rows)
+        backward_delta_sweep.run(soft, dout, lse, dlse, mbar, values, dalpha_rows)
     else:
-        backward_delta.run(out, dout, lse, dlse, mbar, rows, dalpha_rows)
+        backward_delta.run(out, dout, lse, dlse, mbar, values, dalpha_rows)
     backward_passes.run(inputs, soft, dout, rows, mbar, *grads)
     if dalpha is not None and dalpha_rows is not None:
         # apart: more terms in the sum over tiles would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
@@ -166,7 +175,7 @@ def attention_map_backward(
     dout, soft = dmap[:, None], soft_mask.soften(inputs, _buffer_of_m(dmask))
     attention_map_rows.run(soft, dout, lse, rows, mbar, eta)
     if rows is not None:
-        backward_passes.run(inputs, soft, dout, rows, mbar, dquery, dkey, None, dmask, dalpha)
+        backward_passes.run(inputs, soft, dout, Rows(rows), mbar, dquery, dkey, None, dmask, dalpha)
     if dweights is not None and eta is not None:
         torch.sum(eta, (0, 2), out=dweights)
     return grads

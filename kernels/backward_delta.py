@@ -1,4 +1,4 @@
-"""First step of every backward: each query row's lse in base 2 and delta, reference.py (5), side by side in one buffer.
+"""First step of backward where no other pass can take it along: each query row's lse in base 2 and delta, reference.py (5), in one buffer.
 
 Dead rows get lse = +inf and delta = 0, which makes P and dS exactly 0 there. The row term of dalpha, sum_i mbar_i dL_i in (8), is
 summed here too.
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, block_of
+from .configs import TileConfig, block_of, cdiv
 from .launch import launch, strides
-from .primitives import LOG2E, load_tile, nan_if_infinite
+from .primitives import load_dlse, load_tile, rows_of, store_rows
 
 TILE = TileConfig(block_m=16, block_n=1, num_warps=4, num_stages=1)  # 16 rows a program
 
@@ -37,41 +37,24 @@ def _delta_kernel(
     out = load_tile(out_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, dv_ok).to(tl.float32)
     do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, dv_ok).to(tl.float32)
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-    # a row whose live scores are all -inf has lse = -inf too, but NaN for output: its gradients are NaN, not 0
-    dead = (lse == float("-inf")) & (tl.sum(out * out, 1) == 0.0)
-    finish_rows(
-        tl.sum(out * do, 1), dead, lse * LOG2E, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm,
-        mbar_ptr, rows_ptr, dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh if NEED_DALPHA else None,
-        bh, offs_m, Nq, HAS_DLSE, NEED_DALPHA,
-    )  # fmt: skip
-
-
-@triton.jit
-def finish_rows(
-    delta, dead, lse_log2, dl_ptr, stride_dlm, mbar_ptr, rows_ptr, dalpha_ptr, bh, offs_m, Nq,
-    HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
-):  # fmt: skip
-    """Store lse in base 2, <dO, O> less dL as delta, and the block's sum of mbar * dL. dl_ptr: of this (batch, head)."""
-    row_ok = offs_m < Nq
-    if HAS_DLSE:
-        dl = tl.load(dl_ptr + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
-        delta -= dl
-    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, dead, offs_m, row_ok)
+    dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
+    lse_log2, delta, dead = rows_of(out, do, lse, dl)
+    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
     if NEED_DALPHA:
-        mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-        tl.store(dalpha_ptr, tl.sum(tl.where(dead, 0.0, mbar * dl), 0))
+        dalpha_rows = dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh
+        store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
 @triton.jit
-def store_rows(rows_ptr, lse_log2, delta, dead, offs_m, row_ok):
-    """Store a block of rows. rows_ptr: of this (batch, head)."""
-    tl.store(rows_ptr + 2 * offs_m, tl.where(dead, float("inf"), nan_if_infinite(lse_log2)), mask=row_ok)
-    tl.store(rows_ptr + 2 * offs_m + 1, tl.where(dead, 0.0, delta), mask=row_ok)
+def store_dalpha_rows(ptr, mbar_ptr, dl, dead, offs_m, row_ok):
+    """Store a block's sum of mbar * dL. mbar_ptr: of this (batch, head)."""
+    mbar = tl.load(mbar_ptr + offs_m, mask=row_ok, other=0.0)
+    tl.store(ptr, tl.sum(tl.where(dead, 0.0, mbar * dl), 0))
 
 
 def partials(queries: int) -> int:
     """How many rows of dalpha partials `run` fills."""
-    return triton.cdiv(queries, TILE.block_m)
+    return cdiv(queries, TILE.block_m)
 
 
 def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
@@ -82,4 +65,4 @@ def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tenso
         **strides("do", "bhmd", dout), **strides("dl", "bhm", dlse), H=H, Nq=Nq,
         DV=Dv, HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None, BLOCK_M=TILE.block_m, BLOCK_DV=block_of(Dv),
     )  # fmt: skip
-    launch(_delta_kernel, B * H * triton.cdiv(Nq, TILE.block_m), arguments, TILE)
+    launch(_delta_kernel, B * H * cdiv(Nq, TILE.block_m), arguments, TILE)

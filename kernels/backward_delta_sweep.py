@@ -10,9 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward_delta import finish_rows
+from .backward_delta import store_dalpha_rows
+from .configs import cdiv
 from .launch import Inputs, launch, strides
-from .primitives import LOG2E, live_keys, load_alpha, load_mask, load_tile, query_program, score_gradient
+from .primitives import (
+    LOG2E,
+    finish_rows,
+    live_keys,
+    load_alpha,
+    load_dlse,
+    load_mask,
+    load_tile,
+    query_program,
+    score_gradient,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -30,7 +42,7 @@ def _delta_sweep_kernel(
     HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    h, m_block, offs_m, b, bh = query_program(H, Nq, BLOCK_M)
+    h, m_block, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -56,11 +68,12 @@ def _delta_sweep_kernel(
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
     dead = (lse_log2 == float("-inf")) & (tl.max(any_live, 0) == 0)
-    finish_rows(
-        delta, dead, lse_log2, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm,
-        mbar_ptr, rows_ptr, dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh if NEED_DALPHA else None,
-        bh, offs_m, Nq, HAS_DLSE, NEED_DALPHA,
-    )  # fmt: skip
+    dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
+    lse_log2, delta = finish_rows(lse_log2, delta - dl, dead)
+    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
+    if NEED_DALPHA:
+        dalpha_rows = dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh
+        store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
 def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
@@ -70,4 +83,4 @@ def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Te
         do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
-    launch(_delta_sweep_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)
+    launch(_delta_sweep_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

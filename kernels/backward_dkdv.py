@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch
+from .configs import cdiv
+from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
     live_keys,
@@ -18,6 +19,7 @@ from .primitives import (
     load_map_gradient,
     load_mask,
     load_queries,
+    load_rows,
     load_tile,
     score_gradient,
     store_key_gradients,
@@ -55,14 +57,16 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dm = tl.zeros([BLOCK_N], tl.float32)
+    Nq_seen = tl.where(tl.max(live.to(tl.int32), 0) > 0, Nq, 0) if HAS_PADDING else Nq  # a block of padding reads no query
     for r in range(0, GROUP):
         h = (g * GROUP + r).to(tl.int64)
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-        for start_m in range(0, Nq, BLOCK_M):
+        for start_m in range(0, Nq_seen, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            q, do, lse_log2, delta = load_queries(
-                q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
+            lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+            q, do = load_queries(
+                q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
             mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
@@ -86,7 +90,7 @@ def _dkdv_kernel(
     store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
     """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and a key-only mask's dmask (B, H|Hkv, 1, Nk), any dtype."""
     t, tile = inputs.problem, inputs.tile("dkdv")
     arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
@@ -94,4 +98,4 @@ def run(inputs: Inputs, dout: Tensor, rows: Tensor, dkey: Tensor | None, dvalue:
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
         MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,
     )  # fmt: skip
-    launch(_dkdv_kernel, t.B * t.Hkv * triton.cdiv(t.Nk, tile.block_n), arguments, tile)
+    launch(_dkdv_kernel, t.B * t.Hkv * cdiv(t.Nk, tile.block_n), arguments, tile)

@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch
+from .configs import cdiv
+from .launch import Inputs, Rows, launch
 from .primitives import (
     live_keys,
     load_alpha,
     load_map_gradient,
     load_mask,
     load_queries,
+    load_rows,
     load_tile,
     score_gradient,
     store_dalpha,
@@ -67,8 +69,9 @@ def _dmask_kernel(
                 bh = b * H + h
                 g = h // GROUP
                 alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-                q, do, lse_log2, delta = load_queries(
-                    q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
+                lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+                q, do = load_queries(
+                    q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
                     offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
                 )  # fmt: skip
                 k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
@@ -90,10 +93,10 @@ def _dmask_kernel(
 def partials(inputs: Inputs) -> int:
     """How many rows of dalpha partials `run` fills."""
     tile = inputs.tile("dmask")
-    return triton.cdiv(inputs.problem.Nq, tile.block_m) * triton.cdiv(inputs.problem.Nk, tile.block_n)
+    return cdiv(inputs.problem.Nq, tile.block_m) * cdiv(inputs.problem.Nk, tile.block_n)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
     """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dmask")
     mask_batches, mask_heads, mask_queries, _ = dmask.shape
@@ -101,5 +104,5 @@ def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dmask: 
         mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
         B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
-    programs = mask_batches * mask_heads * triton.cdiv(mask_queries, tile.block_m) * triton.cdiv(t.Nk, tile.block_n)
+    programs = mask_batches * mask_heads * cdiv(mask_queries, tile.block_m) * cdiv(t.Nk, tile.block_n)
     launch(_dmask_kernel, programs, arguments, tile)

@@ -1,6 +1,8 @@
-"""dQ with many queries: one program per (batch, head, query block) goes over all keys, reference.py (7).
+"""dQ in a pass of its own: one program per (batch, split of the keys, query block, head), reference.py (7).
 
-dalpha is a by-product, one partial sum per program, for calls in which no other pass has it.
+With many queries the keys are in one piece and dQ is stored rounded; dalpha is a by-product, one partial sum per program, for calls in
+which no other pass has it. With few, backward_few_queries.py cuts the keys and adds up what is stored here in float32; this is backward's
+first pass then, and works out each row's lse and delta for the others.
 """
 
 from __future__ import annotations
@@ -9,54 +11,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch
+from .configs import TileConfig, cdiv
+from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
+    first_rows,
     live_keys,
+    live_span,
     load_alpha,
     load_map_gradient,
     load_mask,
     load_queries,
+    load_rows,
     load_tile,
     query_program,
     score_gradient,
+    store_rows,
     store_tile,
 )
 
 
-@triton.jit(do_not_specialize=["Nq", "drop_threshold"])
+@triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
+    out_ptr, lse_ptr, dl_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ah, stride_pb, stride_pn,
-    stride_dob, stride_doh, stride_dom, stride_dod,
-    H, Nq, Nk, scale, drop_threshold, keep_scale,
+    stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
+    B, H, Nq, Nk, n_splits, split_blocks, scale, dq_scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr,
+    FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    h, m_block, offs_m, b, bh = query_program(H, Nq, BLOCK_M)
+    h, m_block, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
+    first_block = split * split_blocks
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
-    q, do, lse_log2, delta = load_queries(
-        q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq,
-        offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
-    )  # fmt: skip
+    q_head, do_head, rows_head = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq
+    if FIRST_PASS:
+        lse_log2, delta = first_rows(
+            do_head, out_ptr + bh * Nq * DV, lse_ptr + bh * Nq, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
+            offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
+        )  # fmt: skip
+        store_rows(rows_head, lse_log2, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
+    else:
+        lse_log2, delta = load_rows(rows_head, offs_m, Nq)
+    q, do = load_queries(
+        q_head, do_head, lse_log2, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING
+    )
     alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     if NEED_DALPHA:
         mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dalpha = tl.zeros([BLOCK_M], tl.float32)
-    for start_n in range(0, Nk, BLOCK_N):
+    pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
+    end = tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N)
+    lo, hi = live_span(pad_batch, first_block * BLOCK_N, end, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
@@ -71,21 +91,38 @@ def _dq_kernel(
         if NEED_DALPHA:
             dalpha += tl.sum(ds * (m - mbar[:, None]), 1)
     if NEED_DQ:
-        store_tile(dq_ptr + bh * Nq * D, dq * scale, offs_m, offs_d, D, row_ok, offs_d < D)
+        store_tile(dq_ptr + (split * B * H + bh) * Nq * D, dq * dq_scale, offs_m, offs_d, D, row_ok, offs_d < D)
     if NEED_DALPHA:
         tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
 def partials(inputs: Inputs) -> int:
     """How many rows of dalpha partials `run` fills."""
-    return triton.cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
+    return cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Tensor, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
+def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
     """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(inputs), B, H)."""
     t, tile = inputs.problem, inputs.tile("dq")
-    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
-        mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha,
-        NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None,
+    _launch(inputs, tile, dout, rows, 1, cdiv(t.Nk, tile.block_n), t.scale, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha)
+
+
+def run_split(inputs: Inputs, dout: Tensor, rows: Rows, splits: int) -> Tensor:
+    """dQ / scale in parts, float32 (at most `splits`, B, H, Nq, D). Fills rows.values where they are to be worked out."""
+    t, tile = inputs.problem, inputs.tile("split_dq")
+    blocks = cdiv(t.Nk, tile.block_n)
+    split_blocks = cdiv(blocks, splits)
+    parts = inputs.accumulator(cdiv(blocks, split_blocks), t.B, t.H, t.Nq, t.D)
+    _launch(inputs, tile, dout, rows, parts.shape[0], split_blocks, 1.0, mbar_ptr=None, dq_ptr=parts, dalpha_ptr=None)
+    return parts
+
+
+def _launch(
+    inputs: Inputs, tile: TileConfig, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
+) -> None:
+    t = inputs.problem
+    arguments = inputs.gradient_arguments(tile, dout, rows) | rows.arguments() | pointers | dict(
+        B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
+        NEED_DQ=pointers["dq_ptr"] is not None, NEED_DALPHA=pointers["dalpha_ptr"] is not None,
     )  # fmt: skip
-    launch(_dq_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)
+    launch(_dq_kernel, t.B * t.H * splits * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -1,28 +1,32 @@
-"""Backward with few queries, all gradients in one pass: a program owns blocks of keys and goes over all heads, reference.py (5)-(8).
+"""Backward with few queries: a program owns blocks of keys and goes over all heads, reference.py (5)-(8).
 
 The queries fit one tile, so dK and dV are stored once, and dM once after its sum over heads (and over the batch, where M is shared by it)
-in registers. dQ is summed per split of the keys in a float32 buffer, which a second kernel adds up in a fixed order; dalpha leaves one
-partial per key block.
+in registers; dalpha leaves one partial per key block. dQ is summed per split of the keys in a float32 buffer: here where the queries are so
+few that registers last (5 products), else by backward_dq.py first (7 products, and keys, values and mask are read twice). What runs first
+works out delta. A last kernel adds up dQ and dalpha in a fixed order: two launches in all, or three.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .configs import TileConfig
-from .launch import Inputs, launch
+from . import backward_dq, configs
+from .configs import TileConfig, cdiv
+from .launch import Inputs, Rows, launch, strides
 from .primitives import (
     dot,
+    first_rows,
     live_keys,
     load_alpha,
     load_map_gradient,
     load_mask,
     load_queries,
+    load_rows,
     load_tile,
     matmul,
     score_gradient,
@@ -47,16 +51,17 @@ def serves(inputs: Inputs, gradients: list[Tensor | None]) -> bool:
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _few_queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr,
-    mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr,
+    mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, lse_ptr, dl_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_mb, stride_mh, stride_mm, stride_mn,
     stride_ah, stride_pb, stride_pn,
-    stride_dob, stride_doh, stride_dom, stride_dod,
+    stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     B, H, Nq, Nk, n_splits, split_blocks, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, NEED_DALPHA: tl.constexpr,
     SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr,  # M lacks the axis
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -88,11 +93,13 @@ def _few_queries_kernel(
                     do_ptr + b * stride_dob, weights_ptr, rows_ptr, mbar_ptr,
                     dq_ptr + (split * B + b) * H * Nq * D if NEED_DQ else None, dk_ptr, dv_ptr, dmask_ptr,
                     dalpha_ptr + tl.cast(n_block, tl.int64) * B * H if NEED_DALPHA else None,
+                    out_ptr, lse_ptr, dl_ptr + b * stride_dlb if HAS_DLSE else None,
                     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
-                    stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod,
+                    stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
                     b, tl.cast(group, tl.int64), offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
-                    GROUP, D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, ALLOW_TF32, NEED_DQ, NEED_DK, NEED_DV, NEED_DMASK, NEED_DALPHA,
-                    SUM_B, SHARED_H, SHARED_M, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    GROUP, D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, ALLOW_TF32,
+                    FIRST_PASS, HAS_DLSE, NEED_DQ, NEED_DK, NEED_DV, NEED_DMASK, NEED_DALPHA, SUM_B, SHARED_H, SHARED_M,
+                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if NEED_DMASK and (SUM_B or SHARED_H):
             mask_bh = b_lo if SHARED_H else b_lo * groups + g_lo
@@ -107,12 +114,13 @@ def _few_queries_kernel(
 @triton.jit
 def _kv_head(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, lse_ptr, dl_ptr,
     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
-    stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod,
+    stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
     b, g, offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, NEED_DALPHA: tl.constexpr,
     SUM_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -133,8 +141,16 @@ def _kv_head(
         h = g * GROUP + r
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
-        q, do, lse_log2, delta = load_queries(
-            q_ptr + h * stride_qh, do_ptr + h * stride_doh, rows_ptr + 2 * bh * Nq,
+        do_head = do_ptr + h * stride_doh
+        if FIRST_PASS:
+            lse_log2, delta = first_rows(
+                do_head, out_ptr + bh * Nq * DV, lse_ptr + bh * Nq, dl_ptr + h * stride_dlh if HAS_DLSE else None,
+                offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
+            )  # fmt: skip
+        else:
+            lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+        q, do = load_queries(
+            q_ptr + h * stride_qh, do_head, lse_log2,
             offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
         )  # fmt: skip
         if HAS_MASK and not SHARED_H:
@@ -174,26 +190,66 @@ def _add_tile(ptr, tile, rows, cols, n_cols, row_started, row_ok, col_ok):
     tl.store(ptr + offsets, tile, mask=row_ok[:, None] & col_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["n_splits"])
-def _reduce_kernel(partial_ptr, dq_ptr, n_splits, n_elements, scale, BLOCK: tl.constexpr):
-    """dQ = scale * sum of the splits' partials, in order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = offs < n_elements
+@triton.jit(do_not_specialize=["Nq", "n_splits", "n_tiles"])
+def _reduce_kernel(
+    parts_ptr, dq_ptr, tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm,
+    B, H, Nq, n_splits, n_elements, n_tiles, scale,
+    NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dQ = scale * sum of the splits' parts, and dalpha, a program a head, of the key blocks' and the batch's; in order."""
+    pid = tl.program_id(0)
+    heads = H if NEED_DALPHA else 0
+    if NEED_DALPHA:
+        if pid < H:
+            _reduce_dalpha(
+                tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, pid,
+                B, H, Nq, n_tiles, HAS_DLSE, BLOCK,
+            )  # fmt: skip
+    if NEED_DQ:
+        if pid >= heads:
+            offs = (pid - heads).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            ok = offs < n_elements
+            total = tl.zeros([BLOCK], tl.float32)
+            for split in range(0, n_splits):
+                total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n_elements + offs, mask=ok, other=0.0)
+            tl.store(dq_ptr + offs, (total * scale).to(dq_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _reduce_dalpha(
+    tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, h, B, H, Nq, n_tiles,
+    HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dalpha of a head, reference.py (8). The row term is a sum of its own: a dL of zeros must give the bits of none."""
     total = tl.zeros([BLOCK], tl.float32)
-    for split in range(0, n_splits):
-        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * n_elements + offs, mask=ok, other=0.0)
-    tl.store(dq_ptr + offs, (total * scale).to(dq_ptr.dtype.element_ty), mask=ok)
+    for start in range(0, n_tiles * B, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(tiles_ptr + offs.to(tl.int64) * H + h, mask=offs < n_tiles * B, other=0.0)
+    dalpha = tl.sum(total, 0)
+    if HAS_DLSE:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, B * Nq, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            ok = offs < B * Nq
+            b, m = (offs // Nq).to(tl.int64), offs % Nq
+            row = (b * H + h) * Nq + m
+            mbar = tl.load(mbar_ptr + row, mask=ok, other=0.0)
+            dead = (tl.load(lse_ptr + row, mask=ok, other=0.0) == float("-inf")) & (mbar == 0.0)
+            dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + m * stride_dlm, mask=ok, other=0.0)
+            total += tl.where(dead, 0.0, mbar * dl)
+        dalpha += tl.sum(total, 0)
+    tl.store(dalpha_ptr + h, dalpha)
 
 
-def partials(inputs: Inputs) -> int:
-    """How many rows of dalpha partials `run` fills."""
-    return triton.cdiv(inputs.problem.Nk, inputs.tile("few").block_n)
+def folds_delta(inputs: Inputs, dquery: Tensor | None) -> bool:
+    """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
+    return configs.holds_dq(inputs.problem) or dquery is not None
 
 
 def run(
     inputs: Inputs,
     dout: Tensor,
-    rows: Tensor,
+    rows: Rows,
     mbar: Tensor | None,
     dquery: Tensor | None,
     dkey: Tensor | None,
@@ -201,36 +257,59 @@ def run(
     dmask: Tensor | None,
     dalpha: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha as partials (partials(inputs), B, H)."""
+    """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha (H,) float32."""
     t, tile, gradients = inputs.problem, inputs.tile("few"), [dquery, dkey, dvalue, dmask]
     mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
     shared = dict(SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1)
     owners = t.B * t.Hkv
     if dmask is not None:
         owners = (1 if shared["SHARED_B"] else t.B) * (1 if shared["SHARED_H"] else t.Hkv)
-    split_blocks, splits = _splits(inputs, tile, owners, gradients)
-    partial = inputs.accumulator(splits, *dquery.shape) if dquery is not None else None
-    arguments: dict[str, Any] = inputs.gradient_arguments(tile, dout, rows) | shared | dict(
-        mbar_ptr=mbar, dq_ptr=partial, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=dalpha,
-        B=t.B, n_splits=splits, split_blocks=split_blocks,
-        NEED_DQ=dquery is not None, NEED_DK=dkey is not None, NEED_DV=dvalue is not None,
-        NEED_DMASK=dmask is not None, NEED_DALPHA=dalpha is not None,
+    inside = dquery is not None and configs.holds_dq(t)
+    blocks, split_blocks, parts = cdiv(t.Nk, tile.block_n), 1, None
+    if dquery is not None and inside:
+        split_blocks = cdiv(blocks, splits(inputs, gradients, owners))
+        parts = inputs.accumulator(cdiv(blocks, split_blocks), *dquery.shape)
+    elif dquery is not None:
+        parts = backward_dq.run_split(inputs, dout, rows, splits(inputs, gradients, t.B * t.H))
+        rows = replace(rows, out=None)
+    tiles = inputs.accumulator(blocks, t.B, t.H) if dalpha is not None else None
+    if inside or any(gradient is not None for gradient in (dkey, dvalue, dmask, dalpha)):
+        n_splits = cdiv(blocks, split_blocks)
+        arguments: dict[str, Any] = inputs.gradient_arguments(tile, dout, rows) | rows.arguments() | shared | dict(
+            mbar_ptr=mbar, dq_ptr=parts if inside else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
+            B=t.B, n_splits=n_splits, split_blocks=split_blocks,
+            NEED_DQ=inside, NEED_DK=dkey is not None, NEED_DV=dvalue is not None,
+            NEED_DMASK=dmask is not None, NEED_DALPHA=dalpha is not None,
+        )  # fmt: skip
+        launch(_few_queries_kernel, owners * n_splits, arguments, tile)
+    if dquery is not None or dalpha is not None:
+        reduce(inputs, rows, mbar, parts, dquery, tiles, dalpha)
+
+
+def splits(inputs: Inputs, gradients: list[Tensor | None], owners: int) -> int:
+    """How many parts of the keys dQ is summed in, from the shape alone."""
+    return min(_affordable(inputs, gradients), max(1, configs.SPLIT_PROGRAMS // owners))
+
+
+def reduce(
+    inputs: Inputs,
+    rows: Rows,
+    mbar: Tensor | None,
+    parts: Tensor | None,
+    dquery: Tensor | None,
+    tiles: Tensor | None,
+    dalpha: Tensor | None,
+) -> None:
+    """Fill, where given, dquery from its parts and dalpha from its tiles, (key blocks, B, H)."""
+    t, n_elements = inputs.problem, 0 if dquery is None else dquery.numel()
+    programs = cdiv(n_elements, REDUCE.block_n) + (t.H if dalpha is not None else 0)
+    arguments = strides("dl", "bhm", rows.dlse) | dict(
+        parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,
+        B=t.B, H=t.H, Nq=t.Nq, n_splits=0 if parts is None else parts.shape[0], n_elements=n_elements,
+        n_tiles=0 if tiles is None else tiles.shape[0], scale=t.scale,
+        NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None, HAS_DLSE=rows.dlse is not None, BLOCK=REDUCE.block_n,
     )  # fmt: skip
-    launch(_few_queries_kernel, owners * splits, arguments, tile)
-    if dquery is not None:
-        n = dquery.numel()
-        reduce = dict(partial_ptr=partial, dq_ptr=dquery, n_splits=splits, n_elements=n, scale=t.scale, BLOCK=REDUCE.block_n)
-        launch(_reduce_kernel, triton.cdiv(n, REDUCE.block_n), reduce, REDUCE)
-
-
-def _splits(inputs: Inputs, tile: TileConfig, owners: int, gradients: list[Tensor | None]) -> tuple[int, int]:
-    """Key blocks per split and number of splits, from the shape alone."""
-    blocks = triton.cdiv(inputs.problem.Nk, tile.block_n)
-    wanted = blocks
-    if gradients[0] is not None:
-        wanted = min(blocks, max(1, configs.SPLIT_PROGRAMS // owners), _affordable(inputs, gradients))
-    split_blocks = triton.cdiv(blocks, wanted)
-    return split_blocks, triton.cdiv(blocks, split_blocks)
+    launch(_reduce_kernel, programs, arguments, REDUCE)
 
 
 def _affordable(inputs: Inputs, gradients: list[Tensor | None]) -> int:

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
-from .launch import Inputs
+from .configs import FEW_QUERIES
+from .launch import Inputs, Rows
 
 
 def run(
     inputs: Inputs,
     soft: Inputs,
     dout: Tensor,
-    rows: Tensor,
+    rows: Rows,
     mbar: Tensor | None,
     dquery: Tensor | None,
     dkey: Tensor | None,
@@ -22,27 +23,31 @@ def run(
     dmask: Tensor | None,
     dalpha: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. rows: (B, H, Nq, 2), mbar: (B, H, Nq) for dalpha.
+    """Fill the gradients that are given, contiguous, in their own shapes and dtypes. mbar: (B, H, Nq) for dalpha.
 
     soft: those of soft_mask.soften; M may lie in dmask, whose pass is therefore the last.
     """
-    few = backward_few_queries.serves(inputs, [dquery, dkey, dvalue, dmask])
+    gradients = [dquery, dkey, dvalue, dmask]
+    if backward_few_queries.serves(inputs, gradients):
+        return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
     key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
-    dmask_pass = dmask is not None and not few and not key_only
-    home = backward_few_queries if few else backward_dmask if dmask_pass else backward_dq
+    dmask_pass = dmask is not None and not key_only
+    home = backward_dmask if dmask_pass else backward_dq
     dalpha_tiles = inputs.accumulator(home.partials(inputs), inputs.problem.B, inputs.problem.H) if dalpha is not None else None
-    if few:
-        backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha_tiles)
-    else:
-        dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
-        if dkey is not None or dvalue is not None or key_only:
-            backward_dkdv.run(soft, dout, rows, dkey, dvalue, dmask_rows)
-        if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
-            dmask.copy_(_of_rows(inputs, dmask_rows.sum_to_size(dmask.shape)))
-        if dquery is not None or (dalpha_tiles is not None and not dmask_pass):
-            backward_dq.run(soft, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
-        if dmask is not None and dmask_pass:
-            backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
+    dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
+    if dkey is not None or dvalue is not None or key_only:
+        backward_dkdv.run(soft, dout, rows, dkey, dvalue, dmask_rows)
+    if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
+        dmask.copy_(_of_rows(inputs, dmask_rows.sum_to_size(dmask.shape)))
+    t = inputs.problem
+    splits = backward_few_queries.splits(inputs, gradients, t.B * t.H) if dquery is not None and t.Nq <= FEW_QUERIES else 1
+    if dquery is not None and splits > 1 and (dalpha is None or dmask_pass):  # few queries of wide heads
+        parts = backward_dq.run_split(soft, dout, rows, splits)
+        backward_few_queries.reduce(inputs, rows, None, parts, dquery, None, None)
+    elif dquery is not None or (dalpha_tiles is not None and not dmask_pass):
+        backward_dq.run(soft, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
+    if dmask is not None and dmask_pass:
+        backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
     if dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)
 

@@ -48,31 +48,37 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
     ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
+    ("split_64", 90, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 4, 2), T(32, 32, 8, 2)),
     ("split_64", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("few_16", 80, 2): (T(16, 128, 8, 1), T(16, 128, 8, 1), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("few_16", 80, 4): (T(16, 64, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), T(16, 16, 16, 1, 128)),
-    ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
-    ("few_32", 80, 4): (T(32, 64, 8, 1), T(32, 32, 8, 1), T(32, 16, 16, 1, 128), T(32, 16, 16, 1, 128)),
-    ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1), T(64, 32, 8, 1)),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), T(64, 16, 16, 1, 128), T(64, 16, 16, 1, 128), NONE),
-    ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), T(128, 16, 8, 1), NONE),
-    ("few_128", 80, 4): (T(128, 16, 16, 1, 128), T(128, 16, 16, 1, 128), NONE, NONE),
+    ("few_16", 80, 4): (T(16, 32, 4, 1), T(16, 64, 8, 1, 255), T(16, 16, 8, 1, 255), NONE),
+    ("few_32", 80, 2): (T(32, 32, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
+    ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
+    ("few_32", 80, 4): (T(32, 32, 8, 1), T(32, 32, 8, 1), NONE, NONE),
+    ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), NONE, NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1), NONE, NONE, NONE),
+    ("few_128", 80, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
+    ("few_128", 90, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
+    ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
+    ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
+    ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
+    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 128), T(32, 16, 8, 1), T(16, 16, 8, 1)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
-    ("dmask", 90, 2): (T(64, 64, 8, 1), T(64, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 100, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
 
 
 def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
-    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes sm_80's row, but those of SMALL_SHARED
-    sm_86's and all other newer ones sm_90's, where there is one.
+    """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes the row of the newest one that is not newer
+    than itself, those of SMALL_SHARED sm_86's or sm_80's.
     """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
@@ -86,24 +92,44 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileCon
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    row = TABLE.get((kernel, generation(arch), size)) or TABLE[kernel, 80, size]
-    return row[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+    return row_of(kernel, arch, size)[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, made for kernels too, takes 5 microseconds a call."""
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@cache
 def bucket(queries: int) -> int:
     """The block that holds all of a few queries: 16, 32, 64 or 128."""
-    return max(16, min(FEW_QUERIES, triton.next_power_of_2(queries)))
+    return max(16, min(FEW_QUERIES, _power_of_2(queries)))
 
 
 def one_tile(problem: Problem) -> bool:
-    """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to leave room for the rest."""
-    tile_bytes = bucket(problem.Nq) * block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize
-    return problem.Nq <= FEW_QUERIES and tile_bytes < 64 << 10
+    """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to spill no registers."""
+    queries, row = bucket(problem.Nq), _row_bytes(problem)
+    return problem.Nq <= FEW_QUERIES and (row <= 128 or queries * row <= 8 << 10)
 
 
+def holds_dq(problem: Problem) -> bool:
+    """Whether that tile leaves registers for dQ as well."""
+    queries, row = bucket(problem.Nq), _row_bytes(problem)
+    return queries <= 32 and queries * row < 8 << 10
+
+
+def _row_bytes(problem: Problem) -> int:
+    return block_of(max(problem.D, problem.Dv)) * problem.dtype.itemsize
+
+
+@cache
 def block_of(head: int) -> int:
     """The padded size of a head in a tile; a matrix product wants at least 16."""
-    return max(16, triton.next_power_of_2(head))
+    return max(16, _power_of_2(head))
 
 
 def arch_of(device: torch.device) -> int:
@@ -117,6 +143,13 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def row_of(kernel: str, arch: int, size: int) -> tuple[TileConfig, TileConfig, TileConfig, TileConfig]:
+    """The row that a chip takes: its own, or that of the newest one before it."""
+    own = generation(arch)
+    before = (own, 80) if own == 86 else (own, 90, 80)
+    return next(TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE)
+
+
 def generation(arch: int) -> int:
     """The arch of the row that is the chip's own, where there is one."""
-    return 86 if arch in SMALL_SHARED else 90 if arch >= 90 else 80
+    return 86 if arch in SMALL_SHARED else 100 if arch >= 100 else 90 if arch >= 90 else 80

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, softmax_finish, store_tile
+from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -27,22 +28,17 @@ def _forward_kernel(
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = pid % H
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (pid // H // m_blocks).to(tl.int64)
-    bh = b * H + h
+    h, _, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
-    q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
-        v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
-        mask_ptr + b * stride_mb + h.to(tl.int64) * stride_mh if HAS_MASK else None,
+        k_ptr + b * stride_kb + g * stride_kh,
+        v_ptr + b * stride_vb + g * stride_vh,
+        mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
@@ -66,4 +62,4 @@ def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: 
     arguments = inputs.arguments(tile) | dict(
         out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
     )
-    launch(_forward_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m), arguments, tile)
+    launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

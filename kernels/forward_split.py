@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SPLIT_PROGRAMS, TileConfig, block_of
+from .configs import SPLIT_PROGRAMS, TileConfig, block_of, cdiv
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, softmax_finish, store_tile
+from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
 MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
@@ -24,13 +24,13 @@ def splits_of(inputs: Inputs) -> tuple[int, int]:
     """
     t, tile = inputs.problem, inputs.tile("split")
     rows = t.B * t.H * t.Nq
-    wanted = SPLIT_PROGRAMS // (t.B * t.H * triton.cdiv(t.Nq, tile.block_m))
+    wanted = SPLIT_PROGRAMS // (t.B * t.H * cdiv(t.Nq, tile.block_m))
     outputs = 1 if t.dtype == t.acc_dtype else 2  # with what rounding P to 16 bits lost
     affordable = PARTIALS_BYTES // (4 * rows * (outputs * t.Dv + 3))
-    most = triton.cdiv(t.Nk, 2 * tile.block_n)
-    blocks = triton.cdiv(t.Nk, tile.block_n)
-    split_blocks = triton.cdiv(blocks, max(1, min(wanted, affordable, most)))
-    return triton.cdiv(blocks, split_blocks), split_blocks
+    most = cdiv(t.Nk, 2 * tile.block_n)
+    blocks = cdiv(t.Nk, tile.block_n)
+    split_blocks = cdiv(blocks, max(1, min(wanted, affordable, most)))
+    return cdiv(blocks, split_blocks), split_blocks
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -47,24 +47,18 @@ def _partial_kernel(
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    h = pid % H
-    m_blocks = tl.cdiv(Nq, BLOCK_M)
-    offs_m = (pid // H % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = pid // H // m_blocks % n_splits
+    h, _, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
     first_block = split * split_blocks
-    b = (pid // H // m_blocks // n_splits).to(tl.int64)
-    bh = b * H + h
     g = h // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
-    q = load_tile(q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh,
-        v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh,
-        mask_ptr + b * stride_mb + h.to(tl.int64) * stride_mh if HAS_MASK else None,
+        k_ptr + b * stride_kb + g * stride_kh,
+        v_ptr + b * stride_vb + g * stride_vh,
+        mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
@@ -118,10 +112,9 @@ def _merge_kernel(
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
-    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
+def run(inputs: Inputs, splits: int, split_blocks: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous. splits: splits_of."""
     t, tile = inputs.problem, inputs.tile("split")
-    splits, split_blocks = splits_of(inputs)
     n_rows = t.B * t.H * t.Nq
     acc = inputs.accumulator(splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
@@ -130,10 +123,10 @@ def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: 
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )
-    launch(_partial_kernel, t.B * t.H * triton.cdiv(t.Nq, tile.block_m) * splits, partial, tile)
+    launch(_partial_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar,
         n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
         BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip
-    launch(_merge_kernel, triton.cdiv(n_rows, MERGE.block_m), merge, MERGE)
+    launch(_merge_kernel, cdiv(n_rows, MERGE.block_m), merge, MERGE)

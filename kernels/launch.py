@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: TileConf
 
 def arch_of(device: torch.device) -> int:
     return configs.arch_of(device) if _recorder is None else _recorder.arch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of each query row lse in base 2 and delta: what every pass of backward reads."""
+
+    values: Tensor | None  # (B, H, Nq, 2) float32
+    out: Tensor | None = None  # the unrounded output (B, H, Nq, Dv), from which the first pass is to work out the values
+    lse: Tensor | None = None  # (B, H, Nq) float32
+    dlse: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return strides("dl", "bhm", self.dlse) | dict(
+            out_ptr=self.out, lse_ptr=self.lse, dl_ptr=self.dlse, FIRST_PASS=self.out is not None, HAS_DLSE=self.dlse is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -100,13 +116,19 @@ class Inputs:
             keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=configs.block_of(t.Dv),
         )  # fmt: skip
 
-    def gradient_arguments(self, tile: TileConfig, dout: Tensor, rows: Tensor) -> dict[str, Any]:
+    def gradient_arguments(self, tile: TileConfig, dout: Tensor, rows: Rows) -> dict[str, Any]:
         """Those, and the gradient that comes in: what every pass of backward takes. dout: for an attention map (B, 1, Nq, Nk)."""
-        return self.arguments(tile) | strides("do", "bhmd", dout) | dict(do_ptr=dout, weights_ptr=self.head_weights, rows_ptr=rows)
+        return self.arguments(tile) | strides("do", "bhmd", dout) | dict(do_ptr=dout, weights_ptr=self.head_weights, rows_ptr=rows.values)
 
 
 def strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
     """Arguments stride_{name}{axis}, 0 along axes of one element, so that these broadcast."""
-    sizes, strides = ((1,) * len(axes), (0,) * len(axes)) if tensor is None else (tensor.shape, tensor.stride())
-    return {f"stride_{name}{axis}": 0 if n == 1 else stride for axis, n, stride in zip(axes, sizes, strides, strict=True)}
+    names = _stride_names(name, axes)
+    if tensor is None:
+        return dict.fromkeys(names, 0)
+    return {key: 0 if n == 1 else stride for key, n, stride in zip(names, tensor.shape, tensor.stride(), strict=True)}
 
+
+@cache
+def _stride_names(name: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"stride_{name}{axis}" for axis in axes)

@@ -77,14 +77,17 @@ def through_sigmoid(dm, logits):
 
 
 @triton.jit
-def query_program(H, Nq, BLOCK_M: tl.constexpr):
-    """Of one program per (batch, query block, head): h, the number and rows of its query block, b, and b * H + h."""
+def query_program(H, Nq, n_splits, BLOCK_M: tl.constexpr):
+    """Of one program per (batch, split of the keys, query block, head), heads fastest: h, the number and rows of its query block, the
+    split, b, and b * H + h.
+    """
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
     m_blocks = tl.cdiv(Nq, BLOCK_M)
     m_block = pid // H % m_blocks
-    b = (pid // H // m_blocks).to(tl.int64)
-    return h, m_block, m_block * BLOCK_M + tl.arange(0, BLOCK_M), b, b * H + h
+    split = pid // H // m_blocks % n_splits
+    b = (pid // H // m_blocks // n_splits).to(tl.int64)
+    return h, m_block, m_block * BLOCK_M + tl.arange(0, BLOCK_M), split, b, b * H + h
 
 
 @triton.jit
@@ -94,6 +97,21 @@ def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
     if HAS_PADDING:
         live &= tl.load(pad_ptr + offs_n.to(tl.int64) * stride_pn, mask=live, other=1) == 0
     return live
+
+
+@triton.jit
+def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr):
+    """lo..hi less the whole key blocks of padding at either end, in which nothing counts: batches are padded at their end."""
+    if HAS_PADDING:
+        first, last = hi, lo
+        for start in range(lo, hi, 1024):
+            keys = start + tl.arange(0, 1024)
+            live = live_keys(pad_ptr, keys, hi, stride_pn, HAS_PADDING)
+            first = tl.minimum(first, tl.min(tl.where(live, keys, hi), 0))
+            last = tl.maximum(last, tl.max(tl.where(live, keys + 1, lo), 0))
+        return first // BLOCK_N * BLOCK_N, last  # the compiler has to know that blocks start at multiples, see attend
+    else:
+        return lo, hi
 
 
 @triton.jit
@@ -203,6 +221,7 @@ def attend(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if SAVE_OUT else 0.0
     any_live = tl.zeros([BLOCK_N], tl.int32)
+    lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
@@ -228,20 +247,64 @@ def attend(
 
 
 @triton.jit
-def load_queries(q_ptr, do_ptr, rows_ptr, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
-                 D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
-    """What a backward pass reads of a query block: q, dO, lse in base 2 and delta.
+def finish_rows(lse_log2, delta, dead):
+    """What backward reads of query rows: lse in base 2 and delta, in dead rows +inf and 0, which make P and dS exactly 0."""
+    return tl.where(dead, float("inf"), nan_if_infinite(lse_log2)), tl.where(dead, 0.0, delta)
 
-    lse is +inf past the end and in dead rows, so that P is 0 there, and dO is selected out: it may hold anything.
-    """
+
+@triton.jit
+def load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE: tl.constexpr):
+    """dL of a query block, 0 without. dl_ptr: of this (batch, head)."""
+    if HAS_DLSE:
+        return tl.load(dl_ptr + offs_m.to(tl.int64) * stride_dlm, mask=row_ok, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def rows_of(out, do, lse, dl):
+    """finish_rows from the unrounded output and its gradient, float32, reference.py (5), and which rows are dead."""
+    # a row whose live scores are all -inf has lse = -inf too, but NaN for output: its gradients are NaN, not 0
+    dead = (lse == float("-inf")) & (tl.sum(out * out, 1) == 0.0)
+    lse_log2, delta = finish_rows(lse * LOG2E, tl.sum(out * do, 1) - dl, dead)
+    return lse_log2, delta, dead
+
+
+@triton.jit
+def first_rows(do_ptr, out_ptr, lse_ptr, dl_ptr, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm,
+               Nq, DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
+    """rows_of for backward's first pass, of a query block of this (batch, head)."""
     row_ok = offs_m < Nq
-    lse_log2 = tl.load(rows_ptr + 2 * offs_m, mask=row_ok, other=float("inf"))
-    delta = tl.load(rows_ptr + 2 * offs_m + 1, mask=row_ok, other=0.0)
+    do = load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV).to(tl.float32)
+    out = load_tile(out_ptr, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV).to(tl.float32)
+    lse = tl.load(lse_ptr + offs_m, mask=row_ok, other=float("-inf"))
+    lse_log2, delta, _ = rows_of(out, do, lse, load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE))
+    return lse_log2, delta
+
+
+@triton.jit
+def load_rows(rows_ptr, offs_m, Nq):
+    """What store_rows stored; past the end lse is +inf, so that P is 0 there."""
+    row_ok = offs_m < Nq
+    return tl.load(rows_ptr + 2 * offs_m, mask=row_ok, other=float("inf")), tl.load(rows_ptr + 2 * offs_m + 1, mask=row_ok, other=0.0)
+
+
+@triton.jit
+def store_rows(rows_ptr, lse_log2, delta, offs_m, row_ok):
+    """Store a block of rows for the passes after. rows_ptr: of this (batch, head)."""
+    tl.store(rows_ptr + 2 * offs_m, lse_log2, mask=row_ok)
+    tl.store(rows_ptr + 2 * offs_m + 1, delta, mask=row_ok)
+
+
+@triton.jit
+def load_queries(q_ptr, do_ptr, lse_log2, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
+                 D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
+    """q and dO of a query block of this (batch, head); dO is selected out in dead rows, lse +inf: it may hold anything."""
+    row_ok = offs_m < Nq
     q = load_tile(q_ptr, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     if HAS_PADDING:  # without padding no row is dead
         row_ok &= lse_log2 != float("inf")
-    do = load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
-    return q, do, lse_log2, delta
+    return q, load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 
 from ..problem import Problem
 from ..testing import WORKLOADS, Workload
-from .configs import one_tile, tile
+from .configs import holds_dq, one_tile, tile
 
 
 class Chip(NamedTuple):
@@ -63,7 +63,7 @@ class Estimate(NamedTuple):
 
 
 def passes(w: Workload, arch: int) -> Iterator[Pass]:
-    """Forward, then backward with all five gradients: 5 products where one program holds all queries, else 9."""
+    """Forward, then backward with all five gradients: 5 products where one program holds all queries and dQ, 7 without dQ, else 9."""
     problem = Problem(
         B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
         mask_shape=(w.B, 1, w.Nq, w.Nk), device_type="cuda",
@@ -72,7 +72,10 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES
     if one_tile(problem):
         yield Pass("forward", 2, 1, queries + keys + mask, queries + keys + w.H * mask)
-        yield Pass("few_queries", 5, 1, 2 * (queries + keys + mask), 2 * (queries + keys + mask))
+        if not holds_dq(problem):
+            yield Pass("dq", 3, 1, queries + keys + mask, queries + keys + w.H * mask)
+        owned = 2 * (queries + keys + mask)
+        yield Pass("few_queries", 5 if holds_dq(problem) else 4, 1, owned, owned)
         return
 
     def blocks(kernel: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig
+from .configs import TileConfig, cdiv
 from .launch import Inputs, launch, strides
 from .primitives import ROUNDED_LOGITS, sigmoid
 
@@ -46,4 +46,4 @@ def soften(inputs: Inputs, buffer: Tensor | None = None) -> Inputs:
 def _fill(logits: Tensor, m: Tensor) -> None:
     B, H, Nq, Nk = logits.shape
     arguments = dict(logits_ptr=logits, m_ptr=m, H=H, Nq=Nq, Nk=Nk, BLOCK_N=ROW.block_n) | strides("l", "bhmn", logits)
-    launch(_soft_mask_kernel, B * H * Nq * triton.cdiv(Nk, ROW.block_n), arguments, ROW)
+    launch(_soft_mask_kernel, B * H * Nq * cdiv(Nk, ROW.block_n), arguments, ROW)

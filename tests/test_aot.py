@@ -8,8 +8,11 @@ import sys
 
 import pytest
 
-ROWS = re.compile(r"^(\w+) +sm_(\d+) (\w+) +D=(\d+) +Nq=(\d+) .* (\d+) regs +(\d+) spill +(\d+) shared *(.*)$", re.MULTILINE)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have: CUDA C++ programming guide, table of compute capabilities
+ROWS = re.compile(
+    r"^(\w+) +sm_(\d+) +(\w+) +D=(\d+) +Nq=(\d+) .* (\d+) regs +(\d+) spill .* (\d+) shared +(\d+) per SM *(.*)$", re.MULTILINE
+)
+# bytes a block may have: CUDA C++ programming guide, table of compute capabilities
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 KERNELS = {"forward", "partial", "merge", "delta", "few_queries", "dkdv", "dq", "dmask"}
 MAP_KERNELS = {"map", "map_means", "map_rows"}
 
@@ -18,9 +21,24 @@ import json, torch
 from smattn.kernels import aot
 jobs = [aot.Job(90, torch.float16, 64, Nq, aot.FEATURES) for Nq in (13, 1045)]
 rows = [row for job in jobs for row in aot.compile_job(job)]
-larger = [row._replace(shared=2**20).failure() for row in rows]
-spilling = [row._replace(job=row.job._replace(variant=aot.PLAIN), spill_bytes=8).failure() for row in rows]
-print(json.dumps([(row.kernel, row.shared, row.registers, row.failure(), *fails) for row, *fails in zip(rows, larger, spilling)]))
+broken = {
+    "shared": [row._replace(shared=2**20).failure() for row in rows],
+    "spill": [row._replace(job=row.job._replace(variant=aot.PLAIN), reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
+    "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
+    "serial": [row._replace(groups=row.groups - 1).failure() for row in rows],
+}
+kernels = [dict(kernel=row.kernel, shared=row.shared, products=row.products, failure=row.failure(), together=row.per_multiprocessor(),
+                **row.reading._asdict()) for row in rows]
+print(json.dumps([kernels, broken]))
+"""
+SERIAL = """
+        /*0100*/                   WARPGROUP.ARRIVE ;
+        /*0110*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0 ;
+        /*0120*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0130*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0140*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0150*/              @!P1 LDGSTS.E.BYPASS.128 [R3+0x100], desc[UR16][R24.64] ;
+        /*0160*/                   LDG.E R4, desc[UR16][R26.64] ;
 """
 
 
@@ -32,12 +50,25 @@ def without_interpreter(*command, **more):
 def test_one_of_each_regime_compiles():
     result = without_interpreter("-c", ONE_OF_EACH_REGIME)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    kernels = {kernel for kernel, *_ in rows}
-    assert {"forward", "partial", "merge", "delta"} < kernels and len(kernels) >= 7
-    for kernel, shared, registers, failure, failure_if_larger, failure_if_spilling in rows:
-        assert failure == "" and shared <= SHARED_MEMORY[90] and registers > 0, kernel
-        assert "1048576 bytes of shared memory" in failure_if_larger and failure_if_spilling == "spills 8 bytes"  # the checks can fail
+    kernels, broken = json.loads(result.stdout)
+    names = {kernel["kernel"] for kernel in kernels}
+    assert {"forward", "partial", "merge", "delta"} < names and len(names) >= 7
+    assert {kernel["instruction"] for kernel in kernels} == {"HGMMA", "HMMA", ""}
+    for i, kernel in enumerate(kernels):
+        assert kernel["failure"] == "" and kernel["shared"] <= SHARED_MEMORY[90] and kernel["registers"] > 0, kernel
+        assert "128" in kernel["loads"] or not kernel["products"]
+        assert 1 <= kernel["together"] <= 32 and kernel["together"] * kernel["shared"] <= 228 * 1024
+        assert "1048576 bytes of shared memory" in broken["shared"][i] and broken["spill"][i] == "spills 8 bytes"  # the checks can fail
+        assert broken["scalar"][i] == ("no tensor-core instruction" if kernel["products"] else "")
+        assert ("serialised wgmma" in broken["serial"][i]) == (kernel["instruction"] == "HGMMA")
+
+
+def test_machine_code_of_serialised_wgmma_is_read_as_such():
+    machine_code = pytest.importorskip("smattn.kernels.machine_code")
+    assert machine_code.tensor_cores(SERIAL) == ("HGMMA", 1, 1, 2)
+    pipelined = SERIAL.replace("R24, gsb0 ;\n", "R24 ;\n").replace("!UPT, gsb0", "!UPT").replace("        /*0120*/", "//")
+    assert machine_code.tensor_cores(pipelined)[1:3] == (2, 2)
+    assert machine_code.loads(SERIAL) == {"128": 1, "32": 1}
 
 
 def test_it_refuses_to_run_under_the_interpreter():
@@ -46,18 +77,18 @@ def test_it_refuses_to_run_under_the_interpreter():
 
 
 @pytest.mark.slow
-def test_every_kernel_dtype_and_head_size_compiles():
+def test_every_kernel_chip_and_dtype_compiles():
     result = without_interpreter("-m", "smattn.kernels.aot")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [match.groups() for match in ROWS.finditer(result.stdout)]
-    counted = int(re.search(r"^(\d+) kernels compiled for sm_80, sm_90, 0 failed$", result.stdout, re.MULTILINE)[1])
+    counted = int(re.search(r"^(\d+) kernels compiled for sm_80, sm_90, sm_100, 0 failed$", result.stdout, re.MULTILINE)[1])
     assert len(rows) == counted
     over = [row for row in rows if int(row[7]) > SHARED_MEMORY[int(row[1])]]
     assert over == []
     compiled = {(kernel, arch, dtype, D) for kernel, arch, dtype, D, *_ in rows}
-    for arch in ("80", "90"):
-        for dtype in ("float16", "bfloat16", "float32"):
-            for D in ("32", "48", "64", "128"):
+    for arch in ("80", "90", "100"):
+        for dtype, sizes in {"float16": ("32", "64", "128", "256"), "bfloat16": ("64",), "float32": ("64",)}.items():
+            for D in sizes:
                 missing = {kernel for kernel in KERNELS if (kernel, arch, dtype, D) not in compiled}
                 assert missing == set(), (arch, dtype, D)
-            assert {kernel for kernel in MAP_KERNELS if (kernel, arch, dtype, "64") not in compiled} == set(), (arch, dtype)
+        assert {kernel for kernel in MAP_KERNELS if (kernel, arch, "float16", "64") not in compiled} == set(), arch

@@ -88,7 +88,7 @@ def test_lengths(backend, device, Nq, Nk):
 MASK_SHAPES = [*product((1, 2), repeat=3), *product((1, 2), repeat=2)]
 
 
-@pytest.mark.parametrize("Nq", [5, 131])
+@pytest.mark.parametrize("Nq", [5, 40, 131])
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_mask_broadcasts(backend, device, shape, Nq):
     """shape: batch, head (left out in a 3-D mask) and query axes, 2 for full."""
@@ -105,7 +105,7 @@ def test_mask_broadcasts_of_a_map(map_backend, device, shape, Nq):
     assert_within_budget(run(case, map_backend), case)
 
 
-@pytest.mark.parametrize("Nq", [5, 131])
+@pytest.mark.parametrize("Nq", [5, 40, 131])
 @pytest.mark.parametrize("option", ["no mask", "dropout", "padding", "lse", "gqa", "blob", "all"])
 def test_options(backend, dtype, device, Nq, option):
     chosen = {

@@ -119,7 +119,7 @@ def test_a_tile_put_is_the_one_taken_and_the_rest_of_its_row_stays(table):
     cell = tune.Cell("forward", 2, 1)
     key, before = tune.present(cell, 100)
     row = tune.put(cell, 100, T(16, 16, 4, 1))
-    assert key == ("forward", 90, 2) and row == (before[0], T(16, 16, 4, 1), *before[2:]) == table[key]
+    assert key == ("forward", 100, 2) and row == (before[0], T(16, 16, 4, 1), *before[2:]) == table[key]
     assert configs._tile("forward", 128, 100, 2, 64) == T(16, 16, 4, 1)
     assert configs._tile("forward", 128, 80, 2, 64) == TABLE["forward", 80, 2][1]
 
