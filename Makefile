@@ -34,10 +34,10 @@ bench-full: bench-readme  ## those, every named workload, and the products tile 
 
 # On a machine with an NVIDIA GPU, torch and triton already there; no network and no environment of its own. PART="suite bench": only these.
 gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu.py lists its parts
-	$(PYTHON) bench/gpu.py $(PART)
+	$(PYTHON) bench/gpu.py $(PART) --minutes $(or $(MINUTES),8.5)
 
 tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table
-	$(PYTHON) bench/gpu.py --minutes 60 tune
+	$(PYTHON) bench/gpu.py tune --minutes $(or $(MINUTES),60)
 
 lint: ruff mypy clang-format  ## the checks of a commit, which pre-commit runs as well
 

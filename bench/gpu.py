@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu"
 PYTHON = sys.executable
 INSTALLATION = ("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(ROOT))
+PROGRAMS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])  # where nvcc may be and no shell finds it
 PATIENCE = 15  # seconds to write down what there is, once told to stop
 PASSED, FAILED, STOPPED, NOT_RUN = "passed", "FAILED", "STOPPED", "not run"
 QUESTION = """import torch, triton
@@ -85,7 +86,7 @@ PARTS = {
 def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
-    return inherited | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
+    return inherited | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
 
 
 def install(arch: str, until: float) -> Outcome:
@@ -99,7 +100,7 @@ def install(arch: str, until: float) -> Outcome:
         del attempts["with CUDA C++"]
     for what, options in attempts.items():
         shutil.rmtree(SITE, ignore_errors=True)
-        share = (until - time.monotonic()) / 2  # of the time left: the next attempt, and the parts, want some
+        share = (until - time.monotonic()) / 3  # of the time left: the next attempt, and the parts, want some
         code = command((PYTHON, *INSTALLATION), ROOT, environment(CMAKE_ARGS=options), share)
         if code == 0:
             return Outcome(PASSED, time.monotonic() - began, what)
@@ -167,7 +168,7 @@ def command(words: tuple[str, ...], folder: Path, variables: dict[str, str], sec
 
 
 def find(tool: str) -> str | None:
-    return shutil.which(tool, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]))
+    return shutil.which(tool, path=PROGRAMS)
 
 
 def describe_gpu() -> str:

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rows import COLD, COPY, GRAPH, OURS, WARM, Row, read
+from rows import COLD, COPY, GRAPH, OURS, UNMASKED, WARM, Row, read
 from tables import Key, calibration, cells, contestants, disturbed, duels, markdown, mib, ms
 
 from smattn.testing import WORKLOADS
@@ -86,6 +86,10 @@ def on_a_gpu(rows: list[Row]) -> str:
     import targets
 
     return f"""
+On a GPU a warm call finds the device idle: what Python and the launches take counts. Cold calls are queued behind the emptying of the
+cache, and in a CUDA graph ten calls are one launch, the time of one given: there only the device's own time is left. `{UNMASKED}` is no
+peer: what the others take beyond it is the price of the mask.
+
 ## Ceilings
 
 {ceilings.table(rows)}

@@ -3,7 +3,9 @@
 For each (kernel, chip, bytes of an element, head size): the tiles near the present one are compiled ahead of time, side by side, and
 those that spill, want more shared memory than the chip has or otherwise fail `make aot` are left out. The others are timed in turn within
 the pass that they serve, caches emptied before each call. The fastest that is right takes the place of the present one when it is faster
-by more than MARGIN. The file is rewritten after each cell.
+by more than MARGIN. The file is rewritten after each cell. Once `make gpu` has installed the tree into build/gpu, a part of the table:
+
+    PYTHONPATH=build/gpu python bench/tune.py --kernels forward dq --heads 64 128
 """
 
 from __future__ import annotations

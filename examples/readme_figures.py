@@ -33,16 +33,17 @@ def main() -> None:
     results = HERE / "results"
     put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
     put(HERE / "README.md", "mask2former_cost", mask2former_cost.table(mask2former_cost.read(results / "mask2former_cost.csv")))
-    for name, module in (("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)):
+    for name, module in (("vos_synthetic", study), ("vos_figures", study), ("vos_clip", study), ("vos_cost", cost)):
         put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
     put(HERE / "vos" / "README.md", "vos_search", search_table(results))
+    put(HERE / "vos" / "README.md", "vos_tried", search.table(study.read(results / "vos_tried.csv", search.Found), "frame0"))
     put(HERE / "wsss" / "README.md", "wsss_synthetic", wsss.study.table(wsss.study.read(results / "wsss_synthetic.csv")))
     newest = max((BENCH / "results").glob("*-token-maps.jsonl"))
     put(HERE / "wsss" / "README.md", "token_maps", token_maps.section(newest, "../../bench/results"))
 
 
 def search_table(results: Path) -> str:
-    return search.table(search.unchanged(study.read(results / "vos_synthetic.csv")) + search.read(results / "vos_search.csv"))
+    return search.table(search.unchanged(study.read(results / "vos_synthetic.csv")) + study.read(results / "vos_search.csv", search.Found))
 
 
 if __name__ == "__main__":

@@ -184,6 +184,19 @@ def test_refusals(ranks):
         assert "Batching rule not implemented" in batched
 
 
+def of_unequal_queries(rank, world):
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # what TORCH_DISTRIBUTED_DEBUG=DETAIL does, for groups made from here on
+    keys = torch.rand(1, 1, 5, 4)
+    with pytest.raises(RuntimeError) as error:
+        context_parallel_attention(torch.rand(1, 1, 2 + rank, 4), keys, keys, group=dist.new_group())
+    return str(error.value)
+
+
+def test_ranks_with_unequal_queries_are_named_in_debug_mode(tmp_path):
+    for rank, message in enumerate(in_processes(of_unequal_queries, 2, tmp_path)):
+        assert "mismatch between collectives" in message and f"TensorShape=[1, 1, {2 + rank}]" in message
+
+
 def test_a_group_of_one_is_the_single_process_call(ranks):
     expected = run(cases()["plain"])["out"]
     for _, _, out in ranks:

@@ -71,6 +71,12 @@ def test_minutes_left_are_handed_on():
     assert run(part, seconds=80).state == gpu.PASSED
 
 
+def test_the_command_makes_no_environment():
+    for variables, command in (("gpu PART=graphs", "graphs --minutes 8.5"), ("tune MINUTES=9", "tune --minutes 9")):
+        done = subprocess.run(["make", "-n", "PYTHON=python", *variables.split()], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines() == [f"python bench/gpu.py {command}"], done.stderr
+
+
 def test_without_a_gpu_it_says_what_is_missing():
     blind, command = os.environ | {"CUDA_VISIBLE_DEVICES": ""}, [sys.executable, ROOT / "bench/gpu.py"]
     done = subprocess.run([*command, "suite"], capture_output=True, text=True, env=blind)

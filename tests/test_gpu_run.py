@@ -6,9 +6,11 @@ import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +74,25 @@ def test_a_warm_call_on_a_gpu_finds_it_idle(monkeypatch):
     samples = harness.time_interleaved({"call": clock.call("call", 2.0)}, "cuda", 1e-9)["call"]
     assert samples == [2.0] * harness.SLOW_REPS
     assert clock.log == ["record", "call", "record", "wait"] * 4 * harness.SLOW_REPS  # 3 of them untimed: WARM_MS
+
+
+def test_a_graph_holds_several_calls_after_one_outside_it(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    @contextmanager
+    def captured(graph):
+        clock.log.append("begin")
+        yield
+        clock.log.append("end")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="the replay"))
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    assert harness.in_graph(clock.call("call", 1.0)) == "the replay"
+    assert clock.log == ["call", "wait", "begin", *["call"] * harness.GRAPH_CALLS, "end"]
 
 
 def test_a_call_in_a_graph_is_one_of_those_captured(monkeypatch):

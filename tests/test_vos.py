@@ -46,6 +46,20 @@ def test_losses_of_a_perfect_prediction_are_nothing():
     assert dice.item() == pytest.approx(0, abs=1e-5) and cross_entropy.item() == pytest.approx(0, abs=1e-5)
 
 
+def test_pixels_that_are_not_known_count_for_nothing():
+    torch.manual_seed(0)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., 2:6, 2:6] = 1
+    known = torch.ones(2, 8, 8, dtype=torch.bool)
+    known[:, 0], known[1, 3] = False, False
+    logits = torch.randn(2, 2, 8, 8, requires_grad=True)
+    parts = losses.loss(logits, mask, torch.ones(2, 1, dtype=torch.bool), known)
+    (gradient,) = torch.autograd.grad(sum(parts), logits)
+    assert not gradient.movedim(1, -1)[~known].any() and gradient.movedim(1, -1)[known].all()
+    everywhere = losses.loss(logits, mask, torch.ones(2, 1, dtype=torch.bool), torch.ones_like(known))
+    torch.testing.assert_close(everywhere, losses.loss(logits, mask, torch.ones(2, 1, dtype=torch.bool)))
+
+
 # model and cycle
 
 
@@ -77,6 +91,21 @@ def test_descriptors_start_as_the_mean_inside():
     torch.testing.assert_close(mean_inside(features, masks)[0, :, 0], torch.tensor([1.5, 2.5, 2.5]), rtol=0, atol=1e-4)
 
 
+def test_a_pasted_picture_shows_the_objects_of_the_other_view_on_the_ground_of_the_frame_between(batch):
+    again, pasted, between = batch.images[:, 3], batch.images[:, 4], batch.images[:, 1]
+    on = batch.mask_again.any(1, keepdim=True).expand_as(again)
+    assert torch.equal(pasted[on], again[on]) and torch.equal(pasted[~on], between[~on]) and 0 < on.float().mean() < 1
+
+
+def test_the_labels_of_a_pasted_picture_are_known_on_what_was_pasted_and_away_from_what_may_be_there():
+    masks, pasted = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 32, 32)
+    masks[..., 6:10, 6:10], pasted[..., 14:18, 18:32] = 1, 1
+    known = cycle.known(masks, pasted)
+    assert known[pasted.any(1)].all() and known[0, :8].all() and known[0, 24:].all()
+    beside = (known & ~pasted.any(1))[0, 10:22, 10:22]  # two pixels more than the object
+    assert not beside.any()
+
+
 def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
     """Whether the loss at the end of a path reaches the masks predicted in between."""
     torch.manual_seed(0)
@@ -92,12 +121,16 @@ def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
 
     monkeypatch.setattr(cycle, "soft_masks", watched)
     (end,) = cycle.run(model, batch, (path,))
-    torch.stack(losses.loss(end, batch.mask_again, batch.present)).sum().backward()
+    torch.stack(losses.loss(end.logits, batch.mask_again, batch.present, end.known)).sum().backward()
     assert len(between) == len(path) - 1 and all(((0 <= m) & (m <= 1)).all() for m in between)
     return [masks.grad is not None and bool(masks.grad.any()) for masks in between]
 
 
-@pytest.mark.parametrize("path", [cycle.THERE_AND_BACK, cycle.CHAIN, cycle.HISTORY], ids=["there and back", "chain", "history"])
+PATHS = {"there and back": cycle.THERE_AND_BACK, "chain": cycle.CHAIN, "history": cycle.HISTORY}
+PATHS["other ground"] = cycle.on_other_ground(cycle.CHAIN)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_gradient_flows_through_every_intermediate_soft_mask(batch, monkeypatch, path):
     assert all(gradient_of_intermediate_masks("soft", batch, monkeypatch, path))
 
@@ -112,13 +145,13 @@ def test_objects_that_are_not_there_change_nothing(batch):
     mask, mask_again = (torch.nn.functional.pad(m, (0, 0, 0, 0, 0, 2)) for m in (batch.mask, batch.mask_again))
     more = Batch(batch.images, mask, mask_again, torch.nn.functional.pad(batch.present, (0, 2)))
     (end,), (with_more,) = (cycle.run(model, b, (cycle.HISTORY,)) for b in (batch, more))
-    torch.testing.assert_close(with_more[:, : end.shape[1]], end, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(with_more.logits[:, : end.logits.shape[1]], end.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_every_parameter_learns(batch):
     model = VOS(TINY)
     ends = cycle.run(model, batch, (cycle.SELF, cycle.HISTORY))
-    sum(torch.stack(losses.loss(end, batch.mask_again, batch.present)).sum() for end in ends).backward()
+    sum(torch.stack(losses.loss(end.logits, batch.mask_again, batch.present)).sum() for end in ends).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -246,15 +279,31 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
 
 
+def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path, monkeypatch):
+    monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
+    trained = {}
+    monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.update({out.name: trainer.clips}))
+    arguments = ["study", "--data", written, "--out", tmp_path / "alone", "--runs", tmp_path / "runs", "--alone", "--seeds", 2]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--contestants", "frame0", "oracle", "copy"]])
+    study.main()
+    clips = read_clips(written, "train")
+    assert trained["frame0-0"] == clips[:1] and trained["frame0-1"] == clips[1:2]
+    assert len(trained["oracle-0"]) == len(clips[0]) and trained["oracle-0"][0] == clips[0]
+    for t, turned in enumerate(trained["oracle-0"]):
+        assert torch.equal(turned.first_mask(), clips[0].mask(t)) and torch.equal(turned.image(0), clips[0].image(t))
+    rows = study.read(tmp_path / "alone.csv")
+    assert {(row.contestant, row.seed) for row in rows} == {(name, seed) for name in ("frame0", "oracle", "copy") for seed in range(2)}
+
+
 def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "SETTINGS", {"nothing at all": (dataclasses.replace(TINY, steps=1), "long", 1)})
     out = tmp_path / "found.csv"
     arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
     monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
     earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
-    search.write(out, earlier)
+    study.write(out, earlier)
     search.main()
-    found = search.read(out)
+    found = study.read(out, search.Found)
     assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
     gain = found[2].JF - found[3].JF
     assert capsys.readouterr().out.strip().endswith(f"| +10.0, {gain:+.1f} |")
@@ -268,16 +317,22 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
 
 
-@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_clip", study), ("vos_cost", cost)])
+@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_figures", study), ("vos_clip", study), ("vos_cost", cost)])
 def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
     examples = Path(__file__).resolve().parents[1] / "examples"
     rows = module.read(examples / "results" / f"{name}.csv")
     assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
 
 
+def test_the_table_of_what_was_tried_is_that_of_the_committed_rows():
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    tried = study.read(examples / "results" / "vos_tried.csv", search.Found)
+    assert tried and search.table(tried, "frame0") in (examples / "vos" / "README.md").read_text()
+
+
 def test_the_table_of_the_search_begins_with_the_comparison():
     examples = Path(__file__).resolve().parents[1] / "examples"
     results = examples / "results"
-    nothing, found = search.unchanged(study.read(results / "vos_synthetic.csv")), search.read(results / "vos_search.csv")
+    nothing, found = search.unchanged(study.read(results / "vos_synthetic.csv")), study.read(results / "vos_search.csv", search.Found)
     assert {one.setting for one in found} <= search.SETTINGS.keys()
     assert search.table(nothing + found) in (examples / "vos" / "README.md").read_text()

@@ -15,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from vos import infer, study, synthetic, train  # noqa: E402
+from vos import figures, infer, study, synthetic, train  # noqa: E402
 from vos.data import DataError, read_clip, read_clips  # noqa: E402
 
 TINY, written = vos_clips.TINY, vos_clips.written
@@ -42,6 +42,17 @@ def test_objects_are_of_the_size_asked_for():
         return sum((label > 0).sum() / label.max() for label in labels)  # of an object
 
     assert 0.15 < area(0.5) / area(1) < 0.4
+
+
+def test_a_figure_swings_before_a_ground_that_passes():
+    pictures, labels = figures.figure(np.random.default_rng(0), 12, 64, 112)
+    assert {picture.shape for picture in pictures} == {(64, 112, 3)} and {label.shape for label in labels} == {(64, 112)}
+    shares = [label.mean() for label in labels]
+    assert 0.02 < min(shares) and max(shares) < 0.3 and {label.max() for label in labels} == {1}
+    first, last = (pictures[t].astype(float)[(labels[0] == 0) & (labels[-1] == 0)] for t in (0, -1))
+    assert np.abs(first - last).mean() > 10  # of 255: another part of the ground
+    first, last = (labels[t].astype(bool) for t in (0, -1))
+    assert 0.05 < (first & last).sum() / (first | last).sum() < 0.95
 
 
 def paths(data, name="train-001"):

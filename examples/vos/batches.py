@@ -1,7 +1,8 @@
 """Training batches: three frames of a clip, the first annotated, and that first one again from another view; a function of seed and step.
 
 The other view is flipped, turned, moved, scaled and recoloured. Without it the cycles have an answer that tracks nothing: masks that stay
-in their place come back to frame 0 unharmed, whatever has moved between.
+in their place come back to frame 0 unharmed, whatever has moved between. Its objects pasted over the frame between are a picture too:
+frame 0 shows its objects before one ground, the other frames have more.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from .data import Clip
 
 
 class Batch(NamedTuple):
-    images: Tensor  # (B, 4, 3, H, W) in [0, 1]: the annotated frame 0, two others in order of time, frame 0 in another view
+    images: Tensor  # (B, 5, 3, H, W) in [0, 1]: the annotated frame 0, two others in order of time, 0 in another view, its objects on 1
     mask: Tensor  # (B, O, H, W) one-hot, of frame 0
-    mask_again: Tensor  # (B, O, H, W), of its other view
+    mask_again: Tensor  # (B, O, H, W), of its other view, wherever it is shown
     present: Tensor  # bool (B, O): which of the O objects the clip has
 
 
@@ -50,7 +51,7 @@ def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _item(clip: Clip, config: Config, progress: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (4, 3, H, W) and the two masks (2, O, H, W)."""
+    """Images (5, 3, H, W) and the two masks (2, O, H, W)."""
     reach = min(len(clip) - 1, 2 + int(progress * len(clip)))
     last = 1 + _below(reach, g) if len(clip) > 1 else 0
     between = 1 + _below(last, g) if last else 0
@@ -60,7 +61,9 @@ def _item(clip: Clip, config: Config, progress: float, g: torch.Generator) -> tu
         images, mask = images.flip(-1), mask.flip(-1)
     images = _recoloured(images, 0.2, g)
     again, mask_again = _other_view(images[0], mask, g)
-    return torch.cat([images, _recoloured(again, 0.1, g)[None]]), torch.stack([mask, mask_again])
+    again = _recoloured(again, 0.1, g)
+    pasted = torch.where(mask_again.any(0), again, images[1])
+    return torch.cat([images, torch.stack([again, pasted])]), torch.stack([mask, mask_again])
 
 
 def _recoloured(images: Tensor, by: float, g: torch.Generator) -> Tensor:

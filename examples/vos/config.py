@@ -30,6 +30,7 @@ class Config:
 CONFIGS = {
     "small": Config(),
     "clip": Config(height=128, batch=2, steps=160),  # one real clip on two cores
+    "figure": Config(height=64, batch=2, steps=160),  # the same for smaller pictures, to choose by
     "paper": Config(
         backbone="swin_tiny_patch4_window7_224", pretrained=True, width=256, stride=8, heads=8, encoder_layers=5, decoder_layers=5,
         dropout=0.1, height=480, batch=8, steps=20_000, lr=1e-4, alpha_lr=1e-2, weight_decay=0.05, warmup=1000,

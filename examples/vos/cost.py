@@ -49,11 +49,11 @@ def measure(size: str, backend: str) -> Cost:
     mask = torch.zeros(B, OBJECTS, H, W)
     for o in range(OBJECTS):
         mask[:, o, H // 4 : H // 2, (2 * o + 1) * W // 8 : (2 * o + 2) * W // 8] = 1
-    batch = Batch(torch.rand(B, 4, 3, H, W), mask, mask, torch.ones(B, OBJECTS, dtype=torch.bool))
+    batch = Batch(torch.rand(B, 5, 3, H, W), mask, mask, torch.ones(B, OBJECTS, dtype=torch.bool))
     seconds = []
     for _ in range(STEPS):
         began = time.perf_counter()
-        sum(sum(loss(end, batch.mask_again, batch.present)) for end in run(model, batch, (SELF, HISTORY))).backward()
+        sum(sum(loss(end.logits, batch.mask_again, batch.present)) for end in run(model, batch, (SELF, HISTORY))).backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - began)
     return Cost(size, backend, statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

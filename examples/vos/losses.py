@@ -7,14 +7,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def loss(logits: Tensor, mask: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+def loss(logits: Tensor, mask: Tensor, present: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Dice and cross-entropy, each a scalar: logits (B, 1 + O, h, w) brought to the size of mask, one-hot (B, O, H, W).
 
-    An object that this frame does not show, though the clip has it, is the cross-entropy's alone.
+    Pixels that are not `known`, bool (B, H, W), count for nothing. An object that this frame does not show, though the clip has it, is the
+    cross-entropy's alone.
     """
     logits = F.interpolate(logits, mask.shape[-2:], mode="bilinear")
     index = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1)
-    return dice(logits.softmax(1)[:, 1:], mask, present & mask.flatten(2).any(-1)), F.cross_entropy(logits, index)
+    probability, shown = logits.softmax(1)[:, 1:], present & mask.flatten(2).any(-1)
+    if known is None:
+        return dice(probability, mask, shown), F.cross_entropy(logits, index)
+    cross_entropy = (F.cross_entropy(logits, index, reduction="none") * known).sum() / known.sum().clamp_min(1)
+    return dice(probability * known[:, None], mask * known[:, None], shown), cross_entropy
 
 
 def dice(probability: Tensor, mask: Tensor, present: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ Runs that the CSV already has are not repeated: a search that was stopped goes o
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from .config import Config
 from .data import Clip, read_clips, said_in_one_line
 from .infer import propagate, score
 from .metrics import mean_scores
-from .synthetic import write_clips
+from .synthetic import clip, write_clips
 from .train import Run, Trainer
 
 SMALL = 0.6  # size of the objects, beside the usual one
@@ -50,35 +50,21 @@ def contest(setting: str, masking: str, seed: int, clips: list[Clip], judged: li
     return Found(setting, masking, seed, *mean_scores(scores))
 
 
-def read(path: Path) -> list[Found]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [Found(line[0], line[1], int(line[2]), *map(float, line[3:])) for line in list(csv.reader(file))[1:]]
-
-
 def unchanged(rows: list[study.Row]) -> list[Found]:
     """The comparison's own runs, to stand beside."""
     return [Found("nothing", row.contestant, row.seed, row.JF, row.J, row.F) for row in rows if row.frame < 0]
 
 
-def write(path: Path, found: list[Found]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Found._fields)
-        writer.writerows([*one[:3], *(f"{value:.2f}" for value in one[3:])] for one in found)
-
-
-def table(found: list[Found]) -> str:
+def table(found: list[Found], other: str = "detached") -> str:
     """Markdown; differences are of runs with the same seed, of which every batch is the same."""
-    lines = ["| changed | seeds | soft | detached | soft - detached, mean ± std | each seed |", "| --- " * 6 + "|"]
+    lines = [f"| changed | seeds | soft | {other} | soft - {other}, mean ± std | each seed |", "| --- " * 6 + "|"]
     for setting in dict.fromkeys(one.setting for one in found):
         JF = {(one.masking, one.seed): one.JF for one in found if one.setting == setting}
-        seeds = sorted(seed for masking, seed in JF if masking == "soft" and ("detached", seed) in JF)
-        soft, detached = ([JF[masking, seed] for seed in seeds] for masking in ("soft", "detached"))
-        gains = [a - b for a, b in zip(soft, detached, strict=True)]
+        seeds = sorted(seed for masking, seed in JF if masking == "soft" and (other, seed) in JF)
+        soft, beside = ([JF[masking, seed] for seed in seeds] for masking in ("soft", other))
+        gains = [a - b for a, b in zip(soft, beside, strict=True)]
         spread = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains) if len(gains) > 1 else 0:.1f}"
-        means = f"{statistics.mean(soft):.1f} | {statistics.mean(detached):.1f}"
+        means = f"{statistics.mean(soft):.1f} | {statistics.mean(beside):.1f}"
         lines.append(f"| {setting} | {len(seeds)} | {means} | {spread} | {', '.join(f'{gain:+.1f}' for gain in gains)} |")
     return "\n".join(lines)
 
@@ -92,20 +78,20 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
-    found = read(a.out)
+    found = study.read(a.out, Found)
     done = {one[:3] for one in found}
     for setting in a.settings:
         root = a.data
         if SETTINGS[setting][2] != 1:
             root = a.runs / "clips"
             if not root.exists():
-                write_clips(root, 400, 20, 10, size=SETTINGS[setting][2])
+                write_clips(root, 400, 20, 10, make=partial(clip, size=SETTINGS[setting][2]))
         clips, judged = read_clips(root, "train"), read_clips(root, "val")
         for seed in range(a.seeds):
             for masking in ("soft", "detached"):
                 if (setting, masking, seed) not in done:
                     found.append(contest(setting, masking, seed, clips, judged, a.runs))
-                    write(a.out, found)
+                    study.write(a.out, found)
     print(table(found))
 
 

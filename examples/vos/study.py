@@ -1,7 +1,8 @@
 """Contestants on one data set: every one trained with every seed, the same steps, batches and inference; scores as CSV, table and plot.
 
     python -m vos.study --data clips --out results/vos_synthetic                                                # from the folder examples/
-    python -m vos.study --data clip --out results/vos_real --contestants soft frame0 copy --seeds 3 --split train --start soft.pt
+    python -m vos.study --data clip --out results/vos_clip --config clip --contestants soft frame0 ground copy --seeds 3
+    python -m vos.study --data figures --out results/vos_figures --config figure --contestants ground frame0 --seeds 6 --alone
 
 Runs that the CSV already has are not repeated: a study that was stopped goes on.
 """
@@ -14,7 +15,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from resumable import train
@@ -31,7 +32,10 @@ CONTESTANTS = {  # masking, cycles
     "hard": ("hard", "all"),
     "detached": ("detached", "all"),
     "none": ("none", "all"),
+    "ground": ("soft", "ground"),  # cycles that end on the ground of another frame
+    "ground-detached": ("detached", "ground"),
     "frame0": ("soft", "frame0"),  # sees the annotated frame alone
+    "oracle": ("soft", "frame0"),  # the same with every annotation that the clips have, to know what could be won
     "copy": None,  # the first mask in every frame, no network
 }
 
@@ -56,6 +60,8 @@ def contest(name: str, seed: int, config: Config, clips: list[Clip], judged: lis
     if CONTESTANTS[name] is None:
         return list(rows_of(name, seed, 0, [one for clip in judged for one in score(clip, [copied(clip)] * len(clip))]))
     masking, cycles = CONTESTANTS[name]
+    if name == "oracle":
+        clips = [dataclasses.replace(clip, frames=clip.frames[t:] + clip.frames[:t]) for clip in clips for t in clip.annotated()]
     trainer = Trainer(Run(config, masking, cycles, seed), clips, start=start)
     train(trainer, runs / f"{name}-{seed}", resume=True)
     return list(rows_of(name, seed, config.steps, [one for clip in judged for one in score(clip, propagate(trainer.model, clip, config))]))
@@ -66,20 +72,22 @@ def copied(clip: Clip) -> Tensor:
     return torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: type[Any] = Row) -> list[Any]:
+    """The rows of that kind, a NamedTuple, that `write` wrote; none where there is no file."""
     if not path.exists():
         return []
+    kinds = get_type_hints(kind).values()
     with open(path, newline="") as file:
-        lines = list(csv.reader(file))[1:]
-    return [Row(line[0], *map(int, line[1:4]), *map(float, line[4:])) for line in lines]
+        return [kind(*(of(value) for of, value in zip(kinds, line, strict=True))) for line in list(csv.reader(file))[1:]]
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, rows: list[Any]) -> None:
+    """As CSV: the names of the fields, and a line a row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([*row[:4], *(f"{value:.2f}" for value in row[4:])] for row in rows)
+        writer.writerow(rows[0]._fields)
+        writer.writerows([f"{value:.2f}" if isinstance(value, float) else value for value in row] for row in rows)
 
 
 def table(rows: list[Row]) -> str:
@@ -124,16 +132,19 @@ def main() -> None:
     parser.add_argument("--config", choices=CONFIGS, default="small")
     parser.add_argument("--steps", type=int, help="instead of the configuration's")
     parser.add_argument("--split", default="val", help="the clips to judge by; training is on train")
+    parser.add_argument("--alone", action="store_true", help="seed i trains on the i-th training clip alone, and is judged by that clip")
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights every contestant begins with")
     a = parser.parse_args()
     config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
-    clips, judged, rows = read_clips(a.data, "train"), read_clips(a.data, a.split), read(a.out.with_suffix(".csv"))
+    clips, rows = read_clips(a.data, "train"), read(a.out.with_suffix(".csv"))
+    judged = clips if a.alone else read_clips(a.data, a.split)
     start = torch.load(a.start, weights_only=True)["model"] if a.start else None
     done = {(row.contestant, row.seed) for row in rows}
     for seed in range(a.seeds):
         for name in a.contestants:
-            if (name, seed) not in done and (CONTESTANTS[name] or seed == 0):
-                rows += contest(name, seed, config, clips, judged, a.runs, start)
+            if (name, seed) not in done and (CONTESTANTS[name] or a.alone or seed == 0):
+                own = slice(seed, seed + 1) if a.alone else slice(None)
+                rows += contest(name, seed, config, clips[own], judged[own], a.runs, start)
                 write(a.out.with_suffix(".csv"), rows)
     plot(rows, a.out.with_suffix(".png"))
     print(table(rows))

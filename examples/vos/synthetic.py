@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +79,10 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: f
         objects = [thing(rng, aspect, size) for _ in range(rng.integers(1, 4))]
         distractors = [look_alike(objects[0], rng, aspect)] + [thing(rng, aspect, size) for _ in range(rng.integers(0, 2))]
         bars = [(rng.uniform(0.2, 0.8) * width, rng.uniform(0.03, 0.07) * height, rng.uniform(0, 1, 3)) for _ in range(rng.integers(0, 3))]
-        ground = _ground(rng, height, width)
+        scene = ground(rng, height, width)
         pictures, labels = [], []
         for t in range(frames):
-            picture, label = np.roll(ground, t, 1).copy(), np.zeros((height, width), np.uint8)
+            picture, label = np.roll(scene, t, 1).copy(), np.zeros((height, width), np.uint8)
             for other in distractors:
                 other.draw(picture, t)
             for index, one in enumerate(objects, 1):
@@ -96,8 +98,11 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: f
             return pictures, labels
 
 
+Make = Callable[[np.random.Generator, int, int, int], tuple[list[np.ndarray], list[np.ndarray]]]  # frames, height, width
+
+
 def write_clips(
-    out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, size: float = 1
+    out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, make: Make = clip
 ) -> None:
     """Clips of their own seeds, in DAVIS layout under `out`. Training clips have all their annotations too: training does not read them."""
     names = {split: [f"{split}-{i:03}" for i in range(count)] for split, count in (("train", train), ("val", val))}
@@ -106,7 +111,7 @@ def write_clips(
     for split, those in names.items():
         (sets / f"{split}.txt").write_text("".join(f"{name}\n" for name in those))
     for i, name in enumerate(tqdm(names["train"] + names["val"], desc="clips")):
-        pictures, labels = clip(np.random.default_rng([seed, i]), frames, height, width, size)
+        pictures, labels = make(np.random.default_rng([seed, i]), frames, height, width)
         folders = [out / kind / RESOLUTION / name for kind in ("JPEGImages", "Annotations")]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,7 @@ def write_clips(
             annotation.save(folders[1] / f"{t:05}.png")
 
 
-def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Smooth noise that repeats to the right, (H, W, 3): a few waves in each channel."""
     y, x = np.mgrid[:height, :width]
     ground = np.full((height, width, 3), rng.uniform(0.3, 0.7, 3))
@@ -133,7 +138,8 @@ def main() -> None:
     for name, default in (("train", 60), ("val", 20), ("frames", 12), ("height", 64), ("width", 96), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--size", type=float, default=1, help="of the objects, beside the usual one")
-    write_clips(**vars(parser.parse_args()))
+    options = vars(parser.parse_args())
+    write_clips(make=partial(clip, size=options.pop("size")), **options)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Trainer(Resumable):
         batch = type(batch)(*(tensor.to(self.device) for tensor in batch))
         turns = CYCLES["frame0" if progress < config.cycles_from else self.run.cycles]
         ends = run(self.model, batch, turns[self.step % len(turns)])
-        parts = torch.stack([torch.stack(loss(logits, batch.mask_again, batch.present)) for logits in ends]).mean(0)
+        parts = torch.stack([torch.stack(loss(end.logits, batch.mask_again, batch.present, end.known)) for end in ends]).mean(0)
         self.optimizer.zero_grad()
         parts.sum().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
