@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +150,9 @@ def run(part: Part, until: float) -> Outcome:
 def command(words: tuple[str, ...], folder: Path, variables: dict[str, str], seconds: float) -> int | None:
     """The exit status; None when it had to be stopped, which it is with all that it started."""
     print("$ " + " ".join(words), flush=True)
-    process = subprocess.Popen(words, cwd=folder, env=variables, start_new_session=True)
+    # what a shell starts in the background ignores SIGINT, and hands that on
+    heeds_it = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, cwd=folder, env=variables, start_new_session=True, preexec_fn=heeds_it)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

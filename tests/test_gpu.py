@@ -39,7 +39,7 @@ def test_the_outcome_of_a_part_is_that_of_its_command(code, state, why):
 
 
 def test_a_part_whose_time_is_up_is_told_so_and_then_killed_with_all_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PATIENCE", 1)
+    monkeypatch.setattr(gpu, "PATIENCE", 3)
     code = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -50,8 +50,8 @@ except KeyboardInterrupt:
     open({str(tmp_path / "told")!r}, "w").write("yes")
     time.sleep(60)
 """
-    outcome = run(in_python(code), seconds=2)
-    assert outcome.state == gpu.STOPPED and 2 < outcome.seconds < 20
+    outcome = run(in_python(code), seconds=4)
+    assert outcome.state == gpu.STOPPED and 4 < outcome.seconds < 20
     assert (tmp_path / "told").read_text() == "yes", "it may write down what there is"
     stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
