@@ -36,19 +36,24 @@ class Target(NamedTuple):
     measured: float | None
     at_least: bool = True
     reason: str = "not yet run"  # when there is no figure
+    complete: bool = True  # a figure of every mask
 
     def given(self, figures: Iterable[float | None], reasons: Iterable[str | None]) -> Target:
         """With the worst of the figures; without any, with the first reason why."""
+        figures = list(figures)
         measured = [figure for figure in figures if figure is not None]
+        reason = next((reason for reason in reasons if reason), self.reason)
         if not measured:
-            return self._replace(reason=next((reason for reason in reasons if reason), self.reason))
-        return self._replace(measured=min(measured) if self.at_least else max(measured))
+            return self._replace(reason=reason)
+        worst = min(measured) if self.at_least else max(measured)
+        return self._replace(measured=worst, reason=reason, complete=len(measured) == len(figures))
 
     def verdict(self) -> str:
         if self.measured is None:
             return self.reason
         missed = (self.goal - self.measured if self.at_least else self.measured - self.goal) / self.goal
-        return "reached" if missed <= 0 else f"missed by {missed:.1%}"
+        verdict = "reached" if missed <= 0 else f"missed by {missed:.1%}"
+        return verdict if self.complete else f"{verdict} under one mask, the other: {self.reason}"
 
     def cells(self) -> list[str]:
         sign = "at least" if self.at_least else "at most"
@@ -118,7 +123,7 @@ def of(
 ) -> Target:  # fmt: skip
     """The target with a figure made of forward's row and the milliseconds of a direction."""
     cells = [cell for cell in found(rows, workload, cache) if FORWARD in cell.ours]
-    figures = (figure(cell.ours[FORWARD], ms) for cell in cells if (ms := cell.ms(direction)))
+    figures = (figure(cell.ours[FORWARD], ms) if (ms := cell.ms(direction)) else None for cell in cells)
     return goal.given(figures, (row.skipped for cell in cells for row in cell.ours.values()))
 
 

@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     dlse: bool = False
     tf32: bool = False
     keep_out: bool = True  # unrounded, for delta
+    logits: bool = False  # in place of M
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
@@ -70,6 +71,8 @@ OTHERS = (
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
     MAP._replace(name="map, no mask", mask=None),
     Variant("no mask", mask=None),
+    Variant("logits", logits=True),
+    Variant("key-only logits", mask=(2, 1, 1), logits=True, padding=True),
     Variant("mask shared by the batch", mask=(1, 1, 2), padding=True),
     Variant("mask per head", mask=(2, 2, 2), dropout=True),
     Variant("mask per head, shared by the batch", mask=(1, 2, 2), group=2),
@@ -146,7 +149,7 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
     for arch in archs:
         for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
             yield Job(arch, torch.float16, D, Nq, PLAIN)
-        for D, Nq in (*product((64,), (few, most, MANY)), (32, few), (32, most), (128, MANY), (WIDEST, MANY)):
+        for D, Nq in (*product((64,), (few, most, MANY)), (32, few), (32, most), (128, few), (128, MANY), (WIDEST, MANY)):
             yield Job(arch, torch.float32, D, Nq, PLAIN)
         for Nq in (few, most, MANY):
             yield Job(arch, torch.float32, 64, Nq, TF32)
@@ -176,6 +179,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
         B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=job.D, dtype=job.dtype,
         mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
+        mask_is_logits=v.logits,
     )  # fmt: skip
     query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
     alpha = None if mask is None else tensor(H, dtype=torch.float32)

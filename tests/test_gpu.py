@@ -93,7 +93,11 @@ def test_the_parts_end_in_a_line_each_and_one_failure_fails_the_run(monkeypatch,
     assert gpu.main([]) == 1
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[:2] for line in lines] == [["install", "passed"], ["good", "passed"], ["bad", "FAILED"], ["absent", "not"]]
-    assert gpu.main(["good", "absent"]) == 0
+    del parts["bad"]
+    assert gpu.main([]) == 0 and gpu.main(["good"]) == 0
+    assert gpu.main(["good", "absent"]) == 1, "what is named has to run"
+    del parts["good"]
+    assert gpu.main([]) == 1, "something has to run"
 
 
 def test_a_part_has_minutes_of_its_own_unless_it_is_named(monkeypatch):

@@ -213,6 +213,8 @@ def test_targets_of_speed_are_those_of_the_slower_mask():
     assert outcome([replace(row, dtype="float32") for row in both], what).verdict() == "not yet run"
     broken = [both[0], a_row("self1k", rows.BOTH, "flex", None, skipped="no such kernel")]
     assert outcome(broken, what).verdict() == "flex: no such kernel"
+    half = [*both, *(replace(row, mask="blob", median_ms=None, skipped="no time was left") for row in both)]
+    assert outcome(half, what).verdict() == "reached under one mask, the other: smattn/triton: no time was left"
 
 
 def test_targets_of_bandwidth_latency_operations_and_memory():
