@@ -108,7 +108,7 @@ struct Vectors {
 // Memory that the next product reads, fetched into cache a line or two a step while this one computes: keys and values come from far,
 // and the processor's own prefetching stops at the end of each head.
 struct Ahead {
-  const char *line, *last;  // null: nothing
+  const char *line = nullptr, *last = nullptr;  // null: nothing
   int64_t advance = 64;
 
   Ahead part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
