@@ -140,8 +140,7 @@ def attention_map(
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(9): the map (B, Nq, Nk) and lse (B, H, Nq), float32; head_weights (H,) float32. lse is that of a value without columns."""
-    inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
-    inputs = soft_mask.soften(inputs)
+    inputs = soft_mask.soften(_map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask))
     value, t = inputs.value, inputs.problem
     _, lse, *_ = forward(t, query, key, value, inputs.mask, alpha, key_padding_mask, None, save_out=False, save_mbar=False)
     amap = inputs.accumulator(t.B, t.Nq, t.Nk)

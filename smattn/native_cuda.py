@@ -100,8 +100,7 @@ def forward(
             query, key, value, mask, t.mask_is_logits, alpha, key_padding_mask, seed,
             t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device), out, lse, out_acc, mbar,
         )  # fmt: skip
-    empty = _accumulator(query, 0)
-    return out, lse, empty if out_acc is None else out_acc, _accumulator(query, 0) if mbar is None else mbar
+    return out, lse, _accumulator(query, 0) if out_acc is None else out_acc, _accumulator(query, 0) if mbar is None else mbar
 
 
 def backward(
