@@ -5,14 +5,13 @@ Tensors are canonical (see smattn/ops.py). No call synchronises with the device,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Grads, Problem, new_gradients
 from . import (
     attention_map_forward,
     attention_map_rows,
@@ -28,7 +27,6 @@ from . import (
 from . import forward as forward_full
 from .launch import Inputs, Rows
 
-Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -104,7 +102,7 @@ def backward(
     out: unrounded; without it delta is summed as P*dP.
     """
     inputs = Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed)
-    grads = _gradients(problem, (query, key, value, mask, alpha), needs)
+    grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
     few, dquery, dalpha, dalpha_rows = backward_few_queries.serves(inputs, list(grads[:4])), grads[0], grads[4], None
@@ -163,7 +161,7 @@ def attention_map_backward(
 ) -> Grads:
     """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
     inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
-    grads = _gradients(problem, (query, key, mask, alpha, head_weights), needs)
+    grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
     if inputs.empty or not any(needs):
         return grads
     dquery, dkey, dmask, dalpha, dweights = grads
@@ -197,12 +195,3 @@ def _map_inputs(
 def _buffer_of_m(dmask: Tensor | None) -> Tensor | None:
     """Where M of logits may lie until its gradient is stored; a key-only one's is stored too early."""
     return dmask if dmask is not None and dmask.shape[2] > 1 else None
-
-
-def _gradients(problem: Problem, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
-    """Contiguous, None where not needed; uninitialised, but zeros where there are no scores."""
-    new = torch.zeros if 0 in (problem.B, problem.Nq, problem.Nk) else torch.empty
-    a, b, c, d, e = (
-        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in zip(tensors, needs, strict=True)
-    )
-    return a, b, c, d, e

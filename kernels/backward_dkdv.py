@@ -37,7 +37,7 @@ def _dkdv_kernel(
     stride_dob, stride_doh, stride_dom, stride_dod,
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, MASK_PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _dkdv_kernel(
     for r in range(0, GROUP):
         h = (g * GROUP + r).to(tl.int64)
         bh = b * H + h
-        alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+        alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
         for start_m in range(0, Nq_seen, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
@@ -69,12 +69,12 @@ def _dkdv_kernel(
                 q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
-            mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], HAS_MASK, HAS_PADDING)
+            mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], MASK_KIND, HAS_PADDING)
             dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
                 k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
-                scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M,
+                scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M,
             )  # fmt: skip
             if NEED_DV:
                 dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)

@@ -37,7 +37,7 @@ def _dmask_kernel(
     stride_dob, stride_doh, stride_dom, stride_dod,
     B, H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -63,12 +63,12 @@ def _dmask_kernel(
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
-            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
             for head in range(h_lo, H if SHARED_H else h_lo + 1):
                 h = tl.cast(head, tl.int64)
                 bh = b * H + h
                 g = h // GROUP
-                alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+                alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
                 lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
                 q, do = load_queries(
                     q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
@@ -79,7 +79,7 @@ def _dmask_kernel(
                 dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
                 _, ds = score_gradient(
                     q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
-                    scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+                    scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 dm += tl.where(live[None, :], alpha * ds, 0.0)
                 if NEED_DALPHA:
@@ -87,7 +87,7 @@ def _dmask_kernel(
                     store_dalpha(partial, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
     offs_m = m_lo * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_tile = mask_ptr + tl.cast(b_lo, tl.int64) * stride_mb + tl.cast(h_lo, tl.int64) * stride_mh
-    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK, SHARED_M)
+    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
 
 
 def partials(inputs: Inputs) -> int:

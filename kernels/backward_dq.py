@@ -43,7 +43,7 @@ def _dq_kernel(
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     B, H, Nq, Nk, n_splits, split_blocks, scale, dq_scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _dq_kernel(
     q, do = load_queries(
         q_head, do_head, lse_log2, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING
     )
-    alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+    alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     if NEED_DALPHA:
         mbar = tl.load(mbar_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
@@ -79,12 +79,12 @@ def _dq_kernel(
         live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
         _, ds = score_gradient(
             q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
-            scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if NEED_DQ:
             dq = dot(ds.to(k.dtype), k, dq, ALLOW_TF32)

@@ -60,7 +60,7 @@ def _few_queries_kernel(
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     B, H, Nq, Nk, n_splits, split_blocks, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, NEED_DALPHA: tl.constexpr,
     SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr,  # M lacks the axis
@@ -70,7 +70,7 @@ def _few_queries_kernel(
     split = pid % n_splits
     SUM_B: tl.constexpr = tl.constexpr(NEED_DMASK and SHARED_B)  # dM is summed over the axis here
     SUM_H: tl.constexpr = tl.constexpr(NEED_DMASK and SHARED_H)
-    SHARED_MASK: tl.constexpr = tl.constexpr(HAS_MASK if SHARED_H else 0)  # the kind of a mask that one load serves all heads of
+    SHARED_MASK: tl.constexpr = tl.constexpr(MASK_KIND if SHARED_H else 0)  # the kind of a mask that one load serves all heads of
     groups = 1 if SUM_H else H // GROUP
     g_lo = pid // n_splits % groups
     g_hi = H // GROUP if SUM_H else g_lo + 1
@@ -85,7 +85,7 @@ def _few_queries_kernel(
         for batch in range(b_lo, b_hi):
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-            mask_batch = mask_ptr + b * stride_mb if HAS_MASK else None
+            mask_batch = mask_ptr + b * stride_mb if MASK_KIND else None
             m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
             for group in range(g_lo, g_hi):
                 dm = _kv_head(
@@ -97,7 +97,7 @@ def _few_queries_kernel(
                     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
                     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
                     b, tl.cast(group, tl.int64), offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
-                    GROUP, D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, ALLOW_TF32,
+                    GROUP, D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, ALLOW_TF32,
                     FIRST_PASS, HAS_DLSE, NEED_DQ, NEED_DK, NEED_DV, NEED_DMASK, NEED_DALPHA, SUM_B, SHARED_H, SHARED_M,
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
@@ -105,7 +105,7 @@ def _few_queries_kernel(
             mask_bh = b_lo if SHARED_H else b_lo * groups + g_lo
             store_mask_tile(
                 dmask_ptr, dm, mask_bh.to(tl.int64), mask_ptr + b_lo.to(tl.int64) * stride_mb + (0 if SHARED_H else g_lo) * stride_mh,
-                stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK, SHARED_M,
+                stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M,
             )  # fmt: skip
         if NEED_DQ:
             tl.debug_barrier()  # the next key block adds to what other threads of this program stored
@@ -119,7 +119,7 @@ def _kv_head(
     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
     b, g, offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, NEED_DALPHA: tl.constexpr,
     SUM_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr,
@@ -140,7 +140,7 @@ def _kv_head(
     for r in range(0, GROUP):
         h = g * GROUP + r
         bh = b * H + h
-        alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+        alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
         do_head = do_ptr + h * stride_doh
         if FIRST_PASS:
             lse_log2, delta = first_rows(
@@ -153,14 +153,15 @@ def _kv_head(
             q_ptr + h * stride_qh, do_head, lse_log2,
             offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
         )  # fmt: skip
-        if HAS_MASK and not SHARED_H:
-            m_head = load_mask(mask_ptr + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+        if MASK_KIND and not SHARED_H:
+            mask_head = mask_ptr + h * stride_mh
+            m_head = load_mask(mask_head, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         else:
             m_head = m
         dp = load_map_gradient(do_ptr, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, offs_m < Nq, live, DV)
         p, ds = score_gradient(
             q, k, do, v, dp, m_head, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
-            scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if NEED_DV:
             dv = dot(tl.trans(p.to(do.dtype)), do, dv, ALLOW_TF32)
@@ -175,7 +176,7 @@ def _kv_head(
             dm += tl.where(live[None, :], alpha * ds, 0.0)
             if not (SHARED_H or SUM_B):
                 mask_tile = mask_ptr + h * stride_mh
-                store_mask_tile(dmask_ptr, dm, bh, mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK, SHARED_M)
+                store_mask_tile(dmask_ptr, dm, bh, mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
                 dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bg = b * (H // GROUP) + g
     store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)

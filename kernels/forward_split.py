@@ -43,7 +43,7 @@ def _partial_kernel(
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -58,13 +58,13 @@ def _partial_kernel(
         q,
         k_ptr + b * stride_kb + g * stride_kh,
         v_ptr + b * stride_vb + g * stride_vh,
-        mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None,
+        mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
-        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
+        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), Nq, Nk,
         scale, drop_threshold,
-        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]

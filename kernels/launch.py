@@ -79,7 +79,7 @@ class Inputs:
         return 0 in (self.problem.B, self.problem.Nq, self.problem.Nk)
 
     def mask_kind(self) -> int:
-        """HAS_MASK of the kernels. Where queries are few each pass takes the sigmoid of logits; else see soft_mask.py."""
+        """MASK_KIND of the kernels. Where queries are few each pass takes the sigmoid of logits; else see soft_mask.py."""
         if self.mask is None:
             return 0
         t = self.problem
@@ -102,7 +102,7 @@ class Inputs:
             **strides("q", "bhmd", self.query), **strides("k", "bhnd", self.key),
             **strides("m", "bhmn", self.mask), **strides("a", "h", self.alpha), **strides("p", "bn", pad),
             H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
-            HAS_MASK=self.mask_kind(), HAS_PADDING=pad is not None, ALLOW_TF32=t.allow_tf32,
+            MASK_KIND=self.mask_kind(), HAS_PADDING=pad is not None, ALLOW_TF32=t.allow_tf32,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
         )  # fmt: skip
 

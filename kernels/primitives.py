@@ -12,7 +12,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# What HAS_MASK says of mask_ptr when it is true: M, logits of M, or logits whose M the other passes read rounded to their dtype.
+# MASK_KIND, 0 without a mask: mask_ptr is M, logits of M, or logits whose M the other passes read rounded to their dtype.
 SOFT, LOGITS, ROUNDED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -50,16 +50,16 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
 
 @triton.jit
 def store_mask_tile(
-    dmask_ptr, dm, mask_bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK: tl.constexpr, SHARED_M: tl.constexpr
+    dmask_ptr, dm, mask_bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND: tl.constexpr, SHARED_M: tl.constexpr
 ):  # fmt: skip
     """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis; mask_ptr: M there."""
     if SHARED_M:
         row = tl.sum(dm, 0)
-        if HAS_MASK >= LOGITS:
+        if MASK_KIND >= LOGITS:
             row = through_sigmoid(row, tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mn, mask=offs_n < Nk, other=0.0))
         tl.store(dmask_ptr + mask_bh * Nk + offs_n, row.to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
     else:
-        if HAS_MASK >= LOGITS:
+        if MASK_KIND >= LOGITS:
             dm = through_sigmoid(dm, load_tile(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, offs_m < Nq, offs_n < Nk))
         store_tile(dmask_ptr + mask_bh * Nq * Nk, dm, offs_m, offs_n, Nk, offs_m < Nq, offs_n < Nk)
 
@@ -116,17 +116,17 @@ def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def load_mask(
-    mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr
+    mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr
 ):  # fmt: skip
     """Tile of M in float32, whatever its dtype; 0 where the key is not live, some number past the ends, and the scalar 0 without a mask.
 
     Padding is selected out of what was loaded: a load that skips keys in the middle is one of single elements.
     """
-    if HAS_MASK:
+    if MASK_KIND:
         m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, rows < n_rows, cols < n_cols).to(tl.float32)
-        if HAS_MASK >= LOGITS:
+        if MASK_KIND >= LOGITS:
             m = sigmoid(m)
-        if HAS_MASK == ROUNDED_LOGITS:
+        if MASK_KIND == ROUNDED_LOGITS:
             m = m.to(mask_ptr.dtype.element_ty).to(tl.float32)
         return tl.where(live, m, 0.0) if HAS_PADDING else m
     else:
@@ -134,19 +134,19 @@ def load_mask(
 
 
 @triton.jit
-def load_alpha(alpha_ptr, h, stride_ah, HAS_MASK: tl.constexpr):
+def load_alpha(alpha_ptr, h, stride_ah, MASK_KIND: tl.constexpr):
     """alpha_h, 0 without a mask."""
-    if HAS_MASK:
+    if MASK_KIND:
         return tl.load(alpha_ptr + h.to(tl.int64) * stride_ah)
     else:
         return 0.0
 
 
 @triton.jit
-def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
+def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
     """Scores in base 2, reference.py (1); -inf where the key is not live. m is the mask tile, unused without a mask."""
     s = qk * (scale * LOG2E)
-    if HAS_MASK:
+    if MASK_KIND:
         s += (alpha * LOG2E) * m
     return tl.where(live, s, float("-inf"))
 
@@ -159,11 +159,11 @@ def nan_if_infinite(lse_log2):
 
 @triton.jit
 def probabilities(
-    q, k, m, live, lse, scale, alpha, HAS_MASK: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, k, m, live, lse, scale, alpha, MASK_KIND: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """P = exp(S - L) of a query and a key block, reference.py (2): exactly 0 where the key is not live, dead rows (lse = -inf) included."""
     qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
+    s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)
     return tl.where(live[None, :], tl.exp2(s - nan_if_infinite(lse * LOG2E)[:, None]), 0.0)
 
 
@@ -199,7 +199,7 @@ def attend(
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
     offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     ALLOW_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -228,8 +228,8 @@ def attend(
         any_live |= live.to(tl.int32)
         k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
-        s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
+        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+        s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
             mbar = mbar * rescale + tl.sum(p * m, 1)
@@ -319,14 +319,14 @@ def load_map_gradient(dmap_ptr, weights_ptr, h, rows, cols, stride_row, stride_c
 @triton.jit
 def score_gradient(
     a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
-    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """P where kept, without the 1/(1-p), and dS [ROWS, COLS] of a query and a key block, reference.py (6), queries along either axis.
 
     a, b are Q, K and c, d are dO, V, or the other way round. dp: None, then c d^T. live, lse, delta and the indices of queries, i, and of
     keys, j: shaped to broadcast.
     """
-    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, HAS_MASK)
+    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, MASK_KIND)
     if dp is None:
         dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
     p = tl.exp2(s - lse_log2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("triton", "cuda", "cpu", "reference")
+Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,6 +54,15 @@ class Problem:
     def bytes_kept(self) -> int:
         """What forward leaves to backward, where it keeps the unrounded output, and 8 bytes a query and head more: backward's own rows."""
         return 4 * self.B * self.H * self.Nq * (4 + (self.Dv if self.acc_dtype != self.dtype else 0))
+
+
+def new_gradients(problem: Problem, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
+    """Room for the gradients of five inputs, contiguous, None where not needed; uninitialised, but zeros where there are no scores."""
+    new = torch.zeros if 0 in (problem.B, problem.Nq, problem.Nk) else torch.empty
+    a, b, c, d, e = (
+        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True)
+    )
+    return a, b, c, d, e
 
 
 def queries_kept_unrounded(problem: Problem) -> int:
