@@ -296,6 +296,13 @@ def test_targets_of_bandwidth_latency_operations_and_memory():
     assert outcome(wide, "self4k_d128 backward").measured == pytest.approx(200)
     assert outcome(wide, "self4k_d128 backward").verdict() == "reached"
 
+    noise = [a_row("self4k_d128", direction, "smattn/triton", ms) for direction, ms in ((rows.FORWARD, 2.0), (rows.BOTH, 1.9))]
+    assert outcome(noise, "self4k_d128 forward").verdict() == "reached"
+    assert outcome(noise, "self4k_d128 backward").verdict() == "lost in noise: forward+backward took 1.9e+03 µs, forward alone 2e+03 µs"
+    blob = [replace(row, mask="blob") for row in wide]
+    assert outcome(noise + blob, "self4k_d128 backward").verdict().startswith("reached under one mask, the other: lost in noise: ")
+    assert outcome(wide[:1], "self4k_d128 backward").verdict() == "not yet run"
+
     allowed = 0.25 * 10**8 + 16 * 2**20
     for extra, verdict in ((allowed, "reached"), (1.5 * allowed, "missed by 50.0%")):
         row = a_row("self4k", rows.BOTH, "smattn/triton", 1.0, extra_bytes=int(extra))
