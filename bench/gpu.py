@@ -108,7 +108,8 @@ def minutes(stage: Sequence[str]) -> float:
 def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
-    return inherited | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes are many, and each would start one for every core
+    return inherited | alone | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
 
 
 def install(arch: str, until: float) -> Outcome:

@@ -218,6 +218,8 @@ def _goes_on(reps: int, used: float, seconds: float) -> bool:
 
 def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     """Peak memory of one call beyond inputs, outputs and gradients. RuntimeError when it could not be measured."""
+    if torch.device(cell.device).type == "cuda":
+        return _peak_on_cuda(bind(contestant.ready(), cell.case(), cell.direction, contestant.gradients))
     return peak_beyond_results(partial(_call_and_warm_up, contestant, cell), cell.device)
 
 

@@ -143,7 +143,7 @@ class Job:
 
 def default_backend(cell: Cell) -> str:
     """The backend that backend=None takes."""
-    problem, kind = cell.smaller().case().problem(), torch.device(cell.device).type
+    problem, kind = cell.smaller().blank().problem(), torch.device(cell.device).type
     return next(row.name for row in TABLE if kind in row.default_on and not row.unsupported_reasons(problem, "forward"))
 
 

@@ -227,6 +227,33 @@ def test_a_skipped_test_fails_a_part_that_must_run(tmp_path, skipped, status):
     assert done.returncode == status, done.stdout
 
 
+LOSES_ITS_GPU = """
+import torch
+def test_first():
+    pass
+def test_second():
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, broken
+    raise AssertionError("what was wrong")
+def test_third():
+    assert torch.cuda.synchronize.__name__ != "broken"
+def test_fourth():
+    pass
+"""
+
+
+def test_tests_after_one_that_breaks_the_gpu_have_a_new_process(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_one.py").write_text(LOSES_ITS_GPU)
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    distribution = [word for word in gpu.PARTS["suite"].command if word in ("-n", "--dist", "worksteal")]
+    distribution.insert(1, "1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *distribution, "--rootdir", tmp_path, "test_one.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1 and "3 passed" in done.stdout and "what was wrong" in done.stdout, done.stdout
+
+
 FEWER = "import sanitized as s; s.DTYPES, s.QUERIES, s.KEYS = s.DTYPES[:1], (5,), 37"
 
 

@@ -223,6 +223,18 @@ def test_what_is_compiled_ahead_has_the_form_of_what_is_timed(direction):
         assert (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device), name
 
 
+def test_the_tensors_of_a_shape_are_drawn_once_for_each_mask(monkeypatch):
+    drawn, make_case = [], harness.make_case
+    monkeypatch.setattr(harness, "make_case", lambda *args, **more: drawn.append(args) or make_case(*args, **more))
+    harness._case.cache_clear()
+    job = bench_job.Job("cpu", 0.01, "")
+    for direction, mask in product((rows.FORWARD, rows.BOTH), ("uniform", "blob")):
+        cell = tiny(direction, mask)
+        cell.case()
+        job.add(cell, "smattn/cpu")
+    assert len(drawn) == 2
+
+
 def dies(query, key, value, mask, alpha):
     os._exit(3)
 
