@@ -1,20 +1,23 @@
-"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90 100] [--full]`.
+"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--sample | --full]`.
 
 The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
 specialisation, same tiles as there. Prints a line for each: its tile, registers, spills, the tensor-core instruction with the shortest and
 the longest run of it between two waits, bits * number of the loads, shared memory, and how many programs a multiprocessor holds. Fails
-where Row.failure says so. What was compiled and read once is taken from Triton's cache. Must run without TRITON_INTERPRET, under which
-there is no compiler.
+where Row.failure says so, on a spilled register for one. What was compiled and read once is taken from Triton's cache. Must run without
+TRITON_INTERPRET, under which there is no compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +28,7 @@ from triton.compiler import ASTSource
 
 from ..problem import Problem
 from . import backend, launch
-from .configs import TileConfig, block_of, bucket
+from .configs import TileConfig
 from .machine_code import Reading, read
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
@@ -33,17 +36,14 @@ RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and
 REGISTERS, THREADS, TENSOR_COLUMNS = 65_536, {86: 1536, 89: 1536, 120: 1536}, 512  # of a multiprocessor; elsewhere 2048 threads
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
-HEAD_SIZES = (32, 48, 64, 128)
 WIDEST = 256
+HEAD_SIZES = (32, 48, 64, 128, WIDEST)
 FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
-# What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
-# its random numbers take registers of their own.
-SPILLING = {
-    ("few_queries", 2): {(64, 128)},
-    ("dmask", 4): {(256, 128)},
-    ("map", 4): {(64, 128)},
-    ("map_means", 2): {(32, 16)},
-}
+SAMPLE, PRODUCT, FULL = "sample", "product", "full"
+TABLE_HEAD = (
+    "kernel", "arch", "dtype", "D", "variant", "block_m", "block_n", "warps", "stages", "maxnreg",
+    "registers", "spill_bytes", "instruction", "loads", "shared", "per_sm", "failure",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -66,7 +66,7 @@ class Variant(NamedTuple):
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
 TF32 = Variant("tf32", tf32=True)
-MAP = Variant("map", as_map=True)
+MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
@@ -122,8 +122,7 @@ class Row(NamedTuple):
             return "no tensor-core instruction"
         if r.instruction == "HGMMA" and r.groups > self.groups:
             return f"serialised wgmma: {r.groups} groups, not {self.groups}"
-        known = j.variant.dropout or (block_of(j.D), bucket(j.Nq)) in SPILLING.get((self.kernel, j.dtype.itemsize), ())
-        return f"spills {r.spill_bytes} bytes" if r.spill_bytes and not known else ""
+        return f"spills {r.spill_bytes} bytes" if r.spill_bytes else ""
 
     def per_multiprocessor(self) -> int:
         """How many programs run on one at a time."""
@@ -142,14 +141,19 @@ class Row(NamedTuple):
         return f"{where}{self.reading.text()}{self.shared:7} shared {self.per_multiprocessor():2} per SM {self.failure()}"
 
 
-def jobs(archs: list[int], full: bool) -> Iterator[Job]:
-    """Every kernel, chip and regime in every dtype, then each variant once, on one chip. `full`: all products."""
-    everything = (PLAIN, FEATURES, TF32, MAP, *OTHERS)
-    if full:
-        for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
-            if dtype == torch.float32 or not variant.tf32:
-                yield Job(arch, dtype, D, Nq, variant)
+def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
+    """Attention and its map on every chip, in every dtype, head size and number of queries. FULL: times every variant."""
+    if extent == SAMPLE:
+        yield from _sample(archs)
         return
+    variants = (PLAIN, TF32, MAP, MAP_TF32) if extent == PRODUCT else (PLAIN, FEATURES, TF32, MAP, MAP_TF32, *OTHERS)
+    for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
+        if dtype == torch.float32 or not variant.tf32:
+            yield Job(arch, dtype, D, Nq, variant)
+
+
+def _sample(archs: list[int]) -> Iterator[Job]:
+    """Every kernel, chip and regime in every dtype, then each variant once, on one chip."""
     few, most = FEW[0], FEW[-1]
     for arch in archs:
         for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
@@ -255,22 +259,47 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConf
     return rows
 
 
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """As comma-separated values, numbers of queries that differ in nothing else on one line; above it what was compiled by what."""
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    lines: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        (arch, dtype, D, Nq, variant), t, r = row.job, row.tile, row.reading
+        figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
+        loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
+        line = (
+            row.kernel, arch, str(dtype)[6:], D, variant.name, t.block_m, t.block_n, t.num_warps, t.num_stages, t.registers,
+            *figures, loads, row.shared, row.per_multiprocessor(), row.failure(),
+        )  # fmt: skip
+        lines.setdefault(line, []).append(Nq)
+    with path.open("w", newline="") as file:
+        file.write(f"# triton {triton.__version__}, kernels/*.py sha256 {sources[:16]}\n")
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow((*TABLE_HEAD, "queries"))
+        table.writerows((*line, " ".join(map(str, queries))) for line, queries in lines.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
-    parser.add_argument("--full", action="store_true", help="every product of dtype, head size, regime and variant")
+    extents = parser.add_mutually_exclusive_group()
+    extents.add_argument("--sample", action="store_const", dest="extent", const=SAMPLE, default=PRODUCT, help="some of it: minutes")
+    extents.add_argument("--full", action="store_const", dest="extent", const=FULL, help="the product in every variant: hours")
+    parser.add_argument("--table", type=Path, help="write the table here as well, as comma-separated values")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
-    failed = compiled = 0
+    compiled: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(compile_job, jobs(options.arch, options.full)):
+        for rows in pool.map(compile_job, jobs(options.arch, options.extent)):
             for row in rows:
                 print(row.text(), flush=True)
-                compiled += 1
-                failed += bool(row.failure())
-    print(f"{compiled} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+            compiled += rows
+    failed = sum(bool(row.failure()) for row in compiled)
+    print(f"{len(compiled)} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+    if options.table:
+        write_table(options.table, compiled)
     return 1 if failed else 0
 
 

@@ -17,6 +17,7 @@ from .primitives import (
     LOG2E,
     finish_rows,
     live_keys,
+    live_span,
     load_alpha,
     load_dlse,
     load_mask,
@@ -54,9 +55,11 @@ def _delta_sweep_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)
     any_live = tl.zeros([BLOCK_N], tl.int32)
-    for start_n in range(0, Nk, BLOCK_N):
+    pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
+    lo, hi = live_span(pad_batch, 0, Nk, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
         k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)

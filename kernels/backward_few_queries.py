@@ -21,6 +21,7 @@ from . import backward_dq, configs
 from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch, strides
 from .primitives import (
+    SOFT,
     dot,
     first_rows,
     live_keys,
@@ -35,6 +36,8 @@ from .primitives import (
     store_dalpha,
     store_key_gradients,
     store_mask_tile,
+    store_tile,
+    unless_padding,
 )
 
 REDUCE = TileConfig(block_m=1, block_n=256, num_warps=4, num_stages=1)
@@ -88,16 +91,17 @@ def _few_queries_kernel(
     b_hi = B if SUM_B else b_lo + 1
     offs_m = tl.arange(0, BLOCK_M)
     first_block = split * split_blocks
-    for n_block in range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N))):
+    for n_block in tl.range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N)), disable_licm=True):
         offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         started = (offs_m < Nq) & (tl.full([BLOCK_M], n_block, tl.int32) > first_block)  # this split's dQ already holds a sum
         dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for batch in range(b_lo, b_hi):
+        for batch in tl.range(b_lo, b_hi, disable_licm=True):
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + b * stride_mb if MASK_KIND else None
-            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
-            for group in range(g_lo, g_hi):
+            m_rows = unless_padding(Nq, live, HAS_PADDING)
+            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
+            for group in tl.range(g_lo, g_hi, disable_licm=True):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,
                     do_ptr + b * stride_dob, weights_ptr, rows_ptr, mbar_ptr,
@@ -147,7 +151,8 @@ def _kv_head(
     v = load_tile(v_ptr + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for r in range(0, GROUP):
+    seen = unless_padding(GROUP, live, HAS_PADDING)
+    for r in tl.range(0, seen, disable_licm=True):
         h = g * GROUP + r
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
@@ -188,6 +193,17 @@ def _kv_head(
                 mask_tile = mask_ptr + h * stride_mh
                 store_mask_tile(dmask_ptr, dm, bh, mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
                 dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_PADDING:
+        for r in range(seen, GROUP):
+            h = g * GROUP + r
+            bh = b * H + h
+            if NEED_DQ:
+                nothing = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                store_tile(dq_ptr + h * Nq * D, nothing, offs_m, offs_d, D, (offs_m < Nq) & ~started, offs_d < D)
+            if NEED_DALPHA:
+                tl.store(dalpha_ptr + bh, 0.0)
+            if NEED_DMASK and not (SHARED_H or SUM_B):
+                store_mask_tile(dmask_ptr, dm, bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, SOFT, SHARED_M)
     bg = b * (H // GROUP) + g
     store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
     return dm

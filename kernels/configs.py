@@ -57,10 +57,10 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
     ("few_32", 80, 4): (T(32, 32, 8, 1), T(32, 32, 8, 1), NONE, NONE),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), NONE, NONE),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), NONE, NONE, NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1, 255), NONE, NONE, NONE),
     ("few_128", 80, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
     ("few_128", 90, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
-    ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
+    ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 2), NONE, NONE),
     ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
@@ -70,13 +70,28 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1, 128)),
     ("dq", 90, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
-    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 128), T(16, 16, 8, 1), T(16, 16, 8, 1)),
+    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 255), T(16, 16, 8, 1), T(16, 16, 8, 1, 128)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
     ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
     ("dmask", 100, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
+# In place of a tile of the table that would spill: (kernel, kind of call, chip itself, bytes) -> head size -> tile. Padding and dropout
+# take registers of their own ("extras"), and a map's passes load a tile of its gradient ("map").
+SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
+    ("few_16", "extras", 80, 2): {32: T(16, 64, 8, 1), 64: T(16, 64, 8, 1), 128: T(16, 32, 8, 1)},
+    ("few_32", "extras", 80, 2): {64: T(32, 32, 8, 1)},
+    ("few_32", "extras", 90, 2): {32: T(32, 32, 8, 1)},
+    ("few_32", "extras", 100, 2): {32: T(32, 32, 8, 1), 64: T(32, 32, 8, 1)},
+    ("few_64", "extras", 80, 2): {32: T(64, 32, 8, 1)},
+    ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
+    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2), 128: T(64, 64, 8, 2)},
+    ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2)},
+    ("split_64", "map", 80, 4): {64: T(64, 32, 8, 1, 128)},
+    ("dkdv", "map", 90, 4): {128: T(16, 32, 8, 1)},
+    ("dkdv", "map", 100, 4): {128: T(16, 32, 8, 1)},
+}
 
 
 def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
@@ -85,17 +100,20 @@ def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
     """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
-    return _tile(kernel, bucket(problem.Nq), arch, size, head)
+    kind = "map" if problem.Dv == 0 else "extras" if problem.has_padding or problem.dropout_p > 0 else ""
+    return _tile(kernel, bucket(problem.Nq), arch, size, head, kind)
 
 
 @cache
-def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileConfig:
+def _tile(kernel: str, queries: int, arch: int, size: int, head: int, kind: str = "") -> TileConfig:
     if kernel in ("split", "few"):
         queries = min(queries, 64) if kernel == "split" else queries
         kernel = f"{kernel}_{queries}"
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
-    return row_of(kernel, arch, size)[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
+    column = next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)
+    special = SPECIAL.get((kernel, kind, 80 if arch in SMALL_SHARED else generation(arch), size), {})
+    return special.get(HEAD_SIZES[column], row_of(kernel, arch, size)[column])
 
 
 def cdiv(a: int, b: int) -> int:

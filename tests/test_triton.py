@@ -1,16 +1,17 @@
 """The Triton backend's launches: which passes run, and that nothing is launched twice."""
 
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
 import torch
-from expected import BACKENDS
+from expected import BACKENDS, INTERPRETED
 from meters import Call, launches_recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smattn
 from smattn.problem import Problem
-from smattn.testing import run
+from smattn.testing import make_case, run
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not expected here", allow_module_level=True)
@@ -116,6 +117,33 @@ def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, 
     names = [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches]
     assert names == ["partial", "merge", *backward]
     assert dispatched.names <= {"aten.empty.memory_format", "aten.empty_like.default", "aten.view.dtype", "aten.detach.default"}
+
+
+def interpreted_products(case, monkeypatch):
+    """How many matrix products the kernels of a forward and backward take, all programs together."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot, taken = InterpreterBuilder.create_dot, []
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", lambda *operands: taken.append(1) or create_dot(*operands))
+        results = run(case, "triton")
+    return len(taken), results
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+@pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
+@pytest.mark.parametrize("Nq", [13, 100, 131])
+def test_a_key_block_of_padding_takes_no_product(device, monkeypatch, Nq, as_map):
+    """Neither at the end of the keys, in any pass, nor in their middle where a pass of backward owns key blocks."""
+    case = make_case(1, 1, Nq, 128, 16, as_map=as_map, device=device)
+    nothing = torch.zeros(1, 128, dtype=torch.bool, device=device)
+    at_end, inside = nothing.clone(), nothing.clone()
+    at_end[:, 32:] = inside[:, 32:96] = True  # blocks are 32 keys
+    every, _ = interpreted_products(replace(case, key_padding_mask=nothing), monkeypatch)
+    first, results = interpreted_products(replace(case, key_padding_mask=at_end), monkeypatch)
+    fewer, _ = interpreted_products(replace(case, key_padding_mask=inside), monkeypatch)
+    assert 0 < first == every // 4 < every and first < fewer < every
+    assert results["dkey"][:, :, :32].any() and not results["dkey"][:, :, 32:].any()
 
 
 @pytest.mark.slow
