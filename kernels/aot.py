@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Problem
 from . import backend, launch
@@ -58,6 +59,7 @@ class Variant(NamedTuple):
     tf32: bool = False
     keep_out: bool = True  # unrounded, for delta
     logits: bool = False  # in place of M
+    misaligned: bool = False  # rows of query, key and value an odd number of elements apart: no descriptors
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
@@ -65,6 +67,7 @@ class Variant(NamedTuple):
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
 TF32 = Variant("tf32", tf32=True)
+PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 MAP = Variant("map", as_map=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
@@ -104,6 +107,7 @@ class Row(NamedTuple):
     tensor_columns: int = 0  # of tensor memory, sm_100
     products: bool = False  # whether the kernel has matrix products
     groups: int = 0  # of wgmma that the compiler means to run without a wait between, sm_90
+    descriptors: bool = False  # whether it gets any
     error: str = ""
 
     def failure(self) -> str:
@@ -115,6 +119,8 @@ class Row(NamedTuple):
             return f"{self.shared} bytes of shared memory, the chip has {limit}"
         if self.products and not r.instruction and (j.dtype.itemsize == 2 or j.variant.tf32):
             return "no tensor-core instruction"
+        if self.descriptors and "TMA" not in r.loads:
+            return "descriptors, and no load by TMA"
         if r.instruction == "HGMMA" and r.groups > self.groups:
             return f"serialised wgmma: {r.groups} groups, not {self.groups}"
         known = j.variant.dropout or (block_of(j.D), bucket(j.Nq)) in SPILLING.get((self.kernel, j.dtype.itemsize), ())
@@ -139,7 +145,7 @@ class Row(NamedTuple):
 
 def jobs(archs: list[int], full: bool) -> Iterator[Job]:
     """Every kernel, chip and regime in every dtype, then each variant once, on one chip. `full`: all products."""
-    everything = (PLAIN, FEATURES, TF32, MAP, *OTHERS)
+    everything = (PLAIN, FEATURES, TF32, PADDING, MISALIGNED, MAP, *OTHERS)
     if full:
         for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
             if dtype == torch.float32 or not variant.tf32:
@@ -157,6 +163,9 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
             yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
             yield Job(arch, torch.float16, 64, Nq, MAP)
         yield Job(arch, torch.float32, 64, MANY, MAP)
+        for D in (32, 64, 128, WIDEST) if arch >= 90 else ():  # where the calls above have descriptors
+            yield Job(arch, torch.float16, D, MANY, PADDING)
+            yield Job(arch, torch.float16, D, MANY, MISALIGNED)
     chip = 90 if 90 in archs else archs[-1]
     for Nq in (few, MANY):
         yield Job(chip, torch.float16, 64, Nq, FEATURES)
@@ -181,7 +190,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
         mask_is_logits=v.logits,
     )  # fmt: skip
-    query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
+    query, key = (tensor(B, heads, n, job.D + v.misaligned)[..., : job.D] for heads, n in ((H, job.Nq), (H // v.group, Nk)))
     alpha = None if mask is None else tensor(H, dtype=torch.float32)
     padding = tensor(B, Nk, dtype=torch.bool) if v.padding else None
     seed = tensor(1, dtype=torch.int64) if v.dropout else None
@@ -213,6 +222,9 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
             continue
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{value.block_shape}>"
+            continue
         signature[parameter.name] = _type_of(value)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -239,6 +251,7 @@ def compile_job(job: Job) -> list[Row]:
         rows.append(Row(
             name, job, tile, read(compiled.asm["cubin"]), compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0,
             "tt.dot" in compiled.asm["ttir"], compiled.asm["ptx"].count("wgmma.commit_group"),
+            any(isinstance(value, TensorDescriptor) for value in arguments.values()),
         ))  # fmt: skip
     return rows
 
