@@ -74,7 +74,7 @@ PARTS = {
     "ceilings": Part("copying and matrix products at best", 0.5, (PYTHON, "bench/ceilings.py"), alone=True),
     "calls": Part("small calls of every fused backend, side by side", 0.5, (PYTHON, "bench/sanitized.py"), alone=True),
     "suite": tests("every other test that runs on a device", TOGETHER, "-m", "device and (not slow or gpu)", "-k", f"not {ALONE}",
-                   "--continue-on-collection-errors", "-n", "auto", "--dist", "worksteal", more=("xdist",)),
+                   "--continue-on-collection-errors", "-n", "logical", "--dist", "worksteal", more=("xdist",)),
     "binary": Part("the compiled extension, and which torch loads it", TOGETHER, (PYTHON, "bench/binary.py")),
     "graphs": tests("CUDA graphs captured and replayed", TOGETHER, "--no-skips", "-k", GRAPHS, "test_compile.py"),
     "offsets": tests("offsets past 2^31", TOGETHER, "--no-skips", "-k", FAR, "test_any_shape.py"),
