@@ -197,7 +197,7 @@ def start(name: str, part: Part, until: float, variables: dict[str, str], shown:
     # what a shell starts in the background ignores SIGINT, and hands that on
     heeds_it = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     LOGS.mkdir(parents=True, exist_ok=True)
-    with open(LOGS / f"{name}.txt", "wb") as log:
+    with open(os.devnull if shown else LOGS / f"{name}.txt", "wb") as log:
         out = None if shown else log
         process = subprocess.Popen(
             words, cwd=ROOT / part.folder, env=variables, stdout=out, stderr=out, start_new_session=True, preexec_fn=heeds_it

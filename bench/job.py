@@ -40,6 +40,7 @@ class Job:
     file: Path | None = None  # where the rows go as they come
     validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
     failed: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)  # of these: why
+    not_compiled: dict[str, str] = field(default_factory=dict)  # peers, by `at`: why
     rows: list[Row] = field(default_factory=list)
     matmul_ms: float | None = None  # around the cell being measured
 
@@ -92,7 +93,11 @@ class Job:
 
     def refusal(self, name: str, cell: Cell) -> str | None:
         """Why this contestant, wrong or broken in this cell, is not timed there."""
-        return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype))
+        return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype)) or self.not_compiled.get(self.at(name, cell))
+
+    @staticmethod
+    def at(name: str, cell: Cell) -> str:
+        return f"{name}, {cell.workload.name} {name_of(cell.dtype)}, {cell.direction}"
 
     def verdict(self) -> str | None:
         """For sys.exit, at the end: what of smattn failed; None when nothing did."""

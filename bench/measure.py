@@ -155,11 +155,13 @@ def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple
     return {name: [ms / GRAPH_CALLS for ms in taken] for name, taken in samples.items()}, refused
 
 
-def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> None:
+def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> dict[str, str]:
     """Run what is compiled once for each shape, in processes side by side: the measuring process then finds it on disk.
 
-    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured.
+    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured. Returns the peers that cannot be compiled,
+    by Job.at, and why: the measuring process would take as long to find that out, once for each mask.
     """
+    failed: dict[str, str] = {}
     shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}.values()
     slow = [contestant for contestant in contestants if contestant.compiled or contestant.name.startswith(OURS)]
     left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # the longest are taken first
@@ -170,8 +172,10 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
                 contestant, cell = left.pop()
                 try:
                     worker(_compile, contestant, cell)
-                except RuntimeError as error:  # the measurement will say it again
-                    print(f"{contestant.name}, {cell.workload.name}, {cell.direction}: {error}", flush=True)
+                except RuntimeError as error:
+                    print(f"{(where := Job.at(contestant.name, cell))}: {error}", flush=True)
+                    if not contestant.name.startswith(OURS) and "out of memory" not in f"{error}":  # there are many at once
+                        failed[where] = f"{error}"
 
     processes = min(COMPILERS, os.cpu_count() or 1, len(left))
     with ThreadPoolExecutor(max(1, processes)) as pool:
@@ -180,6 +184,7 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
                 done.result()
         finally:  # also when told to stop
             left.clear()
+    return failed
 
 
 def _compile(contestant: Contestant, cell: Cell) -> None:

@@ -226,18 +226,35 @@ def test_what_is_compiled_ahead_is_run_once_a_shape(monkeypatch, capsys):
     def compiled(contestant, cell):
         done.append((contestant.name, cell.shape, cell.direction))
         if contestant.name == "flex":
-            raise RuntimeError("no such kernel")
+            raise RuntimeError("no such kernel" if cell.direction == rows.BOTH else "CUDA out of memory")
+        if contestant.name == "smattn/cpu":
+            raise RuntimeError("broken")
 
     monkeypatch.setattr(measure, "Worker", Inside)
     monkeypatch.setattr(measure, "_compile", compiled)
     cells = [tiny(direction, mask) for direction in (rows.FORWARD, rows.BOTH) for mask in ("uniform", "blob")]
     contestants = [peers.ours("cpu"), *peers.PEERS, peers.WITHOUT_MASK]
-    measure.compile_ahead(cells, contestants)
+    failed = measure.compile_ahead(cells, contestants)
     each = product(("smattn/cpu", "compiled", "flex"), [tiny(rows.BOTH).shape], (rows.FORWARD, rows.BOTH))
     assert sorted(done) == sorted(each) and done[0][0] in ("compiled", "flex") and done[0][2] == rows.BOTH, "the longest first"
-    assert "flex, self1k, forward: no such kernel" in capsys.readouterr().out
+    printed = "flex, self1k bfloat16, forward+backward: no such kernel"
+    assert printed in capsys.readouterr().out and [": ".join(one) for one in failed.items()] == [printed]
+    job = bench_job.Job("cpu", 0.01, "", not_compiled=failed)
+    refused = {(peer.name, cell.direction) for peer, cell in product(contestants, cells) if job.refusal(peer.name, cell)}
+    assert refused == {("flex", rows.BOTH)} and job.verdict() is None
     measure.compile_ahead(cells, contestants, until=time.monotonic() - 1)
     assert len(done) == 6
+
+
+def test_what_cannot_be_compiled_is_known_to_the_run_that_compiles_nothing(monkeypatch, tmp_path):
+    limits = []
+    monkeypatch.setattr(bench_run, "NOT_COMPILED", tmp_path / "build" / "not-compiled.json")
+    monkeypatch.setattr(bench_run, "compile_ahead", lambda cells, contestants, until: limits.append(until) or {"flex, self1k": "why"})
+    args = argparse.Namespace(compile="not", minutes=10.0)
+    assert bench_run.compiled(args, [], [], 0.0) == {} and limits == []
+    for args.compile in ("only", "first", "not"):
+        assert bench_run.compiled(args, [], [], 0.0) == {"flex, self1k": "why"}
+    assert limits == [600.0, 600.0 * bench_run.COMPILING]
 
 
 @pytest.mark.parametrize("direction", [rows.FORWARD, rows.BOTH])
