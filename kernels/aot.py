@@ -13,7 +13,7 @@ import argparse
 import csv
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -59,6 +59,7 @@ class Variant(NamedTuple):
     keep_out: bool = True  # unrounded, for delta
     logits: bool = False  # in place of M
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
+    training: bool = True  # else forward alone, nothing of it kept
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
 
@@ -91,6 +92,10 @@ class Job(NamedTuple):
     D: int
     Nq: int
     variant: Variant
+    B: int = 2
+    H: int = 4
+    Nk: int = 4096
+    mask_dtype: torch.dtype = torch.float32
 
 
 class Row(NamedTuple):
@@ -170,7 +175,7 @@ def _sample(archs: list[int]) -> Iterator[Job]:
 
 def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
     """The launches of one forward and backward, of attention or of its map."""
-    v, B, H, Nk = job.variant, 2, 4, 4096
+    v, B, H, Nk = job.variant, job.B, job.H, job.Nk
 
     def tensor(*sizes: int, dtype: torch.dtype = job.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -178,7 +183,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
     mask = None
     if v.mask is not None:
         axes = [n if axis > 1 else 1 for axis, n in zip(v.mask, (B, H, job.Nq), strict=True)]
-        mask = tensor(*axes, Nk, dtype=torch.float32)
+        mask = tensor(*axes, Nk, dtype=job.mask_dtype)
     problem = Problem(
         B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=job.D, dtype=job.dtype,
         mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
@@ -198,7 +203,9 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
             backend.attention_map_backward(problem, amap, *inputs, lse, v.needs)
         else:
             rest = (query, key, key, mask, alpha, padding, seed)
-            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out, save_mbar=True)
+            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out and v.training, save_mbar=v.training)
+            if not v.training:
+                return recorder.launches
             unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
             dlse = torch.empty_like(lse) if v.dlse else None
             backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
@@ -231,12 +238,17 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def compile_job(job: Job) -> list[Row]:
+def without_a_gpu(arch: int, kernel: Any, arguments: dict[str, Any], tile: TileConfig) -> Any:
+    """The compiled kernel. A launch finds it in Triton's cache only by chance: what its key is made of differs between versions."""
+    return triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=tile.options())
+
+
+def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConfig], Any] = without_a_gpu) -> list[Row]:
     rows = []
     for kernel, arguments, tile in record(job):
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         try:
-            compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", job.arch, 32), options=tile.options())
+            compiled = compiler(job.arch, kernel, arguments, tile)
         except Exception as error:  # whatever the compiler throws belongs in the table
             rows.append(Row(name, job, tile, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
             continue

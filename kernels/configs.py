@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -131,12 +131,14 @@ def bucket(queries: int) -> int:
     return max(16, min(FEW_QUERIES, _power_of_2(queries)))
 
 
+@lru_cache
 def one_tile(problem: Problem) -> bool:
     """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to spill no registers."""
     queries, row = bucket(problem.Nq), _row_bytes(problem)
     return problem.Nq <= FEW_QUERIES and (row <= 128 or queries * row <= 8 << 10)
 
 
+@lru_cache
 def holds_dq(problem: Problem) -> bool:
     """Whether that tile leaves registers for dQ as well."""
     queries, row = bucket(problem.Nq), _row_bytes(problem)
