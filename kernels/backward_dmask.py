@@ -73,7 +73,7 @@ def _dmask_kernel(
                 partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H
             heads = H if SHARED_H else 1
             seen = unless_padding(heads, live, HAS_PADDING)
-            for head in tl.range(h_lo, h_lo + seen, disable_licm=True):
+            for head in range(h_lo, h_lo + seen):
                 h = tl.cast(head, tl.int64)
                 bh = b * H + h
                 g = h // GROUP
