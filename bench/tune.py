@@ -49,15 +49,17 @@ class Cell(NamedTuple):
     head: int  # index into HEAD_SIZES
     Nq: int = 0
     forward: bool = False  # else backward
+    padding: bool = False  # without it *_pointers would have descriptors
 
     def case(self, device: str, fewer: int = 1) -> Case:
         B, H, Nk = SHAPES[self.Nq]
         Nq, dtype = self.Nq if self.Nq <= configs.FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
-        return make_case(B, H, Nq, Nk // fewer, HEAD_SIZES[self.head], dtype=dtype, mask_dtype=dtype, device=device)
+        sizes, padded = (B, H, Nq, Nk // fewer, HEAD_SIZES[self.head]), 0.1 * self.padding
+        return make_case(*sizes, dtype=dtype, mask_dtype=dtype, padded=padded, device=device)
 
     def job(self, arch: int) -> aot.Job:
         known = max(chip for chip in aot.SHARED_MEMORY if chip <= arch)
-        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.Nq, aot.PLAIN)
+        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.Nq, aot.PADDING if self.padding else aot.PLAIN)
 
     def text(self) -> str:
         return f"{self.kernel} {str(DTYPES[self.itemsize])[6:]} D={HEAD_SIZES[self.head]}"
@@ -79,12 +81,13 @@ def placed(cell: Cell, arch: int) -> Cell | None:
     own, marked = configs.TABLE.get(key), replace(row[cell.head], num_stages=100)
     put(cell, arch, marked)
     try:
-        for Nq in SHAPES:
-            job = cell._replace(Nq=Nq).job(arch)
-            forward = aot.record(job._replace(variant=aot.PLAIN._replace(needs=(False,) * 5)))
+        for padding, Nq in product((False, True), SHAPES):
+            cell = cell._replace(Nq=Nq, padding=padding)
+            job = cell.job(arch)
+            forward = aot.record(job._replace(variant=job.variant._replace(needs=(False,) * 5)))
             for launches, is_forward in ((forward, True), (aot.record(job), False)):
                 if marked in [tile for *_, tile in launches]:
-                    return cell._replace(Nq=Nq, forward=is_forward)
+                    return cell._replace(forward=is_forward)
     finally:
         del configs.TABLE[key]
         configs.TABLE |= {key: own} if own else {}
@@ -108,7 +111,7 @@ def put(cell: Cell, arch: int, tile: TileConfig) -> Tiles:
 
 
 def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
-    """The present tile first, then its neighbours in every direction.
+    """The present tile first, then it without TMA, then its neighbours in every direction.
 
     A tile of few_* holds all queries: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
     """
@@ -121,7 +124,7 @@ def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
     shapes = product(rows, near(now.block_n), warps, STAGES)
     largest = now.block_m * now.block_n * (2 if cell.itemsize == 2 else 1)
     others = [replace(now, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in shapes if 64 * w <= m * n <= largest]
-    return list(dict.fromkeys([now, *others]))
+    return list(dict.fromkeys([now, replace(now, tma=False), *others]))
 
 
 def failure(cell: Cell, arch: int, tile: TileConfig) -> str:
