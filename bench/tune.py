@@ -49,17 +49,23 @@ class Cell(NamedTuple):
     head: int  # index into HEAD_SIZES
     Nq: int = 0
     forward: bool = False  # else backward
-    padding: bool = False  # without it *_pointers would have descriptors
+    variant: aot.Variant = aot.PLAIN  # *_pointers serve calls that can have no descriptors
 
     def case(self, device: str, fewer: int = 1) -> Case:
         B, H, Nk = SHAPES[self.Nq]
         Nq, dtype = self.Nq if self.Nq <= configs.FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
-        sizes, padded = (B, H, Nq, Nk // fewer, HEAD_SIZES[self.head]), 0.1 * self.padding
-        return make_case(*sizes, dtype=dtype, mask_dtype=dtype, padded=padded, device=device)
+        sizes, padded = (B, H, Nq, Nk // fewer, HEAD_SIZES[self.head]), 0.1 * self.variant.padding
+        return self.laid_out(make_case(*sizes, dtype=dtype, mask_dtype=dtype, padded=padded, device=device))
+
+    def laid_out(self, case: Case) -> Case:
+        """As the variant has it, rows an odd number of elements apart."""
+        if not self.variant.misaligned:
+            return case
+        return replace(case, **{name: torch.cat([x, x[..., :1]], -1)[..., :-1] for name, x in list(case.inputs().items())[:3]})
 
     def job(self, arch: int) -> aot.Job:
         known = max(chip for chip in aot.SHARED_MEMORY if chip <= arch)
-        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.Nq, aot.PADDING if self.padding else aot.PLAIN)
+        return aot.Job(known, DTYPES[self.itemsize], HEAD_SIZES[self.head], self.Nq, self.variant)
 
     def text(self) -> str:
         return f"{self.kernel} {str(DTYPES[self.itemsize])[6:]} D={HEAD_SIZES[self.head]}"
@@ -81,10 +87,10 @@ def placed(cell: Cell, arch: int) -> Cell | None:
     own, marked = configs.TABLE.get(key), replace(row[cell.head], num_stages=100)
     put(cell, arch, marked)
     try:
-        for padding, Nq in product((False, True), SHAPES):
-            cell = cell._replace(Nq=Nq, padding=padding)
+        for variant, Nq in product((aot.PLAIN, aot.PADDING, aot.MISALIGNED), SHAPES):
+            cell = cell._replace(Nq=Nq, variant=variant)
             job = cell.job(arch)
-            forward = aot.record(job._replace(variant=job.variant._replace(needs=(False,) * 5)))
+            forward = aot.record(job._replace(variant=variant._replace(needs=(False,) * 5)))
             for launches, is_forward in ((forward, True), (aot.record(job), False)):
                 if marked in [tile for *_, tile in launches]:
                     return cell._replace(forward=is_forward)
@@ -148,7 +154,7 @@ def the_pass(cell: Cell, case: Case) -> Callable[[], object]:
     leaves = [tensor.detach().requires_grad_(not cell.forward) for tensor in case.inputs().values()]
 
     def forward() -> torch.Tensor:
-        return smattn.soft_masked_attention(*leaves, backend="triton")
+        return smattn.soft_masked_attention(*leaves, key_padding_mask=case.key_padding_mask, backend="triton")
 
     if cell.forward:
         return forward

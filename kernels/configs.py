@@ -46,7 +46,7 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 100, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2, 255), T(32, 32, 8, 1)),
     ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
-    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, 128, True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
     ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(32, 16, 4, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
@@ -81,7 +81,7 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
     ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 1, tma=True)),
     ("dmask", 100, 2): (T(64, 64, 8, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 64, 8, 2, 255, True), T(64, 32, 8, 1, tma=True)),
-    ("dmask_pointers", 90, 2): (T(64, 64, 8, 1), T(64, 64, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+    ("dmask_pointers", 90, 2): (NONE, T(64, 64, 8, 1), T(64, 16, 8, 1), T(32, 16, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)

@@ -96,7 +96,8 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
 
     odd = replace(tune.present(cell, ARCH)[1][cell.head], num_stages=7)
     tune.put(cell, ARCH, odd)
-    case = make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=tune.DTYPES[cell.itemsize], padded=0.1 * cell.padding, device=device)
+    dtype, padded = tune.DTYPES[cell.itemsize], 0.1 * cell.variant.padding
+    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, padded=padded, device=device))
     call = None
     with launches_recorded(ARCH) as recorder:
         recorder.launches = Launches()
