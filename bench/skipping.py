@@ -178,7 +178,7 @@ def compare(study: Study, case: Case, direction: str) -> Row:
         product = partial(native.forward, case.problem(), *inputs, save_out=False, save_mbar=True)
         kernel = partial(study.forward, case)
     else:
-        product = partial(native.backward, case.problem(), case.dout, None, *inputs, rows["out"], rows["lse"], rows["mbar"], (True,) * 5)  # type: ignore[call-arg,arg-type]
+        product = partial(native.backward, case.problem(), case.dout, None, *inputs, rows["out"], rows["lse"], rows["mbar"], (True,) * 5)  # type: ignore[call-arg]
         kernel = partial(study.backward, case, rows)
     calls: dict[str, Step] = {
         "product": product, "all": kernel, "prepared": lambda: kernel(study.prepare(case), u), "skipping": lambda: kernel(prepared, u),

@@ -134,6 +134,23 @@ def test_the_committed_timings_say_where_they_were_taken_and_what_was_left_out()
     assert all(float(row["low"]) <= float(row["speedup"]) <= float(row["high"]) and float(row["ms"]) > 0 for row in rows)
 
 
+def test_the_guide_says_what_the_timings_say():
+    with skipping.RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = (skipping.HERE.parent / "docs" / "how-it-works.md").read_text().splitlines()
+    for what, mask, alpha in (
+        ("a blob for each query, the usual alphas", "blob", "mix"),
+        ("one blob for all queries, 16", "key-only", "16.0"),
+        ("one blob for all queries, 64", "key-only", "64.0"),
+        ("the affinities of a segmented picture, 64", "objects", "64.0"),
+    ):
+        of_line = [row for row in rows if (row["mask"], row["alpha"]) == (mask, alpha)]
+        left_out, speedup, prepared = ([float(row[column]) for row in of_line] for column in ("left_out", "speedup", "prepared"))
+        ranges = [f"{min(left_out):.0%} to {max(left_out):.0%}".replace("% to", " to").replace("%", " %")]
+        ranges += [f"{min(column):.2f} to {max(column):.2f}" for column in (speedup, prepared)]
+        assert f"| {what} | {' | '.join(ranges)} |" in lines
+
+
 @pytest.mark.slow
 @COMPILED
 def test_the_committed_timings_are_of_what_is_left_out_today(study):
