@@ -1,20 +1,23 @@
-"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90 100] [--full]`.
+"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--sample | --full]`.
 
 The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
 specialisation, same tiles as there. Prints a line for each: its tile, registers, spills, the tensor-core instruction with the shortest and
 the longest run of it between two waits, bits * number of the loads, shared memory, and how many programs a multiprocessor holds. Fails
-where Row.failure says so. What was compiled and read once is taken from Triton's cache. Must run without TRITON_INTERPRET, under which
-there is no compiler.
+where Row.failure says so, on a spilled register for one. What was compiled and read once is taken from Triton's cache. Must run without
+TRITON_INTERPRET, under which there is no compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +25,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Problem
 from . import backend, launch
-from .configs import TileConfig, block_of, bucket
+from .configs import TileConfig
 from .machine_code import Reading, read
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
@@ -33,17 +37,14 @@ RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and
 REGISTERS, THREADS, TENSOR_COLUMNS = 65_536, {86: 1536, 89: 1536, 120: 1536}, 512  # of a multiprocessor; elsewhere 2048 threads
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
-HEAD_SIZES = (32, 48, 64, 128)
 WIDEST = 256
+HEAD_SIZES = (32, 48, 64, 128, WIDEST)
 FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
-# What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
-# its random numbers take registers of their own.
-SPILLING = {
-    ("few_queries", 2): {(64, 128)},
-    ("dmask", 4): {(256, 128)},
-    ("map", 4): {(64, 128)},
-    ("map_means", 2): {(32, 16)},
-}
+SAMPLE, PRODUCT, FULL = "sample", "product", "full"
+TABLE_HEAD = (
+    "kernel", "arch", "dtype", "D", "variant", "block_m", "block_n", "warps", "stages", "maxnreg",
+    "registers", "spill_bytes", "instruction", "loads", "shared", "per_sm", "failure",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -58,6 +59,7 @@ class Variant(NamedTuple):
     tf32: bool = False
     keep_out: bool = True  # unrounded, for delta
     logits: bool = False  # in place of M
+    misaligned: bool = False  # rows of query, key and value an odd number of elements apart: no descriptors
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     training: bool = True  # else forward alone, nothing of it kept
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
@@ -66,7 +68,8 @@ class Variant(NamedTuple):
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
 TF32 = Variant("tf32", tf32=True)
-MAP = Variant("map", as_map=True)
+MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
+PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
@@ -109,6 +112,7 @@ class Row(NamedTuple):
     tensor_columns: int = 0  # of tensor memory, sm_100
     products: bool = False  # whether the kernel has matrix products
     groups: int = 0  # of wgmma that the compiler means to run without a wait between, sm_90
+    descriptors: bool = False  # whether it gets any
     error: str = ""
 
     def failure(self) -> str:
@@ -120,10 +124,11 @@ class Row(NamedTuple):
             return f"{self.shared} bytes of shared memory, the chip has {limit}"
         if self.products and not r.instruction and (j.dtype.itemsize == 2 or j.variant.tf32):
             return "no tensor-core instruction"
+        if self.descriptors and "TMA" not in r.loads:
+            return "descriptors, and no load by TMA"
         if r.instruction == "HGMMA" and r.groups > self.groups:
             return f"serialised wgmma: {r.groups} groups, not {self.groups}"
-        known = j.variant.dropout or (block_of(j.D), bucket(j.Nq)) in SPILLING.get((self.kernel, j.dtype.itemsize), ())
-        return f"spills {r.spill_bytes} bytes" if r.spill_bytes and not known else ""
+        return f"spills {r.spill_bytes} bytes" if r.spill_bytes else ""
 
     def per_multiprocessor(self) -> int:
         """How many programs run on one at a time."""
@@ -142,14 +147,19 @@ class Row(NamedTuple):
         return f"{where}{self.reading.text()}{self.shared:7} shared {self.per_multiprocessor():2} per SM {self.failure()}"
 
 
-def jobs(archs: list[int], full: bool) -> Iterator[Job]:
-    """Every kernel, chip and regime in every dtype, then each variant once, on one chip. `full`: all products."""
-    everything = (PLAIN, FEATURES, TF32, MAP, *OTHERS)
-    if full:
-        for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
-            if dtype == torch.float32 or not variant.tf32:
-                yield Job(arch, dtype, D, Nq, variant)
+def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
+    """Attention and its map on every chip, in every dtype, head size and number of queries. FULL: times every variant."""
+    if extent == SAMPLE:
+        yield from _sample(archs)
         return
+    variants = (PLAIN, TF32, MAP, MAP_TF32) if extent == PRODUCT else (PLAIN, FEATURES, TF32, PADDING, MISALIGNED, MAP, MAP_TF32, *OTHERS)
+    for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
+        if dtype == torch.float32 or not variant.tf32:
+            yield Job(arch, dtype, D, Nq, variant)
+
+
+def _sample(archs: list[int]) -> Iterator[Job]:
+    """Every kernel, chip and regime in every dtype, then each variant once, on one chip."""
     few, most = FEW[0], FEW[-1]
     for arch in archs:
         for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
@@ -162,6 +172,9 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
             yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
             yield Job(arch, torch.float16, 64, Nq, MAP)
         yield Job(arch, torch.float32, 64, MANY, MAP)
+        for D in (32, 64, 128, WIDEST) if arch >= 90 else ():  # where the calls above have descriptors
+            yield Job(arch, torch.float16, D, MANY, PADDING)
+            yield Job(arch, torch.float16, D, MANY, MISALIGNED)
     chip = 90 if 90 in archs else archs[-1]
     for Nq in (few, MANY):
         yield Job(chip, torch.float16, 64, Nq, FEATURES)
@@ -186,7 +199,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
         mask_is_logits=v.logits,
     )  # fmt: skip
-    query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
+    query, key = (tensor(B, heads, n, job.D + v.misaligned)[..., : job.D] for heads, n in ((H, job.Nq), (H // v.group, Nk)))
     alpha = None if mask is None else tensor(H, dtype=torch.float32)
     padding = tensor(B, Nk, dtype=torch.bool) if v.padding else None
     seed = tensor(1, dtype=torch.int64) if v.dropout else None
@@ -220,6 +233,9 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
             continue
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{value.block_shape}>"
+            continue
         signature[parameter.name] = _type_of(value)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -251,26 +267,52 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConf
         rows.append(Row(
             name, job, tile, read(compiled.asm["cubin"]), compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0,
             "tt.dot" in compiled.asm["ttir"], compiled.asm["ptx"].count("wgmma.commit_group"),
+            any(isinstance(value, TensorDescriptor) for value in arguments.values()),
         ))  # fmt: skip
     return rows
+
+
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """As comma-separated values, numbers of queries that differ in nothing else on one line; above it what was compiled by what."""
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    lines: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        (arch, dtype, D, Nq, variant, *_), t, r = row.job, row.tile, row.reading
+        figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
+        loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
+        line = (
+            row.kernel, arch, str(dtype)[6:], D, variant.name, t.block_m, t.block_n, t.num_warps, t.num_stages, t.registers,
+            *figures, loads, row.shared, row.per_multiprocessor(), row.failure(),
+        )  # fmt: skip
+        lines.setdefault(line, []).append(Nq)
+    with path.open("w", newline="") as file:
+        file.write(f"# triton {triton.__version__}, kernels/*.py sha256 {sources[:16]}\n")
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow((*TABLE_HEAD, "queries"))
+        table.writerows((*line, " ".join(map(str, queries))) for line, queries in lines.items())
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
-    parser.add_argument("--full", action="store_true", help="every product of dtype, head size, regime and variant")
+    extents = parser.add_mutually_exclusive_group()
+    extents.add_argument("--sample", action="store_const", dest="extent", const=SAMPLE, default=PRODUCT, help="some of it: minutes")
+    extents.add_argument("--full", action="store_const", dest="extent", const=FULL, help="the product in every variant: hours")
+    parser.add_argument("--table", type=Path, help="write the table here as well, as comma-separated values")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
-    failed = compiled = 0
+    compiled: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(compile_job, jobs(options.arch, options.full)):
+        for rows in pool.map(compile_job, jobs(options.arch, options.extent)):
             for row in rows:
                 print(row.text(), flush=True)
-                compiled += 1
-                failed += bool(row.failure())
-    print(f"{compiled} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+            compiled += rows
+    failed = sum(bool(row.failure()) for row in compiled)
+    print(f"{len(compiled)} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+    if options.table:
+        write_table(options.table, compiled)
     return 1 if failed else 0
 
 

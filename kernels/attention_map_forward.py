@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .configs import cdiv
 from .launch import Inputs, launch
-from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile
+from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile, unless_padding
 
 
 @triton.jit(do_not_specialize=["Nq"])
@@ -20,7 +20,7 @@ def _map_kernel(
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, scale,
     GROUP: tl.constexpr, D: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, MASK_PER_HEAD: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, MASK_PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -32,17 +32,18 @@ def _map_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row_ok = offs_m < Nq
     live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-    mask_tile = mask_ptr + b * stride_mb if HAS_MASK else None
-    m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+    mask_tile = mask_ptr + b * stride_mb if MASK_KIND else None
+    m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for head in range(0, H):
+    for head in range(0, unless_padding(H, live, HAS_PADDING)):
         h = tl.cast(head, tl.int64)
         if MASK_PER_HEAD:
-            m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+            m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         lse = tl.load(lse_ptr + (b * H + h) * Nq + offs_m, mask=row_ok, other=0.0)
-        p = probabilities(q, k, m, live, lse, scale, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK), HAS_MASK, ALLOW_TF32, BLOCK_M, BLOCK_N)
+        alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
+        p = probabilities(q, k, m, live, lse, scale, alpha, MASK_KIND, ALLOW_TF32, BLOCK_M, BLOCK_N)
         total += tl.load(weights_ptr + h) * p
     store_tile(map_ptr + b * Nq * Nk, total, offs_m, offs_n, Nk, row_ok, offs_n < Nk)
 

@@ -13,7 +13,18 @@ from torch import Tensor
 from .configs import TileConfig, cdiv
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
-from .primitives import LOG2E, finish_rows, live_keys, load_alpha, load_mask, load_tile, probabilities, query_program, store_rows
+from .primitives import (
+    LOG2E,
+    finish_rows,
+    live_keys,
+    live_span,
+    load_alpha,
+    load_mask,
+    load_tile,
+    probabilities,
+    query_program,
+    store_rows,
+)
 
 FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
 
@@ -28,7 +39,7 @@ def _map_means_kernel(
     stride_dob, stride_doh, stride_dom, stride_dod,
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale,
     GROUP: tl.constexpr, D: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, NEED_MBAR: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr, NEED_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     h, _, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
@@ -37,16 +48,19 @@ def _map_means_kernel(
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-    alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+    alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     eta = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
-    for start_n in range(first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), BLOCK_N):
+    pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
+    end = tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N)
+    lo, hi = live_span(pad_batch, first_block * BLOCK_N, end, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
-        p = probabilities(q, k, m, live, lse, scale, alpha, HAS_MASK, ALLOW_TF32, BLOCK_M, BLOCK_N)
+        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+        p = probabilities(q, k, m, live, lse, scale, alpha, MASK_KIND, ALLOW_TF32, BLOCK_M, BLOCK_N)
         eta += tl.sum(p * load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live), 1)
         if NEED_MBAR:
             mbar += tl.sum(p * m, 1)

@@ -5,14 +5,11 @@ Tensors are canonical (see smattn/ops.py). No call synchronises with the device,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 import triton
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Grads, Problem, new_gradients
 from . import (
     attention_map_forward,
     attention_map_rows,
@@ -28,7 +25,6 @@ from . import (
 from . import forward as forward_full
 from .launch import Inputs, Rows
 
-Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -104,19 +100,22 @@ def backward(
     out: unrounded; without it delta is summed as P*dP.
     """
     inputs = Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed)
-    grads = _gradients(problem, (query, key, value, mask, alpha), needs)
+    grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
-    few, dquery, dalpha, dalpha_rows = backward_few_queries.serves(inputs, list(grads[:4])), grads[0], grads[4], None
-    if few and out is not None and backward_few_queries.folds_delta(inputs, dquery):
-        held = configs.holds_dq(problem)
+    to_fill = backward_few_queries.needs_of(*grads[:4])
+    few = backward_few_queries.serves(problem, to_fill)
+    dquery, dalpha, dalpha_rows = grads[0], grads[4], None
+    reduced = few or backward_passes.dq_splits(problem, to_fill, dalpha is not None) > 0  # its last pass adds dL's term to dalpha
+    if reduced and out is not None and (not few or backward_few_queries.folds_delta(inputs, dquery)):
+        held = few and configs.holds_dq(problem)
         rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
         backward_passes.run(inputs, inputs, dout, rows, mbar, *grads)
         return grads
     soft = soft_mask.soften(inputs, _buffer_of_m(grads[3]))
     values = inputs.accumulator(*lse.shape, 2)
     rows = Rows(values, None, lse, dlse)
-    if dalpha is not None and dlse is not None and not few:
+    if dalpha is not None and dlse is not None and not reduced:
         partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
     if out is None:
@@ -163,7 +162,7 @@ def attention_map_backward(
 ) -> Grads:
     """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
     inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
-    grads = _gradients(problem, (query, key, mask, alpha, head_weights), needs)
+    grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
     if inputs.empty or not any(needs):
         return grads
     dquery, dkey, dmask, dalpha, dweights = grads
@@ -190,19 +189,10 @@ def _map_inputs(
     key_padding_mask: Tensor | None,
 ) -> Inputs:
     """A map's inputs: those of attention to a value without columns."""
-    problem = replace(problem, Dv=0)
+    problem = problem._replace(Dv=0)
     return Inputs(problem, query, key, key[..., :0], mask, alpha, key_padding_mask, head_weights=head_weights.contiguous())
 
 
 def _buffer_of_m(dmask: Tensor | None) -> Tensor | None:
     """Where M of logits may lie until its gradient is stored; a key-only one's is stored too early."""
     return dmask if dmask is not None and dmask.shape[2] > 1 else None
-
-
-def _gradients(problem: Problem, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
-    """Contiguous, None where not needed; uninitialised, but zeros where there are no scores."""
-    new = torch.zeros if 0 in (problem.B, problem.Nq, problem.Nk) else torch.empty
-    a, b, c, d, e = (
-        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in zip(tensors, needs, strict=True)
-    )
-    return a, b, c, d, e

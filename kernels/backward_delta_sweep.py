@@ -10,14 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
 from .configs import cdiv
 from .launch import Inputs, launch, strides
 from .primitives import (
     LOG2E,
     finish_rows,
+    head_of,
     live_keys,
+    live_span,
     load_alpha,
+    load_block,
     load_dlse,
     load_mask,
     load_tile,
@@ -38,7 +42,7 @@ def _delta_sweep_kernel(
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -50,21 +54,24 @@ def _delta_sweep_kernel(
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
     lse_log2 = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("inf")) * LOG2E
-    alpha = load_alpha(alpha_ptr, h, stride_ah, HAS_MASK)
+    alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)
     any_live = tl.zeros([BLOCK_N], tl.int32)
-    for start_n in range(0, Nk, BLOCK_N):
+    pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
+    lo, hi = live_span(pad_batch, 0, Nk, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
-        k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None
-        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
+        k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
+        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+        v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+        m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         _, p_dp = score_gradient(  # with a delta of 0
             q, k, do, v, None, m, live[None, :], lse_log2[:, None], 0.0, offs_m[:, None], offs_n[None, :], bh,
-            scale, alpha, seed, drop_threshold, keep_scale, HAS_MASK, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
     dead = (lse_log2 == float("-inf")) & (tl.max(any_live, 0) == 0)
@@ -78,8 +85,9 @@ def _delta_sweep_kernel(
 
 def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(inputs), B, H): zeros without dlse."""
-    t, tile = inputs.problem, inputs.tile("dq")
+    t, tile = inputs.problem, backward_dq.tile_of(inputs)
     arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
+        **descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value),
         do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip

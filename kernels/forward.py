@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import descriptors
 from .configs import cdiv
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -24,7 +25,7 @@ def _forward_kernel(
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -36,14 +37,15 @@ def _forward_kernel(
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g * stride_kh,
-        v_ptr + b * stride_vb + g * stride_vh,
-        mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None,
+        head_of(k_ptr, b, g, stride_kb, stride_kh),
+        head_of(v_ptr, b, g, stride_vb, stride_vh),
+        b, g,
+        mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
-        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
+        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
-        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     if SAVE_OUT:
@@ -58,8 +60,9 @@ def _forward_kernel(
 
 def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
     """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
-    t, tile = inputs.problem, inputs.tile("forward")
-    arguments = inputs.arguments(tile) | dict(
+    t, tile = inputs.problem, descriptors.tile(inputs, "forward", inputs.key, inputs.value, takes_padding=False)
+    arguments = inputs.arguments(tile) | descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value)
+    arguments |= dict(
         out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
     )
     launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

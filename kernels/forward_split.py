@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import SPLIT_PROGRAMS, TileConfig, block_of, cdiv
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
 MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
@@ -43,7 +43,7 @@ def _partial_kernel(
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -56,15 +56,16 @@ def _partial_kernel(
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g * stride_kh,
-        v_ptr + b * stride_vb + g * stride_vh,
-        mask_ptr + b * stride_mb + h * stride_mh if HAS_MASK else None,
+        head_of(k_ptr, b, g, stride_kb, stride_kh),
+        head_of(v_ptr, b, g, stride_vb, stride_vh),
+        b, g,
+        mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
-        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, HAS_MASK),
+        seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), Nq, Nk,
         scale, drop_threshold,
-        D, DV, HAS_MASK, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]
@@ -119,7 +120,8 @@ def run(inputs: Inputs, splits: int, split_blocks: int, out: Tensor, lse: Tensor
     acc = inputs.accumulator(splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
     rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
-    partial = inputs.arguments(tile) | dict(
+    partial = inputs.arguments(tile)
+    partial.update(
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# What HAS_MASK says of mask_ptr when it is true: M, logits of M, or logits whose M the other passes read rounded to their dtype.
+# MASK_KIND, 0 without a mask: mask_ptr is M, logits of M, or logits whose M the other passes read rounded to their dtype.
 SOFT, LOGITS, ROUNDED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -42,6 +42,24 @@ def load_tile(ptr, rows, cols, stride_row, stride_col, row_ok, col_ok):
 
 
 @triton.jit
+def head_of(x, b, h, stride_b, stride_h):
+    """A (batch, head) of x, for load_block: the pointer to it, or x as it is where that is a descriptor."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x
+    else:
+        return x + b * stride_b + h * stride_h
+
+
+@triton.jit
+def load_block(x, b, h, start, rows, cols, stride_row, stride_col, row_ok, col_ok):
+    """load_tile of the rows that begin at `start`. x: of head_of. A descriptor gives 0 past the ends, and row_ok must say no more."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(rows.shape[0], cols.shape[0])
+    else:
+        return load_tile(x, rows, cols, stride_row, stride_col, row_ok, col_ok)
+
+
+@triton.jit
 def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
     """Store a tile to a contiguous matrix of n_cols columns, rounded once to its dtype."""
     offsets = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
@@ -50,16 +68,16 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
 
 @triton.jit
 def store_mask_tile(
-    dmask_ptr, dm, mask_bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, HAS_MASK: tl.constexpr, SHARED_M: tl.constexpr
+    dmask_ptr, dm, mask_bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND: tl.constexpr, SHARED_M: tl.constexpr
 ):  # fmt: skip
     """Store a finished [BLOCK_M, BLOCK_N] tile of dM, or its sum over queries where M has no query axis; mask_ptr: M there."""
     if SHARED_M:
         row = tl.sum(dm, 0)
-        if HAS_MASK >= LOGITS:
+        if MASK_KIND >= LOGITS:
             row = through_sigmoid(row, tl.load(mask_ptr + offs_n.to(tl.int64) * stride_mn, mask=offs_n < Nk, other=0.0))
         tl.store(dmask_ptr + mask_bh * Nk + offs_n, row.to(dmask_ptr.dtype.element_ty), mask=offs_n < Nk)
     else:
-        if HAS_MASK >= LOGITS:
+        if MASK_KIND >= LOGITS:
             dm = through_sigmoid(dm, load_tile(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, offs_m < Nq, offs_n < Nk))
         store_tile(dmask_ptr + mask_bh * Nq * Nk, dm, offs_m, offs_n, Nk, offs_m < Nq, offs_n < Nk)
 
@@ -100,6 +118,12 @@ def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
+def unless_padding(n, live, HAS_PADDING: tl.constexpr):
+    """n, the number of queries or heads to go over, but 0 for a key block of padding alone: all of its gradients are 0."""
+    return tl.where(tl.max(live.to(tl.int32), 0) > 0, n, 0) if HAS_PADDING else n
+
+
+@triton.jit
 def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr):
     """lo..hi less the whole key blocks of padding at either end, in which nothing counts: batches are padded at their end."""
     if HAS_PADDING:
@@ -116,17 +140,17 @@ def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def load_mask(
-    mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr
+    mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr
 ):  # fmt: skip
     """Tile of M in float32, whatever its dtype; 0 where the key is not live, some number past the ends, and the scalar 0 without a mask.
 
     Padding is selected out of what was loaded: a load that skips keys in the middle is one of single elements.
     """
-    if HAS_MASK:
+    if MASK_KIND:
         m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, rows < n_rows, cols < n_cols).to(tl.float32)
-        if HAS_MASK >= LOGITS:
+        if MASK_KIND >= LOGITS:
             m = sigmoid(m)
-        if HAS_MASK == ROUNDED_LOGITS:
+        if MASK_KIND == ROUNDED_LOGITS:
             m = m.to(mask_ptr.dtype.element_ty).to(tl.float32)
         return tl.where(live, m, 0.0) if HAS_PADDING else m
     else:
@@ -134,19 +158,19 @@ def load_mask(
 
 
 @triton.jit
-def load_alpha(alpha_ptr, h, stride_ah, HAS_MASK: tl.constexpr):
+def load_alpha(alpha_ptr, h, stride_ah, MASK_KIND: tl.constexpr):
     """alpha_h, 0 without a mask."""
-    if HAS_MASK:
+    if MASK_KIND:
         return tl.load(alpha_ptr + h.to(tl.int64) * stride_ah)
     else:
         return 0.0
 
 
 @triton.jit
-def score_tile(qk, m, live, scale, alpha, HAS_MASK: tl.constexpr):
+def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
     """Scores in base 2, reference.py (1); -inf where the key is not live. m is the mask tile, unused without a mask."""
     s = qk * (scale * LOG2E)
-    if HAS_MASK:
+    if MASK_KIND:
         s += (alpha * LOG2E) * m
     return tl.where(live, s, float("-inf"))
 
@@ -159,11 +183,11 @@ def nan_if_infinite(lse_log2):
 
 @triton.jit
 def probabilities(
-    q, k, m, live, lse, scale, alpha, HAS_MASK: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, k, m, live, lse, scale, alpha, MASK_KIND: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """P = exp(S - L) of a query and a key block, reference.py (2): exactly 0 where the key is not live, dead rows (lse = -inf) included."""
     qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-    s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)
+    s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)
     return tl.where(live[None, :], tl.exp2(s - nan_if_infinite(lse * LOG2E)[:, None]), 0.0)
 
 
@@ -195,11 +219,11 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
 
 @triton.jit
 def attend(
-    q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
+    q, k_head, v_head, b, g, mask_ptr, pad_ptr, seed_ptr, alpha,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
     offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
     ALLOW_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -226,10 +250,10 @@ def attend(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
-        k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], HAS_MASK, HAS_PADDING)
-        s = score_tile(qk, m, live[None, :], scale, alpha, HAS_MASK)  # [BLOCK_M, BLOCK_N]
+        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+        s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
             mbar = mbar * rescale + tl.sum(p * m, 1)
@@ -237,7 +261,7 @@ def attend(
             keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
             p = tl.where(keep, p, 0.0)
         if DV > 0:
-            v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+            v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
             p_rounded = p.to(v.dtype)
             acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
             if SAVE_OUT:
@@ -297,14 +321,14 @@ def store_rows(rows_ptr, lse_log2, delta, offs_m, row_ok):
 
 
 @triton.jit
-def load_queries(q_ptr, do_ptr, lse_log2, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
+def load_queries(q_head, do_head, b, h, lse_log2, start_m, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
                  D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
-    """q and dO of a query block of this (batch, head); dO is selected out in dead rows, lse +inf: it may hold anything."""
+    """q and dO of a query block of this (batch, head); in dead rows, lse +inf, dO may hold anything: it is selected out, by pointers."""
     row_ok = offs_m < Nq
-    q = load_tile(q_ptr, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    q = load_block(q_head, b, h, start_m, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     if HAS_PADDING:  # without padding no row is dead
         row_ok &= lse_log2 != float("inf")
-    return q, load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
+    return q, load_block(do_head, b, h, start_m, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
 
 
 @triton.jit
@@ -319,20 +343,21 @@ def load_map_gradient(dmap_ptr, weights_ptr, h, rows, cols, stride_row, stride_c
 @triton.jit
 def score_gradient(
     a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
-    HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """P where kept, without the 1/(1-p), and dS [ROWS, COLS] of a query and a key block, reference.py (6), queries along either axis.
 
     a, b are Q, K and c, d are dO, V, or the other way round. dp: None, then c d^T. live, lse, delta and the indices of queries, i, and of
     keys, j: shaped to broadcast.
     """
-    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, HAS_MASK)
+    if HAS_DROPOUT:  # ahead of the products: while random numbers are made, nothing else should take registers
+        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
+    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, MASK_KIND)
     if dp is None:
         dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
     p = tl.exp2(s - lse_log2)
     p_kept = p
     if HAS_DROPOUT:
-        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
         p_kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return p_kept, p * (dp - delta)

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Grads, Problem, new_gradients
 
-Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 LARGEST_HEAD = 256
 LIBRARY = Path(__file__).with_name("_C.so")
 
@@ -78,7 +77,7 @@ def backward(
 
     out: unrounded; without it delta is summed as P*dP.
     """
-    grads = _gradients((query, key, value, mask, alpha), needs)
+    grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
     dlse = None if dlse is None else dlse.contiguous()
     rows = (out, lse.contiguous(), mbar.contiguous() if needs[4] else None)
     soft = (mask, problem.mask_is_logits, alpha)
@@ -117,17 +116,11 @@ def attention_map_backward(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
     """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
-    grads = _gradients((query, key, mask, alpha, head_weights), needs)
+    grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
     soft = (mask, problem.mask_is_logits, alpha)
     inputs = (query, key, *soft, head_weights.contiguous(), key_padding_mask, lse.contiguous(), problem.scale)
     torch.ops.smattn_native.attention_map_backward(dmap[:, None], *inputs, *grads)
     return grads
-
-
-def _gradients(inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> Grads:
-    """Uninitialised, contiguous, None where not needed."""
-    a, b, c, d, e = (x.new_empty(x.shape) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True))
-    return a, b, c, d, e
 
 
 @functools.cache

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Grads, Problem, new_gradients
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
 OLDEST = (8, 0)  # compute capability: bfloat16 and m16n8k16 on the tensor cores, cp.async
-Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 class Machine(NamedTuple):
@@ -124,7 +123,7 @@ def backward(
     out: unrounded; without it delta is summed as P*dP, in a sweep of its own.
     """
     t = problem
-    grads = _gradients(problem, (query, key, value, mask, alpha), needs)
+    grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().backward(
             dout, None if dlse is None else dlse.contiguous(), query, key, value, mask, t.mask_is_logits, alpha, key_padding_mask, seed,
@@ -169,7 +168,7 @@ def attention_map_backward(
 ) -> Grads:
     """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
     t = problem
-    grads = _gradients(problem, (query, key, mask, alpha, head_weights), needs)
+    grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().attention_map_backward(
             dmap[:, None], query, key, mask, t.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask, lse,
@@ -180,12 +179,3 @@ def attention_map_backward(
 
 def _accumulator(query: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=query.device)
-
-
-def _gradients(problem: Problem, inputs: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> Grads:
-    """Room for the gradients asked for; zeros where nothing will be computed."""
-    new = torch.empty if min(problem.B, problem.Nq, problem.Nk) > 0 else torch.zeros
-    a, b, c, d, e = (
-        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True)
-    )
-    return a, b, c, d, e

@@ -36,10 +36,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Grads, Problem
 
 _LOW32 = 0xFFFFFFFF
-Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 class Scores(NamedTuple):
