@@ -45,9 +45,9 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 100, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2, 255), T(32, 32, 8, 1)),
-    ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 16, 8, 2, tma=True)),
-    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, tma=True), T(128, 64, 8, 2, tma=True), T(64, 16, 8, 2, tma=True)),
-    ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 16, 8, 2)),
+    ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, 128, True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(32, 16, 4, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2, 255), T(32, 64, 8, 2), T(32, 64, 8, 2)),
@@ -72,14 +72,16 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 90, 2): (T(128, 32, 8, 2, tma=True), T(128, 32, 8, 2, tma=True), T(64, 64, 4, 2, tma=True), T(32, 32, 8, 1, tma=True)),
-    ("dq", 100, 2): (T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, 255, tma=True), T(64, 32, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
+    ("dq_pointers", 90, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+    ("dq", 100, 2): (T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, 255, True), T(64, 32, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1, 128)),
     ("dq", 90, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
     ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 255), T(16, 16, 8, 1), T(16, 16, 8, 1, 128)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
     ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 1, tma=True)),
-    ("dmask", 100, 2): (T(64, 64, 8, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 64, 8, 2, tma=True), T(64, 32, 8, 1, tma=True)),
+    ("dmask", 100, 2): (T(64, 64, 8, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 64, 8, 2, 255, True), T(64, 32, 8, 1, tma=True)),
+    ("dmask_pointers", 90, 2): (NONE, T(64, 64, 8, 1), T(64, 16, 8, 1), T(32, 16, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
@@ -92,10 +94,10 @@ SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("few_32", "extras", 100, 2): {32: T(32, 32, 8, 1), 64: T(32, 32, 8, 1)},
     ("few_64", "extras", 80, 2): {32: T(64, 32, 8, 1)},
     ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
-    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2), 128: T(64, 32, 8, 2)},
-    ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2)},
-    ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3)},
-    ("dkdv", "extras", 90, 2): {64: T(32, 64, 8, 2)},
+    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 32, 8, 2, tma=True)},
+    ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2, tma=True)},
+    ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3, tma=True)},
+    ("dkdv", "extras", 90, 2): {64: T(32, 64, 8, 2, tma=True)},
     ("split_16", "map", 80, 2): {32: T(16, 128, 4, 3, 128), 256: T(16, 64, 8, 2, 128)},
     ("split_16", "map", 90, 2): {32: T(16, 128, 4, 3, 128)},
     ("split_16", "map", 100, 2): {32: T(16, 128, 4, 3, 128)},
@@ -127,8 +129,8 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int, kind: str 
     special = SPECIAL.get((kernel.removesuffix("_pointers"), kind, 80 if arch in SMALL_SHARED else generation(arch), size), {})
     found = special.get(HEAD_SIZES[column], row_of(kernel, arch, size)[column])
     if pointers and found == NONE:
-        return replace(_tile(kernel.removesuffix("_pointers"), queries, arch, size, head, kind), tma=False)
-    return found
+        found = _tile(kernel.removesuffix("_pointers"), queries, arch, size, head, kind)
+    return replace(found, tma=False) if pointers else found
 
 
 def cdiv(a: int, b: int) -> int:

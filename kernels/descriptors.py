@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import FEW_QUERIES, INTERPRETER, TileConfig, block_of
-from .launch import Inputs, arch_of
+from .configs import FEW_QUERIES, TileConfig, block_of
+from .launch import Inputs
 
 ALIGNMENT = 16  # bytes, of the base and of every stride
 LARGEST_REACH = 2**31  # bytes: Triton's driver counts them in 32 bits
@@ -25,7 +25,7 @@ def tile(inputs: Inputs, kernel: str, *operands: Tensor, takes_padding: bool) ->
     selected out, for which what is in shared memory would go through registers after all.
     """
     own = inputs.tile(kernel)
-    few = inputs.problem.Nq <= FEW_QUERIES and arch_of(inputs.query.device) != INTERPRETER
+    few = inputs.problem.Nq <= FEW_QUERIES
     if own.tma and (few or (inputs.key_padding_mask is not None and not takes_padding) or not all(map(readable, operands))):
         return inputs.tile(f"{kernel}_pointers")
     return own
