@@ -42,10 +42,14 @@ def shown(tiles: Tiles) -> str:
 
 
 def _tile(tile: TileConfig) -> str:
-    """T(128, 64, 8, 3), without what has its default at the end."""
+    """T(128, 64, 8, 3), without what has its default, and with the name of what comes after such."""
     if tile == NONE:
         return "NONE"
-    values = [(getattr(tile, field.name), field.default) for field in fields(tile)]
-    while values[-1][1] is not MISSING and values[-1][0] == values[-1][1]:
-        values.pop()
-    return f"T({', '.join(repr(value) for value, _ in values)})"
+    shown, named = [], ""
+    for field in fields(tile):
+        value = getattr(tile, field.name)
+        if field.default is not MISSING and value == field.default:
+            named = "{}="
+        else:
+            shown.append(named.format(field.name) + repr(value))
+    return f"T({', '.join(shown)})"

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Problem
 from . import backend, launch
@@ -58,6 +59,7 @@ class Variant(NamedTuple):
     tf32: bool = False
     keep_out: bool = True  # unrounded, for delta
     logits: bool = False  # in place of M
+    misaligned: bool = False  # rows of query, key and value an odd number of elements apart: no descriptors
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     training: bool = True  # else forward alone, nothing of it kept
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
@@ -67,6 +69,7 @@ PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
 TF32 = Variant("tf32", tf32=True)
 MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
+PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
@@ -109,6 +112,7 @@ class Row(NamedTuple):
     tensor_columns: int = 0  # of tensor memory, sm_100
     products: bool = False  # whether the kernel has matrix products
     groups: int = 0  # of wgmma that the compiler means to run without a wait between, sm_90
+    descriptors: bool = False  # whether it gets any
     error: str = ""
 
     def failure(self) -> str:
@@ -120,6 +124,8 @@ class Row(NamedTuple):
             return f"{self.shared} bytes of shared memory, the chip has {limit}"
         if self.products and not r.instruction and (j.dtype.itemsize == 2 or j.variant.tf32):
             return "no tensor-core instruction"
+        if self.descriptors and "TMA" not in r.loads:
+            return "descriptors, and no load by TMA"
         if r.instruction == "HGMMA" and r.groups > self.groups:
             return f"serialised wgmma: {r.groups} groups, not {self.groups}"
         return f"spills {r.spill_bytes} bytes" if r.spill_bytes else ""
@@ -146,7 +152,7 @@ def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
     if extent == SAMPLE:
         yield from _sample(archs)
         return
-    variants = (PLAIN, TF32, MAP, MAP_TF32) if extent == PRODUCT else (PLAIN, FEATURES, TF32, MAP, MAP_TF32, *OTHERS)
+    variants = (PLAIN, TF32, MAP, MAP_TF32) if extent == PRODUCT else (PLAIN, FEATURES, TF32, PADDING, MISALIGNED, MAP, MAP_TF32, *OTHERS)
     for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
         if dtype == torch.float32 or not variant.tf32:
             yield Job(arch, dtype, D, Nq, variant)
@@ -166,6 +172,9 @@ def _sample(archs: list[int]) -> Iterator[Job]:
             yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
             yield Job(arch, torch.float16, 64, Nq, MAP)
         yield Job(arch, torch.float32, 64, MANY, MAP)
+        for D in (32, 64, 128, WIDEST) if arch >= 90 else ():  # where the calls above have descriptors
+            yield Job(arch, torch.float16, D, MANY, PADDING)
+            yield Job(arch, torch.float16, D, MANY, MISALIGNED)
     chip = 90 if 90 in archs else archs[-1]
     for Nq in (few, MANY):
         yield Job(chip, torch.float16, 64, Nq, FEATURES)
@@ -190,7 +199,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
         mask_is_logits=v.logits,
     )  # fmt: skip
-    query, key = tensor(B, H, job.Nq, job.D), tensor(B, H // v.group, Nk, job.D)
+    query, key = (tensor(B, heads, n, job.D + v.misaligned)[..., : job.D] for heads, n in ((H, job.Nq), (H // v.group, Nk)))
     alpha = None if mask is None else tensor(H, dtype=torch.float32)
     padding = tensor(B, Nk, dtype=torch.bool) if v.padding else None
     seed = tensor(1, dtype=torch.int64) if v.dropout else None
@@ -224,6 +233,9 @@ def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
             continue
+        if isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}{value.block_shape}>"
+            continue
         signature[parameter.name] = _type_of(value)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and not free):
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -255,6 +267,7 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConf
         rows.append(Row(
             name, job, tile, read(compiled.asm["cubin"]), compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0,
             "tt.dot" in compiled.asm["ttir"], compiled.asm["ptx"].count("wgmma.commit_group"),
+            any(isinstance(value, TensorDescriptor) for value in arguments.values()),
         ))  # fmt: skip
     return rows
 
@@ -264,7 +277,7 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
     lines: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:
-        (arch, dtype, D, Nq, variant), t, r = row.job, row.tile, row.reading
+        (arch, dtype, D, Nq, variant, *_), t, r = row.job, row.tile, row.reading
         figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
         loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
         line = (

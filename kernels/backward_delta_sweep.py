@@ -10,15 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
 from .configs import cdiv
 from .launch import Inputs, launch, strides
 from .primitives import (
     LOG2E,
     finish_rows,
+    head_of,
     live_keys,
     live_span,
     load_alpha,
+    load_block,
     load_dlse,
     load_mask,
     load_tile,
@@ -61,8 +64,9 @@ def _delta_sweep_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
-        k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+        k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
+        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+        v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         _, p_dp = score_gradient(  # with a delta of 0
@@ -81,8 +85,9 @@ def _delta_sweep_kernel(
 
 def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(inputs), B, H): zeros without dlse."""
-    t, tile = inputs.problem, inputs.tile("dq")
+    t, tile = inputs.problem, backward_dq.tile_of(inputs)
     arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
+        **descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value),
         do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip

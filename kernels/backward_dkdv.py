@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import descriptors
 from .configs import cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
+    head_of,
     live_keys,
     load_alpha,
     load_map_gradient,
@@ -62,16 +64,17 @@ def _dkdv_kernel(
         h = (g * GROUP + r).to(tl.int64)
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
+        q_head, do_head = head_of(q_ptr, b, h, stride_qb, stride_qh), head_of(do_ptr, b, h, stride_dob, stride_doh)
         for start_m in range(0, Nq_seen, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
             q, do = load_queries(
-                q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
+                q_head, do_head, b, h, lse_log2, start_m,
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
             mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
             m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], MASK_KIND, HAS_PADDING)
-            dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
+            dp = load_map_gradient(do_head, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
                 k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
                 scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M,
@@ -92,8 +95,8 @@ def _dkdv_kernel(
 
 def run(inputs: Inputs, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
     """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and a key-only mask's dmask (B, H|Hkv, 1, Nk), any dtype."""
-    t, tile = inputs.problem, inputs.tile("dkdv")
-    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+    t, tile = inputs.problem, descriptors.tile(inputs, "dkdv", inputs.query, dout, takes_padding=True)
+    arguments = inputs.gradient_arguments(tile, dout, rows) | descriptors.blocks(tile, q_ptr=inputs.query, do_ptr=dout) | dict(
         dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
         MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,

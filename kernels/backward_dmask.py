@@ -10,16 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv
+from . import descriptors
+from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
+    head_of,
     live_keys,
     load_alpha,
+    load_block,
     load_map_gradient,
     load_mask,
     load_queries,
     load_rows,
-    load_tile,
     score_gradient,
     store_dalpha,
     store_mask_tile,
@@ -52,7 +54,8 @@ def _dmask_kernel(
     mask_heads = 1 if SHARED_H else H
     b_lo = outer // mask_heads
     h_lo = outer % mask_heads
-    offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_n = n_block * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
@@ -66,7 +69,8 @@ def _dmask_kernel(
             mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)
-            partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H if NEED_DALPHA else None
+            if NEED_DALPHA:
+                partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H
             heads = H if SHARED_H else 1
             seen = unless_padding(heads, live, HAS_PADDING)
             for head in range(h_lo, h_lo + seen):
@@ -75,20 +79,23 @@ def _dmask_kernel(
                 g = h // GROUP
                 alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
                 lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+                q_head, do_head = head_of(q_ptr, b, h, stride_qb, stride_qh), head_of(do_ptr, b, h, stride_dob, stride_doh)
                 q, do = load_queries(
-                    q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, lse_log2,
+                    q_head, do_head, b, h, lse_log2, m_block * BLOCK_M,
                     offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
                 )  # fmt: skip
-                k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-                v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-                dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
+                k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
+                k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+                v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+                dp = load_map_gradient(do_head, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
                 _, ds = score_gradient(
                     q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
                     scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                dm += tl.where(live[None, :], alpha * ds, 0.0)
+                dm += tl.where(live[None, :], alpha * ds, 0.0)  # a padded key's K and V may be NaN, and in a row without keys dO
                 if NEED_DALPHA:
-                    store_dalpha(partials + h, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
+                    kept = tl.where(live[None, :], ds, 0.0) if HAS_PADDING else ds
+                    store_dalpha(partials + h, kept, m, mbar_ptr + bh * Nq, offs_m, row_ok)
             if NEED_DALPHA and HAS_PADDING:
                 for head in range(h_lo + seen, h_lo + heads):
                     tl.store(partials + head, 0.0)
@@ -97,17 +104,23 @@ def _dmask_kernel(
     store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
 
 
-def partials(inputs: Inputs) -> int:
+def _tile(inputs: Inputs, dout: Tensor) -> TileConfig:
+    return descriptors.tile(inputs, "dmask", inputs.query, dout, inputs.key, inputs.value, takes_padding=True)
+
+
+def partials(inputs: Inputs, dout: Tensor) -> int:
     """How many rows of dalpha partials `run` fills."""
-    tile = inputs.tile("dmask")
+    tile = _tile(inputs, dout)
     return cdiv(inputs.problem.Nq, tile.block_m) * cdiv(inputs.problem.Nk, tile.block_n)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
     """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
-    t, tile = inputs.problem, inputs.tile("dmask")
+    t, tile = inputs.problem, _tile(inputs, dout)
     mask_batches, mask_heads, mask_queries, _ = dmask.shape
-    arguments = inputs.gradient_arguments(tile, dout, rows) | dict(
+    arguments = inputs.gradient_arguments(tile, dout, rows)
+    arguments |= descriptors.blocks(tile, q_ptr=inputs.query, do_ptr=dout, k_ptr=inputs.key, v_ptr=inputs.value)
+    arguments |= dict(
         mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
         B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip

@@ -11,19 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import descriptors
 from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
     first_rows,
+    head_of,
     live_keys,
     live_span,
     load_alpha,
+    load_block,
     load_map_gradient,
     load_mask,
     load_queries,
     load_rows,
-    load_tile,
     query_program,
     score_gradient,
     store_rows,
@@ -63,7 +65,7 @@ def _dq_kernel(
     else:
         lse_log2, delta = load_rows(rows_head, offs_m, Nq)
     q, do = load_queries(
-        q_head, do_head, lse_log2, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING
+        q_head, do_head, b, h, lse_log2, 0, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING
     )
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
@@ -77,8 +79,9 @@ def _dq_kernel(
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
-        k = load_tile(k_ptr + b * stride_kb + g * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        v = load_tile(v_ptr + b * stride_vb + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
+        k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
+        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
+        v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
@@ -96,20 +99,24 @@ def _dq_kernel(
         tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
+def tile_of(inputs: Inputs, kernel: str = "dq") -> TileConfig:
+    return descriptors.tile(inputs, kernel, inputs.key, inputs.value, takes_padding=False)
+
+
 def partials(inputs: Inputs) -> int:
     """How many rows of dalpha partials `run` fills."""
-    return cdiv(inputs.problem.Nq, inputs.tile("dq").block_m)
+    return cdiv(inputs.problem.Nq, tile_of(inputs).block_m)
 
 
 def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
     """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(inputs), B, H)."""
-    t, tile = inputs.problem, inputs.tile("dq")
+    t, tile = inputs.problem, tile_of(inputs)
     _launch(inputs, tile, dout, rows, 1, cdiv(t.Nk, tile.block_n), t.scale, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha)
 
 
 def run_split(inputs: Inputs, dout: Tensor, rows: Rows, splits: int) -> Tensor:
     """dQ / scale in parts, float32 (at most `splits`, B, H, Nq, D). Fills rows.values where they are to be worked out."""
-    t, tile = inputs.problem, inputs.tile("split_dq")
+    t, tile = inputs.problem, tile_of(inputs, "split_dq")
     blocks = cdiv(t.Nk, tile.block_n)
     split_blocks = cdiv(blocks, splits)
     parts = inputs.accumulator(cdiv(blocks, split_blocks), t.B, t.H, t.Nq, t.D)
@@ -123,7 +130,8 @@ def _launch(
     t = inputs.problem
     arguments = inputs.gradient_arguments(tile, dout, rows)
     arguments.update(
-        **rows.arguments(), **pointers, B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
+        **descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value), **rows.arguments(), **pointers,
+        B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
         NEED_DQ=pointers["dq_ptr"] is not None, NEED_DALPHA=pointers["dalpha_ptr"] is not None,
     )  # fmt: skip
     launch(_dq_kernel, t.B * t.H * splits * cdiv(t.Nq, tile.block_m), arguments, tile)

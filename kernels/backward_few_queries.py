@@ -165,7 +165,7 @@ def _kv_head(
         else:
             lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
         q, do = load_queries(
-            q_ptr + h * stride_qh, do_head, lse_log2,
+            q_ptr + h * stride_qh, do_head, b, h, lse_log2, 0,
             offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
         )  # fmt: skip
         if MASK_KIND and not SHARED_H:

@@ -35,8 +35,10 @@ def run(
         return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
     key_only = _key_only(inputs.problem, needs)  # a by-product of dK and dV
     dmask_pass = dmask is not None and not key_only
-    home = backward_dmask if dmask_pass else backward_dq
-    dalpha_tiles = inputs.accumulator(home.partials(inputs), inputs.problem.B, inputs.problem.H) if dalpha is not None else None
+    dalpha_tiles = None
+    if dalpha is not None:
+        partials = backward_dmask.partials(inputs, dout) if dmask_pass else backward_dq.partials(inputs)
+        dalpha_tiles = inputs.accumulator(partials, inputs.problem.B, inputs.problem.H)
     dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
     splits, parts = dq_splits(inputs.problem, needs, dalpha is not None), None
     if splits:  # before the others: it works out delta

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -29,6 +29,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     registers: int | None = None  # per thread; ptxas settles for 32 in some kernels that need more than there are, unless told how many
+    tma: bool = False  # what the pass goes over is loaded by descriptors, where descriptors.py finds that possible
 
     def options(self) -> dict[str, int | bool | None]:
         """For the compiler. Contraction to fused multiply-adds is Triton's default, which 3.9 wants to hear said."""
@@ -38,12 +39,15 @@ class TileConfig:
 T = TileConfig
 NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
+# *_pointers: in place of a tile with tma where no descriptors are possible. Without such a row it is the same tile.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
     ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 100, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2, 255), T(32, 32, 8, 1)),
-    ("forward", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(64, 16, 8, 2)),
+    ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, 128, True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(32, 16, 4, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2, 255), T(32, 64, 8, 2), T(32, 64, 8, 2)),
@@ -63,17 +67,21 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 2), NONE, NONE),
     ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
+    ("dkdv", 90, 2): (T(32, 64, 4, 2, tma=True), T(32, 64, 4, 2, tma=True), T(32, 64, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
-    ("dq", 100, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2, 255), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+    ("dq", 90, 2): (T(128, 32, 8, 2, tma=True), T(128, 32, 8, 2, tma=True), T(64, 64, 4, 2, tma=True), T(32, 32, 8, 1, tma=True)),
+    ("dq_pointers", 90, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+    ("dq", 100, 2): (T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, 255, True), T(64, 32, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1, 128)),
     ("dq", 90, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
     ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 255), T(16, 16, 8, 1), T(16, 16, 8, 1, 128)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
-    ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
-    ("dmask", 100, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2), T(64, 64, 8, 2), T(64, 32, 8, 1)),
+    ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 1, tma=True)),
+    ("dmask", 100, 2): (T(64, 64, 8, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 64, 8, 2, 255, True), T(64, 32, 8, 1, tma=True)),
+    ("dmask_pointers", 90, 2): (NONE, T(64, 64, 8, 1), T(64, 16, 8, 1), T(32, 16, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
@@ -86,10 +94,10 @@ SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("few_32", "extras", 100, 2): {32: T(32, 32, 8, 1), 64: T(32, 32, 8, 1)},
     ("few_64", "extras", 80, 2): {32: T(64, 32, 8, 1)},
     ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
-    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2), 128: T(64, 32, 8, 2)},
-    ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2)},
-    ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3)},
-    ("dkdv", "extras", 90, 2): {64: T(32, 64, 8, 2)},
+    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 32, 8, 2, tma=True)},
+    ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2, tma=True)},
+    ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3, tma=True)},
+    ("dkdv", "extras", 90, 2): {64: T(32, 64, 8, 2, tma=True)},
     ("split_16", "map", 80, 2): {32: T(16, 128, 4, 3, 128), 256: T(16, 64, 8, 2, 128)},
     ("split_16", "map", 90, 2): {32: T(16, 128, 4, 3, 128)},
     ("split_16", "map", 100, 2): {32: T(16, 128, 4, 3, 128)},
@@ -114,11 +122,15 @@ def _tile(kernel: str, queries: int, arch: int, size: int, head: int, kind: str 
     if kernel in ("split", "few"):
         queries = min(queries, 64) if kernel == "split" else queries
         kernel = f"{kernel}_{queries}"
+    pointers = kernel.endswith("_pointers")
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
-        return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1)
+        return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1, tma=not pointers)
     column = next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)
-    special = SPECIAL.get((kernel, kind, 80 if arch in SMALL_SHARED else generation(arch), size), {})
-    return special.get(HEAD_SIZES[column], row_of(kernel, arch, size)[column])
+    special = SPECIAL.get((kernel.removesuffix("_pointers"), kind, 80 if arch in SMALL_SHARED else generation(arch), size), {})
+    found = special.get(HEAD_SIZES[column], row_of(kernel, arch, size)[column])
+    if pointers and found == NONE:
+        found = _tile(kernel.removesuffix("_pointers"), queries, arch, size, head, kind)
+    return replace(found, tma=False) if pointers else found
 
 
 def cdiv(a: int, b: int) -> int:
@@ -175,7 +187,7 @@ def row_of(kernel: str, arch: int, size: int) -> tuple[TileConfig, TileConfig, T
     """The row that a chip takes: its own, or that of the newest one before it."""
     own = generation(arch)
     before = (own, 80) if own == 86 else (own, 90, 80)
-    return next(TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE)
+    return next((TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE), (NONE,) * 4)
 
 
 def generation(arch: int) -> int:

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import descriptors
 from .configs import cdiv
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -36,8 +37,9 @@ def _forward_kernel(
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g * stride_kh,
-        v_ptr + b * stride_vb + g * stride_vh,
+        head_of(k_ptr, b, g, stride_kb, stride_kh),
+        head_of(v_ptr, b, g, stride_vb, stride_vh),
+        b, g,
         mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
@@ -58,8 +60,9 @@ def _forward_kernel(
 
 def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
     """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
-    t, tile = inputs.problem, inputs.tile("forward")
-    arguments = inputs.arguments(tile) | dict(
+    t, tile = inputs.problem, descriptors.tile(inputs, "forward", inputs.key, inputs.value, takes_padding=False)
+    arguments = inputs.arguments(tile) | descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value)
+    arguments |= dict(
         out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
     )
     launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .configs import SPLIT_PROGRAMS, TileConfig, block_of, cdiv
 from .launch import Inputs, launch
-from .primitives import attend, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
 
 PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
 MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
@@ -56,8 +56,9 @@ def _partial_kernel(
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     acc, lost, mbar, m_i, l_i = attend(
         q,
-        k_ptr + b * stride_kb + g * stride_kh,
-        v_ptr + b * stride_vb + g * stride_vh,
+        head_of(k_ptr, b, g, stride_kb, stride_kh),
+        head_of(v_ptr, b, g, stride_vb, stride_vh),
+        b, g,
         mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),

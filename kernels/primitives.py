@@ -42,6 +42,24 @@ def load_tile(ptr, rows, cols, stride_row, stride_col, row_ok, col_ok):
 
 
 @triton.jit
+def head_of(x, b, h, stride_b, stride_h):
+    """A (batch, head) of x, for load_block: the pointer to it, or x as it is where that is a descriptor."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x
+    else:
+        return x + b * stride_b + h * stride_h
+
+
+@triton.jit
+def load_block(x, b, h, start, rows, cols, stride_row, stride_col, row_ok, col_ok):
+    """load_tile of the rows that begin at `start`. x: of head_of. A descriptor gives 0 past the ends, and row_ok must say no more."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([b.to(tl.int32), h.to(tl.int32), start, 0]).reshape(rows.shape[0], cols.shape[0])
+    else:
+        return load_tile(x, rows, cols, stride_row, stride_col, row_ok, col_ok)
+
+
+@triton.jit
 def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
     """Store a tile to a contiguous matrix of n_cols columns, rounded once to its dtype."""
     offsets = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
@@ -201,7 +219,7 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
 
 @triton.jit
 def attend(
-    q, k_ptr, v_ptr, mask_ptr, pad_ptr, seed_ptr, alpha,
+    q, k_head, v_head, b, g, mask_ptr, pad_ptr, seed_ptr, alpha,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
     offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
@@ -232,7 +250,7 @@ def attend(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
-        k = load_tile(k_ptr, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
         m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
@@ -243,7 +261,7 @@ def attend(
             keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
             p = tl.where(keep, p, 0.0)
         if DV > 0:
-            v = load_tile(v_ptr, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+            v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
             p_rounded = p.to(v.dtype)
             acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
             if SAVE_OUT:
@@ -303,14 +321,14 @@ def store_rows(rows_ptr, lse_log2, delta, offs_m, row_ok):
 
 
 @triton.jit
-def load_queries(q_ptr, do_ptr, lse_log2, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
+def load_queries(q_head, do_head, b, h, lse_log2, start_m, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
                  D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
-    """q and dO of a query block of this (batch, head); dO is selected out in dead rows, lse +inf: it may hold anything."""
+    """q and dO of a query block of this (batch, head); in dead rows, lse +inf, dO may hold anything: it is selected out, by pointers."""
     row_ok = offs_m < Nq
-    q = load_tile(q_ptr, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
+    q = load_block(q_head, b, h, start_m, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     if HAS_PADDING:  # without padding no row is dead
         row_ok &= lse_log2 != float("inf")
-    return q, load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
+    return q, load_block(do_head, b, h, start_m, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
 
 
 @triton.jit

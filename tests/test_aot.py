@@ -25,9 +25,11 @@ broken = {
     "shared": [row._replace(shared=2**20).failure() for row in rows],
     "spill": [row._replace(reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
     "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
+    "pointers": [row._replace(reading=row.reading._replace(loads={"128": 1})).failure() for row in rows],
     "serial": [row._replace(groups=row.groups - 1).failure() for row in rows],
 }
 kernels = [dict(kernel=row.kernel, shared=row.shared, products=row.products, failure=row.failure(), together=row.per_multiprocessor(),
+                descriptors=row.descriptors,
                 **row.reading._asdict()) for row in rows]
 print(json.dumps([kernels, broken]))
 """
@@ -54,6 +56,8 @@ def test_one_of_each_regime_compiles():
     names = {kernel["kernel"] for kernel in kernels}
     assert {"forward", "partial", "merge", "delta"} < names and len(names) >= 7
     assert {kernel["instruction"] for kernel in kernels} == {"HGMMA", "HMMA", ""}
+    by_descriptors = {kernel["kernel"] for kernel in kernels if kernel["descriptors"]}
+    assert by_descriptors == {"dkdv", "dmask"}, "padding keeps forward and dq to pointers"
     for i, kernel in enumerate(kernels):
         assert kernel["failure"] == "" and kernel["shared"] <= SHARED_MEMORY[90] and kernel["registers"] > 0, kernel
         assert "128" in kernel["loads"] or not kernel["products"]
@@ -61,6 +65,7 @@ def test_one_of_each_regime_compiles():
         assert "1048576 bytes of shared memory" in broken["shared"][i] and broken["spill"][i] == "spills 8 bytes"  # the checks can fail
         assert broken["scalar"][i] == ("no tensor-core instruction" if kernel["products"] else "")
         assert ("serialised wgmma" in broken["serial"][i]) == (kernel["instruction"] == "HGMMA")
+        assert kernel["descriptors"] == ("TMA" in kernel["loads"]) == (broken["pointers"][i] == "descriptors, and no load by TMA")
 
 
 def test_machine_code_of_serialised_wgmma_is_read_as_such():
