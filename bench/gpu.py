@@ -4,15 +4,17 @@
 
 Installs this source tree into build/gpu for the Python that runs it, and changes nothing else of that Python. The C++ parts are built where
 CMake and a compiler are at hand, the CUDA C++ kernels where nvcc is too; where pip cannot build, the tree is linked, which is enough for
-Triton's kernels. Every part is a command of its own, ceilings and correctness first, and is stopped when its time is up; parts that are
-named have all the time there is. What a part had written by then stays. Ends with a line a part.
+Triton's kernels. Every part is a command of its own. Those that measure time, or keep all cores busy by themselves, run alone; the others
+side by side, for nearly all of their time goes into compilers and into starting processes.
+
+Each part has a share of the time that is left when it begins, so that the whole ends in time, and what a part does not use is for those
+after it. A part is stopped when its time is up; what it had written by then stays, in build/logs too. Ends with a line a part.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import re
 import shutil
@@ -20,12 +22,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = ROOT / "build" / "gpu"
+SITE, LOGS = ROOT / "build" / "gpu", ROOT / "build" / "logs"
 PYTHON = sys.executable
 INSTALLATION = ("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(ROOT))
 PROGRAMS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])  # where nvcc may be and no shell finds it
@@ -40,12 +43,11 @@ class Part(NamedTuple):
     """A command, run in a folder of the repository; {minutes} in it is what it may use."""
 
     what: str
-    minutes: float  # among all the others
+    minutes: float  # what it may take of MINUTES; of another time, as large a share
     command: tuple[str, ...]
+    alone: bool = False
     folder: str = "."
     modules: tuple[str, ...] = ()  # that Python must have
-    tool: tuple[str, ...] = ()  # a program under which the command runs, and its options
-    environment: dict[str, str] = {}
 
 
 class Outcome(NamedTuple):
@@ -56,38 +58,58 @@ class Outcome(NamedTuple):
 
 def tests(what: str, minutes: float, *selection: str, more: tuple[str, ...] = ()) -> Part:
     """From the folder of the tests: in the root Python would find the folder smattn, without its kernels, before the installed package."""
-    words = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection)
-    return Part(what, minutes, words, "tests", ("pytest", "hypothesis", *more))
+    words = (PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *selection)
+    return Part(what, minutes, words, folder="tests", modules=("pytest", "hypothesis", *more))
 
 
-def sanitizer(what: str, tool: str, **environment: str) -> Part:
-    under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--print-limit", "10")
-    return Part(what, 1.0, (PYTHON, "bench/sanitized.py"), tool=under, environment=environment)
-
-
-BENCH = (PYTHON, "bench/run.py", "--device", "cuda", "--seconds", "0.1", "--minutes", "{minutes}")
+MINUTES, INSTALLING, TOGETHER = 8.5, 1.6, 3.3
+BENCH = (PYTHON, "bench/run.py", "--device", "cuda", "--seconds", "0.1", "--minutes", "{minutes}", "--compile")
+SANITIZED = (PYTHON, "bench/sanitized.py", "--under")
 GRAPHS, FAR, RANKS = "cuda_graph", "past_2_to_the_31", "nccl or two_processes"
-ONLY_IF_NAMED = {"tune"}
+ONLY_IF_NAMED = {"ceilings", "tune"}  # run.py begins with the first
+BEFORE = {"bench": "peers", "memcheck": "calls", "racecheck": "calls"}  # what fills the caches that these find full
 ALONE = f"({GRAPHS} or {FAR} or {RANKS})"
+# Most of the suite's time is Triton's: some 1000 kernels for a chip that has none of them yet, a CPU second or two each, over all cores.
 PARTS = {
-    "ceilings": Part("copying and matrix products at best", 0.5, (PYTHON, "bench/ceilings.py")),
-    "binary": Part("the compiled extension, and which torch loads it", 0.5, (PYTHON, "bench/binary.py")),
-    "graphs": tests("CUDA graphs captured and replayed", 1.0, "--no-skips", "-k", GRAPHS, "test_compile.py"),
-    "offsets": tests("offsets past 2^31", 1.0, "--no-skips", "-k", FAR, "test_any_shape.py"),
-    "ranks": tests("NCCL and DDP", 1.0, "--no-skips", "-k", RANKS, "test_distributed.py", "test_ddp.py"),
-    "suite": tests("every other test that runs on a device", 2.5, "-m", "device and (not slow or gpu)", "-k", f"not {ALONE}",
+    "ceilings": Part("copying and matrix products at best", 0.5, (PYTHON, "bench/ceilings.py"), alone=True),
+    "calls": Part("small calls of every fused backend, side by side", 0.5, (PYTHON, "bench/sanitized.py"), alone=True),
+    "suite": tests("every other test that runs on a device", TOGETHER, "-m", "device and (not slow or gpu)", "-k", f"not {ALONE}",
                    "--continue-on-collection-errors", "-n", "auto", "--dist", "worksteal", more=("xdist",)),
-    "memcheck": sanitizer("compute-sanitizer: every access", "memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),  # a tensor, an allocation
-    "racecheck": sanitizer("compute-sanitizer: races in shared memory", "racecheck"),
-    "bench": Part("every workload beside its peers", 4.0, BENCH, modules=("tqdm", "matplotlib")),
-    "tune": Part("the tiles of kernels/configs.py, searched", 60.0, (PYTHON, "bench/tune.py", "--minutes", "{minutes}"), modules=("tqdm",)),
+    "binary": Part("the compiled extension, and which torch loads it", TOGETHER, (PYTHON, "bench/binary.py")),
+    "graphs": tests("CUDA graphs captured and replayed", TOGETHER, "--no-skips", "-k", GRAPHS, "test_compile.py"),
+    "offsets": tests("offsets past 2^31", TOGETHER, "--no-skips", "-k", FAR, "test_any_shape.py"),
+    "ranks": tests("NCCL and DDP", TOGETHER, "--no-skips", "-k", RANKS, "test_distributed.py", "test_ddp.py"),
+    "memcheck": Part("those small calls under compute-sanitizer: every access", TOGETHER, (*SANITIZED, "memcheck")),
+    "racecheck": Part("and again: races in shared memory", TOGETHER, (*SANITIZED, "racecheck")),
+    "peers": Part("what the benchmark compiles, for each of its shapes", TOGETHER, (*BENCH, "only"), modules=("tqdm",)),
+    "bench": Part("every workload beside its peers", 3.1, (*BENCH, "not"), alone=True, modules=("tqdm", "matplotlib")),
+    "tune": Part("the tiles of kernels/configs.py, searched", 8.5, (PYTHON, "bench/tune.py", "--minutes", "{minutes}"), alone=True,
+                 modules=("tqdm",)),
 }  # fmt: skip
+
+
+def stages(named: Sequence[str]) -> Iterator[list[str]]:
+    """Those that run at once: one that runs alone, or all in a row that do not. All of them when none is named."""
+    asked = {*named, *(BEFORE[name] for name in named if name in BEFORE)}
+    stage: list[str] = []
+    for name in [name for name in PARTS if name in asked or not named and name not in ONLY_IF_NAMED]:
+        if stage and (PARTS[name].alone or PARTS[stage[-1]].alone):
+            yield stage
+            stage = []
+        stage.append(name)
+    if stage:
+        yield stage
+
+
+def minutes(stage: Sequence[str]) -> float:
+    return max(PARTS[name].minutes for name in stage)
 
 
 def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
-    return inherited | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes are many, and each would start one for every core
+    return inherited | alone | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
 
 
 def install(arch: str, until: float) -> Outcome:
@@ -101,9 +123,8 @@ def install(arch: str, until: float) -> Outcome:
         del attempts["with CUDA C++"]
     for what, options in attempts.items():
         shutil.rmtree(SITE, ignore_errors=True)
-        share = (until - time.monotonic()) / 3  # of the time left: the next attempt, and the parts, want some
-        code = command((PYTHON, *INSTALLATION), ROOT, environment(CMAKE_ARGS=options), share)
-        if code == 0:
+        share = 0.8 * (until - time.monotonic())  # what was compiled in vain is not compiled again for the next attempt
+        if install_once(environment(CMAKE_ARGS=options), time.monotonic() + share):
             return Outcome(PASSED, time.monotonic() - began, what)
         print(f"-- not installed {what}", flush=True)
     link()
@@ -123,46 +144,88 @@ def link() -> None:
     metadata.write_text(f"Metadata-Version: 2.1\nName: smattn\nVersion: {version[1]}\n")
 
 
-def run(part: Part, until: float) -> Outcome:
-    """One part, begun when what it needs is there, and ended in time."""
-    began = time.monotonic()
-    seconds = until - began
-    if seconds < 1:
-        return Outcome(NOT_RUN, 0.0, "no time was left")
-    if absent := [name for name in part.modules if importlib.util.find_spec(name) is None]:
-        return Outcome(NOT_RUN, 0.0, f"this Python has no {', '.join(absent)}")
-    words, variables = part.command, environment(**part.environment)
-    if part.tool:
-        tool = find(part.tool[0])
-        if tool is None:
-            return Outcome(NOT_RUN, 0.0, f"{part.tool[0]} is not installed")
-        under = (tool, *part.tool[1:])
-        if command((*under, PYTHON, "-c", "import torch; torch.ones(1, device='cuda').sum().item()"), ROOT, variables, seconds) != 0:
-            return Outcome(NOT_RUN, time.monotonic() - began, f"{part.tool[0]} is installed and does not work here, as it says above")
-        words = (*under, *words)
-    words = tuple(word.format(minutes=f"{max(0.0, (seconds - 2 * PATIENCE) / 60):.2f}") if word == "{minutes}" else word for word in words)
-    code = command(words, ROOT / part.folder, variables, seconds)
-    state = {0: PASSED, NOT_HERE: NOT_RUN, None: STOPPED}.get(code, FAILED)
-    why = {STOPPED: "its time was up", NOT_RUN: "as it says above", FAILED: f"exit status {code}"}.get(state, "")
-    return Outcome(state, time.monotonic() - began, why)
+def install_once(variables: dict[str, str], until: float) -> bool:
+    part = Part("installation", INSTALLING, (PYTHON, *INSTALLATION))
+    return run({"install": part}, until, variables)["install"].state == PASSED
 
 
-def command(words: tuple[str, ...], folder: Path, variables: dict[str, str], seconds: float) -> int | None:
-    """The exit status; None when it had to be stopped, which it is with all that it started."""
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    began: float
+
+    def outcome(self) -> Outcome:
+        code, seconds = self.process.poll(), time.monotonic() - self.began
+        if code is None:
+            return Outcome(STOPPED, seconds, "its time was up")
+        state = {0: PASSED, NOT_HERE: NOT_RUN}.get(code, FAILED)
+        return Outcome(state, seconds, {PASSED: "", NOT_RUN: "as it says above"}.get(state, f"exit status {code}"))
+
+
+def run(parts: Mapping[str, Part], until: float, variables: dict[str, str] | None = None) -> dict[str, Outcome]:
+    """Parts side by side, begun when what they need is there, and ended in time. What one alone prints is seen as it comes."""
+    outcomes: dict[str, Outcome] = {}
+    running: dict[str, Running] = {}
+    for name, part in parts.items():
+        if reason := why_not(part, until):
+            outcomes[name] = Outcome(NOT_RUN, 0.0, reason)
+        else:
+            running[name] = start(name, part, until, variables or environment(), shown=len(parts) == 1)
+    try:
+        while running and time.monotonic() < until:
+            for name in [name for name, one in running.items() if one.process.poll() is not None]:
+                outcomes[name] = end(name, running.pop(name), shown=len(parts) == 1)
+            time.sleep(0.05)
+    finally:
+        late = {name: one.outcome() for name, one in running.items()}
+        stop([one.process for one in running.values()])
+        for name, one in running.items():
+            outcomes[name] = late[name]._replace(seconds=end(name, one, shown=len(parts) == 1).seconds)
+    return {name: outcomes[name] for name in parts}
+
+
+def why_not(part: Part, until: float) -> str:
+    if until - time.monotonic() < 1:
+        return "no time was left"
+    absent = [name for name in part.modules if importlib.util.find_spec(name) is None]
+    return f"this Python has no {', '.join(absent)}" if absent else ""
+
+
+def start(name: str, part: Part, until: float, variables: dict[str, str], shown: bool) -> Running:
+    left = max(0.0, until - time.monotonic() - 2 * PATIENCE) / 60
+    words = [word.format(minutes=f"{left:.2f}") if word == "{minutes}" else word for word in part.command]
     print("$ " + " ".join(words), flush=True)
     # what a shell starts in the background ignores SIGINT, and hands that on
     heeds_it = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(words, cwd=folder, env=variables, start_new_session=True, preexec_fn=heeds_it)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with open(LOGS / f"{name}.txt", "wb") as log:
+        out = None if shown else log
+        process = subprocess.Popen(
+            words, cwd=ROOT / part.folder, env=variables, stdout=out, stderr=out, start_new_session=True, preexec_fn=heeds_it
+        )  # fmt: skip
+    return Running(process, time.monotonic())
+
+
+def end(name: str, one: Running, shown: bool) -> Outcome:
+    """Once it has ended, by itself or not: nothing of what it started is left, and what it printed is shown."""
+    outcome = one.outcome()
+    stop([one.process])
+    if not shown:
+        print(f"\n== {name}\n" + (LOGS / f"{name}.txt").read_text(errors="replace"), flush=True)
+    return outcome
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Each with all that it started: told so, and after PATIENCE killed."""
+    ending = time.monotonic() + PATIENCE
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+    for process in processes:
         try:
-            process.wait(PATIENCE)
+            process.wait(max(0.0, ending - time.monotonic()))
         except subprocess.TimeoutExpired:
             pass
-        return None
-    finally:
+    for process in processes:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:  # nothing of it is left
@@ -187,17 +250,20 @@ def describe_gpu() -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all of them, in this order, when none is named")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for everything together (default 8.5)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything together (default {MINUTES})")
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.parts if name not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    until = time.monotonic() + 60 * args.minutes - PATIENCE
-    outcomes = {"install": install(describe_gpu(), until)}
-    if outcomes["install"].state == PASSED:
-        for name in args.parts or [name for name in PARTS if name not in ONLY_IF_NAMED]:
+    now = time.monotonic
+    until = now() + 60 * args.minutes - PATIENCE
+    left = list(stages(args.parts))
+    arch, shares = describe_gpu(), sum(map(minutes, left))
+    outcomes = {"install": install(arch, now() + (until - now()) * INSTALLING / (INSTALLING + shares))}
+    while left:
+        stage, share = left[0], minutes(left[0]) / sum(map(minutes, left))
+        for name in left.pop(0):
             print(f"\n== {name}: {PARTS[name].what}", flush=True)
-            limit = math.inf if args.parts else time.monotonic() + 60 * PARTS[name].minutes
-            outcomes[name] = run(PARTS[name], min(until, limit))
+        outcomes |= run({name: PARTS[name] for name in stage}, now() + (until - now()) * share)
     print("\n" + "\n".join(f"{name:10}{o.state:8}{o.seconds:6.0f} s  {o.why}" for name, o in outcomes.items()))
     bad = {FAILED, STOPPED} | ({NOT_RUN} if args.parts else set())  # what was asked for by name has to run
     ran = [o for name, o in outcomes.items() if name != "install" and o.state == PASSED]

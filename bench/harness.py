@@ -34,6 +34,7 @@ from peers import Attend, Contestant
 from rows import FORWARD
 from torch import Tensor
 
+from smattn.problem import acc_dtype
 from smattn.testing import Case, Workload, make_case
 
 FLUSH = {"cpu": 8, "cuda": 64}  # times the largest cache; on a GPU a millisecond, longer than any call takes to be launched
@@ -58,6 +59,16 @@ class Cell:
 
     def case(self) -> Case:
         return _case(self.workload, self.mask, self.dtype, self.device)
+
+    def blank(self) -> Case:
+        """In all but its numbers, which nothing that is compiled depends on and which take seconds to draw."""
+        w = self.workload
+
+        def ones(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.ones(sizes, dtype=dtype, device=self.device)
+
+        queries, keys, alpha = (w.B, w.H, w.Nq, w.D), (w.B, w.H, w.Nk, w.D), ones(w.H, dtype=acc_dtype(self.dtype))
+        return Case(ones(*queries), ones(*keys), ones(*keys), ones(w.B, w.Nq, w.Nk), alpha, dout=ones(*queries))
 
     def smaller(self) -> Cell:
         w = self.workload
@@ -207,6 +218,8 @@ def _goes_on(reps: int, used: float, seconds: float) -> bool:
 
 def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     """Peak memory of one call beyond inputs, outputs and gradients. RuntimeError when it could not be measured."""
+    if torch.device(cell.device).type == "cuda":
+        return _peak_on_cuda(bind(contestant.ready(), cell.case(), cell.direction, contestant.gradients))
     return peak_beyond_results(partial(_call_and_warm_up, contestant, cell), cell.device)
 
 

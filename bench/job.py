@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import itertools
 import platform
@@ -16,8 +17,9 @@ import torch
 import triton
 from harness import Cell, timing
 from peers import ours, select_cpu_kernels
-from rows import FORWARD, MATMUL, WARM, Row, write
-from validate import Validation, fitting, validate
+from rows import FORWARD, MATMUL, OURS, WARM, Row, write
+from validate import Validation, fitting, largest, validate
+from worker import Worker, in_a_line
 
 import smattn
 from smattn.backends import TABLE
@@ -55,30 +57,48 @@ class Job:
         if self.file:
             write(self.rows, self.file)
 
+    def without_rows(self) -> Job:
+        """A copy to add rows to elsewhere."""
+        other = copy.copy(self)
+        other.rows, other.file = [], None
+        return other
+
     def check(self, backends: list[str], cells: list[Cell]) -> None:
-        """Validate every backend in every cell: one that is outside the budget is not timed there, for a wrong kernel's time is no news."""
+        """Validate every backend in every cell: one that is outside the budget is not timed there, for a wrong kernel's time is no news.
+
+        On a GPU in a process of its own, which a broken kernel may take down.
+        """
         if self.kernels:
             select_cpu_kernels(self.kernels)
         wanted = dict.fromkeys((cell.workload, cell.mask, cell.dtype) for cell in cells)
-        for (workload, mask, dtype), backend in product(wanted, backends):
-            name = ours(backend, self.kernels).name
-            try:
-                found = replace(validate(backend, fitting(workload), mask, dtype, self.device), backend=name)
-            except Exception as error:  # a kernel that does not compile, say: the others are measured
-                self.failed[name, workload.name, mask, dtype] = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"{name} {workload.name} {name_of(dtype)} {mask}: {error}", flush=True)
-                continue
-            self.keep(found)
-            if not found.within:
-                self.failed[name, workload.name, mask, dtype] = "outside the error budget"
+        on_a_gpu = torch.device(self.device).type == "cuda"
+        scores = largest(self.device)
+        with Worker() as worker:
+            for (workload, mask, dtype), backend in product(wanted, backends):
+                name, fitted = ours(backend, self.kernels).name, fitting(workload, scores)
+                try:
+                    arguments = (backend, fitted, mask, dtype, self.device)
+                    found = replace(worker(validate, *arguments) if on_a_gpu else validate(*arguments), backend=name)
+                except Exception as error:  # a kernel that does not compile, say: the others are measured
+                    why = in_a_line(error) if on_a_gpu else f"{type(error).__name__}: {in_a_line(error)}"  # a worker names the type
+                    self.failed[name, workload.name, mask, dtype] = why
+                    print(f"{name} {workload.name} {name_of(dtype)} {mask}: {error}", flush=True)
+                    continue
+                self.keep(found)
+                if not found.within:
+                    self.failed[name, workload.name, mask, dtype] = "outside the error budget"
+
+    def refuse(self, name: str, cell: Cell, why: str) -> None:
+        self.failed[name, cell.workload.name, cell.mask, cell.dtype] = why
 
     def refusal(self, name: str, cell: Cell) -> str | None:
         """Why this contestant, wrong or broken in this cell, is not timed there."""
         return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype))
 
     def verdict(self) -> str | None:
-        """For sys.exit, at the end: what failed the check; None when nothing did."""
-        failed = [f"{name} {workload} {name_of(dtype)} {mask}: {why}" for (name, workload, mask, dtype), why in self.failed.items()]
+        """For sys.exit, at the end: what of smattn failed; None when nothing did."""
+        ours = {key: why for key, why in self.failed.items() if key[0].startswith(OURS)}
+        failed = [f"{name} {workload} {name_of(dtype)} {mask}: {why}" for (name, workload, mask, dtype), why in ours.items()]
         return "not timed, for it failed the check: " + "; ".join(failed) if failed else None
 
     def keep(self, validation: Validation) -> None:
@@ -123,7 +143,7 @@ class Job:
 
 def default_backend(cell: Cell) -> str:
     """The backend that backend=None takes."""
-    problem, kind = cell.smaller().case().problem(), torch.device(cell.device).type
+    problem, kind = cell.smaller().blank().problem(), torch.device(cell.device).type
     return next(row.name for row in TABLE if kind in row.default_on and not row.unsupported_reasons(problem, "forward"))
 
 

@@ -7,53 +7,82 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import product
+from typing import Any
 
 import torch
 from harness import GRAPH_CALLS, Cell, Step, bind, cache_flush, extra_bytes, in_graph, time_interleaved, timing, warm_up
 from job import SIDE, Job, name_of
 from peers import Contestant
-from rows import BOTH, COLD, FORWARD, GRAPH, WARM
+from rows import BOTH, COLD, FORWARD, GRAPH, OURS, WARM, Row
 from tqdm import tqdm  # type: ignore[import-untyped]
+from worker import Lost, Worker, at, in_a_line, still_usable
 
 SCORE_TENSORS = {FORWARD: 4, BOTH: 7}  # what a contestant that holds them may hold at once, float32
-COMPILERS = 8  # processes
+COMPILERS = 16  # processes
 
 
 def measure(job: Job, cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> None:
     """Every contestant in every cell, and torch.mm around each cell: its spread says how quiet the machine was.
 
-    until: on time.monotonic's clock; no cell is begun after it. The rows are saved after each cell.
+    until: on time.monotonic's clock; no cell is begun after it. The rows are saved after each cell. On a GPU one process measures them all,
+    and is replaced when a contestant takes it down: the others are then measured without that one.
     """
-    matmuls = {dtype: matmul_call(dtype, job.device) for dtype in {cell.dtype: None for cell in cells}}
-    calibration: dict[torch.dtype, list[float]] = {dtype: [] for dtype in matmuls}
-    compiled_for = None
-    with tqdm(total=len(cells) * len(contestants), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
+    calibration: dict[torch.dtype, list[float]] = {cell.dtype: [] for cell in cells}
+    with Worker() as worker, tqdm(total=len(cells), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
+        call = worker if torch.device(job.device).type == "cuda" else directly
         for cell in cells:
             bar.set_postfix_str(f"{cell.workload.name} {name_of(cell.dtype)} {cell.mask} {cell.direction}")
-            if time.monotonic() > until:
-                for contestant in contestants:
-                    job.add(cell, contestant.name, skipped="no time was left")
-                continue
-            if compiled_for != (key := (cell.shape, cell.dtype, cell.direction)):
-                torch.compiler.reset()
-                compiled_for = key
-            calibration[cell.dtype] += measure_cell(job, cell, contestants, matmuls[cell.dtype], bar.update)
+            calibration[cell.dtype] += cell_of(job, cell, contestants, call, until)
             job.save()
+            bar.update()
     for dtype, taken in calibration.items():
         if taken:
             job.add_matmul(dtype, taken)
     job.save()
 
 
-def measure_cell(
-    job: Job, cell: Cell, contestants: list[Contestant], matmul: Callable[[], object], done: Callable[[], object]
-) -> list[float]:
-    """Add the cell's rows; the milliseconds of the calibration around it."""
+def directly(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def cell_of(job: Job, cell: Cell, contestants: list[Contestant], call: Callable[..., Any], until: float) -> list[float]:
+    """Add the cell's rows, made by measure_cell in whatever process `call` has; the milliseconds of the calibration around it."""
+    why, names = "", {contestant.name for contestant in contestants}
+    while time.monotonic() < until:
+        try:
+            rows, quiet = call(measure_cell, job.without_rows(), cell, contestants)
+        except Lost as lost:
+            print(f"\n{cell.workload.name} {cell.mask} {cell.direction}, {lost.at}: {lost}", flush=True)
+            if lost.at not in names or job.refusal(lost.at, cell):
+                why = f"{lost}"
+                break
+            job.refuse(lost.at, cell, f"it took its process down: {lost}")
+        except RuntimeError as error:
+            why = in_a_line(error)
+            break
+        else:
+            job.rows += rows
+            return list(quiet)
+    for contestant in contestants:
+        job.add(cell, contestant.name, skipped=job.refusal(contestant.name, cell) or why or "no time was left")
+    return []
+
+
+@lru_cache(1)  # that is, when another follows
+def forget_compiled(shape: tuple[int, ...], dtype: torch.dtype, direction: str) -> None:
+    """Both masks of a shape share what is compiled; a third shape would make torch.compile generalise, and then give up."""
+    torch.compiler.reset()
+
+
+def measure_cell(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[list[Row], list[float]]:
+    """The cell's rows, added to the job's, and the milliseconds of the calibration around it."""
+    forget_compiled(cell.shape, cell.dtype, cell.direction)
+    matmul = matmul_call(cell.dtype, job.device)
     calls, refused = bound(job, cell, contestants)
+    at("timing")
     quiet = time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
     samples = {WARM: time_interleaved(calls, job.device, job.seconds)}
     not_captured: dict[str, str] = {}
@@ -64,19 +93,7 @@ def measure_cell(
     quiet += time_interleaved({"mm": matmul}, job.device, job.seconds / 4)["mm"]
     job.matmul_ms = timing(quiet).median_ms
     del calls
-
-    def memory(contestant: Contestant) -> tuple[int | None, str | None]:
-        if reason := refused.get(contestant.name):
-            return None, reason
-        try:
-            return extra_bytes(contestant, cell), None
-        except (RuntimeError, OSError) as error:
-            return None, f"memory not measured: {error}"
-
-    both_fit = torch.device(job.device).type == "cpu" and 2 * _score_bytes(cell) < _free_memory()
-    with ThreadPoolExecutor(2 if both_fit else 1) as pool:  # on a CPU each has a process of its own
-        memories = list(pool.map(memory, contestants))
-    for contestant, (extra, reason) in zip(contestants, memories, strict=True):
+    for contestant, (extra, reason) in zip(contestants, memories(job, cell, contestants, refused), strict=True):
         name = contestant.name
         job.add(cell, name, samples[WARM].get(name), extra, reason)
         for cache in (COLD, GRAPH):
@@ -84,14 +101,32 @@ def measure_cell(
                 job.add(cell, name, samples[cache][name], skipped=reason, cache=cache)
         if name in not_captured:
             job.add(cell, name, skipped=not_captured[name], cache=GRAPH)
-        done()
-    return quiet
+    return job.rows, quiet
+
+
+def memories(job: Job, cell: Cell, contestants: list[Contestant], refused: dict[str, str]) -> list[tuple[int | None, str | None]]:
+    """Extra bytes of each, or why there is no such number."""
+
+    def memory(contestant: Contestant) -> tuple[int | None, str | None]:
+        if reason := refused.get(contestant.name):
+            return None, reason
+        at(contestant.name)
+        try:
+            return extra_bytes(contestant, cell), None
+        except (RuntimeError, OSError) as error:
+            still_usable(error)
+            return None, f"memory not measured: {error}"
+
+    both_fit = torch.device(job.device).type == "cpu" and 2 * _score_bytes(cell) < _free_memory()
+    with ThreadPoolExecutor(2 if both_fit else 1) as pool:  # on a CPU each has a process of its own
+        return list(pool.map(memory, contestants))
 
 
 def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str, Step], dict[str, str]]:
     """The warmed-up calls of those that can run the cell, and why the others cannot."""
     case, calls, refused = cell.case(), dict[str, Step](), dict[str, str]()
     for contestant in contestants:
+        at(contestant.name)
         try:
             if reason := job.refusal(contestant.name, cell) or why_not(contestant, cell):
                 raise RuntimeError(reason)
@@ -99,6 +134,7 @@ def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str
             warm_up(call, job.device)
             calls[contestant.name] = call
         except Exception as error:  # a peer that cannot run the cell is reported, and the others are measured
+            still_usable(error)
             refused[contestant.name] = in_a_line(error)
     return calls, refused
 
@@ -107,40 +143,49 @@ def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple
     """Milliseconds of a call in a CUDA graph of several, and why the others cannot be captured."""
     graphs, refused = dict[str, Callable[[], object]](), dict[str, str]()
     for name, call in calls.items():
+        at(name)
         try:
             graphs[name] = in_graph(call)
         except Exception as error:
+            still_usable(error)
             refused[name] = in_a_line(error)
     samples = time_interleaved(graphs, device, seconds)
     return {name: [ms / GRAPH_CALLS for ms in taken] for name, taken in samples.items()}, refused
 
 
-def in_a_line(error: Exception) -> str:
-    return f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> None:
+    """Run what is compiled once for each shape, in processes side by side: the measuring process then finds it on disk.
 
+    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured.
+    """
+    shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}.values()
+    slow = [contestant for contestant in contestants if contestant.compiled or contestant.name.startswith(OURS)]
+    left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # the longest are taken first
 
-def compile_ahead(cells: list[Cell], contestants: list[Contestant]) -> None:
-    """Run what is compiled once for each shape, in processes side by side: the measuring process then finds it on disk."""
-    shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}
-    slow = [contestant for contestant in contestants if contestant.compiled or not contestant.holds_scores]
-    with ProcessPoolExecutor(min(COMPILERS, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    def compiled() -> None:
+        with Worker() as worker:
+            while left and time.monotonic() < until:
+                contestant, cell = left.pop()
+                try:
+                    worker(_compile, contestant, cell)
+                except RuntimeError as error:  # the measurement will say it again
+                    print(f"{contestant.name}, {cell.workload.name}, {cell.direction}: {error}", flush=True)
+
+    processes = min(COMPILERS, os.cpu_count() or 1, len(left))
+    with ThreadPoolExecutor(max(1, processes)) as pool:
         try:
-            for lines in pool.map(partial(_compile, slow), shapes.values()):
-                print("".join(f"{line}\n" for line in lines), end="", flush=True)
-        except BrokenProcessPool as error:
-            print(f"not compiled ahead: {error}")
+            for done in [pool.submit(compiled) for _ in range(processes)]:
+                done.result()
+        finally:  # also when told to stop
+            left.clear()
 
 
-def _compile(contestants: list[Contestant], cell: Cell) -> list[str]:
-    """Why those that failed did; the measurement will say it again."""
-    failed = []
-    for contestant in contestants:
-        try:
-            if why_not(contestant, cell) is None:
-                bind(contestant.ready(), cell.case(), cell.direction, contestant.gradients)()
-        except Exception as error:
-            failed.append(f"{contestant.name}, {cell.workload.name}, {cell.direction}: {in_a_line(error)}")
-    return failed
+def _compile(contestant: Contestant, cell: Cell) -> None:
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]  # else each of the processes starts one for every core
+    if why_not(contestant, cell) is None:
+        bind(contestant.ready(), cell.blank(), cell.direction, contestant.gradients)()
+        torch.cuda.synchronize()
 
 
 def why_not(contestant: Contestant, cell: Cell) -> str | None:
@@ -155,6 +200,7 @@ def why_not(contestant: Contestant, cell: Cell) -> str | None:
     return None
 
 
+@lru_cache(2)
 def matmul_call(dtype: torch.dtype, device: str, side: int = SIDE) -> Callable[[], object]:
     a = torch.randn(side, side, device=device).to(dtype)
     out = torch.mm(a, a)

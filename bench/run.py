@@ -29,6 +29,7 @@ SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls")  # 
 ALSO_COLD = ("hodor_train", "hodor_infer")  # in use, a network runs between two calls: keys and values come from memory
 COLD_ON_A_GPU = (*ALSO_COLD, "queries100", "queries100_b1", "video64k")  # those bound by memory
 GRAPHS = ("hodor_train", "hodor_infer")  # where launches cost more than the work
+COMPILING = 0.4  # of the time, at most, before anything is measured
 INTERPRETED = ("hodor_train", "self1k")  # few queries and many: Triton's two regimes
 
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, not the best")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+    parser.add_argument("--compile", choices=("first", "only", "not"), default="first", help="on a GPU, before anything is measured")
     args = parser.parse_args()
 
     on_a_gpu = torch.device(args.device).type == "cuda"
@@ -80,18 +82,24 @@ def main() -> None:
     names = ["cpu"] if args.kernels else available_backends(args.device)
     timed = [name for name in names if name != "reference"] or names  # it is slow by design: timed only where nothing else runs
     contestants = [*(ours(name, args.kernels) for name in timed), *PEERS, *[WITHOUT_MASK] * on_a_gpu]
+    if on_a_gpu and args.compile != "not":
+        compile_ahead(cells, contestants, until=began + 60 * args.minutes * (COMPILING if args.compile == "first" else 1))
+    if args.compile == "only":
+        return
     if on_a_gpu:
         measure_ceilings(job, cells[0].dtype)
-        compile_ahead(cells, contestants)
     print("\n== errors against float64", flush=True)
     if args.device == "cpu" and not args.kernels:
         check_interpreted(job)
-    job.check(names, cells)
+    job.check(timed if on_a_gpu else names, cells)
     print("\n== time and peak extra memory, all contestants in turn", flush=True)
     for name in WORKLOADS:
         if name not in workloads:
             print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
-    measure(job, cells, contestants, until=began + 60 * args.minutes)
+    try:
+        measure(job, cells, contestants, until=began + 60 * args.minutes)
+    except KeyboardInterrupt:  # what there is becomes a report
+        print("\nstopped", flush=True)
 
     from report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 

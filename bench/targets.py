@@ -1,8 +1,10 @@
 """The targets on an H200, and what a run on a GPU makes of them: `python bench/targets.py [bench/results/FILE.jsonl]`
 
 Of the backend that smattn takes when none is named, in bfloat16, with the mask that is worse for it. Backward is what forward and
-backward take, less what forward does. A figure of bandwidth counts what must be moved once: by forward its inputs and output, by backward
-twice that, for inputs and output come back with their gradients. Memory is the most of the extra memory that smattn's promise allows.
+backward take, less what forward does: a forward whose gradients are wanted keeps more and has a third product, and that counts as backward.
+It is no figure where noise makes the whole the shorter of the two. A figure of bandwidth counts what must be moved once: by forward its
+inputs and output, by backward twice that, for inputs and output come back with their gradients. Memory is the most of the extra memory
+that smattn's promise allows.
 """
 
 from __future__ import annotations
@@ -74,6 +76,14 @@ class Found(NamedTuple):
             return both - forward if both and forward and both > forward else None
         return self.ours[direction].median_ms if direction in self.ours else None
 
+    def reason(self, direction: str) -> str | None:
+        """Why ms has nothing to say of it; None when nothing is known."""
+        both, forward = self.ms(BOTH), self.ms(FORWARD)
+        if direction == "backward" and both and forward and both <= forward:
+            return f"lost in noise: {BOTH} took {1e3 * both:.3g} µs, {FORWARD} alone {1e3 * forward:.3g} µs"
+        needed = (BOTH, FORWARD) if direction == "backward" else (direction,)
+        return next((row.skipped for name in needed if (row := self.ours.get(name)) and row.skipped), None)
+
 
 def found(rows: list[Row], workload: str, cache: str = WARM) -> list[Found]:
     """One for each mask."""
@@ -124,7 +134,7 @@ def of(
     """The target with a figure made of forward's row and the milliseconds of a direction."""
     cells = [cell for cell in found(rows, workload, cache) if FORWARD in cell.ours]
     figures = (figure(cell.ours[FORWARD], ms) if (ms := cell.ms(direction)) else None for cell in cells)
-    return goal.given(figures, (row.skipped for cell in cells for row in cell.ours.values()))
+    return goal.given(figures, (cell.reason(direction) for cell in cells))
 
 
 def share(row: Row) -> float | None:

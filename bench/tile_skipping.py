@@ -41,8 +41,8 @@ def below_the_line(case: Case, h: int, keys: int, u: float) -> tuple[Tensor, Ten
 
 
 def highest(rows: Tensor, keys: int) -> Tensor:
-    """The largest of each block of so many columns."""
-    return F.pad(rows, (0, -rows.shape[1] % keys), value=float("-inf")).unflatten(1, (-1, keys)).amax(2)
+    """The largest of each block of so many columns, the last axis."""
+    return F.pad(rows, (0, -rows.shape[-1] % keys), value=float("-inf")).unflatten(-1, (-1, keys)).amax(-1)
 
 
 def share(rows: Tensor, queries: int) -> float:

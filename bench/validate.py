@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 import smattn
 from smattn.testing import WORKLOADS, Case, Error, Workload, errors, make_case, run
 
-LARGEST = 2**23  # scores; float64 takes a dozen tensors of them, and seconds
+LARGEST = {"cpu": 2**23, "cuda": 2**27}  # scores; float64 takes seconds
+BYTES = 256  # of a GPU's memory for a score: float64 takes two dozen tensors of them
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 products are wrong
 
 
@@ -53,9 +55,12 @@ class Validation:
 
 
 def validate(backend: str, workload: Workload, mask: str, dtype: torch.dtype, device: str) -> Validation:
-    w = workload
-    case = make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
-    return validate_case(backend, case, w, mask)
+    return validate_case(backend, _case(workload, mask, dtype, device), workload, mask)
+
+
+@lru_cache(1)  # for one backend after the other
+def _case(w: Workload, mask: str, dtype: torch.dtype, device: str) -> Case:
+    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
 
 
 def validate_case(backend: str, case: Case, w: Workload, mask: str) -> Validation:
@@ -68,11 +73,17 @@ def _as_dict(row: Error) -> dict[str, Any]:
     return {"error": row.error, "plain": row.plain, "allowed": row.allowed, "within": row.within}
 
 
-def fitting(w: Workload) -> Workload:
-    """The workload with as much of its batch, heads and queries as LARGEST scores hold: keys and head size stay."""
-    B = min(w.B, max(1, LARGEST // (w.H * w.Nq * w.Nk)))
-    H = min(w.H, max(1, LARGEST // (B * w.Nq * w.Nk)))
-    return replace(w, B=B, H=H, Nq=min(w.Nq, max(1, LARGEST // (B * H * w.Nk))))
+def largest(device: str) -> int:
+    """Scores that the float64 reference can be given."""
+    kind = torch.device(device).type
+    return LARGEST[kind] if kind == "cpu" else min(LARGEST[kind], torch.cuda.mem_get_info(device)[0] // BYTES)
+
+
+def fitting(w: Workload, scores: int = LARGEST["cpu"]) -> Workload:
+    """The workload with as much of its batch, heads and queries as so many scores hold, in this order: keys and head size stay."""
+    B = min(w.B, max(1, scores // (w.H * w.Nq * w.Nk)))
+    H = min(w.H, max(1, scores // (B * w.Nq * w.Nk)))
+    return replace(w, B=B, H=H, Nq=min(w.Nq, max(1, scores // (B * H * w.Nk))))
 
 
 def reduced(w: Workload) -> Workload:

@@ -1,20 +1,23 @@
-"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--arch 80 90 100] [--full]`.
+"""Every kernel through the real compiler, ahead of time and without a GPU: `python -m smattn.kernels.aot [--sample | --full]`.
 
 The launches that backend.py makes are recorded on tensors that have no storage, then compiled for each chip: same arguments, same
 specialisation, same tiles as there. Prints a line for each: its tile, registers, spills, the tensor-core instruction with the shortest and
 the longest run of it between two waits, bits * number of the loads, shared memory, and how many programs a multiprocessor holds. Fails
-where Row.failure says so. What was compiled and read once is taken from Triton's cache. Must run without TRITON_INTERPRET, under which
-there is no compiler.
+where Row.failure says so, on a spilled register for one. What was compiled and read once is taken from Triton's cache. Must run without
+TRITON_INTERPRET, under which there is no compiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Problem
 from . import backend, launch
-from .configs import TileConfig, block_of, bucket
+from .configs import TileConfig
 from .machine_code import Reading, read
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
@@ -34,17 +37,14 @@ RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and
 REGISTERS, THREADS, TENSOR_COLUMNS = 65_536, {86: 1536, 89: 1536, 120: 1536}, 512  # of a multiprocessor; elsewhere 2048 threads
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
-HEAD_SIZES = (32, 48, 64, 128)
 WIDEST = 256
+HEAD_SIZES = (32, 48, 64, 128, WIDEST)
 FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
-# What spills registers, for want of a tile that does not: kernel and bytes of an element -> head sizes and queries in a tile. And dropout:
-# its random numbers take registers of their own.
-SPILLING = {
-    ("few_queries", 2): {(64, 128)},
-    ("dmask", 4): {(256, 128)},
-    ("map", 4): {(64, 128)},
-    ("map_means", 2): {(32, 16)},
-}
+SAMPLE, PRODUCT, FULL = "sample", "product", "full"
+TABLE_HEAD = (
+    "kernel", "arch", "dtype", "D", "variant", "block_m", "block_n", "warps", "stages", "maxnreg",
+    "registers", "spill_bytes", "instruction", "loads", "shared", "per_sm", "failure",
+)  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -61,6 +61,7 @@ class Variant(NamedTuple):
     logits: bool = False  # in place of M
     misaligned: bool = False  # rows of query, key and value an odd number of elements apart: no descriptors
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
+    training: bool = True  # else forward alone, nothing of it kept
     needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
 
 
@@ -68,7 +69,7 @@ PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
 TF32 = Variant("tf32", tf32=True)
 PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
-MAP = Variant("map", as_map=True)
+MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
@@ -94,6 +95,10 @@ class Job(NamedTuple):
     D: int
     Nq: int
     variant: Variant
+    B: int = 2
+    H: int = 4
+    Nk: int = 4096
+    mask_dtype: torch.dtype = torch.float32
 
 
 class Row(NamedTuple):
@@ -123,8 +128,7 @@ class Row(NamedTuple):
             return "descriptors, and no load by TMA"
         if r.instruction == "HGMMA" and r.groups > self.groups:
             return f"serialised wgmma: {r.groups} groups, not {self.groups}"
-        known = j.variant.dropout or (block_of(j.D), bucket(j.Nq)) in SPILLING.get((self.kernel, j.dtype.itemsize), ())
-        return f"spills {r.spill_bytes} bytes" if r.spill_bytes and not known else ""
+        return f"spills {r.spill_bytes} bytes" if r.spill_bytes else ""
 
     def per_multiprocessor(self) -> int:
         """How many programs run on one at a time."""
@@ -143,14 +147,23 @@ class Row(NamedTuple):
         return f"{where}{self.reading.text()}{self.shared:7} shared {self.per_multiprocessor():2} per SM {self.failure()}"
 
 
-def jobs(archs: list[int], full: bool) -> Iterator[Job]:
-    """Every kernel, chip and regime in every dtype, then each variant once, on one chip. `full`: all products."""
-    everything = (PLAIN, FEATURES, TF32, PADDING, MISALIGNED, MAP, *OTHERS)
-    if full:
-        for arch, dtype, D, Nq, variant in product(archs, DTYPES, (*HEAD_SIZES, WIDEST), (*FEW, MANY), everything):
-            if dtype == torch.float32 or not variant.tf32:
-                yield Job(arch, dtype, D, Nq, variant)
+def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
+    """Attention and its map on every chip, in every dtype, head size and number of queries. FULL: times every variant."""
+    if extent == SAMPLE:
+        yield from _sample(archs)
         return
+    variants = (PLAIN, TF32, MAP, MAP_TF32) if extent == PRODUCT else (PLAIN, FEATURES, TF32, PADDING, MISALIGNED, MAP, MAP_TF32, *OTHERS)
+    for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
+        if dtype == torch.float32 or not variant.tf32:
+            yield Job(arch, dtype, D, Nq, variant)
+    if extent == PRODUCT:  # where those have descriptors
+        for arch, dtype, D, variant in product(archs, DTYPES[:2], HEAD_SIZES, (PADDING, MISALIGNED)):
+            if arch >= 90:
+                yield Job(arch, dtype, D, MANY, variant)
+
+
+def _sample(archs: list[int]) -> Iterator[Job]:
+    """Every kernel, chip and regime in every dtype, then each variant once, on one chip."""
     few, most = FEW[0], FEW[-1]
     for arch in archs:
         for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
@@ -175,7 +188,7 @@ def jobs(archs: list[int], full: bool) -> Iterator[Job]:
 
 def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
     """The launches of one forward and backward, of attention or of its map."""
-    v, B, H, Nk = job.variant, 2, 4, 4096
+    v, B, H, Nk = job.variant, job.B, job.H, job.Nk
 
     def tensor(*sizes: int, dtype: torch.dtype = job.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -183,7 +196,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
     mask = None
     if v.mask is not None:
         axes = [n if axis > 1 else 1 for axis, n in zip(v.mask, (B, H, job.Nq), strict=True)]
-        mask = tensor(*axes, Nk, dtype=torch.float32)
+        mask = tensor(*axes, Nk, dtype=job.mask_dtype)
     problem = Problem(
         B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=job.D, dtype=job.dtype,
         mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
@@ -203,7 +216,9 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
             backend.attention_map_backward(problem, amap, *inputs, lse, v.needs)
         else:
             rest = (query, key, key, mask, alpha, padding, seed)
-            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out, save_mbar=True)
+            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out and v.training, save_mbar=v.training)
+            if not v.training:
+                return recorder.launches
             unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
             dlse = torch.empty_like(lse) if v.dlse else None
             backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
@@ -239,12 +254,17 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def compile_job(job: Job) -> list[Row]:
+def without_a_gpu(arch: int, kernel: Any, arguments: dict[str, Any], tile: TileConfig) -> Any:
+    """The compiled kernel. A launch finds it in Triton's cache only by chance: what its key is made of differs between versions."""
+    return triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=tile.options())
+
+
+def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConfig], Any] = without_a_gpu) -> list[Row]:
     rows = []
     for kernel, arguments, tile in record(job):
         name = kernel.__name__.strip("_").removesuffix("_kernel")
         try:
-            compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", job.arch, 32), options=tile.options())
+            compiled = compiler(job.arch, kernel, arguments, tile)
         except Exception as error:  # whatever the compiler throws belongs in the table
             rows.append(Row(name, job, tile, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
             continue
@@ -256,22 +276,47 @@ def compile_job(job: Job) -> list[Row]:
     return rows
 
 
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """As comma-separated values, numbers of queries that differ in nothing else on one line; above it what was compiled by what."""
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    lines: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        (arch, dtype, D, Nq, variant), t, r = row.job, row.tile, row.reading
+        figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
+        loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
+        line = (
+            row.kernel, arch, str(dtype)[6:], D, variant.name, t.block_m, t.block_n, t.num_warps, t.num_stages, t.registers,
+            *figures, loads, row.shared, row.per_multiprocessor(), row.failure(),
+        )  # fmt: skip
+        lines.setdefault(line, []).append(Nq)
+    with path.open("w", newline="") as file:
+        file.write(f"# triton {triton.__version__}, kernels/*.py sha256 {sources[:16]}\n")
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow((*TABLE_HEAD, "queries"))
+        table.writerows((*line, " ".join(map(str, queries))) for line, queries in lines.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
-    parser.add_argument("--full", action="store_true", help="every product of dtype, head size, regime and variant")
+    extents = parser.add_mutually_exclusive_group()
+    extents.add_argument("--sample", action="store_const", dest="extent", const=SAMPLE, default=PRODUCT, help="some of it: minutes")
+    extents.add_argument("--full", action="store_const", dest="extent", const=FULL, help="the product in every variant: hours")
+    parser.add_argument("--table", type=Path, help="write the table here as well, as comma-separated values")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
-    failed = compiled = 0
+    compiled: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(compile_job, jobs(options.arch, options.full)):
+        for rows in pool.map(compile_job, jobs(options.arch, options.extent)):
             for row in rows:
                 print(row.text(), flush=True)
-                compiled += 1
-                failed += bool(row.failure())
-    print(f"{compiled} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+            compiled += rows
+    failed = sum(bool(row.failure()) for row in compiled)
+    print(f"{len(compiled)} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+    if options.table:
+        write_table(options.table, compiled)
     return 1 if failed else 0
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .configs import cdiv
 from .launch import Inputs, launch
-from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile
+from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile, unless_padding
 
 
 @triton.jit(do_not_specialize=["Nq"])
@@ -35,7 +35,7 @@ def _map_kernel(
     mask_tile = mask_ptr + b * stride_mb if MASK_KIND else None
     m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for head in range(0, H):
+    for head in range(0, unless_padding(H, live, HAS_PADDING)):
         h = tl.cast(head, tl.int64)
         if MASK_PER_HEAD:
             m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)

@@ -13,7 +13,18 @@ from torch import Tensor
 from .configs import TileConfig, cdiv
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
-from .primitives import LOG2E, finish_rows, live_keys, load_alpha, load_mask, load_tile, probabilities, query_program, store_rows
+from .primitives import (
+    LOG2E,
+    finish_rows,
+    live_keys,
+    live_span,
+    load_alpha,
+    load_mask,
+    load_tile,
+    probabilities,
+    query_program,
+    store_rows,
+)
 
 FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
 
@@ -40,9 +51,12 @@ def _map_means_kernel(
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     eta = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
-    for start_n in range(first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), BLOCK_N):
+    pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
+    end = tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N)
+    lo, hi = live_span(pad_batch, first_block * BLOCK_N, end, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)

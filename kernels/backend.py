@@ -5,8 +5,6 @@ Tensors are canonical (see smattn/ops.py). No call synchronises with the device,
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 from torch import Tensor
@@ -105,7 +103,8 @@ def backward(
     grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
-    few, dquery, dalpha, dalpha_rows = backward_few_queries.serves(inputs, list(grads[:4])), grads[0], grads[4], None
+    few = backward_few_queries.serves(problem, backward_few_queries.needs_of(*grads[:4]))
+    dquery, dalpha, dalpha_rows = grads[0], grads[4], None
     if few and out is not None and backward_few_queries.folds_delta(inputs, dquery):
         held = configs.holds_dq(problem)
         rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
@@ -188,7 +187,7 @@ def _map_inputs(
     key_padding_mask: Tensor | None,
 ) -> Inputs:
     """A map's inputs: those of attention to a value without columns."""
-    problem = replace(problem, Dv=0)
+    problem = problem._replace(Dv=0)
     return Inputs(problem, query, key, key[..., :0], mask, alpha, key_padding_mask, head_weights=head_weights.contiguous())
 
 

@@ -19,6 +19,7 @@ from .primitives import (
     finish_rows,
     head_of,
     live_keys,
+    live_span,
     load_alpha,
     load_block,
     load_dlse,
@@ -57,9 +58,11 @@ def _delta_sweep_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)
     any_live = tl.zeros([BLOCK_N], tl.int32)
-    for start_n in range(0, Nk, BLOCK_N):
+    pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
+    lo, hi = live_span(pad_batch, 0, Nk, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         any_live |= live.to(tl.int32)
         k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
         k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)

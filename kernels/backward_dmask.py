@@ -25,6 +25,7 @@ from .primitives import (
     score_gradient,
     store_dalpha,
     store_mask_tile,
+    unless_padding,
 )
 
 
@@ -66,8 +67,12 @@ def _dmask_kernel(
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
-            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
-            for head in range(h_lo, H if SHARED_H else h_lo + 1):
+            m_rows = unless_padding(Nq, live, HAS_PADDING)
+            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+            partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H if NEED_DALPHA else None
+            heads = H if SHARED_H else 1
+            seen = unless_padding(heads, live, HAS_PADDING)
+            for head in tl.range(h_lo, h_lo + seen, disable_licm=True):
                 h = tl.cast(head, tl.int64)
                 bh = b * H + h
                 g = h // GROUP
@@ -88,8 +93,11 @@ def _dmask_kernel(
                 )  # fmt: skip
                 dm += tl.where(live[None, :], alpha * ds, 0.0)  # a padded key's K and V may be NaN, and in a row without keys dO
                 if NEED_DALPHA:
-                    partial = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + bh
-                    store_dalpha(partial, tl.where(live[None, :], ds, 0.0) if HAS_PADDING else ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
+                    ds = tl.where(live[None, :], ds, 0.0) if HAS_PADDING else ds
+                    store_dalpha(partials + h, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
+            if NEED_DALPHA and HAS_PADDING:
+                for head in range(h_lo + seen, h_lo + heads):
+                    tl.store(partials + head, 0.0)
     offs_m = m_lo * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_tile = mask_ptr + tl.cast(b_lo, tl.int64) * stride_mb + tl.cast(h_lo, tl.int64) * stride_mh
     store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)

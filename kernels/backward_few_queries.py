@@ -8,17 +8,20 @@ works out delta. A last kernel adds up dQ and dalpha in a fixed order: two launc
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Problem
 from . import backward_dq, configs
 from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch, strides
 from .primitives import (
+    SOFT,
     dot,
     first_rows,
     live_keys,
@@ -33,19 +36,29 @@ from .primitives import (
     store_dalpha,
     store_key_gradients,
     store_mask_tile,
+    store_tile,
+    unless_padding,
 )
 
 REDUCE = TileConfig(block_m=1, block_n=256, num_warps=4, num_stages=1)
+Needs = tuple[bool, bool, bool, bool]  # of the gradients of query, key, value and mask
 
 
-def serves(inputs: Inputs, gradients: list[Tensor | None]) -> bool:
+def needs_of(*gradients: Tensor | None) -> Needs:
+    """Which of the four are to be filled."""
+    a, b, c, d = (gradient is not None for gradient in gradients)
+    return a, b, c, d
+
+
+@lru_cache
+def serves(t: Problem, needs: Needs) -> bool:
     """Few queries, but for two cases: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch, and
     queries that outweigh everything else leave no memory for dQ in float32.
     """
-    t, (dquery, *_, dmask) = inputs.problem, gradients
-    if not configs.one_tile(t) or (dquery is not None and _affordable(inputs, gradients) == 0):
+    need_dq, *_, need_dmask = needs
+    if not configs.one_tile(t) or (need_dq and _affordable(t, needs) == 0):
         return False
-    return not (dmask is not None and t.B > dmask.shape[0] and dmask.shape[1] > 1 and t.H > t.Hkv)
+    return not (need_dmask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -78,16 +91,17 @@ def _few_queries_kernel(
     b_hi = B if SUM_B else b_lo + 1
     offs_m = tl.arange(0, BLOCK_M)
     first_block = split * split_blocks
-    for n_block in range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N))):
+    for n_block in tl.range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N)), disable_licm=True):
         offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         started = (offs_m < Nq) & (tl.full([BLOCK_M], n_block, tl.int32) > first_block)  # this split's dQ already holds a sum
         dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for batch in range(b_lo, b_hi):
+        for batch in tl.range(b_lo, b_hi, disable_licm=True):
             b = tl.cast(batch, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + b * stride_mb if MASK_KIND else None
-            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
-            for group in range(g_lo, g_hi):
+            m_rows = unless_padding(Nq, live, HAS_PADDING)
+            m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
+            for group in tl.range(g_lo, g_hi, disable_licm=True):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,
                     do_ptr + b * stride_dob, weights_ptr, rows_ptr, mbar_ptr,
@@ -137,7 +151,8 @@ def _kv_head(
     v = load_tile(v_ptr + g * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for r in range(0, GROUP):
+    seen = unless_padding(GROUP, live, HAS_PADDING)
+    for r in tl.range(0, seen, disable_licm=True):
         h = g * GROUP + r
         bh = b * H + h
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
@@ -178,6 +193,17 @@ def _kv_head(
                 mask_tile = mask_ptr + h * stride_mh
                 store_mask_tile(dmask_ptr, dm, bh, mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
                 dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_PADDING:
+        for r in range(seen, GROUP):
+            h = g * GROUP + r
+            bh = b * H + h
+            if NEED_DQ:
+                nothing = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                store_tile(dq_ptr + h * Nq * D, nothing, offs_m, offs_d, D, (offs_m < Nq) & ~started, offs_d < D)
+            if NEED_DALPHA:
+                tl.store(dalpha_ptr + bh, 0.0)
+            if NEED_DMASK and not (SHARED_H or SUM_B):
+                store_mask_tile(dmask_ptr, dm, bh, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, SOFT, SHARED_M)
     bg = b * (H // GROUP) + g
     store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
     return dm
@@ -259,37 +285,58 @@ def run(
     dalpha: Tensor | None,
 ) -> None:
     """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha (H,) float32."""
-    t, tile, gradients = inputs.problem, inputs.tile("few"), [dquery, dkey, dvalue, dmask]
-    mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
-    shared = dict(SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1)
-    owners = t.B * t.Hkv
-    if dmask is not None:
-        owners = (1 if shared["SHARED_B"] else t.B) * (1 if shared["SHARED_H"] else t.Hkv)
-    inside = dquery is not None and configs.holds_dq(t)
-    blocks, split_blocks, parts = cdiv(t.Nk, tile.block_n), 1, None
-    if dquery is not None and inside:
-        split_blocks = cdiv(blocks, splits(inputs, gradients, owners))
-        parts = inputs.accumulator(cdiv(blocks, split_blocks), *dquery.shape)
+    t, tile = inputs.problem, inputs.tile("few")
+    cut = _cut(t, tile, needs_of(dquery, dkey, dvalue, dmask), dalpha is not None)
+    parts = None
+    if dquery is not None and cut.flags["NEED_DQ"]:
+        parts = inputs.accumulator(cut.n_splits, *dquery.shape)
     elif dquery is not None:
-        parts = backward_dq.run_split(inputs, dout, rows, splits(inputs, gradients, t.B * t.H))
-        rows = replace(rows, out=None)
-    tiles = inputs.accumulator(blocks, t.B, t.H) if dalpha is not None else None
-    if inside or any(gradient is not None for gradient in (dkey, dvalue, dmask, dalpha)):
-        n_splits = cdiv(blocks, split_blocks)
-        arguments: dict[str, Any] = inputs.gradient_arguments(tile, dout, rows) | rows.arguments() | shared | dict(
-            mbar_ptr=mbar, dq_ptr=parts if inside else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
-            B=t.B, n_splits=n_splits, split_blocks=split_blocks,
-            NEED_DQ=inside, NEED_DK=dkey is not None, NEED_DV=dvalue is not None,
-            NEED_DMASK=dmask is not None, NEED_DALPHA=dalpha is not None,
+        parts = backward_dq.run_split(inputs, dout, rows, cut.dq_splits)
+        rows = rows._replace(out=None)
+    tiles = inputs.accumulator(cut.blocks, t.B, t.H) if dalpha is not None else None
+    if cut.programs:
+        arguments = inputs.gradient_arguments(tile, dout, rows)
+        arguments.update(
+            mbar_ptr=mbar, dq_ptr=parts if cut.flags["NEED_DQ"] else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
+            B=t.B, n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
         )  # fmt: skip
-        launch(_few_queries_kernel, owners * n_splits, arguments, tile)
+        launch(_few_queries_kernel, cut.programs, arguments, tile)
     if dquery is not None or dalpha is not None:
         reduce(inputs, rows, mbar, parts, dquery, tiles, dalpha)
 
 
-def splits(inputs: Inputs, gradients: list[Tensor | None], owners: int) -> int:
+class _Cut(NamedTuple):
+    """How the work falls to programs, each of which goes over some key blocks, and over all heads or batch elements that share dM."""
+
+    programs: int  # 0: dQ alone is wanted, and has a pass of its own
+    blocks: int
+    split_blocks: int
+    n_splits: int
+    dq_splits: int  # of dQ's own pass
+    flags: dict[str, bool]
+
+
+@lru_cache
+def _cut(t: Problem, tile: TileConfig, needs: Needs, need_dalpha: bool) -> _Cut:
+    need_dq, need_dk, need_dv, need_dmask = needs
+    mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
+    owners, inside = t.B * t.Hkv, need_dq and configs.holds_dq(t)
+    if need_dmask:
+        owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
+    blocks = cdiv(t.Nk, tile.block_n)
+    split_blocks = cdiv(blocks, splits(t, needs, owners)) if inside else 1
+    flags = dict(
+        SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
+        NEED_DQ=inside, NEED_DK=need_dk, NEED_DV=need_dv, NEED_DMASK=need_dmask, NEED_DALPHA=need_dalpha,
+    )  # fmt: skip
+    n_splits = cdiv(blocks, split_blocks)
+    programs = owners * n_splits if inside or need_dk or need_dv or need_dmask or need_dalpha else 0
+    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if need_dq else 0, flags)
+
+
+def splits(t: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(_affordable(inputs, gradients), max(1, configs.SPLIT_PROGRAMS // owners))
+    return min(_affordable(t, needs), max(1, configs.SPLIT_PROGRAMS // owners))
 
 
 def reduce(
@@ -313,8 +360,10 @@ def reduce(
     launch(_reduce_kernel, programs, arguments, REDUCE)
 
 
-def _affordable(inputs: Inputs, gradients: list[Tensor | None]) -> int:
+@lru_cache
+def _affordable(t: Problem, needs: Needs) -> int:
     """How many dQ in float32 fit in a fifth of inputs and gradients and 6 MiB, beside what forward kept."""
-    t = inputs.problem
-    held = t.bytes_of_inputs() + sum(x.numel() * x.element_size() for x in gradients if x is not None)
+    keys, mask = t.B * t.Hkv * t.Nk, (t.mask_dtype or t.dtype).itemsize * math.prod(t.mask_shape or (0,))
+    sizes = (t.B * t.H * t.Nq * t.D * t.dtype.itemsize, keys * t.D * t.dtype.itemsize, keys * t.Dv * t.dtype.itemsize, mask)
+    held = t.bytes_of_inputs() + sum(size for size, needed in zip(sizes, needs, strict=True) if needed)
     return max(0, held // 5 + (6 << 20) - t.bytes_kept()) // (4 * t.B * t.H * t.Nq * t.D)

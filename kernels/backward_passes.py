@@ -27,8 +27,8 @@ def run(
 
     soft: those of soft_mask.soften; M may lie in dmask, whose pass is therefore the last.
     """
-    gradients = [dquery, dkey, dvalue, dmask]
-    if backward_few_queries.serves(inputs, gradients):
+    needs = backward_few_queries.needs_of(dquery, dkey, dvalue, dmask)
+    if backward_few_queries.serves(inputs.problem, needs):
         return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
     key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
     dmask_pass = dmask is not None and not key_only
@@ -42,7 +42,7 @@ def run(
     if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
         dmask.copy_(_of_rows(inputs, dmask_rows.sum_to_size(dmask.shape)))
     t = inputs.problem
-    splits = backward_few_queries.splits(inputs, gradients, t.B * t.H) if dquery is not None and t.Nq <= FEW_QUERIES else 1
+    splits = backward_few_queries.splits(t, needs, t.B * t.H) if dquery is not None and t.Nq <= FEW_QUERIES else 1
     if dquery is not None and splits > 1 and (dalpha is None or dmask_pass):  # few queries of wide heads
         parts = backward_dq.run_split(soft, dout, rows, splits)
         backward_few_queries.reduce(inputs, rows, None, parts, dquery, None, None)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -39,7 +39,6 @@ class TileConfig:
 T = TileConfig
 NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
-# *_pointers: in place of a tile with tma where no descriptors are possible. Without such a row it is the same tile.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
     ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
@@ -47,7 +46,6 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("forward", 100, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2, 255), T(32, 32, 8, 1)),
     ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
     ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, 128, True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
-    ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(32, 16, 4, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
     ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
@@ -61,10 +59,10 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("few_32", 90, 2): (T(32, 64, 8, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), NONE),
     ("few_32", 80, 4): (T(32, 32, 8, 1), T(32, 32, 8, 1), NONE, NONE),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), NONE, NONE),
-    ("few_64", 80, 4): (T(64, 32, 8, 1), NONE, NONE, NONE),
+    ("few_64", 80, 4): (T(64, 32, 8, 1, 255), NONE, NONE, NONE),
     ("few_128", 80, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
     ("few_128", 90, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
-    ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
+    ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 2), NONE, NONE),
     ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
     ("dkdv", 90, 2): (T(32, 64, 4, 2, tma=True), T(32, 64, 4, 2, tma=True), T(32, 64, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
@@ -72,42 +70,71 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 90, 2): (T(128, 32, 8, 2, tma=True), T(128, 32, 8, 2, tma=True), T(64, 64, 4, 2, tma=True), T(32, 32, 8, 1, tma=True)),
-    ("dq_pointers", 90, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 100, 2): (T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, 255, True), T(64, 32, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1, 128)),
     ("dq", 90, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
     ("split_dq", 80, 2): (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
-    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 128), T(16, 16, 8, 1), T(16, 16, 8, 1)),
+    ("split_dq", 80, 4): (T(64, 32, 4, 1), T(32, 32, 8, 1, 255), T(16, 16, 8, 1), T(16, 16, 8, 1, 128)),
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
     ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 1, tma=True)),
     ("dmask", 100, 2): (T(64, 64, 8, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 64, 8, 2, 255, True), T(64, 32, 8, 1, tma=True)),
-    ("dmask_pointers", 90, 2): (NONE, T(64, 64, 8, 1), T(64, 16, 8, 1), T(32, 16, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
+# In place of a tile of the table that would spill: (kernel, kind of call, chip itself, bytes) -> head size -> tile. Padding and dropout
+# take registers of their own ("extras"), a map's passes load a tile of its gradient ("map"), and so do pointers where no descriptors are
+# possible ("pointers").
+SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
+    ("few_16", "extras", 80, 2): {32: T(16, 64, 8, 1), 64: T(16, 64, 8, 1), 128: T(16, 32, 8, 1)},
+    ("few_32", "extras", 80, 2): {64: T(32, 32, 8, 1)},
+    ("few_32", "extras", 90, 2): {32: T(32, 32, 8, 1)},
+    ("few_32", "extras", 100, 2): {32: T(32, 32, 8, 1), 64: T(32, 32, 8, 1)},
+    ("few_64", "extras", 80, 2): {32: T(64, 32, 8, 1)},
+    ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
+    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 64, 8, 2, tma=True)},
+    ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2, tma=True)},
+    ("forward", "extras", 90, 2): {
+        32: T(128, 64, 8, 3, tma=True), 64: T(128, 64, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(32, 16, 4, 2, tma=True)
+    },
+    ("forward", "extras", 100, 2): {
+        32: T(128, 64, 8, 3, tma=True), 64: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(64, 16, 8, 2, tma=True)
+    },
+    ("forward", "pointers", 90, 2): {32: T(128, 64, 8, 3), 64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3), 256: T(32, 16, 4, 2)},
+    ("forward", "pointers", 100, 2): {32: T(128, 64, 8, 3), 64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3), 256: T(64, 16, 8, 2)},
+    ("dq", "extras", 90, 2): {32: T(128, 32, 8, 2, tma=True), 64: T(128, 32, 8, 2, tma=True), 128: T(64, 32, 4, 2, tma=True)},
+    ("dq", "pointers", 90, 2): {32: T(128, 64, 8, 2), 64: T(128, 64, 8, 2), 128: T(64, 32, 8, 2)},
+    ("dmask", "pointers", 90, 2): {64: T(64, 64, 8, 1), 128: T(64, 16, 8, 1), 256: T(32, 16, 8, 1)},
+    ("dmask", "pointers", 100, 2): {64: T(64, 64, 8, 1), 128: T(64, 16, 8, 1), 256: T(32, 16, 8, 1)},
+    ("split_64", "map", 80, 4): {64: T(64, 32, 8, 1, 128)},
+    ("dkdv", "map", 90, 4): {128: T(16, 32, 8, 1)},
+    ("dkdv", "map", 100, 4): {128: T(16, 32, 8, 1)},
+}
 
 
-def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
+def tile(kernel: str, problem: Problem, arch: int, pointers: bool = False) -> TileConfig:
     """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes the row of the newest one that is not newer
-    than itself, those of SMALL_SHARED sm_86's or sm_80's.
+    than itself, those of SMALL_SHARED sm_86's or sm_80's. pointers: no descriptors are possible.
     """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
-    return _tile(kernel, bucket(problem.Nq), arch, size, head)
+    kind = "map" if problem.Dv == 0 else "extras" if problem.has_padding or problem.dropout_p > 0 else ""
+    return _tile(kernel, bucket(problem.Nq), arch, size, head, kind, pointers)
 
 
 @cache
-def _tile(kernel: str, queries: int, arch: int, size: int, head: int) -> TileConfig:
+def _tile(kernel: str, queries: int, arch: int, size: int, head: int, kind: str = "", pointers: bool = False) -> TileConfig:
     if kernel in ("split", "few"):
         queries = min(queries, 64) if kernel == "split" else queries
         kernel = f"{kernel}_{queries}"
-    pointers = kernel.endswith("_pointers")
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1, tma=not pointers)
-    found = row_of(kernel, arch, size)[next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)]
-    if pointers and found == NONE:
-        return replace(_tile(kernel.removesuffix("_pointers"), queries, arch, size, head), tma=False)
-    return found
+    column = next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)
+    found, chip = row_of(kernel, arch, size)[column], 80 if arch in SMALL_SHARED else generation(arch)
+    for special in (kind, "pointers") if pointers else (kind,):
+        if other := SPECIAL.get((kernel, special, chip, size), {}).get(HEAD_SIZES[column]):
+            found = other
+            break
+    return replace(found, tma=False) if pointers and found.tma else found
 
 
 def cdiv(a: int, b: int) -> int:
@@ -125,12 +152,14 @@ def bucket(queries: int) -> int:
     return max(16, min(FEW_QUERIES, _power_of_2(queries)))
 
 
+@lru_cache
 def one_tile(problem: Problem) -> bool:
     """Whether backward may hold all queries of a head in one tile: they are few, and narrow enough to spill no registers."""
     queries, row = bucket(problem.Nq), _row_bytes(problem)
     return problem.Nq <= FEW_QUERIES and (row <= 128 or queries * row <= 8 << 10)
 
 
+@lru_cache
 def holds_dq(problem: Problem) -> bool:
     """Whether that tile leaves registers for dQ as well."""
     queries, row = bucket(problem.Nq), _row_bytes(problem)
@@ -162,7 +191,7 @@ def row_of(kernel: str, arch: int, size: int) -> tuple[TileConfig, TileConfig, T
     """The row that a chip takes: its own, or that of the newest one before it."""
     own = generation(arch)
     before = (own, 80) if own == 86 else (own, 90, 80)
-    return next((TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE), (NONE,) * 4)
+    return next(TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE)
 
 
 def generation(arch: int) -> int:

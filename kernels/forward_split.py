@@ -120,7 +120,8 @@ def run(inputs: Inputs, splits: int, split_blocks: int, out: Tensor, lse: Tensor
     acc = inputs.accumulator(splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
     rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
-    partial = inputs.arguments(tile) | dict(
+    partial = inputs.arguments(tile)
+    partial.update(
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
     )

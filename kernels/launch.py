@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ..problem import Problem
 from . import configs
 from .configs import TileConfig
 from .primitives import LOGITS, ROUNDED_LOGITS, SOFT
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+Layouts = tuple["Layout | None", ...]  # of query, key, mask, alpha, padding and, but for a map, value
 
 
 @dataclass
@@ -44,8 +47,7 @@ def arch_of(device: torch.device) -> int:
     return configs.arch_of(device) if _recorder is None else _recorder.arch
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Of each query row lse in base 2 and delta: what every pass of backward reads."""
 
     values: Tensor | None  # (B, H, Nq, 2) float32
@@ -78,16 +80,8 @@ class Inputs:
         """Whether there are no scores at all."""
         return 0 in (self.problem.B, self.problem.Nq, self.problem.Nk)
 
-    def mask_kind(self) -> int:
-        """MASK_KIND of the kernels. Where queries are few each pass takes the sigmoid of logits; else see soft_mask.py."""
-        if self.mask is None:
-            return 0
-        t = self.problem
-        kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= configs.FEW_QUERIES else ROUNDED_LOGITS
-        return int(kind.value)
-
-    def tile(self, kernel: str) -> TileConfig:
-        return configs.tile(kernel, self.problem, arch_of(self.query.device))
+    def tile(self, kernel: str, pointers: bool = False) -> TileConfig:
+        return configs.tile(kernel, self.problem, arch_of(self.query.device), pointers)
 
     def accumulator(self, *sizes: int) -> Tensor:
         """Uninitialised float32 buffer."""
@@ -95,40 +89,69 @@ class Inputs:
 
     def score_arguments(self, tile: TileConfig) -> dict[str, Any]:
         """What every kernel takes: pointers, strides (0 along broadcast axes), sizes, scalars, flags and blocks of the scores."""
-        t = self.problem
-        pad = None if self.key_padding_mask is None else self.key_padding_mask.view(torch.uint8)
-        return dict(
-            q_ptr=self.query, k_ptr=self.key, mask_ptr=self.mask, alpha_ptr=self.alpha, pad_ptr=pad,
-            **strides("q", "bhmd", self.query), **strides("k", "bhnd", self.key),
-            **strides("m", "bhmn", self.mask), **strides("a", "h", self.alpha), **strides("p", "bn", pad),
-            H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
-            MASK_KIND=self.mask_kind(), HAS_PADDING=pad is not None, ALLOW_TF32=t.allow_tf32,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
-        )  # fmt: skip
+        pointers = self._pointers()
+        return _numbers_of_scores(self.problem, tile, tuple(map(_layout, pointers.values()))) | pointers
 
     def arguments(self, tile: TileConfig) -> dict[str, Any]:
         """Those, and value and dropout: what every attention kernel takes."""
-        t = self.problem
-        threshold = int(t.dropout_p * 2**32)
-        return self.score_arguments(tile) | strides("v", "bhnd", self.value) | dict(
-            v_ptr=self.value, seed_ptr=self.seed, HAS_DROPOUT=self.seed is not None,
-            drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # the bits of a uint32 in an int32
-            keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=configs.block_of(t.Dv),
-        )  # fmt: skip
+        pointers = self._pointers() | dict(v_ptr=self.value)
+        arguments = _numbers_of_attention(self.problem, tile, tuple(map(_layout, pointers.values()))) | pointers
+        arguments["seed_ptr"] = self.seed
+        return arguments
+
+    def _pointers(self) -> dict[str, Tensor | None]:
+        pad = None if self.key_padding_mask is None else self.key_padding_mask.view(torch.uint8)
+        return dict(q_ptr=self.query, k_ptr=self.key, mask_ptr=self.mask, alpha_ptr=self.alpha, pad_ptr=pad)
 
     def gradient_arguments(self, tile: TileConfig, dout: Tensor, rows: Rows) -> dict[str, Any]:
         """Those, and the gradient that comes in: what every pass of backward takes. dout: for an attention map (B, 1, Nq, Nk)."""
-        return self.arguments(tile) | strides("do", "bhmd", dout) | dict(do_ptr=dout, weights_ptr=self.head_weights, rows_ptr=rows.values)
+        arguments = self.arguments(tile)
+        arguments |= strides("do", "bhmd", dout)
+        arguments.update(do_ptr=dout, weights_ptr=self.head_weights, rows_ptr=rows.values)
+        return arguments
 
 
 def strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
     """Arguments stride_{name}{axis}, 0 along axes of one element, so that these broadcast."""
-    names = _stride_names(name, axes)
-    if tensor is None:
-        return dict.fromkeys(names, 0)
-    return {key: 0 if n == 1 else stride for key, n, stride in zip(names, tensor.shape, tensor.stride(), strict=True)}
+    return _strides(name, axes, _layout(tensor))
 
 
-@cache
-def _stride_names(name: str, axes: str) -> tuple[str, ...]:
-    return tuple(f"stride_{name}{axis}" for axis in axes)
+def _layout(tensor: Tensor | None) -> Layout | None:
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+@lru_cache
+def _strides(name: str, axes: str, layout: Layout | None) -> dict[str, int]:
+    shape, steps = layout or ((1,) * len(axes),) * 2
+    return {f"stride_{name}{axis}": 0 if n == 1 else step for axis, n, step in zip(axes, shape, steps, strict=True)}
+
+
+@lru_cache
+def mask_kind(t: Problem) -> int:
+    """MASK_KIND of the kernels. Where queries are few each pass takes the sigmoid of logits; else see soft_mask.py."""
+    if t.mask_shape is None:
+        return 0
+    kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= configs.FEW_QUERIES else ROUNDED_LOGITS
+    return int(kind.value)
+
+
+@lru_cache
+def _numbers_of_scores(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[str, Any]:
+    """All that is no pointer, worked out once for the calls that agree in it: as much Python as the rest of a call."""
+    query, key, mask, alpha, pad, *_ = layouts
+    return dict(
+        **_strides("q", "bhmd", query), **_strides("k", "bhnd", key),
+        **_strides("m", "bhmn", mask), **_strides("a", "h", alpha), **_strides("p", "bn", pad),
+        H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
+        MASK_KIND=mask_kind(t), HAS_PADDING=t.has_padding, ALLOW_TF32=t.allow_tf32,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
+    )  # fmt: skip
+
+
+@lru_cache
+def _numbers_of_attention(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[str, Any]:
+    threshold = int(t.dropout_p * 2**32)
+    return _numbers_of_scores(t, tile, layouts) | _strides("v", "bhnd", layouts[-1]) | dict(
+        HAS_DROPOUT=t.dropout_p > 0, drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # a uint32's bits in an int32
+        keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=configs.block_of(t.Dv),
+    )  # fmt: skip

@@ -118,6 +118,12 @@ def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
 
 
 @triton.jit
+def unless_padding(n, live, HAS_PADDING: tl.constexpr):
+    """n, the number of queries or heads to go over, but 0 for a key block of padding alone: all of its gradients are 0."""
+    return tl.where(tl.max(live.to(tl.int32), 0) > 0, n, 0) if HAS_PADDING else n
+
+
+@triton.jit
 def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl.constexpr):
     """lo..hi less the whole key blocks of padding at either end, in which nothing counts: batches are padded at their end."""
     if HAS_PADDING:
@@ -344,13 +350,14 @@ def score_gradient(
     a, b are Q, K and c, d are dO, V, or the other way round. dp: None, then c d^T. live, lse, delta and the indices of queries, i, and of
     keys, j: shaped to broadcast.
     """
+    if HAS_DROPOUT:  # ahead of the products: while random numbers are made, nothing else should take registers
+        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
     s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, MASK_KIND)
     if dp is None:
         dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
     p = tl.exp2(s - lse_log2)
     p_kept = p
     if HAS_DROPOUT:
-        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
         p_kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return p_kept, p * (dp - delta)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Problem
+from ..problem import Problem, queries_kept_unrounded
 from ..testing import WORKLOADS, Workload
 from .configs import holds_dq, one_tile, tile
 
@@ -63,15 +63,26 @@ class Estimate(NamedTuple):
 
 
 def passes(w: Workload, arch: int) -> Iterator[Pass]:
-    """Forward, then backward with all five gradients: 5 products where one program holds all queries and dQ, 7 without dQ, else 9."""
+    """Forward alone, forward as it is where gradients are wanted, and backward with all five of them.
+
+    Forward then has a third product, for what rounding P to 16 bits lost, and stores the output in float32 too, unless that would take too
+    much memory: primitives.attend. Backward has 5 products where one program holds all queries and dQ, 7 without dQ, else 9.
+    """
     problem = Problem(
         B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
         mask_shape=(w.B, 1, w.Nq, w.Nk), device_type="cuda",
     )  # fmt: skip
     heads, row = w.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES
+    unrounded = heads * queries_kept_unrounded(problem) * w.D * 4
+
+    def forwards(l2: int) -> Iterator[Pass]:
+        memory = queries + keys + mask
+        yield Pass("forward", 2, 1, memory, l2)
+        yield Pass("forward+out", 3 if unrounded else 2, 1, memory + unrounded, l2 + unrounded)
+
     if one_tile(problem):
-        yield Pass("forward", 2, 1, queries + keys + mask, queries + keys + w.H * mask)
+        yield from forwards(queries + keys + w.H * mask)
         if not holds_dq(problem):
             yield Pass("dq", 3, 1, queries + keys + mask, queries + keys + w.H * mask)
         owned = 2 * (queries + keys + mask)
@@ -82,7 +93,7 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
         shape = tile(kernel, problem, arch)
         return -(-w.Nq // shape.block_m), -(-w.Nk // shape.block_n)
 
-    yield Pass("forward", 2, 1, queries + keys + mask, blocks("forward")[0] * keys + w.H * mask)
+    yield from forwards(blocks("forward")[0] * keys + w.H * mask)
     yield Pass("dkdv", 4, 1, queries + 2 * keys + mask, blocks("dkdv")[1] * queries + w.H * mask)
     yield Pass("dq", 3, 1, 2 * queries + keys + mask, blocks("dq")[0] * keys + w.H * mask)
     of_queries, of_keys = blocks("dmask")

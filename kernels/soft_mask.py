@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import TileConfig, cdiv
-from .launch import Inputs, launch, strides
+from .launch import Inputs, launch, mask_kind, strides
 from .primitives import ROUNDED_LOGITS, sigmoid
 
 ROW = TileConfig(block_m=1, block_n=1024, num_warps=4, num_stages=1)
@@ -33,14 +33,14 @@ def soften(inputs: Inputs, buffer: Tensor | None = None) -> Inputs:
     buffer: where to write M, contiguous, of the logits' shape and dtype; None: memory of its own.
     """
     logits = inputs.mask
-    if logits is None or inputs.mask_kind() != ROUNDED_LOGITS.value:
+    if logits is None or mask_kind(inputs.problem) != ROUNDED_LOGITS.value:
         return inputs
     shape = logits.shape
     if buffer is None:  # as large as the logits are in memory: an expanded axis stays one
         logits = logits[tuple(slice(None) if stride else slice(1) for stride in logits.stride())]
         buffer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _fill(logits, buffer)
-    return replace(inputs, mask=buffer.expand(shape), problem=replace(inputs.problem, mask_is_logits=False))
+    return replace(inputs, mask=buffer.expand(shape), problem=inputs.problem._replace(mask_is_logits=False))
 
 
 def _fill(logits: Tensor, m: Tensor) -> None:

@@ -172,6 +172,8 @@ def _per_head(scalars: float | Tensor | None, query: Tensor) -> Tensor | None:
     if scalars is None:
         return None
     acc = acc_dtype(query.dtype)
+    if isinstance(scalars, Tensor) and scalars.dim() == 1 and scalars.dtype == acc:
+        return scalars  # neither view nor cast, which autograd would have to undo
     if not isinstance(scalars, Tensor):
         return torch.full((query.shape[1],), scalars, dtype=acc, device=query.device)
     return scalars.to(acc).expand(query.shape[1])

@@ -31,8 +31,14 @@ def what_backward_reads(
     query: Tensor, key: Tensor, mask: Tensor | None, mask_logits: Tensor | None, alpha: Tensor | None
 ) -> tuple[bool, bool]:
     """save_out and save_mbar of ops.forward: what some gradient will read."""
-    alpha_grad, *others = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in (alpha, query, key, mask, mask_logits))
+    tensors = (alpha, query, key, mask, mask_logits)
+    alpha_grad, *others = (torch.is_grad_enabled() and t is not None and _requires_grad(t) for t in tensors)
     return alpha_grad or any(others), alpha_grad
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    """Dynamo says of an input of torch.func.grad that it does not, but of what is made of it that it does."""
+    return (tensor.view_as(tensor) if torch.compiler.is_compiling() else tensor).requires_grad
 
 
 def _ask_again(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@ out_acc, the unrounded out, is (B, H, 0, Dv) where it would take too much memory
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -40,14 +40,15 @@ library.define(
 )
 
 
-@contextmanager
-def inside_an_op(device: torch.device) -> Iterator[None]:
+def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast, with the tensors' device current. Below autograd it is already: see the autograd kernels in autograd.py."""
-    with (
-        torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext(),
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-    ):
-        yield
+    there: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if not torch.is_autocast_enabled(device.type):
+        return there
+    both = ExitStack()
+    both.enter_context(there)
+    both.enter_context(torch.autocast(device.type, enabled=False))
+    return both
 
 
 def _forward(

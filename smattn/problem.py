@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Sizes, dtypes and flags of one call: all that a backend needs to say whether it can run it, and how."""
 
     B: int
@@ -58,9 +56,9 @@ class Problem:
 
 def new_gradients(problem: Problem, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
     """Room for the gradients of five inputs, contiguous, None where not needed; uninitialised, but zeros where there are no scores."""
-    new = torch.zeros if 0 in (problem.B, problem.Nq, problem.Nk) else torch.empty
+    new = torch.zeros_like if 0 in (problem.B, problem.Nq, problem.Nk) else torch.empty_like
     a, b, c, d, e = (
-        new(x.shape, dtype=x.dtype, device=x.device) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True)
+        new(x, memory_format=torch.contiguous_format) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True)
     )
     return a, b, c, d, e
 
@@ -91,23 +89,18 @@ def describe(
     _, Hkv, Nk, _ = key.shape
     soft = mask if mask is not None else mask_logits
     return Problem(
-        B=B,
-        H=H,
-        Hkv=Hkv,
-        Nq=Nq,
-        Nk=Nk,
-        D=D,
+        B, H, Hkv, Nq, Nk, D,
         Dv=D if value is None else value.shape[3],
         dtype=query.dtype,
         mask_dtype=None if soft is None else soft.dtype,
-        mask_shape=None if soft is None else (soft.shape[0], soft.shape[1], soft.shape[2], soft.shape[3]),
+        mask_shape=None if soft is None else tuple(soft.shape),  # type: ignore[arg-type]  # it has four axes
         device_type=query.device.type,
         has_padding=key_padding_mask is not None,
         scale=scale,
         dropout_p=dropout_p,
         allow_tf32=allow_tf32,
         mask_is_logits=mask_logits is not None,
-    )
+    )  # fmt: skip
 
 
 def validate(

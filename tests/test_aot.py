@@ -23,7 +23,7 @@ jobs = [aot.Job(90, torch.float16, 64, Nq, aot.FEATURES) for Nq in (13, 1045)]
 rows = [row for job in jobs for row in aot.compile_job(job)]
 broken = {
     "shared": [row._replace(shared=2**20).failure() for row in rows],
-    "spill": [row._replace(job=row.job._replace(variant=aot.PLAIN), reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
+    "spill": [row._replace(reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
     "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
     "pointers": [row._replace(reading=row.reading._replace(loads={"128": 1})).failure() for row in rows],
     "serial": [row._replace(groups=row.groups - 1).failure() for row in rows],
@@ -83,7 +83,7 @@ def test_it_refuses_to_run_under_the_interpreter():
 
 @pytest.mark.slow
 def test_every_kernel_chip_and_dtype_compiles():
-    result = without_interpreter("-m", "smattn.kernels.aot")
+    result = without_interpreter("-m", "smattn.kernels.aot", "--sample")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [match.groups() for match in ROWS.finditer(result.stdout)]
     counted = int(re.search(r"^(\d+) kernels compiled for sm_80, sm_90, sm_100, 0 failed$", result.stdout, re.MULTILINE)[1])

@@ -294,8 +294,10 @@ def test_a_backend_is_not_timed_where_it_is_outside_the_budget_or_broken(job, mo
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda w: w.name)
 def test_validated_shapes_fit_and_keep_keys_and_head_size(workload):
     w = validate.fitting(workload)
-    assert 1 <= w.B * w.H * w.Nq * w.Nk <= validate.LARGEST
+    assert 1 <= w.B * w.H * w.Nq * w.Nk <= validate.LARGEST["cpu"]
     assert (w.Nk, w.D) == (workload.Nk, workload.D)
+    on_a_gpu = validate.fitting(workload, validate.LARGEST["cuda"])
+    assert (on_a_gpu.H, on_a_gpu.Nq) == (workload.H, workload.Nq), "the kernel that is timed is the one that was checked"
 
 
 def committed_results() -> list[Path]:

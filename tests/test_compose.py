@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from smattn import attention_map, soft_masked_attention
+from smattn import attention_map, reference, soft_masked_attention
 from smattn.testing import make_case
 
 NAMES = ("query", "key", "value", "mask", "alpha")
@@ -225,6 +225,23 @@ def test_compiled_transforms_have_eager_values(backend, device, compiler):
     ):
         torch._dynamo.reset()
         assert_all_close(torch.compile(transformed, backend=compiler, fullgraph=True)(*arguments), transformed(*arguments))
+
+
+@pytest.mark.parametrize("which", [0, 3, 4], ids=["query", "mask", "alpha"])
+def test_a_compiled_gradient_finds_what_forward_keeps_for_it(device, which, monkeypatch):
+    tensors, kept = inputs(a_case(device, dtype=torch.bfloat16)), []
+    forward = reference.forward
+
+    def watched(*args, save_out, save_mbar):
+        kept.append((save_out, save_mbar))
+        return forward(*args, save_out=save_out, save_mbar=save_mbar)
+
+    monkeypatch.setattr(reference, "forward", watched)
+    gradient = grad(loss("reference"), argnums=which)
+    torch._dynamo.reset()
+    torch.compile(gradient, backend="aot_eager", fullgraph=True)(*tensors)
+    gradient(*tensors)
+    assert kept == [(True, which == 4)] * 2
 
 
 @COMPILERS

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ WORKING = native_cuda.Machine("none", "cuda", tuple, lambda device: 0)  # as on 
 
 @pytest.fixture
 def on_cuda():
-    return replace(make_case(1, 1, 1, 1, 8).problem(), device_type="cuda")
+    return make_case(1, 1, 1, 1, 8).problem()._replace(device_type="cuda")
 
 
 def table():

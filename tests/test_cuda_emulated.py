@@ -93,7 +93,7 @@ def test_tf32_is_used_where_allowed_and_only_there():
     rounded = replace(case, query=tf32(case.query), key=tf32(case.key), value=tf32(case.value))
 
     def lse(case, allow_tf32):
-        problem = replace(case.problem(), allow_tf32=allow_tf32)
+        problem = case.problem()._replace(allow_tf32=allow_tf32)
         inputs = (case.query, case.key, case.value, case.mask[:, None], case.alpha, None, None)
         return native_cuda.forward(problem, *inputs, save_out=False, save_mbar=False)[1]
 
@@ -105,7 +105,7 @@ def test_tf32_is_used_where_allowed_and_only_there():
 
 def test_a_sum_over_tf32_products_is_within_their_rounding():
     case = make_case(2, 2, 40, 90, 64)
-    problem = replace(case.problem(), allow_tf32=True)
+    problem = case.problem()._replace(allow_tf32=True)
     inputs = (case.query, case.key, case.value, case.mask[:, None], case.alpha, None, None)
     out, lse, _, mbar = native_cuda.forward(problem, *inputs, save_out=True, save_mbar=True)
     grads = native_cuda.backward(problem, case.dout, None, *inputs, out, lse, mbar, (True,) * 5)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu  # noqa: E402
+import sanitized  # noqa: E402
 
 from smattn import native  # noqa: E402
 
@@ -25,8 +27,14 @@ def in_python(code: str, **more) -> gpu.Part:
     return gpu.Part("a test", 1.0, (sys.executable, "-c", code), **more)
 
 
+@pytest.fixture(autouse=True)
+def logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LOGS", tmp_path / "logs")
+    return tmp_path / "logs"
+
+
 def run(part: gpu.Part, seconds: float = LATER) -> gpu.Outcome:
-    return gpu.run(part, time.monotonic() + seconds)
+    return gpu.run({"it": part}, time.monotonic() + seconds)["it"]
 
 
 @pytest.mark.parametrize(
@@ -59,10 +67,30 @@ except KeyboardInterrupt:
 
 def test_a_part_that_lacks_something_says_what():
     assert run(in_python("", modules=("json", "no_such_module"))).why == "this Python has no no_such_module"
-    assert run(in_python("", tool=("no-such-sanitizer",))) == (gpu.NOT_RUN, 0.0, "no-such-sanitizer is not installed")
     assert run(in_python(""), seconds=0.5).why == "no time was left"
-    broken = run(in_python("", tool=("false",)))
-    assert broken.state == gpu.NOT_RUN and "does not work here" in broken.why
+
+
+def test_parts_run_side_by_side_and_what_each_printed_is_shown_when_it_ends(logs, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "PATIENCE", 3)
+    talks = "import sys, time; print('said {0}', flush=True); print('and more', file=sys.stderr); time.sleep({1}); print('at the end')"
+    parts = {"long": in_python(talks.format("long", 60)), "short": in_python(talks.format("short", 2)), "bad": in_python("1 / 0")}
+    parts["absent"] = in_python("", modules=("no_such_module",))
+    outcomes = gpu.run(parts, time.monotonic() + 8)
+    states = {name: outcome.state for name, outcome in outcomes.items()}
+    assert states == {"long": gpu.STOPPED, "short": gpu.PASSED, "bad": gpu.FAILED, "absent": gpu.NOT_RUN} and list(states) == list(parts)
+    assert 7 < outcomes["long"].seconds < 14 and outcomes["short"].seconds < 7
+    assert (logs / "short.txt").read_text() == "said short\nand more\nat the end\n"
+    shown = capfd.readouterr().out
+    assert shown.index("\n== bad\n") < shown.index("\n== short\n") < shown.index("\n== long\nsaid long\n") and "ZeroDivisionError" in shown
+
+
+def test_what_measures_time_runs_alone_and_what_fills_a_cache_before_it(monkeypatch):
+    default = list(gpu.stages([]))
+    assert default[0] == ["calls"] and default[-1] == ["bench"] and {"suite", "memcheck", "racecheck", "peers"} <= set(default[1])
+    assert sum(default, []) == [name for name in gpu.PARTS if name not in gpu.ONLY_IF_NAMED] and len(default) == 3
+    assert list(gpu.stages(["bench"])) == [["peers"], ["bench"]] and list(gpu.stages(["racecheck"])) == [["calls"], ["racecheck"]]
+    assert list(gpu.stages(["ceilings", "tune"])) == [["ceilings"], ["tune"]]
+    assert gpu.INSTALLING + sum(map(gpu.minutes, default)) == pytest.approx(gpu.MINUTES), "what the parts may take is the whole"
 
 
 def test_minutes_left_are_handed_on():
@@ -101,26 +129,42 @@ def test_the_parts_end_in_a_line_each_and_one_failure_fails_the_run(monkeypatch,
     assert gpu.main([]) == 1, "something has to run"
 
 
-def test_a_part_has_minutes_of_its_own_unless_it_is_named(monkeypatch):
-    limits = []
-    monkeypatch.setattr(gpu, "PARTS", {"one": in_python("")._replace(minutes=2.0)})
+def test_the_shares_are_of_the_time_that_is_left(monkeypatch):
+    """One part uses nothing, and the next ones have that too; whatever happens, the last one ends in time."""
+    limits, now = {}, [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+
+    def run(parts, until):
+        (name,) = parts
+        limits[name] = until - now[0]
+        now[0] += {"unused": 0.0, "late": limits[name] + gpu.PATIENCE}.get(name, limits[name])
+        return {name: gpu.Outcome(gpu.PASSED)}
+
+    parts = {name: in_python("", alone=True)._replace(minutes=m) for name, m in (("unused", 2.0), ("late", 3.0), ("last", 1.0))}
+    monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(gpu, "describe_gpu", lambda: "90a")
-    monkeypatch.setattr(gpu, "install", lambda arch, until: gpu.Outcome(gpu.PASSED))
-    monkeypatch.setattr(gpu, "run", lambda part, until: limits.append(until - time.monotonic()) or gpu.Outcome(gpu.PASSED))
-    for arguments in ([], ["one"], ["--minutes", "1"]):
-        gpu.main(arguments)
-    assert limits == pytest.approx([120, 510 - gpu.PATIENCE, 60 - gpu.PATIENCE], abs=1)
+    monkeypatch.setattr(gpu, "install", lambda arch, until: gpu.Outcome(gpu.PASSED, until))
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "time", clock)
+    gpu.main(["--minutes", "10"])
+    whole = 600 - gpu.PATIENCE
+    assert limits["unused"] == pytest.approx(whole / 3) and limits["late"] == pytest.approx(whole * 3 / 4)
+    assert limits["last"] == pytest.approx(whole / 4 - gpu.PATIENCE) and now[0] == pytest.approx(1000 + whole)
+    now[0] = 1000.0
+    gpu.main(["last", "--minutes", "10"])
+    assert limits["last"] == pytest.approx(whole), "alone it has all the time"
 
 
 def test_an_installation_falls_back_to_less_and_needs_no_network(tmp_path, monkeypatch):
     tried = []
 
-    def command(words, folder, variables, seconds):
-        tried.append((words, variables["CMAKE_ARGS"]))
-        return 1
+    def run(parts, until, variables):
+        (name,) = parts
+        tried.append((parts[name].command, variables["CMAKE_ARGS"]))
+        return {name: gpu.Outcome(gpu.FAILED)}
 
     monkeypatch.setattr(gpu, "SITE", tmp_path / "site")
-    monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu, "find", lambda tool: f"/usr/bin/{tool}")
     outcome = gpu.install("90a", time.monotonic() + 60)
     assert (outcome.state, outcome.why) == (gpu.PASSED, "linked, nothing built")
@@ -183,13 +227,64 @@ def test_a_skipped_test_fails_a_part_that_must_run(tmp_path, skipped, status):
     assert done.returncode == status, done.stdout
 
 
+LOSES_ITS_GPU = """
+import torch
+def test_first():
+    pass
+def test_second():
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, broken
+    raise AssertionError("what was wrong")
+def test_third():
+    assert torch.cuda.synchronize.__name__ != "broken"
+def test_fourth():
+    pass
+"""
+
+
+def test_tests_after_one_that_breaks_the_gpu_have_a_new_process(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_one.py").write_text(LOSES_ITS_GPU)
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    distribution = [word for word in gpu.PARTS["suite"].command if word in ("-n", "--dist", "worksteal")]
+    distribution.insert(1, "1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *distribution, "--rootdir", tmp_path, "test_one.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1 and "3 passed" in done.stdout and "what was wrong" in done.stdout, done.stdout
+
+
+FEWER = "import sanitized as s; s.DTYPES, s.QUERIES, s.KEYS = s.DTYPES[:1], (5,), 37"
+
+
 def test_small_calls_of_every_fused_backend_run_where_there_is_no_sanitizer():
-    fewer = "import sanitized as s; s.DTYPES, s.QUERIES, s.KEYS = s.DTYPES[:1], (5,), 37"
-    code = f"import sys; sys.path.insert(0, 'bench'); {fewer}; s.main('cpu')"
+    code = f"import sys; sys.path.insert(0, 'bench'); {FEWER}; sys.exit(s.main(['--here']))"
     interpreted = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=interpreted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"triton, float16: done", "cpu, float16: done"} <= set(done.stdout.splitlines())
+    assert {"triton, float16, 5 queries: done", "cpu, float16, 5 queries: done"} <= set(done.stdout.splitlines())
+
+
+def test_small_calls_side_by_side_fail_one_by_one(monkeypatch, capsys):
+    monkeypatch.setattr(sanitized, "calls", lambda device: [("cpu", torch.float32, 5, "cpu"), ("no-such", torch.float32, 5, "cpu")])
+    assert sanitized.side_by_side("cpu") == 1
+    lines = sorted(capsys.readouterr().out.splitlines())
+    assert lines[0] == "cpu, float32, 5 queries: done" and lines[1].startswith("no-such, float32, 5 queries: ValueError: backend")
+
+
+def test_a_sanitizer_that_is_not_there_or_does_not_work_is_not_a_failure(monkeypatch, capfd):
+    assert sanitized.under("memcheck", lambda tool: None) == gpu.NOT_HERE == sanitized.NOT_HERE
+    assert sanitized.under("racecheck", lambda tool: "/bin/false") == gpu.NOT_HERE
+    assert "not installed" in (said := capfd.readouterr().out) and "does not work here" in said
+    ran = []
+
+    def done(words, env):
+        ran.append((words, env.get("PYTORCH_NO_CUDA_MEMORY_CACHING")))
+        return SimpleNamespace(returncode=3 * ("--here" in words))
+
+    monkeypatch.setattr(sanitized.subprocess, "run", done)
+    assert sanitized.under("memcheck", lambda tool: tool) == 3 and sanitized.under("racecheck", lambda tool: tool) == 3
+    assert [(words[2], uncached) for words, uncached in ran] == [("memcheck", "1")] * 2 + [("racecheck", None)] * 2
 
 
 @pytest.mark.skipif(bool(native.reasons()), reason="there is no compiled extension here")

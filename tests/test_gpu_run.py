@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -181,12 +181,82 @@ def test_what_no_time_was_left_for_is_a_row_that_says_so():
     assert [(row.backend, row.median_ms, row.skipped) for row in job.rows] == [("smattn/cpu", None, "no time was left")]
 
 
-def test_what_is_compiled_ahead_is_run_once_a_shape(monkeypatch):
+class Inside:
+    """A Worker whose calls run here."""
+
+    def __init__(self, silence=0.0):
+        pass
+
+    def __enter__(self):
+        return lambda function, *args: function(*args)
+
+    def __exit__(self, *exception):
+        pass
+
+
+def test_what_is_compiled_ahead_is_run_once_a_shape(monkeypatch, capsys):
     done = []
-    monkeypatch.setattr(measure, "ProcessPoolExecutor", lambda *args, **more: ThreadPoolExecutor(1))
-    monkeypatch.setattr(measure, "_compile", lambda contestants, cell: done.append(([c.name for c in contestants], cell.shape)) or [])
-    measure.compile_ahead([tiny(rows.BOTH, mask) for mask in ("uniform", "blob")], [peers.ours("cpu"), *peers.PEERS])
-    assert done == [(["smattn/cpu", "compiled", "flex"], tiny(rows.BOTH).shape)]
+
+    def compiled(contestant, cell):
+        done.append((contestant.name, cell.shape, cell.direction))
+        if contestant.name == "flex":
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(measure, "Worker", Inside)
+    monkeypatch.setattr(measure, "_compile", compiled)
+    cells = [tiny(direction, mask) for direction in (rows.FORWARD, rows.BOTH) for mask in ("uniform", "blob")]
+    contestants = [peers.ours("cpu"), *peers.PEERS, peers.WITHOUT_MASK]
+    measure.compile_ahead(cells, contestants)
+    each = product(("smattn/cpu", "compiled", "flex"), [tiny(rows.BOTH).shape], (rows.FORWARD, rows.BOTH))
+    assert sorted(done) == sorted(each) and done[0][0] in ("compiled", "flex") and done[0][2] == rows.BOTH, "the longest first"
+    assert "flex, self1k, forward: no such kernel" in capsys.readouterr().out
+    measure.compile_ahead(cells, contestants, until=time.monotonic() - 1)
+    assert len(done) == 6
+
+
+@pytest.mark.parametrize("direction", [rows.FORWARD, rows.BOTH])
+def test_what_is_compiled_ahead_has_the_form_of_what_is_timed(direction):
+    blank, case = tiny(direction).blank(), tiny(direction).case()
+    assert blank.mask.dtype == torch.bfloat16 and harness.bind(peers.eager, blank, direction)()
+    for name in ("dout", *case.inputs()):
+        one, other = getattr(blank, name), getattr(case, name)
+        assert (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device), name
+
+
+def test_the_tensors_of_a_shape_are_drawn_once_for_each_mask(monkeypatch):
+    drawn, make_case = [], harness.make_case
+    monkeypatch.setattr(harness, "make_case", lambda *args, **more: drawn.append(args) or make_case(*args, **more))
+    harness._case.cache_clear()
+    job = bench_job.Job("cpu", 0.01, "")
+    for direction, mask in product((rows.FORWARD, rows.BOTH), ("uniform", "blob")):
+        cell = tiny(direction, mask)
+        cell.case()
+        job.add(cell, "smattn/cpu")
+    assert len(drawn) == 2
+
+
+def dies(query, key, value, mask, alpha):
+    os._exit(3)
+
+
+def test_a_contestant_that_takes_its_process_down_is_left_out_and_the_others_are_measured():
+    job = bench_job.Job("cpu", 0.01, "")
+    with measure.Worker() as worker:
+        contestants = [peers.ours("cpu"), peers.Contestant("smattn/bad", dies), peers.PEERS[0]]
+        measure.cell_of(job, tiny(rows.BOTH), contestants, worker, time.monotonic() + 100)
+    found = {row.backend: row for row in job.rows}
+    assert found["smattn/cpu"].median_ms and found["eager"].median_ms
+    assert found["smattn/bad"].skipped == "it took its process down: its process ended with exit code 3"
+    assert "smattn/bad self1k bfloat16 uniform: it took its process down" in str(job.verdict())
+
+
+def test_a_cell_whose_process_is_lost_for_no_known_reason_has_rows_that_say_so():
+    def call(function, *args):
+        raise measure.Lost("timing", "nothing was heard of it for 150 s")
+
+    job = bench_job.Job("cpu", 0.01, "")
+    assert measure.cell_of(job, tiny(rows.BOTH), [peers.ours("cpu"), peers.PEERS[0]], call, time.monotonic() + 100) == []
+    assert [row.skipped for row in job.rows] == ["nothing was heard of it for 150 s"] * 2
 
 
 def a_row(workload: str, direction: str, backend: str, ms: float | None, cache: str = rows.WARM, **changes) -> rows.Row:
@@ -237,6 +307,13 @@ def test_targets_of_bandwidth_latency_operations_and_memory():
     assert outcome(wide, "self4k_d128 forward").measured == pytest.approx(500)
     assert outcome(wide, "self4k_d128 backward").measured == pytest.approx(200)
     assert outcome(wide, "self4k_d128 backward").verdict() == "reached"
+
+    noise = [a_row("self4k_d128", direction, "smattn/triton", ms) for direction, ms in ((rows.FORWARD, 2.0), (rows.BOTH, 1.9))]
+    assert outcome(noise, "self4k_d128 forward").verdict() == "reached"
+    assert outcome(noise, "self4k_d128 backward").verdict() == "lost in noise: forward+backward took 1.9e+03 µs, forward alone 2e+03 µs"
+    blob = [replace(row, mask="blob") for row in wide]
+    assert outcome(noise + blob, "self4k_d128 backward").verdict().startswith("reached under one mask, the other: lost in noise: ")
+    assert outcome(wide[:1], "self4k_d128 backward").verdict() == "not yet run"
 
     allowed = 0.25 * 10**8 + 16 * 2**20
     for extra, verdict in ((allowed, "reached"), (1.5 * allowed, "missed by 50.0%")):

@@ -4,7 +4,6 @@ import importlib
 import re
 import traceback
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,12 +232,12 @@ def test_a_backend_without_attention_map_says_so(backend, device):
 
 def test_the_wrong_device_type_is_a_reason():
     with pytest.raises(ValueError, match="backend='cpu' cannot run this call: it does not run on device type 'cuda', only on cpu"):
-        table().resolve(replace(A_PROBLEM, device_type="cuda"), "cpu", "forward")
+        table().resolve(A_PROBLEM._replace(device_type="cuda"), "cpu", "forward")
 
 
 def test_none_on_a_device_without_backends_lists_them():
     with pytest.raises(ValueError, match="no backend runs this call on device type 'xpu'"):
-        table().resolve(replace(A_PROBLEM, device_type="xpu"), "", "forward")
+        table().resolve(A_PROBLEM._replace(device_type="xpu"), "", "forward")
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """The estimate beside the compiler's table: by hand where that is easy."""
 
+import inspect
+
 import pytest
 
+from smattn.kernels import primitives, roofline
 from smattn.kernels.roofline import CHIPS, Estimate, estimate, main, passes
 from smattn.testing import WORKLOADS
 
@@ -11,21 +14,37 @@ H200 = next(chip for chip in CHIPS if chip.name == "H200")
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_backward_is_five_or_seven_products_for_few_queries_and_nine_for_many(name, chip):
-    forward, *backward = passes(WORKLOADS[name], chip.arch)
-    assert forward.products == 2
+    forward, keeping, *backward = passes(WORKLOADS[name], chip.arch)
+    assert (forward.products, keeping.products) == (2, 3)
     assert sum(p.products for p in backward) == {1: 5, 2: 7, 3: 9}[len(backward)]
     assert (len(backward) == 3) == (WORKLOADS[name].Nq > 128)
-    assert all(p.memory > 0 and p.l2 >= forward.memory for p in (forward, *backward))
+    assert all(p.memory > 0 and p.l2 >= forward.memory for p in (forward, keeping, *backward))
 
 
 def test_few_queries_by_hand():
     """hodor_infer: 8 heads, 13 queries, 7424 keys, head size 32."""
     w = WORKLOADS["hodor_infer"]
-    forward, _ = passes(w, H200.arch)
+    forward, keeping, _ = passes(w, H200.arch)
     time = estimate(w, H200, forward)
     assert time.matmul == pytest.approx(1e6 * 4 * 8 * 13 * 7424 * 32 / 989e12)
     assert time.memory == pytest.approx(1e6 * 2 * (8 * 2 * 32 * (13 + 7424) + 13 * 7424) / 4.8e12)
     assert time.limiter() == "memory"
+    kept = estimate(w, H200, keeping)
+    assert kept.matmul == pytest.approx(1.5 * time.matmul)
+    assert kept.memory - time.memory == pytest.approx(1e6 * 4 * 8 * 13 * 32 / 4.8e12)
+
+
+def test_the_products_of_forward_are_those_of_the_kernel():
+    """Counted in the source of the loop over keys: Q K^T, P V, and P less its rounding times V, which only a kept output has."""
+    source = inspect.getsource(primitives.attend.fn)
+    assert source.count("matmul(") + source.count(" dot(") == 3 and source.index("if SAVE_OUT:\n") < source.index("lost = dot(")
+
+
+def test_an_output_that_is_not_kept_costs_nothing(monkeypatch):
+    monkeypatch.setattr(roofline, "queries_kept_unrounded", lambda problem: 0)
+    for w in WORKLOADS.values():
+        forward, keeping, *_ = passes(w, H200.arch)
+        assert keeping[1:] == forward[1:]
 
 
 def test_the_limiter_is_the_longest():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import tile_table  # noqa: E402
 import tune  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from smattn.kernels import configs  # noqa: E402
 from smattn.kernels.configs import NONE, TABLE, TileConfig  # noqa: E402
@@ -96,8 +98,7 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
 
     odd = replace(tune.present(cell, ARCH)[1][cell.head], num_stages=7)
     tune.put(cell, ARCH, odd)
-    dtype, padded = tune.DTYPES[cell.itemsize], 0.1 * cell.variant.padding
-    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, padded=padded, device=device))
+    case = make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=tune.DTYPES[cell.itemsize], device=device)
     call = None
     with launches_recorded(ARCH) as recorder:
         recorder.launches = Launches()
@@ -151,9 +152,109 @@ def test_a_search_ends_in_a_row_or_in_nothing(table, monkeypatch):
     monkeypatch.setattr(tune, "compiled", compiled)
     monkeypatch.setattr(tune, "timed", timed)
     monkeypatch.setattr(tune, "is_right", lambda *args: True)
-    assert tune.tune(cell, 90, "cuda", None, 0.01) == {key: (best, *row[1:])}
+    assert tune.tune(cell, 90, "cuda", None, 0.01, here) == best and configs.TABLE[key] == (best, *row[1:])
     assert row[0] in asked and all(tile.num_warps == 4 for tile in asked if tile != row[0]), "what spills is not timed"
-    assert tune.tune(cell, 90, "cuda", None, 0.01) == {}, "it is the present one now"
+    monkeypatch.setattr(tune, "timed", lambda *args: {row[0]: 0.1, best: 1.0})
+    monkeypatch.setattr(tune, "is_right", lambda *args: 1 // 0)
+
+    def raises(function, *args):
+        try:
+            return function(*args)
+        except ZeroDivisionError as error:
+            raise RuntimeError("ZeroDivisionError") from error
+
+    assert tune.tune(cell, 90, "cuda", None, 0.01, raises) == best, "what cannot be checked does not take its place"
+
+
+def here(function, *args):
+    return function(*args)
+
+
+def test_a_tile_that_takes_its_process_down_is_left_out(table):
+    cell, tiles, asked = tune.Cell("dq", 2, 0, 4096), [T(16, n, 4, 1) for n in (16, 32, 64)], []
+
+    def call(function, sent, timed, cell, arch, tiles, *args):
+        assert (function, timed) == (tune.with_table, tune.timed) and sent == configs.TABLE
+        asked.append(list(tiles))
+        if tiles[1:]:
+            raise tune.Lost(str(tiles[1]), "an illegal memory access")
+        return {tile: 1.0 for tile in tiles}
+
+    assert tune.survivors(cell, 90, tiles, "cuda", 0.01, call) == {tiles[0]: 1.0}
+    assert [len(some) for some in asked] == [3, 2, 1]
+
+    def never(*args):
+        raise tune.Lost("timing", "nothing was heard of it for 150 s")
+
+    assert tune.survivors(cell, 90, tiles, "cuda", 0.01, never) == {}
+
+
+def test_a_search_goes_on_where_the_last_one_ended(table, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune, "CONFIGS", tmp_path / "configs.py")
+    tune.CONFIGS.write_text(SOURCE)
+    todo, path, asked = CELLS[:4], tmp_path / "build" / "tune.jsonl", []
+    best = {cell: replace(tune.present(cell, ARCH)[1][cell.head], num_stages=9) for cell in todo}
+
+    def tuned(cell):
+        asked.append(cell)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        tune.put(cell, ARCH, best[cell])
+        return best[cell]
+
+    notes = tune.Notes(path, "a chip")
+    with pytest.raises(KeyboardInterrupt):
+        tune.search(todo, ARCH, notes, tuned, time.monotonic() + 100)
+    assert asked == todo[:3] and list(notes.found()) == [cell.text() for cell in todo[:2]]
+    with open(path, "a") as file:
+        file.write('\n{"of": "cut sh')
+    tune.CONFIGS.write_text(SOURCE)  # as on a machine that has the notes and not the table
+    configs.TABLE.clear()
+    configs.TABLE.update(TABLE)
+    assert tune.search(todo, ARCH, notes, tuned, time.monotonic() + 100) == 0 and asked == [*todo[:3], *todo[2:]]
+    expected = dict(TABLE)
+    for cell in todo:
+        key, row = tune.present(cell, ARCH)
+        expected[key] = row
+        assert row[cell.head] == best[cell]
+    assert read_back(tune.CONFIGS.read_text()) == expected
+    assert tune.search(todo, ARCH, notes, None, time.monotonic() + 100) == 0, "all is done"
+    assert tune.Notes(path, "another chip").found() == {}
+    (tmp_path / "kernel.py").write_text("changed")
+    other = tune.Notes(path, "a chip")
+    assert other.found() == {} and tune.search(todo, ARCH, other, None, time.monotonic() - 1) == 4, "other kernels; no time"
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.itemsize == 2], ids=tune.Cell.text)
+def test_what_is_compiled_ahead_is_what_is_timed(cell, monkeypatch):
+    """Argument by argument: dtypes, strides and sizes decide what Triton compiles."""
+    from meters import launches_recorded
+
+    monkeypatch.setattr(tune, "SHAPES", {Nq: (2, 4, 2048) for Nq in tune.SHAPES})
+    few = cell._replace(Nq=min(cell.Nq, 256))
+    monkeypatch.setitem(tune.SHAPES, 256, (2, 4, 2048))
+
+    def seen(kernel, arguments, tile):
+        return kernel.__name__, tile, {name: specialised(value) for name, value in arguments.items()}
+
+    def specialised(value):
+        if isinstance(value, TensorDescriptor):
+            return value.base.dtype, value.block_shape
+        return value.dtype if isinstance(value, torch.Tensor) else value
+
+    ahead = [seen(*launched) for launched in tune.aot.record(few.job(ARCH, not few.forward))]
+
+    class Launches(list):
+        def append(self, launched):
+            super().append(seen(*launched))
+
+    with launches_recorded(ARCH) as recorder:
+        recorder.launches = Launches()
+        call = tune.the_pass(few, few.case("cpu"))
+        call() if few.forward else None
+        made = recorder.launches[:] if few.forward else (recorder.launches.clear(), call(), recorder.launches[:])[2]
+    own = {name for name, tile, _ in made if tile == tune.present(few, ARCH)[1][few.head]}
+    assert own and [launch for launch in made if launch not in ahead] == []
 
 
 class Compiled(NamedTuple):
@@ -168,32 +269,50 @@ def test_the_figures_of_the_compiler_rule_a_tile_out(table, monkeypatch):
     cell, tile, other = tune.Cell("dq", 2, 0, 4096), T(64, 64, 4, 2), T(32, 32, 4, 1)
 
     def failure_with(*rows):
-        monkeypatch.setattr(tune.aot, "compile_job", lambda job: [Compiled(*row) for row in rows])
+        monkeypatch.setattr(tune.aot, "compile_job", lambda job, compiler: [Compiled(*row) for row in rows])
         return tune.failure(cell, 90, tile)
 
     assert failure_with((other, "spills"), (tile, "")) == ""
     assert failure_with((tile, ""), (tile, "spills 8 bytes")) == "spills 8 bytes"
     assert failure_with((other, "")) == "no kernel was launched with it"
-    monkeypatch.setattr(tune.aot, "compile_job", lambda job: 1 // 0)
+    monkeypatch.setattr(tune.aot, "compile_job", lambda job, compiler: 1 // 0)
     assert "ZeroDivisionError" in tune.failure(cell, 90, tile)
 
 
 COMPILE = """
-import tune
+import os
+import triton, tune
+from triton.backends.compiler import GPUTarget
 from smattn.kernels.configs import TileConfig as T
+class Driver:  # of a GPU that is not there
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+triton.runtime.driver.set_active(Driver())
 cell = tune.Cell("split_16", 2, 0, 13, True)
-for tile in (tune.present(cell, 90)[1][0], T(16, 256, 4, 20)):
+present = tune.present(cell, 90)[1][0]
+for tile in (present, T(16, 256, 4, 20)):
     print(repr(tune.failure(cell, 90, tile)))
+folders = lambda: sum(name.endswith(".cubin") for _, _, names in os.walk(os.environ["TRITON_CACHE_DIR"]) for name in names)
+tune.put(cell, 90, present)
+before, meta = folders(), tune.aot.torch.empty
+tune.aot.torch.empty = lambda *sizes, **more: meta(*sizes, **(more | {"device": "cpu"}))  # real pointers, as in a launch
+for kernel, arguments, tile in tune.aot.record(cell.job(90, training=False)):
+    kernel.device_caches.clear()
+    kernel.warmup(**arguments, grid=(7,), **tile.options())
+print(folders() - before)
 """
 
 
 @pytest.mark.slow
-def test_a_tile_that_the_compiler_finds_too_large_is_left_out():
+def test_a_tile_that_the_compiler_finds_too_large_is_left_out(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT / "bench", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    present, large = done.stdout.splitlines()
+    present, large, compiled_again = done.stdout.splitlines()
     assert present == "''" and "bytes of shared memory, the chip has" in large
+    assert compiled_again == "0", "a launch finds what was compiled ahead"
 
 
 def test_what_is_timed_is_the_pass_of_the_kernel():

@@ -55,7 +55,7 @@ class Backward {
     drain();
   }
 
- private:
+ protected:  // of a study as well, bench/skipping.cpp
   void visit(int64_t split, int64_t o, int64_t i, int64_t pair_index) {
     const Pair& pair = pairs_[pair_index];
     const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o, g = kv_head(n_, pair.h);

@@ -124,7 +124,7 @@ class Forward {
     write(b, h, q, to);
   }
 
- private:
+ protected:  // of a study as well, bench/skipping.cpp
   // Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
   // output, is then to be the mean of dP under P itself. Else it is that under the rounded ones, which cancels a dP that is the same for
   // all keys as well.

@@ -81,7 +81,7 @@ def _score_magnitudes(problem: Problem, t: reference.Scores, ds: Tensor, dl: Ten
     """A(T) of the gradients that come from dS, given the magnitudes of dS and dL."""
     positive = t._replace(query=t.query.abs(), key=t.key.abs(), alpha=None if t.alpha is None else t.alpha.abs())
     needs = (True, True, mask is not None, False)
-    dquery, dkey, dmask, _ = reference.score_gradients(replace(problem, scale=abs(problem.scale)), positive, ds, dl, mask, padding, needs)
+    dquery, dkey, dmask, _ = reference.score_gradients(problem._replace(scale=abs(problem.scale)), positive, ds, dl, mask, padding, needs)
     dalpha = None
     if t.mask is not None:
         mbar = (t.p * t.mask).sum(-1, keepdim=True)

@@ -1,0 +1,184 @@
+// Forward and backward of csrc/cpu that leave out the tiles they are told to, for skipping.py. One thread, contiguous tensors, no padding.
+#if defined(__AVX512BF16__)
+#define SMATTN_LEVEL avx512bf16
+#else
+#define SMATTN_LEVEL avx512
+#endif
+#include "cpu/backward.h"
+
+namespace smattn::cpu::SMATTN_LEVEL {
+
+struct Call {
+  Sizes size;
+  int64_t mask_queries;  // Nq or 1
+  double scale;
+  const void *query, *key, *value;
+  const float *mask, *alpha;  // [B, Nq|1, Nk], [H]
+  const bool* left_out;       // [B, H, query block, key block]; null: no tile
+
+  bool leaves_out(int64_t b, int64_t h, int64_t qb, int64_t kb, const Blocking<float>& blocking) const {
+    return left_out != nullptr && left_out[((b * size.H + h) * blocking.query_blocks + qb) * blocking.key_blocks + kb];
+  }
+};
+
+static Tensor4 dense(const void* data, DType dtype, int64_t heads, int64_t rows, int64_t columns) {
+  return {data, dtype, {heads * rows * columns, rows * columns, columns, 1}};
+}
+
+template <class E>
+static Scores scores_of(const Call& c) {
+  const Sizes& n = c.size;
+  Scores s{};
+  s.size = n, s.dtype = kStored<E>, s.scale = c.scale, s.alpha = c.alpha, s.alpha_stride = 1;
+  s.query = dense(c.query, s.dtype, n.H, n.Nq, n.D), s.key = dense(c.key, s.dtype, n.Hkv, n.Nk, n.D);
+  s.mask = {c.mask, DType::kFloat32, {c.mask_queries * n.Nk, 0, c.mask_queries == 1 ? 0 : n.Nk, 1}};
+  s.mask_size[0] = n.B, s.mask_size[1] = 1, s.mask_size[2] = c.mask_queries;
+  return s;
+}
+
+template <class E>
+struct SkippingForward : Forward<E> {
+  using Base = Forward<E>;
+  using T = typename Base::T;
+  using Base::n_, Base::part_size_, Base::plan_, Base::s_;
+
+  const Call& call;
+  SkippingForward(const Call& c, const ForwardTask<T>& task, const ForwardPlan<E>& plan) : Base(task, plan), call(c) {}
+
+  void run(int64_t b, int64_t group, int64_t qb) {
+    const QueryBlock q = query_block(plan_.blocking, qb);
+    const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first), rows = q.lanes * this->Dvp_;
+    for (int64_t h = 0; h < heads; ++h) {
+      T* part = this->part_ + h * part_size_;
+      read_queries<E>(s_.query, b, first + h, q, n_.D, static_cast<T>(s_.scale * kLog2e), this->query_rows_, this->query(h));
+      fill<T>(part, part_size_, T(0));
+      fill<T>(part + rows, q.lanes, static_cast<T>(-__builtin_inf()));
+    }
+    for (int64_t kb = 0; kb < plan_.blocking.key_blocks; ++kb) {
+      const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
+      int64_t h = next_head(b, first, 0, heads, qb, kb), last_kv = -1;
+      if (h < heads) read_mask<T>(s_, b, first, q, k, this->rows_, this->mask_);
+      while (h < heads) {
+        const int64_t g = kv_head(n_, first + h), next = next_head(b, first, h + 1, heads, qb, kb);
+        const Ahead keys = next < heads ? keys_ahead(s_.key, n_, b, first + next, k.first, k.count, n_.D)
+                                        : keys_ahead(s_.key, n_, b, first, k.first + k.count, plan_.blocking.keys, n_.D);
+        this->attend(b, first + h, q, k, this->mask_, g == last_kv, this->query(h), nullptr, this->part_ + h * part_size_, keys);
+        last_kv = g, h = next;
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h) this->write(b, first + h, q, this->part_ + h * part_size_);
+  }
+
+  // From h on, the first head of the group whose tile counts.
+  int64_t next_head(int64_t b, int64_t first, int64_t h, int64_t heads, int64_t qb, int64_t kb) const {
+    while (h < heads && call.leaves_out(b, first + h, qb, kb, plan_.blocking)) ++h;
+    return h;
+  }
+};
+
+template <class E>
+struct SkippingBackward : Backward<E> {
+  using Base = Backward<E>;
+  using T = typename Base::T;
+  using Base::k_, Base::n_, Base::pairs_, Base::plan_;
+
+  const Call& call;
+  SkippingBackward(const Call& c, const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
+      : Base(task, plan, parts), call(c) {}
+
+  // Base::run, but for what visit does not see.
+  void run(int64_t group, int64_t slot, int64_t split) {
+    for (int64_t pair = 0; pair < plan_.pairs; ++pair) pairs_[pair] = plan_.pair(group, pair);
+    this->slot_ = slot;
+    fill<T>(this->dalpha_, plan_.pairs * kQueries, T(0));
+    this->clear_own_part(split);
+    const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
+    for (int64_t o = outer * split / plan_.splits; o < outer * (split + 1) / plan_.splits; ++o) {
+      for (int64_t at = 0; at < inner * plan_.pairs; ++at) {
+        plan_.pairs_innermost ? visit(split, o, at / plan_.pairs, at % plan_.pairs) : visit(split, o, at % inner, at / inner);
+      }
+    }
+    for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
+      T sum = 0;
+      for (int64_t i = 0; i < kQueries; ++i) sum += this->dalpha_[pair * kQueries + i];
+      this->parts_.dalpha[split * this->parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
+    }
+    drain();
+  }
+
+  // To Base's visit, a tile that is left out is one of padding.
+  void visit(int64_t split, int64_t o, int64_t i, int64_t pair) {
+    const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o;
+    if (this->block_read_.differs(0, kb, 0, 0)) k_ = key_block(this->t_.scores, plan_.blocking, 0, kb);
+    k_.attended = call.leaves_out(pairs_[pair].b, pairs_[pair].h, qb, kb, plan_.blocking) ? 0 : k_.count;
+    Base::visit(split, o, i, pair);
+  }
+};
+
+static void on_this_thread(int64_t items, int64_t, void (*body)(int64_t, int64_t, void*), void* context) { body(0, items, context); }
+
+template <class E>
+static void forward(const Call& c, void* out, float* lse, float* mbar) {
+  const Sizes& n = c.size;
+  ForwardTask<float> task{};
+  task.params.scores = scores_of<E>(c), task.params.value = dense(c.value, kStored<E>, n.Hkv, n.Nk, n.Dv);
+  task.params.out = out, task.params.lse = lse, task.params.mbar = mbar;
+  ForwardPlan<E> plan(n);
+  plan.splits = 1;
+  SkippingForward<E> forward(c, task, plan);
+  for (int64_t b = 0; b < n.B; ++b) {
+    for (int64_t group = 0; group < plan.groups; ++group) {
+      for (int64_t qb = 0; qb < plan.blocking.query_blocks; ++qb) forward.run(b, group, qb);
+    }
+  }
+}
+
+static void backward(const Call& c, const float* dout, const float* out, const float* lse, const float* mbar, float* dquery, float* dkey,
+                     float* dvalue, float* dmask, float* dalpha) {
+  const Sizes& n = c.size;
+  BackwardTask<float> task{};
+  task.scores = scores_of<float>(c), task.value = dense(c.value, DType::kFloat32, n.Hkv, n.Nk, n.Dv);
+  task.dout = dense(dout, DType::kFloat32, n.H, n.Nq, n.Dv), task.lse = lse, task.mbar = mbar;
+  task.dquery = dquery, task.dkey = dkey, task.dvalue = dvalue, task.dmask = dmask, task.dalpha = dalpha;
+  BackwardParams params{};
+  params.scores = task.scores, params.value = task.value, params.dout = task.dout;
+  params.out = dense(out, DType::kFloat32, n.H, n.Nq, n.Dv);
+  const Buffer<float> delta(n.B * n.H * n.Nq);
+  compute_delta<float>(params, on_this_thread, delta.get());
+  task.delta = delta;
+  const BackwardPlan<float> plan(task);
+  BackwardParts<float> parts(task, plan);
+  SkippingBackward<float> backward(c, task, plan, parts);
+  for (int64_t first = 0; first < plan.groups; first += plan.round) {
+    const int64_t groups = smaller_of(plan.round, plan.groups - first);
+    for (int64_t item = 0; item < groups * plan.splits; ++item) {
+      backward.run(first + item / plan.splits, item / plan.splits, item % plan.splits);
+    }
+    if (plan.dmask_rows > 0) store_key_dmask(task, plan, parts, first, groups, on_this_thread);
+    for (int64_t item = 0; plan.wants_parts && item < plan.part_items() / plan.round * groups; ++item) {
+      store_sum(task, plan, parts, first, item);
+    }
+  }
+  store_dalpha<float>(task, plan, parts, nullptr);
+}
+
+}  // namespace smattn::cpu::SMATTN_LEVEL
+
+using namespace smattn::cpu::SMATTN_LEVEL;
+
+// What left_out counts in: query blocks, queries in each, key blocks, keys in each.
+extern "C" void blocking(const Call& call, int64_t* to) {
+  const Blocking<float> b(call.size);
+  to[0] = b.query_blocks, to[1] = b.queries, to[2] = b.key_blocks, to[3] = b.keys;
+}
+
+extern "C" void forward_float32(const Call& call, float* out, float* lse, float* mbar) { forward<float>(call, out, lse, mbar); }
+
+#if defined(__AVX512BF16__)
+extern "C" void forward_bfloat16(const Call& call, void* out, float* lse, float* mbar) { forward<BFloat16Pair>(call, out, lse, mbar); }
+#endif
+
+extern "C" void backward_float32(const Call& call, const float* dout, const float* out, const float* lse, const float* mbar, float* dquery,
+                                 float* dkey, float* dvalue, float* dmask, float* dalpha) {
+  backward(call, dout, out, lse, mbar, dquery, dkey, dvalue, dmask, dalpha);
+}

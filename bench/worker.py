@@ -1,0 +1,114 @@
+"""Calls in a process that may be lost: a kernel that reads where it must not leaves its process without a GPU, and one may never end.
+
+What is lost is one call. The next one begins in a new process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+SILENCE = 150.0  # seconds without a word: longer than any peer takes to compile
+_reports: list[Connection] = []  # to the process that asked, in a process of a Worker
+
+
+class Lost(RuntimeError):
+    """The process had to be given up. `at`: what it had said last that it was at."""
+
+    def __init__(self, at: str, why: str) -> None:
+        super().__init__(why)
+        self.at = at
+
+
+def at(what: str) -> None:
+    """Say what comes next, to be told should it be the last."""
+    for report in _reports:
+        report.send(("at", what))
+
+
+def still_usable(error: Exception) -> None:
+    """Lost, where after this error the process can do nothing more on its GPU."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        raise Unusable(in_a_line(error)) from error
+
+
+class Unusable(BaseException):
+    """Passes by whoever goes on after an Exception."""
+
+
+def in_a_line(error: BaseException) -> str:
+    return f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+
+
+class Worker:
+    """One process, started anew after each loss."""
+
+    def __init__(self, silence: float = SILENCE) -> None:
+        self._silence = silence
+        self._process: Any = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args), all picklable. RuntimeError with the message of what it raised; Lost."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
+            self._process.start()
+            theirs.close()
+        said, why = "", f"nothing was heard of it for {self._silence:.0f} s"
+        try:
+            self._connection.send((function, args))
+            while self._connection.poll(self._silence):
+                kind, value = self._connection.recv()
+                if kind == "done":
+                    return value
+                if kind == "raised":
+                    raise RuntimeError(value)
+                if kind == "lost":
+                    why = value
+                    break
+                said = value
+        except (EOFError, OSError):
+            self._process.join()
+            why = f"its process ended with exit code {self._process.exitcode}"
+        self.close()
+        raise Lost(said, why)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _serve(connection: Connection) -> None:
+    _reports.append(connection)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:  # whoever asked is gone
+            return
+        try:
+            try:
+                answer = ("done", function(*args))
+            except Exception as error:
+                still_usable(error)
+                answer = ("raised", f"{type(error).__name__}: {in_a_line(error)}")
+        except Unusable as error:
+            answer = ("lost", in_a_line(error))
+        connection.send(answer)
