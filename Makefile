@@ -36,7 +36,7 @@ bench-full: bench-readme  ## those, every named workload, and the products tile 
 gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu.py lists its parts
 	$(PYTHON) bench/gpu.py $(PART) --minutes $(or $(MINUTES),8.5)
 
-tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table
+tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table; goes on where it stopped
 	$(PYTHON) bench/gpu.py tune --minutes $(or $(MINUTES),60)
 
 lint: ruff mypy clang-format  ## the checks of a commit, which pre-commit runs as well

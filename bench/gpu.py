@@ -74,7 +74,7 @@ PARTS = {
     "ceilings": Part("copying and matrix products at best", 0.5, (PYTHON, "bench/ceilings.py"), alone=True),
     "calls": Part("small calls of every fused backend, side by side", 0.5, (PYTHON, "bench/sanitized.py"), alone=True),
     "suite": tests("every other test that runs on a device", TOGETHER, "-m", "device and (not slow or gpu)", "-k", f"not {ALONE}",
-                   "--continue-on-collection-errors", "-n", "auto", "--dist", "worksteal", more=("xdist",)),
+                   "--continue-on-collection-errors", "-n", "logical", "--dist", "worksteal", more=("xdist",)),
     "binary": Part("the compiled extension, and which torch loads it", TOGETHER, (PYTHON, "bench/binary.py")),
     "graphs": tests("CUDA graphs captured and replayed", TOGETHER, "--no-skips", "-k", GRAPHS, "test_compile.py"),
     "offsets": tests("offsets past 2^31", TOGETHER, "--no-skips", "-k", FAR, "test_any_shape.py"),
@@ -197,7 +197,7 @@ def start(name: str, part: Part, until: float, variables: dict[str, str], shown:
     # what a shell starts in the background ignores SIGINT, and hands that on
     heeds_it = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     LOGS.mkdir(parents=True, exist_ok=True)
-    with open(LOGS / f"{name}.txt", "wb") as log:
+    with open(os.devnull if shown else LOGS / f"{name}.txt", "wb") as log:
         out = None if shown else log
         process = subprocess.Popen(
             words, cwd=ROOT / part.folder, env=variables, stdout=out, stderr=out, start_new_session=True, preexec_fn=heeds_it

@@ -37,7 +37,8 @@ from torch import Tensor
 from smattn.problem import acc_dtype
 from smattn.testing import Case, Workload, make_case
 
-FLUSH = {"cpu": 8, "cuda": 64}  # times the largest cache; on a GPU a millisecond, longer than any call takes to be launched
+FLUSH = 8  # times the largest cache
+READINGS = {"cpu": 1, "cuda": 16}  # of it: on a GPU two milliseconds, longer than any call takes to be launched
 GRAPH_CALLS = 10  # in one CUDA graph
 SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
 WARM_MS = 5.0
@@ -136,7 +137,7 @@ def timing(samples: list[float]) -> Timing:
 
 def once(call: Callable[[], object], device: str, before: Callable[[], object] | None = None) -> float:
     """Milliseconds of one call after `before`, on the device's own clock; a GPU goes from one to the other without the host."""
-    if torch.device(device).type == "cuda":
+    if on_a_gpu(device):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if before:
             before()
@@ -200,13 +201,17 @@ def in_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 def cache_flush(device: str) -> Callable[[], object]:
     """A call after which the device's caches hold nothing from before it."""
-    buffer = torch.ones(FLUSH[torch.device(device).type] * largest_cache(device) // 4, device=device)
-    return buffer.sum
+    buffer, readings = torch.ones(FLUSH * largest_cache(device) // 4, device=device), READINGS[torch.device(device).type]
+    return lambda: [buffer.sum() for _ in range(readings)][-1]
+
+
+def on_a_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def largest_cache(device: str) -> int:
     """Bytes; of a CPU those that one core reaches."""
-    if torch.device(device).type == "cuda":
+    if on_a_gpu(device):
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[size[-1]] for size in sizes), default=2**26)  # where it is not told
@@ -218,7 +223,7 @@ def _goes_on(reps: int, used: float, seconds: float) -> bool:
 
 def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     """Peak memory of one call beyond inputs, outputs and gradients. RuntimeError when it could not be measured."""
-    if torch.device(cell.device).type == "cuda":
+    if on_a_gpu(cell.device):
         return _peak_on_cuda(bind(contestant.ready(), cell.case(), cell.direction, contestant.gradients))
     return peak_beyond_results(partial(_call_and_warm_up, contestant, cell), cell.device)
 
@@ -231,7 +236,7 @@ def _call_and_warm_up(contestant: Contestant, cell: Cell) -> tuple[Step, Step]:
 
 def peak_beyond_results(make: Callable[[], tuple[Step, Step]], device: str) -> int:
     """Peak memory of a call beyond what was there before and what it returns: `make`, picklable, gives the call and its warm-up."""
-    if torch.device(device).type == "cuda":
+    if on_a_gpu(device):
         return _peak_on_cuda(make()[0])
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch and run nothing
     context.set_forkserver_preload(["torch", "smattn.testing"])

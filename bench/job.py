@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import triton
-from harness import Cell, timing
+from harness import Cell, on_a_gpu, timing
 from peers import ours, select_cpu_kernels
 from rows import FORWARD, MATMUL, OURS, WARM, Row, write
 from validate import Validation, fitting, largest, validate
@@ -40,6 +40,7 @@ class Job:
     file: Path | None = None  # where the rows go as they come
     validations: dict[tuple[str, str, str, torch.dtype], Validation] = field(default_factory=dict)  # by backend, workload, mask, dtype
     failed: dict[tuple[str, str, str, torch.dtype], str] = field(default_factory=dict)  # of these: why
+    not_compiled: dict[str, str] = field(default_factory=dict)  # peers, by `at`: why
     rows: list[Row] = field(default_factory=list)
     matmul_ms: float | None = None  # around the cell being measured
 
@@ -71,16 +72,15 @@ class Job:
         if self.kernels:
             select_cpu_kernels(self.kernels)
         wanted = dict.fromkeys((cell.workload, cell.mask, cell.dtype) for cell in cells)
-        on_a_gpu = torch.device(self.device).type == "cuda"
-        scores = largest(self.device)
+        scores, apart = largest(self.device), on_a_gpu(self.device)
         with Worker() as worker:
             for (workload, mask, dtype), backend in product(wanted, backends):
                 name, fitted = ours(backend, self.kernels).name, fitting(workload, scores)
                 try:
                     arguments = (backend, fitted, mask, dtype, self.device)
-                    found = replace(worker(validate, *arguments) if on_a_gpu else validate(*arguments), backend=name)
+                    found = replace(worker(validate, *arguments) if apart else validate(*arguments), backend=name)
                 except Exception as error:  # a kernel that does not compile, say: the others are measured
-                    why = in_a_line(error) if on_a_gpu else f"{type(error).__name__}: {in_a_line(error)}"  # a worker names the type
+                    why = in_a_line(error) if apart else f"{type(error).__name__}: {in_a_line(error)}"  # a worker names the type
                     self.failed[name, workload.name, mask, dtype] = why
                     print(f"{name} {workload.name} {name_of(dtype)} {mask}: {error}", flush=True)
                     continue
@@ -93,7 +93,11 @@ class Job:
 
     def refusal(self, name: str, cell: Cell) -> str | None:
         """Why this contestant, wrong or broken in this cell, is not timed there."""
-        return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype))
+        return self.failed.get((name, cell.workload.name, cell.mask, cell.dtype)) or self.not_compiled.get(self.at(name, cell))
+
+    @staticmethod
+    def at(name: str, cell: Cell) -> str:
+        return f"{name}, {cell.workload.name} {name_of(cell.dtype)}, {cell.direction}"
 
     def verdict(self) -> str | None:
         """For sys.exit, at the end: what of smattn failed; None when nothing did."""
@@ -155,7 +159,7 @@ def available_backends(device: str) -> list[str]:
 
 
 def describe_device(device: str) -> str:
-    if torch.device(device).type == "cuda":
+    if on_a_gpu(device):
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from harness import GRAPH_CALLS, Cell, Step, bind, cache_flush, extra_bytes, in_graph, time_interleaved, timing, warm_up
+from harness import GRAPH_CALLS, Cell, Step, bind, cache_flush, extra_bytes, in_graph, on_a_gpu, time_interleaved, timing, warm_up
 from job import SIDE, Job, name_of
 from peers import Contestant
 from rows import BOTH, COLD, FORWARD, GRAPH, OURS, WARM, Row
@@ -32,16 +32,18 @@ def measure(job: Job, cells: list[Cell], contestants: list[Contestant], until: f
     """
     calibration: dict[torch.dtype, list[float]] = {cell.dtype: [] for cell in cells}
     with Worker() as worker, tqdm(total=len(cells), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
-        call = worker if torch.device(job.device).type == "cuda" else directly
-        for cell in cells:
-            bar.set_postfix_str(f"{cell.workload.name} {name_of(cell.dtype)} {cell.mask} {cell.direction}")
-            calibration[cell.dtype] += cell_of(job, cell, contestants, call, until)
+        call = worker if on_a_gpu(job.device) else directly
+        try:
+            for cell in cells:
+                bar.set_postfix_str(f"{cell.workload.name} {name_of(cell.dtype)} {cell.mask} {cell.direction}")
+                calibration[cell.dtype] += cell_of(job, cell, contestants, call, until)
+                job.save()
+                bar.update()
+        finally:  # also when told to stop
+            for dtype, taken in calibration.items():
+                if taken:
+                    job.add_matmul(dtype, taken)
             job.save()
-            bar.update()
-    for dtype, taken in calibration.items():
-        if taken:
-            job.add_matmul(dtype, taken)
-    job.save()
 
 
 def directly(function: Callable[..., Any], *args: Any) -> Any:
@@ -153,11 +155,13 @@ def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple
     return {name: [ms / GRAPH_CALLS for ms in taken] for name, taken in samples.items()}, refused
 
 
-def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> None:
+def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> dict[str, str]:
     """Run what is compiled once for each shape, in processes side by side: the measuring process then finds it on disk.
 
-    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured.
+    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured. Returns the peers that cannot be compiled,
+    by Job.at, and why: the measuring process would take as long to find that out, once for each mask.
     """
+    failed: dict[str, str] = {}
     shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}.values()
     slow = [contestant for contestant in contestants if contestant.compiled or contestant.name.startswith(OURS)]
     left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # the longest are taken first
@@ -168,8 +172,10 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
                 contestant, cell = left.pop()
                 try:
                     worker(_compile, contestant, cell)
-                except RuntimeError as error:  # the measurement will say it again
-                    print(f"{contestant.name}, {cell.workload.name}, {cell.direction}: {error}", flush=True)
+                except RuntimeError as error:
+                    print(f"{(where := Job.at(contestant.name, cell))}: {error}", flush=True)
+                    if not contestant.name.startswith(OURS) and "out of memory" not in f"{error}":  # there are many at once
+                        failed[where] = f"{error}"
 
     processes = min(COMPILERS, os.cpu_count() or 1, len(left))
     with ThreadPoolExecutor(max(1, processes)) as pool:
@@ -178,6 +184,7 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
                 done.result()
         finally:  # also when told to stop
             left.clear()
+    return failed
 
 
 def _compile(contestant: Contestant, cell: Cell) -> None:
@@ -194,7 +201,7 @@ def why_not(contestant: Contestant, cell: Cell) -> str | None:
     if cell.direction == BOTH and kind in contestant.forward_only_on:
         return f"has no backward on a {kind.upper()}"
     needed = _score_bytes(cell)
-    free = torch.cuda.mem_get_info()[0] if kind == "cuda" else _free_memory()
+    free = _free_on_cuda() if kind == "cuda" else _free_memory()
     if contestant.holds_scores and needed > free:
         return f"may need {needed / 1e9:.0f} GB for its score tensors, {free / 1e9:.0f} GB are free"
     return None
@@ -210,6 +217,11 @@ def matmul_call(dtype: torch.dtype, device: str, side: int = SIDE) -> Callable[[
 def _score_bytes(cell: Cell) -> int:
     B, H, Nq, Nk, _ = cell.shape
     return SCORE_TENSORS[cell.direction] * 4 * B * H * Nq * Nk
+
+
+def _free_on_cuda() -> int:
+    """What torch holds and does not use counts as free."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def _free_memory() -> int:

@@ -8,6 +8,7 @@ and has the ceilings beside it (ceilings.py), CUDA graphs, and torch's flash att
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -16,9 +17,9 @@ from itertools import product
 import torch
 from ceilings import measure_ceilings
 from harness import Cell
-from job import Job, available_backends
+from job import ROOT, Job, available_backends
 from measure import compile_ahead, measure
-from peers import PEERS, WITHOUT_MASK, cpu_kernels, ours
+from peers import PEERS, WITHOUT_MASK, Contestant, cpu_kernels, ours
 from rows import BOTH, FORWARD, OURS
 from validate import interpreted_triton
 
@@ -30,6 +31,7 @@ ALSO_COLD = ("hodor_train", "hodor_infer")  # in use, a network runs between two
 COLD_ON_A_GPU = (*ALSO_COLD, "queries100", "queries100_b1", "video64k")  # those bound by memory
 GRAPHS = ("hodor_train", "hodor_infer")  # where launches cost more than the work
 COMPILING = 0.4  # of the time, at most, before anything is measured
+NOT_COMPILED = ROOT / "build" / "not-compiled.json"  # from one run to one with `--compile not`
 INTERPRETED = ("hodor_train", "self1k")  # few queries and many: Triton's two regimes
 
 
@@ -57,6 +59,18 @@ def chosen_cells(args: argparse.Namespace, on_a_gpu: bool) -> list[Cell]:
     return [Cell(WORKLOADS[w], m, t, args.device, d, also_cold=w in cold, also_graph=w in graphs) for w, t, d, m in order]
 
 
+def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Contestant], began: float) -> dict[str, str]:
+    """What measure.compile_ahead found, now or in an earlier process."""
+    if args.compile == "not":
+        found: dict[str, str] = json.loads(NOT_COMPILED.read_text()) if NOT_COMPILED.exists() else {}
+        return found
+    share = COMPILING if args.compile == "first" else 1.0
+    found = compile_ahead(cells, contestants, until=began + 60 * args.minutes * share)
+    NOT_COMPILED.parent.mkdir(exist_ok=True)
+    NOT_COMPILED.write_text(json.dumps(found))
+    return found
+
+
 def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -82,8 +96,8 @@ def main() -> None:
     names = ["cpu"] if args.kernels else available_backends(args.device)
     timed = [name for name in names if name != "reference"] or names  # it is slow by design: timed only where nothing else runs
     contestants = [*(ours(name, args.kernels) for name in timed), *PEERS, *[WITHOUT_MASK] * on_a_gpu]
-    if on_a_gpu and args.compile != "not":
-        compile_ahead(cells, contestants, until=began + 60 * args.minutes * (COMPILING if args.compile == "first" else 1))
+    if on_a_gpu:
+        job.not_compiled = compiled(args, cells, contestants, began)
     if args.compile == "only":
         return
     if on_a_gpu:
@@ -103,8 +117,11 @@ def main() -> None:
 
     from report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 
-    print("\n" + summary(job.rows))
-    print(f"\nwrote {path} and {write_report(path)} after {time.monotonic() - began:.0f} s")
+    if any(row.median_ms and row.workload in WORKLOADS for row in job.rows):
+        print("\n" + summary(job.rows))
+        print(f"\nwrote {path} and {write_report(path)} after {time.monotonic() - began:.0f} s")
+    else:
+        print(f"\nno cell was measured; wrote {path} after {time.monotonic() - began:.0f} s")
     sys.exit(job.verdict())
 
 

@@ -84,7 +84,9 @@ def under(tool: str, find: Callable[[str], Any] = shutil.which) -> int:
         return NOT_HERE
     # without torch's cache of memory, for memcheck each tensor is an allocation
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
-    words = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "10", sys.executable]
+    words = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "10"]
+    words += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks the driver for what it may not have
+    words.append(sys.executable)
     if subprocess.run([*words, "-c", TRIAL], env=environment).returncode != 0:
         print("compute-sanitizer is installed and does not work here, as it says above")
         return NOT_HERE

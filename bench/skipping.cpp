@@ -1,4 +1,5 @@
-// Forward and backward of csrc/cpu that leave out the tiles they are told to, for skipping.py. One thread, contiguous tensors, no padding.
+// Forward and backward of csrc/cpu that leave out the tiles which the mask has decided, for skipping.py, where it is proven that they may.
+// One thread, contiguous tensors, no padding.
 #if defined(__AVX512BF16__)
 #define SMATTN_LEVEL avx512bf16
 #else
@@ -14,10 +15,21 @@ struct Call {
   double scale;
   const void *query, *key, *value;
   const float *mask, *alpha;  // [B, Nq|1, Nk], [H]
-  const bool* left_out;       // [B, H, query block, key block]; null: no tile
+  const float* bounds;        // U, [B, H, key block, Nq]; null: no tile is left out
+  const int64_t* order;       // of forward's visits, [B, query block, key block]; null: as they lie
+  double margin;              // log(Nk / u)
+  int64_t* left_out;          // counts tiles
 
-  bool leaves_out(int64_t b, int64_t h, int64_t qb, int64_t kb, const Blocking<float>& blocking) const {
-    return left_out != nullptr && left_out[((b * size.H + h) * blocking.query_blocks + qb) * blocking.key_blocks + kb];
+  // Whether every row's scores are far enough below line(row): what of its L is known.
+  template <class Line>
+  bool leaves_out(int64_t b, int64_t h, const QueryBlock& q, int64_t kb, int64_t key_blocks, const Line& line) const {
+    if (bounds == nullptr) return false;
+    const float* bound = bounds + ((b * size.H + h) * key_blocks + kb) * size.Nq + q.first;
+    for (int64_t i = 0; i < q.count; ++i) {
+      if (!(bound[i] + margin <= line(i))) return false;  // nor a NaN
+    }
+    ++*left_out;
+    return true;
   }
 };
 
@@ -54,25 +66,30 @@ struct SkippingForward : Forward<E> {
       fill<T>(part, part_size_, T(0));
       fill<T>(part + rows, q.lanes, static_cast<T>(-__builtin_inf()));
     }
-    for (int64_t kb = 0; kb < plan_.blocking.key_blocks; ++kb) {
-      const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
-      int64_t h = next_head(b, first, 0, heads, qb, kb), last_kv = -1;
-      if (h < heads) read_mask<T>(s_, b, first, q, k, this->rows_, this->mask_);
-      while (h < heads) {
-        const int64_t g = kv_head(n_, first + h), next = next_head(b, first, h + 1, heads, qb, kb);
-        const Ahead keys = next < heads ? keys_ahead(s_.key, n_, b, first + next, k.first, k.count, n_.D)
-                                        : keys_ahead(s_.key, n_, b, first, k.first + k.count, plan_.blocking.keys, n_.D);
-        this->attend(b, first + h, q, k, this->mask_, g == last_kv, this->query(h), nullptr, this->part_ + h * part_size_, keys);
-        last_kv = g, h = next;
+    const int64_t blocks = plan_.blocking.key_blocks;
+    const auto visited = [&](int64_t n) {
+      return call.order == nullptr ? n : call.order[(b * plan_.blocking.query_blocks + qb) * blocks + n];
+    };
+    for (int64_t n = 0; n < blocks; ++n) {
+      const KeyBlock k = key_block(s_, plan_.blocking, b, visited(n));
+      const int64_t next_first = n + 1 < blocks ? visited(n + 1) * plan_.blocking.keys : n_.Nk;
+      int64_t last_kv = -1;
+      for (int64_t h = 0; h < heads; ++h) {
+        T* part = this->part_ + h * part_size_;
+        const T *maxima = part + rows, *sums = maxima + kSum * q.lanes;
+        if (call.leaves_out(b, first + h, q, visited(n), blocks,
+                            [&](int64_t i) { return to_natural(maxima[i]) + __builtin_log(sums[i]); })) {
+          continue;
+        }
+        if (last_kv < 0) read_mask<T>(s_, b, first, q, k, this->rows_, this->mask_);
+        const bool last = h == heads - 1;
+        const Ahead keys = keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? next_first : k.first, plan_.blocking.keys, n_.D);
+        const int64_t g = kv_head(n_, first + h);
+        this->attend(b, first + h, q, k, this->mask_, g == last_kv, this->query(h), nullptr, part, keys);
+        last_kv = g;
       }
     }
     for (int64_t h = 0; h < heads; ++h) this->write(b, first + h, q, this->part_ + h * part_size_);
-  }
-
-  // From h on, the first head of the group whose tile counts.
-  int64_t next_head(int64_t b, int64_t first, int64_t h, int64_t heads, int64_t qb, int64_t kb) const {
-    while (h < heads && call.leaves_out(b, first + h, qb, kb, plan_.blocking)) ++h;
-    return h;
   }
 };
 
@@ -110,7 +127,11 @@ struct SkippingBackward : Backward<E> {
   void visit(int64_t split, int64_t o, int64_t i, int64_t pair) {
     const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o;
     if (this->block_read_.differs(0, kb, 0, 0)) k_ = key_block(this->t_.scores, plan_.blocking, 0, kb);
-    k_.attended = call.leaves_out(pairs_[pair].b, pairs_[pair].h, qb, kb, plan_.blocking) ? 0 : k_.count;
+    const QueryBlock q = query_block(plan_.blocking, qb);
+    const T* lse = this->t_.lse + (pairs_[pair].b * n_.H + pairs_[pair].h) * n_.Nq + q.first;
+    const bool left_out =
+        call.leaves_out(pairs_[pair].b, pairs_[pair].h, q, kb, plan_.blocking.key_blocks, [lse](int64_t i) { return lse[i]; });
+    k_.attended = left_out ? 0 : k_.count;
     Base::visit(split, o, i, pair);
   }
 };
@@ -166,7 +187,7 @@ static void backward(const Call& c, const float* dout, const float* out, const f
 
 using namespace smattn::cpu::SMATTN_LEVEL;
 
-// What left_out counts in: query blocks, queries in each, key blocks, keys in each.
+// Query blocks, queries in each, key blocks, keys in each.
 extern "C" void blocking(const Call& call, int64_t* to) {
   const Blocking<float> b(call.size);
   to[0] = b.query_blocks, to[1] = b.queries, to[2] = b.key_blocks, to[3] = b.keys;

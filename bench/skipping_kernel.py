@@ -1,7 +1,7 @@
 """A Triton forward that leaves out the tiles which the mask has already decided: a study, by the bound of tile_skipping.py.
 
-The row's maximum so far stands in for the final one, which is not smaller: what lies below the line under the one does so under the other.
-How early it is large is up to the order in which tiles are visited: by default the largest M first.
+A row's L so far, m_i + log l_i, stands in for the final one, which is not smaller: P_ij = exp(S_ij - L_i) <= exp(U_i - L_i so far), so of a
+row's weights each one that is left out is at most u / Nk. How soon L is large is up to the order of visits: by default the largest M first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import triton.language as tl
 from tile_skipping import highest
 from torch import Tensor
 
-from smattn.kernels.primitives import LOG2E, load_alpha, load_mask, load_tile, matmul, query_program, score_tile, softmax_finish
-from smattn.kernels.primitives import dot, softmax_step, store_tile
+from smattn.kernels import primitives as shared
+from smattn.kernels.configs import block_of
+from smattn.kernels.primitives import LOG2E
 from smattn.testing import Case
 
 
@@ -27,11 +28,11 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """norms: max |k| of (batch, key head, key block); order: the key blocks of (batch, query block); left_out: tiles, of each program."""
-    h, m_block, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
+    h, m_block, offs_m, _, b, bh = shared.query_program(H, Nq, 1, BLOCK_M)
     g, n_blocks = bh // GROUP, tl.cdiv(Nk, BLOCK_N)
     offs_d, offs_dv, row_ok = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), offs_m < Nq
-    alpha = load_alpha(alpha_ptr, h, 1, True)
-    q = load_tile(q_ptr + bh * Nq * D, offs_m, offs_d, D, 1, row_ok, offs_d < D)
+    alpha = shared.load_alpha(alpha_ptr, h, 1, True)
+    q = shared.load_tile(q_ptr + bh * Nq * D, offs_m, offs_d, D, 1, row_ok, offs_d < D)
     q_norms = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * (tl.abs(scale) * LOG2E)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -41,38 +42,48 @@ def _forward_kernel(
         block = tl.load(order_ptr + (b * tl.cdiv(Nq, BLOCK_M) + m_block) * stride_om + n)
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         live = offs_n < Nk
-        m = load_mask(mask_ptr + b * stride_mb, offs_m, offs_n, stride_mm, 1, Nq, Nk, live[None, :], True, False)
+        m = shared.load_mask(mask_ptr + b * stride_mb, offs_m, offs_n, stride_mm, 1, Nq, Nk, live[None, :], True, False)
         bound = q_norms * tl.load(norms_ptr + g * n_blocks + block) + tl.max(m * (alpha * LOG2E), 1)
-        counts = row_ok & ((bound <= m_i - margin) == 0)  # so does a NaN
+        counts = row_ok & ((bound <= m_i + tl.log2(l_i) - margin) == 0)  # so does a NaN
         if tl.max(counts.to(tl.int32), 0) > 0:
-            k = load_tile(k_ptr + g * Nk * D, offs_n, offs_d, D, 1, live, offs_d < D)
-            s = score_tile(matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, False), m, live[None, :], scale, alpha, True)
-            p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
-            v = load_tile(v_ptr + g * Nk * DV, offs_n, offs_dv, DV, 1, live, offs_dv < DV)
-            acc = dot(p.to(v.dtype), v, acc * rescale[:, None], False)
+            k = shared.load_tile(k_ptr + g * Nk * D, offs_n, offs_d, D, 1, live, offs_d < D)
+            s = shared.score_tile(shared.matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, False), m, live[None, :], scale, alpha, True)
+            p, rescale, m_i, l_i = shared.softmax_step(s, m_i, l_i)
+            v = shared.load_tile(v_ptr + g * Nk * DV, offs_n, offs_dv, DV, 1, live, offs_dv < DV)
+            acc = shared.dot(p.to(v.dtype), v, acc * rescale[:, None], False)
         else:
             left_out += 1
-    out, _, lse = softmax_finish(acc, l_i, m_i, l_i, 1.0)
-    store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
+    out, _, lse = shared.softmax_finish(acc, l_i, m_i, l_i, 1.0)
+    shared.store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     tl.store(lse_ptr + bh * Nq + offs_m, lse, mask=row_ok)
     tl.store(left_out_ptr + tl.program_id(0), left_out)
 
 
+def visits(mask: Tensor, queries: int, keys: int) -> Tensor:
+    """The key blocks of each query block, that with the largest M first: (B, query blocks|1, key blocks) of a mask (B, Nq|1, Nk)."""
+    peaks = highest(highest(mask, keys).mT, min(queries, mask.shape[1])).mT
+    return peaks.argsort(dim=2, descending=True, stable=True)
+
+
 def forward(case: Case, queries: int, keys: int, u: float, ordered: bool = True) -> tuple[dict[str, Tensor], float]:
-    """Out and lse of a case (mask (B, Nq|1, Nk), contiguous tensors, no padding) in tiles of so many queries and keys; the share left out."""
+    """Out and lse of a case, in tiles of so many queries and keys, and the share of these left out.
+
+    Tensors are contiguous, the mask is (B, Nq|1, Nk), and no key is padding.
+    """
     (B, H, Nq, D), (_, Hkv, Nk, Dv) = case.query.shape, case.value.shape
     assert case.mask is not None and isinstance(case.alpha, Tensor)
     m_blocks, n_blocks = -(-Nq // queries), -(-Nk // keys)
     norms = highest(case.key.float().norm(dim=3), keys)  # (B, Hkv, n_blocks)
-    peaks = highest(highest(case.mask, keys).mT, min(queries, case.mask.shape[1])).mT  # (B, m_blocks|1, n_blocks)
-    order = (peaks if ordered else -torch.arange(n_blocks).expand_as(peaks)).argsort(dim=2, descending=True, stable=True)
-    order = order.expand(B, m_blocks, n_blocks).to(torch.int32).contiguous()
+    order = visits(case.mask, queries, keys) if ordered else torch.arange(n_blocks, device=norms.device)
+    order = order.expand(B, m_blocks, n_blocks).contiguous()
     out, lse = case.query.new_empty(B, H, Nq, Dv), case.query.new_empty((B, H, Nq), dtype=torch.float32)
-    left_out = order.new_empty(B * m_blocks * H)
-    _forward_kernel[(left_out.numel(),)](
-        case.query, case.key, case.value, case.mask, case.alpha, norms, order, out, lse, left_out,
-        case.mask.stride(0), case.mask.stride(1) if case.mask.shape[1] > 1 else 0, n_blocks, H, Nq, Nk, D**-0.5, math.log2(Nk / u),
-        GROUP=H // Hkv, D=D, DV=Dv, BLOCK_M=queries, BLOCK_N=keys,
-        BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_DV=max(16, triton.next_power_of_2(Dv)),
+    left_out = torch.empty(B * m_blocks * H, dtype=torch.int32, device=norms.device)
+    arguments = dict(
+        q_ptr=case.query, k_ptr=case.key, v_ptr=case.value, mask_ptr=case.mask, alpha_ptr=case.alpha, norms_ptr=norms, order_ptr=order,
+        out_ptr=out, lse_ptr=lse, left_out_ptr=left_out,
+        stride_mb=case.mask.stride(0), stride_mm=case.mask.stride(1) if case.mask.shape[1] > 1 else 0, stride_om=n_blocks,
+        H=H, Nq=Nq, Nk=Nk, scale=D**-0.5, margin=math.log2(Nk / u), GROUP=H // Hkv, D=D, DV=Dv,
+        BLOCK_M=queries, BLOCK_N=keys, BLOCK_D=block_of(D), BLOCK_DV=block_of(Dv),
     )  # fmt: skip
+    _forward_kernel[(left_out.numel(),)](**arguments)
     return {"out": out, "lse": lse}, left_out.sum().item() / (left_out.numel() * n_blocks)

@@ -59,16 +59,25 @@ class Cell(NamedTuple):
     head: int  # index into HEAD_SIZES
     Nq: int = 0
     forward: bool = False  # else backward
+    variant: aot.Variant = aot.PLAIN  # *_pointers serve calls that can have no descriptors
 
     def case(self, device: str, fewer: int = 1) -> Case:
         B, H, Nk = SHAPES[self.Nq]
         Nq, dtype = self.Nq if self.Nq <= configs.FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
-        return make_case(B, H, Nq, Nk // fewer, HEAD_SIZES[self.head], dtype=dtype, mask_dtype=dtype, device=device)
+        sizes, padded = (B, H, Nq, Nk // fewer, HEAD_SIZES[self.head]), 0.1 * self.variant.padding
+        return self.laid_out(make_case(*sizes, dtype=dtype, mask_dtype=dtype, padded=padded, device=device))
+
+    def laid_out(self, case: Case) -> Case:
+        """As the variant has it, rows an odd number of elements apart."""
+        if not self.variant.misaligned:
+            return case
+        operands = {name: getattr(case, name) for name in ("query", "key", "value", "dout")}
+        return replace(case, **{name: torch.cat([x, x[..., :1]], -1)[..., :-1] for name, x in operands.items()})
 
     def job(self, arch: int, training: bool = True) -> aot.Job:
         """What `case` launches: forward and backward, or forward alone, as it is timed."""
         known, dtype, (B, H, Nk) = max(chip for chip in aot.SHARED_MEMORY if chip <= arch), DTYPES[self.itemsize], SHAPES[self.Nq]
-        variant = aot.PLAIN._replace(training=training)
+        variant = self.variant._replace(training=training)
         return aot.Job(known, dtype, HEAD_SIZES[self.head], self.Nq, variant, B, H, Nk, dtype)
 
     def text(self) -> str:
@@ -91,11 +100,10 @@ def placed(cell: Cell, arch: int) -> Cell | None:
     own, marked = configs.TABLE.get(key), replace(row[cell.head], num_stages=100)
     put(cell, arch, marked)
     try:
-        for Nq in SHAPES:
-            for training in (False, True):
-                launches = aot.record(cell._replace(Nq=Nq).job(arch, training))
-                if marked in [tile for *_, tile in launches]:
-                    return cell._replace(Nq=Nq, forward=not training)
+        for variant, Nq, training in product((aot.PLAIN, aot.PADDING, aot.MISALIGNED), SHAPES, (False, True)):
+            cell = cell._replace(Nq=Nq, variant=variant, forward=not training)
+            if marked in [tile for *_, tile in aot.record(cell.job(arch, training))]:
+                return cell
     finally:
         del configs.TABLE[key]
         configs.TABLE |= {key: own} if own else {}
@@ -171,7 +179,7 @@ def the_pass(cell: Cell, case: Case) -> Callable[[], object]:
     leaves = [tensor.detach().requires_grad_(not cell.forward) for tensor in case.inputs().values()]
 
     def forward() -> torch.Tensor:
-        return smattn.soft_masked_attention(*leaves, backend="triton")
+        return smattn.soft_masked_attention(*leaves, key_padding_mask=case.key_padding_mask, backend="triton")
 
     if cell.forward:
         return forward

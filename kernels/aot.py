@@ -68,8 +68,8 @@ class Variant(NamedTuple):
 PLAIN = Variant("mask")
 FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=2, dlse=True)
 TF32 = Variant("tf32", tf32=True)
-PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
+PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),
@@ -156,10 +156,6 @@ def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
     for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
         if dtype == torch.float32 or not variant.tf32:
             yield Job(arch, dtype, D, Nq, variant)
-    if extent == PRODUCT:  # where those have descriptors
-        for arch, dtype, D, variant in product(archs, DTYPES[:2], HEAD_SIZES, (PADDING, MISALIGNED)):
-            if arch >= 90:
-                yield Job(arch, dtype, D, MANY, variant)
 
 
 def _sample(archs: list[int]) -> Iterator[Job]:
@@ -281,7 +277,7 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
     lines: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:
-        (arch, dtype, D, Nq, variant), t, r = row.job, row.tile, row.reading
+        (arch, dtype, D, Nq, variant, *_), t, r = row.job, row.tile, row.reading
         figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
         loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
         line = (

@@ -103,17 +103,19 @@ def backward(
     grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
     if inputs.empty or not any(needs):
         return grads
-    few = backward_few_queries.serves(problem, backward_few_queries.needs_of(*grads[:4]))
+    to_fill = backward_few_queries.needs_of(*grads[:4])
+    few = backward_few_queries.serves(problem, to_fill)
     dquery, dalpha, dalpha_rows = grads[0], grads[4], None
-    if few and out is not None and backward_few_queries.folds_delta(inputs, dquery):
-        held = configs.holds_dq(problem)
+    reduced = few or backward_passes.dq_splits(problem, to_fill, dalpha is not None) > 0  # its last pass adds dL's term to dalpha
+    if reduced and out is not None and (not few or backward_few_queries.folds_delta(inputs, dquery)):
+        held = few and configs.holds_dq(problem)
         rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
         backward_passes.run(inputs, inputs, dout, rows, mbar, *grads)
         return grads
     soft = soft_mask.soften(inputs, _buffer_of_m(grads[3]))
     values = inputs.accumulator(*lse.shape, 2)
     rows = Rows(values, None, lse, dlse)
-    if dalpha is not None and dlse is not None and not few:
+    if dalpha is not None and dlse is not None and not reduced:
         partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
     if out is None:

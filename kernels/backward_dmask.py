@@ -69,10 +69,11 @@ def _dmask_kernel(
             mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)
-            partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H if NEED_DALPHA else None
+            if NEED_DALPHA:
+                partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H
             heads = H if SHARED_H else 1
             seen = unless_padding(heads, live, HAS_PADDING)
-            for head in tl.range(h_lo, h_lo + seen, disable_licm=True):
+            for head in range(h_lo, h_lo + seen):
                 h = tl.cast(head, tl.int64)
                 bh = b * H + h
                 g = h // GROUP
@@ -93,8 +94,8 @@ def _dmask_kernel(
                 )  # fmt: skip
                 dm += tl.where(live[None, :], alpha * ds, 0.0)  # a padded key's K and V may be NaN, and in a row without keys dO
                 if NEED_DALPHA:
-                    ds = tl.where(live[None, :], ds, 0.0) if HAS_PADDING else ds
-                    store_dalpha(partials + h, ds, m, mbar_ptr + bh * Nq, offs_m, row_ok)
+                    kept = tl.where(live[None, :], ds, 0.0) if HAS_PADDING else ds
+                    store_dalpha(partials + h, kept, m, mbar_ptr + bh * Nq, offs_m, row_ok)
             if NEED_DALPHA and HAS_PADDING:
                 for head in range(h_lo + seen, h_lo + heads):
                     tl.store(partials + head, 0.0)

@@ -128,9 +128,10 @@ def _launch(
     inputs: Inputs, tile: TileConfig, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
 ) -> None:
     t = inputs.problem
-    arguments = inputs.gradient_arguments(tile, dout, rows) | descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value)
+    arguments = inputs.gradient_arguments(tile, dout, rows)
     arguments.update(
-        **rows.arguments(), **pointers, B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
+        **descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value), **rows.arguments(), **pointers,
+        B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
         NEED_DQ=pointers["dq_ptr"] is not None, NEED_DALPHA=pointers["dalpha_ptr"] is not None,
     )  # fmt: skip
     launch(_dq_kernel, t.B * t.H * splits * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from ..problem import Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
+from .backward_few_queries import Needs
 from .configs import FEW_QUERIES
 from .launch import Inputs, Rows
 
@@ -30,28 +33,44 @@ def run(
     needs = backward_few_queries.needs_of(dquery, dkey, dvalue, dmask)
     if backward_few_queries.serves(inputs.problem, needs):
         return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
-    key_only = dmask is not None and dmask.shape[2] == 1 and not _each_head_over_the_batch(inputs.problem)  # a by-product of dK and dV
+    key_only = _key_only(inputs.problem, needs)  # a by-product of dK and dV
     dmask_pass = dmask is not None and not key_only
     dalpha_tiles = None
     if dalpha is not None:
         partials = backward_dmask.partials(inputs, dout) if dmask_pass else backward_dq.partials(inputs)
         dalpha_tiles = inputs.accumulator(partials, inputs.problem.B, inputs.problem.H)
     dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
+    splits, parts = dq_splits(inputs.problem, needs, dalpha is not None), None
+    if splits:  # before the others: it works out delta
+        parts = backward_dq.run_split(soft, dout, rows, splits)
+        rows = rows._replace(out=None)
     if dkey is not None or dvalue is not None or key_only:
         backward_dkdv.run(soft, dout, rows, dkey, dvalue, dmask_rows)
     if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
         dmask.copy_(_of_rows(inputs, dmask_rows.sum_to_size(dmask.shape)))
-    t = inputs.problem
-    splits = backward_few_queries.splits(t, needs, t.B * t.H) if dquery is not None and t.Nq <= FEW_QUERIES else 1
-    if dquery is not None and splits > 1 and (dalpha is None or dmask_pass):  # few queries of wide heads
-        parts = backward_dq.run_split(soft, dout, rows, splits)
-        backward_few_queries.reduce(inputs, rows, None, parts, dquery, None, None)
-    elif dquery is not None or (dalpha_tiles is not None and not dmask_pass):
+    if not splits and (dquery is not None or (dalpha_tiles is not None and not dmask_pass)):
         backward_dq.run(soft, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
     if dmask is not None and dmask_pass:
         backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
-    if dalpha is not None and dalpha_tiles is not None:
+    if splits:
+        backward_few_queries.reduce(inputs, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
+    elif dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)
+
+
+@lru_cache
+def dq_splits(t: Problem, needs: Needs, need_dalpha: bool) -> int:
+    """In how many parts of the keys dQ is summed, few queries of wide heads: its pass is the first, and the last adds up dQ and dalpha,
+    dL's term included. 0: in one piece, as with many queries, or where dalpha is a by-product of it.
+    """
+    if not needs[0] or t.Nq > FEW_QUERIES or (need_dalpha and (not needs[3] or _key_only(t, needs))):
+        return 0
+    splits = backward_few_queries.splits(t, needs, t.B * t.H)
+    return splits if splits > 1 else 0
+
+
+def _key_only(t: Problem, needs: Needs) -> bool:
+    return needs[3] and t.mask_shape is not None and t.mask_shape[2] == 1 and not _each_head_over_the_batch(t)
 
 
 def _each_head_over_the_batch(problem: Problem) -> bool:

@@ -39,6 +39,7 @@ class TileConfig:
 T = TileConfig
 NONE = T(0, 0, 0, 0)  # see one_tile
 # (kernel, arch, bytes of an element) -> tiles for head sizes up to (32, 64, 128, 256). In few_* the number is block_m, all of the queries.
+# *_pointers: in place of a tile with tma where no descriptors are possible. Without such a row it is the same tile.
 TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
     ("forward", 80, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
@@ -46,9 +47,10 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("forward", 100, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2, 255), T(32, 32, 8, 1)),
     ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
     ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, 128, True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(32, 16, 4, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
-    ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
+    ("split_32", 80, 2): (T(32, 64, 4, 3), T(32, 64, 4, 2, 255), T(32, 64, 8, 2), T(32, 64, 8, 2)),
     ("split_32", 80, 4): (T(32, 64, 4, 2), T(32, 32, 4, 1), T(32, 32, 8, 1), T(32, 32, 8, 1)),
     ("split_64", 80, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 8, 2), T(32, 32, 8, 2)),
     ("split_64", 90, 2): (T(64, 64, 4, 3), T(64, 32, 4, 3), T(64, 32, 4, 2), T(32, 32, 8, 2)),
@@ -60,7 +62,7 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("few_32", 80, 4): (T(32, 32, 8, 1), T(32, 32, 8, 1), NONE, NONE),
     ("few_64", 80, 2): (T(64, 64, 8, 1), T(64, 32, 8, 1), NONE, NONE),
     ("few_64", 80, 4): (T(64, 32, 8, 1, 255), NONE, NONE, NONE),
-    ("few_128", 80, 2): (T(128, 16, 8, 1), T(128, 16, 8, 1), NONE, NONE),
+    ("few_128", 80, 2): (T(128, 32, 8, 1), T(128, 16, 8, 1), NONE, NONE),
     ("few_128", 90, 2): (T(128, 32, 8, 1), T(128, 32, 8, 1), NONE, NONE),
     ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 2), NONE, NONE),
     ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
@@ -70,6 +72,7 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 90, 2): (T(128, 32, 8, 2, tma=True), T(128, 32, 8, 2, tma=True), T(64, 64, 4, 2, tma=True), T(32, 32, 8, 1, tma=True)),
+    ("dq_pointers", 90, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 100, 2): (T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, 255, True), T(64, 32, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1, 128)),
     ("dq", 90, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(32, 16, 8, 1)),
@@ -78,12 +81,12 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("dmask", 80, 2): (T(128, 64, 8, 1), T(64, 64, 8, 2), T(32, 64, 8, 2), T(32, 16, 8, 1)),
     ("dmask", 90, 2): (T(64, 64, 8, 1), T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 1, tma=True)),
     ("dmask", 100, 2): (T(64, 64, 8, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 64, 8, 2, 255, True), T(64, 32, 8, 1, tma=True)),
+    ("dmask_pointers", 90, 2): (NONE, T(64, 64, 8, 1), T(64, 16, 8, 1), T(32, 16, 8, 1)),
     ("dmask", 80, 4): (T(64, 64, 8, 1), T(32, 32, 8, 1), T(64, 32, 8, 1), T(32, 16, 8, 1)),
 }
 HEAD_SIZES = (32, 64, 128, 256)
 # In place of a tile of the table that would spill: (kernel, kind of call, chip itself, bytes) -> head size -> tile. Padding and dropout
-# take registers of their own ("extras"), a map's passes load a tile of its gradient ("map"), and so do pointers where no descriptors are
-# possible ("pointers").
+# take registers of their own ("extras"), and a map's passes load a tile of its gradient ("map").
 SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("few_16", "extras", 80, 2): {32: T(16, 64, 8, 1), 64: T(16, 64, 8, 1), 128: T(16, 32, 8, 1)},
     ("few_32", "extras", 80, 2): {64: T(32, 32, 8, 1)},
@@ -91,50 +94,43 @@ SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("few_32", "extras", 100, 2): {32: T(32, 32, 8, 1), 64: T(32, 32, 8, 1)},
     ("few_64", "extras", 80, 2): {32: T(64, 32, 8, 1)},
     ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
-    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 64, 8, 2, tma=True)},
+    ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 32, 8, 2, tma=True)},
     ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2, tma=True)},
-    ("forward", "extras", 90, 2): {
-        32: T(128, 64, 8, 3, tma=True), 64: T(128, 64, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(32, 16, 4, 2, tma=True)
-    },
-    ("forward", "extras", 100, 2): {
-        32: T(128, 64, 8, 3, tma=True), 64: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(64, 16, 8, 2, tma=True)
-    },
-    ("forward", "pointers", 90, 2): {32: T(128, 64, 8, 3), 64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3), 256: T(32, 16, 4, 2)},
-    ("forward", "pointers", 100, 2): {32: T(128, 64, 8, 3), 64: T(128, 64, 8, 3), 128: T(128, 32, 8, 3), 256: T(64, 16, 8, 2)},
-    ("dq", "extras", 90, 2): {32: T(128, 32, 8, 2, tma=True), 64: T(128, 32, 8, 2, tma=True), 128: T(64, 32, 4, 2, tma=True)},
-    ("dq", "pointers", 90, 2): {32: T(128, 64, 8, 2), 64: T(128, 64, 8, 2), 128: T(64, 32, 8, 2)},
-    ("dmask", "pointers", 90, 2): {64: T(64, 64, 8, 1), 128: T(64, 16, 8, 1), 256: T(32, 16, 8, 1)},
-    ("dmask", "pointers", 100, 2): {64: T(64, 64, 8, 1), 128: T(64, 16, 8, 1), 256: T(32, 16, 8, 1)},
+    ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3, tma=True)},
+    ("dkdv", "extras", 90, 2): {64: T(32, 64, 8, 2, tma=True)},
+    ("split_16", "map", 80, 2): {32: T(16, 128, 4, 3, 128), 256: T(16, 64, 8, 2, 128)},
+    ("split_16", "map", 90, 2): {32: T(16, 128, 4, 3, 128)},
+    ("split_16", "map", 100, 2): {32: T(16, 128, 4, 3, 128)},
     ("split_64", "map", 80, 4): {64: T(64, 32, 8, 1, 128)},
     ("dkdv", "map", 90, 4): {128: T(16, 32, 8, 1)},
     ("dkdv", "map", 100, 4): {128: T(16, 32, 8, 1)},
 }
 
 
-def tile(kernel: str, problem: Problem, arch: int, pointers: bool = False) -> TileConfig:
+def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
     """The tile of `kernel` for this problem. arch is 80, 90, ... or INTERPRETER. A chip takes the row of the newest one that is not newer
-    than itself, those of SMALL_SHARED sm_86's or sm_80's. pointers: no descriptors are possible.
+    than itself, those of SMALL_SHARED sm_86's or sm_80's.
     """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
     kind = "map" if problem.Dv == 0 else "extras" if problem.has_padding or problem.dropout_p > 0 else ""
-    return _tile(kernel, bucket(problem.Nq), arch, size, head, kind, pointers)
+    return _tile(kernel, bucket(problem.Nq), arch, size, head, kind)
 
 
 @cache
-def _tile(kernel: str, queries: int, arch: int, size: int, head: int, kind: str = "", pointers: bool = False) -> TileConfig:
+def _tile(kernel: str, queries: int, arch: int, size: int, head: int, kind: str = "") -> TileConfig:
     if kernel in ("split", "few"):
         queries = min(queries, 64) if kernel == "split" else queries
         kernel = f"{kernel}_{queries}"
+    pointers = kernel.endswith("_pointers")
     if arch == INTERPRETER:  # small, so that small shapes have several tiles
         return TileConfig(queries if kernel.startswith("few") else 16, 32, 4, 1, tma=not pointers)
     column = next(i for i, limit in enumerate(HEAD_SIZES) if head <= limit)
-    found, chip = row_of(kernel, arch, size)[column], 80 if arch in SMALL_SHARED else generation(arch)
-    for special in (kind, "pointers") if pointers else (kind,):
-        if other := SPECIAL.get((kernel, special, chip, size), {}).get(HEAD_SIZES[column]):
-            found = other
-            break
-    return replace(found, tma=False) if pointers and found.tma else found
+    special = SPECIAL.get((kernel.removesuffix("_pointers"), kind, 80 if arch in SMALL_SHARED else generation(arch), size), {})
+    found = special.get(HEAD_SIZES[column], row_of(kernel, arch, size)[column])
+    if pointers and found == NONE:
+        found = _tile(kernel.removesuffix("_pointers"), queries, arch, size, head, kind)
+    return replace(found, tma=False) if pointers else found
 
 
 def cdiv(a: int, b: int) -> int:
@@ -191,7 +187,7 @@ def row_of(kernel: str, arch: int, size: int) -> tuple[TileConfig, TileConfig, T
     """The row that a chip takes: its own, or that of the newest one before it."""
     own = generation(arch)
     before = (own, 80) if own == 86 else (own, 90, 80)
-    return next(TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE)
+    return next((TABLE[kernel, older, size] for older in before if older <= own and (kernel, older, size) in TABLE), (NONE,) * 4)
 
 
 def generation(arch: int) -> int:

@@ -27,7 +27,7 @@ def tile(inputs: Inputs, kernel: str, *operands: Tensor, takes_padding: bool) ->
     own = inputs.tile(kernel)
     few = inputs.problem.Nq <= FEW_QUERIES
     if own.tma and (few or (inputs.key_padding_mask is not None and not takes_padding) or not all(map(readable, operands))):
-        return inputs.tile(kernel, pointers=True)
+        return inputs.tile(f"{kernel}_pointers")
     return own
 
 

@@ -80,8 +80,8 @@ class Inputs:
         """Whether there are no scores at all."""
         return 0 in (self.problem.B, self.problem.Nq, self.problem.Nk)
 
-    def tile(self, kernel: str, pointers: bool = False) -> TileConfig:
-        return configs.tile(kernel, self.problem, arch_of(self.query.device), pointers)
+    def tile(self, kernel: str) -> TileConfig:
+        return configs.tile(kernel, self.problem, arch_of(self.query.device))
 
     def accumulator(self, *sizes: int) -> Tensor:
         """Uninitialised float32 buffer."""

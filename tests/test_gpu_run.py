@@ -175,6 +175,32 @@ def test_the_rows_so_far_survive_when_the_process_dies(tmp_path, monkeypatch, a_
     assert rows.read(path) == a_run.rows[:2]
 
 
+def test_what_was_measured_before_a_signal_is_kept_and_calibrated(monkeypatch, tmp_path):
+    measured = measure.measure_cell
+
+    def stopped(job, cell, contestants):
+        if cell.mask == "blob":
+            raise KeyboardInterrupt
+        return measured(job, cell, contestants)
+
+    job = bench_job.Job("cpu", 0.01, "")
+    job.file = tmp_path / "run.jsonl"
+    monkeypatch.setattr(measure, "measure_cell", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(job, [tiny(rows.FORWARD), tiny(rows.FORWARD, "blob")], [peers.ours("cpu")])
+    assert [row.workload for row in rows.read(job.file)] == ["self1k", rows.MATMUL]
+
+
+def test_memory_that_torch_holds_for_later_is_free(monkeypatch):
+    cell = replace(tiny(rows.BOTH), device="cuda")
+    needed = measure._score_bytes(cell)
+    for name, held in (("mem_get_info", (needed - 1, 0)), ("memory_reserved", 100), ("memory_allocated", 90)):
+        monkeypatch.setattr(torch.cuda, name, lambda held=held: held)
+    assert measure.why_not(peers.PEERS[0], cell) is None
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    assert "may need" in str(measure.why_not(peers.PEERS[0], cell))
+
+
 def test_what_no_time_was_left_for_is_a_row_that_says_so():
     job = bench_job.Job("cpu", 0.01, "")
     measure.measure(job, [tiny(rows.BOTH)], [peers.ours("cpu")], until=time.monotonic() - 1)
@@ -200,18 +226,35 @@ def test_what_is_compiled_ahead_is_run_once_a_shape(monkeypatch, capsys):
     def compiled(contestant, cell):
         done.append((contestant.name, cell.shape, cell.direction))
         if contestant.name == "flex":
-            raise RuntimeError("no such kernel")
+            raise RuntimeError("no such kernel" if cell.direction == rows.BOTH else "CUDA out of memory")
+        if contestant.name == "smattn/cpu":
+            raise RuntimeError("broken")
 
     monkeypatch.setattr(measure, "Worker", Inside)
     monkeypatch.setattr(measure, "_compile", compiled)
     cells = [tiny(direction, mask) for direction in (rows.FORWARD, rows.BOTH) for mask in ("uniform", "blob")]
     contestants = [peers.ours("cpu"), *peers.PEERS, peers.WITHOUT_MASK]
-    measure.compile_ahead(cells, contestants)
+    failed = measure.compile_ahead(cells, contestants)
     each = product(("smattn/cpu", "compiled", "flex"), [tiny(rows.BOTH).shape], (rows.FORWARD, rows.BOTH))
     assert sorted(done) == sorted(each) and done[0][0] in ("compiled", "flex") and done[0][2] == rows.BOTH, "the longest first"
-    assert "flex, self1k, forward: no such kernel" in capsys.readouterr().out
+    printed = "flex, self1k bfloat16, forward+backward: no such kernel"
+    assert printed in capsys.readouterr().out and [": ".join(one) for one in failed.items()] == [printed]
+    job = bench_job.Job("cpu", 0.01, "", not_compiled=failed)
+    refused = {(peer.name, cell.direction) for peer, cell in product(contestants, cells) if job.refusal(peer.name, cell)}
+    assert refused == {("flex", rows.BOTH)} and job.verdict() is None
     measure.compile_ahead(cells, contestants, until=time.monotonic() - 1)
     assert len(done) == 6
+
+
+def test_what_cannot_be_compiled_is_known_to_the_run_that_compiles_nothing(monkeypatch, tmp_path):
+    limits = []
+    monkeypatch.setattr(bench_run, "NOT_COMPILED", tmp_path / "build" / "not-compiled.json")
+    monkeypatch.setattr(bench_run, "compile_ahead", lambda cells, contestants, until: limits.append(until) or {"flex, self1k": "why"})
+    args = argparse.Namespace(compile="not", minutes=10.0)
+    assert bench_run.compiled(args, [], [], 0.0) == {} and limits == []
+    for args.compile in ("only", "first", "not"):
+        assert bench_run.compiled(args, [], [], 0.0) == {"flex, self1k": "why"}
+    assert limits == [600.0, 600.0 * bench_run.COMPILING]
 
 
 @pytest.mark.parametrize("direction", [rows.FORWARD, rows.BOTH])
@@ -248,6 +291,15 @@ def test_a_contestant_that_takes_its_process_down_is_left_out_and_the_others_are
     assert found["smattn/cpu"].median_ms and found["eager"].median_ms
     assert found["smattn/bad"].skipped == "it took its process down: its process ended with exit code 3"
     assert "smattn/bad self1k bfloat16 uniform: it took its process down" in str(job.verdict())
+
+
+def test_the_check_on_a_gpu_is_in_a_process_of_its_own_and_goes_on_after_a_failure(monkeypatch):
+    monkeypatch.setattr(bench_job, "on_a_gpu", lambda device: True)
+    monkeypatch.setattr(bench_job, "describe_device", lambda device: "a made-up GPU")
+    job = bench_job.Job("cpu", 0.01, "")
+    job.check(["no-such", "cpu"], [tiny(rows.BOTH)])
+    assert job.refusal("smattn/cpu", tiny(rows.BOTH)) is None and len(job.validations) == 1
+    assert str(job.refusal("smattn/no-such", tiny(rows.BOTH))).startswith("ValueError: backend")
 
 
 def test_a_cell_whose_process_is_lost_for_no_known_reason_has_rows_that_say_so():

@@ -1,19 +1,98 @@
-"""The rule by which tiles of scores could be left out is sound, and the committed table says how few they are."""
+"""The rule by which tiles of scores could be left out is sound, kernels that follow it keep the budget, and the tables are of today."""
 
 import csv
+import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from expected import DEVICE
 
-from smattn.testing import assert_within_budget, make_case, run
+from smattn import reference
+from smattn.testing import assert_within_budget, blob_mask, make_case, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import peers
+import skipping
+import skipping_kernel
 import tile_skipping
 
 KEYS = 16
+FULL_AND_KEY_ONLY = pytest.mark.parametrize("queries", [70, 1], ids=["full", "key-only"])  # of the mask
+TOO_MUCH = 1e4  # of a row's weights: what no budget forgives
+
+
+def odd_case(queries, dtype=torch.float32, device="cpu"):
+    """Neighbouring queries look at one object; sizes are no multiples of anything, two heads share their keys."""
+    case = make_case(2, 4, 70, 301, 24, Dv=20, Hkv=2, dtype=dtype, mask=None, with_lse=True, device=device)
+    mask = blob_mask(2, 1, 301, torch.Generator().manual_seed(1)) * torch.linspace(0.9, 1, queries)[:, None]
+    return replace(case, mask=mask.to(device), alpha=torch.tensor([64.0, 32.0, 48.0, 16.0], device=device))
+
+
+@FULL_AND_KEY_ONLY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_triton_kernel_that_skips_is_within_the_budget(queries, dtype):
+    case, u = odd_case(queries, dtype, DEVICE), 2.0**-24 if dtype == torch.float32 else 2.0**-9
+    results, share = skipping_kernel.forward(case, 16, 16, u)
+    assert 0.1 < share < 0.9
+    assert_within_budget(results, case)
+    in_order, less = skipping_kernel.forward(case, 16, 16, u, ordered=False)
+    assert less < share
+    assert_within_budget(in_order, case)
+    everything, none = skipping_kernel.forward(case, 16, 16, 1e-300)
+    assert none == 0
+    assert_within_budget(everything, case)
+    with pytest.raises(AssertionError, match="out: "):
+        assert_within_budget(skipping_kernel.forward(case, 16, 16, TOO_MUCH)[0], case)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return skipping.Study(str(tmp_path_factory.mktemp("study")))
+
+
+COMPILED = pytest.mark.skipif("avx512" not in peers.cpu_kernels(), reason="the study is compiled for AVX-512")
+
+
+@pytest.mark.slow
+@COMPILED
+@FULL_AND_KEY_ONLY
+@pytest.mark.parametrize("u", [2.0**-24, 2.0**-9])
+def test_no_weight_below_the_line_is_above_its_share(study, queries, u):
+    case = odd_case(queries)
+    double = replace(case, query=case.query.double(), key=case.key.double())
+    exact = reference.softmax(double.problem(), double.query, double.key, double.soft().double(), double.alpha.double(), None)
+    *_, keys = study.blocking(case)
+    bounds = study.prepare(case).bounds.mT.repeat_interleave(keys, 3)[..., :301]  # (B, H, Nq, Nk)
+    assert (exact.s <= bounds * 1.00001).all()
+    weights = exact.p[bounds + math.log(301 / u) <= exact.lse[..., None]]
+    assert weights.numel() > 0 and weights.max() <= u / 301 * 1.001
+
+
+@pytest.mark.slow
+@COMPILED
+@FULL_AND_KEY_ONLY
+@pytest.mark.parametrize("dtype", skipping.brgemm.dtypes())
+def test_the_cpu_kernels_that_skip_are_within_the_budget(study, queries, dtype):
+    case, u = odd_case(queries, dtype), tile_skipping.ROUNDING[skipping.name_of(dtype)]
+    prepared = study.prepare(case)
+    rows, skipped = study.forward(case), study.forward(case, prepared, u)
+    assert 0.1 < study.share(case) < 0.9
+    assert_within_budget({name: rows[name] for name in ("out", "lse")}, case)
+    assert_within_budget({name: skipped[name] for name in ("out", "lse")}, case)
+    with pytest.raises(AssertionError, match="out: .*\n.*lse: "):
+        assert_within_budget({name: tensor for name, tensor in study.forward(case, prepared, TOO_MUCH).items() if name != "mbar"}, case)
+    if dtype != torch.float32:
+        return
+    of_out = replace(case, dlse=None)
+    assert_within_budget(study.backward(case, rows), of_out)
+    assert_within_budget(study.backward(case, skipped, prepared, u), of_out)
+    assert 0.1 < study.share(case) < 0.9
+    with pytest.raises(AssertionError, match="dquery: .*\n.*dkey: .*\n.*dvalue: "):
+        assert_within_budget(study.backward(case, skipped, prepared, TOO_MUCH), of_out)
 
 
 @pytest.mark.parametrize("alpha", [32.0, 200.0])
@@ -45,3 +124,31 @@ def test_the_committed_table_is_what_the_command_writes():
         assert (row["queries"], row["output"]) == (str(again["queries"]), again["output"])
         for column in ("bound", "best"):
             assert float(row[column]) == pytest.approx(again[column], abs=0.002)
+
+
+def test_the_committed_timings_say_where_they_were_taken_and_what_was_left_out():
+    with skipping.RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["workload"] for row in rows} == set(skipping.NAMES) and {row["mask"] for row in rows} == set(skipping.MASKS)
+    assert all(re.fullmatch(r".+, 1 thread, AVX512", row["device"]) for row in rows)
+    assert all(float(row["low"]) <= float(row["speedup"]) <= float(row["high"]) and float(row["ms"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@COMPILED
+def test_the_committed_timings_are_of_what_is_left_out_today(study):
+    with skipping.RESULTS.open() as file:
+        committed = {tuple(row[name] for name in skipping.ABOUT): row for row in csv.DictReader(file) if row["direction"] == "forward"}
+    for about, case in skipping.cases("hodor_infer"):
+        study.forward(case, study.prepare(case), tile_skipping.ROUNDING[str(about["dtype"])])
+        assert float(committed[tuple(map(str, about.values()))]["left_out"]) == pytest.approx(study.share(case), abs=0.002)
+
+
+def test_the_committed_shares_of_the_triton_kernel_are_what_it_leaves_out():
+    with skipping.TRITON_RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["workload"] for row in rows} == set(skipping.TRITON_NAMES)
+    about, case = next(found for found in skipping.cases("hodor_infer") if found[0]["mask"] == "key-only" and found[0]["alpha"] == 64.0)
+    row = next(row for row in rows if all(row[name] == str(value) for name, value in about.items()))
+    _, share = skipping_kernel.forward(case, *skipping.TRITON_TILE, tile_skipping.ROUNDING[row["dtype"]])
+    assert share > 0 and float(row["by_mask"]) == pytest.approx(share, abs=0.002)

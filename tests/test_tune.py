@@ -98,7 +98,8 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
 
     odd = replace(tune.present(cell, ARCH)[1][cell.head], num_stages=7)
     tune.put(cell, ARCH, odd)
-    case = make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=tune.DTYPES[cell.itemsize], device=device)
+    dtype, padded = tune.DTYPES[cell.itemsize], 0.1 * cell.variant.padding
+    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, padded=padded, device=device))
     call = None
     with launches_recorded(ARCH) as recorder:
         recorder.launches = Launches()
@@ -234,13 +235,13 @@ def test_what_is_compiled_ahead_is_what_is_timed(cell, monkeypatch):
     few = cell._replace(Nq=min(cell.Nq, 256))
     monkeypatch.setitem(tune.SHAPES, 256, (2, 4, 2048))
 
-    def seen(kernel, arguments, tile):
-        return kernel.__name__, tile, {name: specialised(value) for name, value in arguments.items()}
-
-    def specialised(value):
+    def told(value):
         if isinstance(value, TensorDescriptor):
-            return value.base.dtype, value.block_shape
+            return value.base.dtype, value.shape, value.strides, value.block_shape
         return value.dtype if isinstance(value, torch.Tensor) else value
+
+    def seen(kernel, arguments, tile):
+        return kernel.__name__, tile, {name: told(value) for name, value in arguments.items()}
 
     ahead = [seen(*launched) for launched in tune.aot.record(few.job(ARCH, not few.forward))]
 

@@ -94,4 +94,4 @@ def test_a_call_that_says_nothing_for_too_long_is_lost_and_one_that_talks_is_not
 def test_an_error_on_a_gpu_that_still_works_is_no_loss(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    worker.still_usable(RuntimeError("out of memory"))
+    assert worker.still_usable(RuntimeError("out of memory")) is None
