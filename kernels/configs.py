@@ -99,7 +99,7 @@ SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(32, 16, 4, 2, tma=True)},
     ("forward", "extras", 100, 2): {64: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(64, 16, 8, 2, tma=True)},
     ("dq", "extras", 90, 2): {64: T(128, 32, 8, 2, tma=True), 128: T(64, 32, 4, 2, tma=True)},
-    ("dkdv", "extras", 90, 2): {64: T(32, 64, 8, 2, tma=True)},
+    ("dkdv", "extras", 90, 2): {64: T(16, 64, 4, 2, tma=True), 128: T(16, 64, 8, 1, tma=True)},
     ("split_16", "map", 80, 2): {32: T(16, 128, 4, 3, 128), 256: T(16, 64, 8, 2, 128)},
     ("split_16", "map", 90, 2): {32: T(16, 128, 4, 3, 128)},
     ("split_16", "map", 100, 2): {32: T(16, 128, 4, 3, 128)},
