@@ -96,7 +96,7 @@ SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
     ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 32, 8, 2, tma=True)},
     ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2, tma=True)},
-    ("forward", "extras", 90, 2): {32: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(32, 16, 4, 2, tma=True)},
+    ("forward", "extras", 90, 2): {32: T(64, 64, 4, 1, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(32, 16, 4, 2, tma=True)},
     ("forward", "extras", 100, 2): {64: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(64, 16, 8, 2, tma=True)},
     ("dq", "extras", 90, 2): {64: T(128, 32, 8, 2, tma=True), 128: T(64, 32, 4, 2, tma=True)},
     ("dkdv", "extras", 90, 2): {64: T(16, 64, 4, 2, tma=True), 128: T(16, 64, 8, 1, tma=True)},
