@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from worker import Worker
 
 from smattn.backends import TABLE
-from smattn.testing import Case, make_case, run
+from smattn.testing import make_case, run
 
 DTYPES = (torch.float16, torch.float32)
 QUERIES, KEYS = (13, 150), 203  # few and many, no multiple of a tile
@@ -30,11 +30,12 @@ NOT_HERE = 77
 TRIAL = "import torch; torch.ones(1, device='cuda').sum().item()"
 
 
-def cases(dtype: torch.dtype, Nq: int, device: str) -> Iterator[Case]:
-    yield make_case(1, 2, Nq, KEYS, 32, dtype=dtype, device=device)
-    yield make_case(2, 2, Nq, KEYS, 48, Hkv=1, dtype=dtype, dropout_p=0.3, padded=0.3, with_lse=True, device=device)
-    yield make_case(2, 2, Nq, KEYS, 32, dtype=dtype, mask_shape=(1, 2, 1, KEYS), padded=0.3, device=device)
-    yield make_case(1, 2, Nq, KEYS, 32, dtype=dtype, as_map=True, device=device)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"B": 1},
+    "padding, dropout, lse": {"D": 48, "Hkv": 1, "dropout_p": 0.3, "padded": 0.3, "with_lse": True},
+    "key-only mask": {"mask_shape": (1, 2, 1, KEYS), "padded": 0.3},
+    "map": {"B": 1, "as_map": True},
+}
 
 
 def backends(device: str) -> list[str]:
@@ -42,34 +43,34 @@ def backends(device: str) -> list[str]:
     return [row.name for row in TABLE if row.name != "reference" and not row.unsupported_reasons(problem, "forward")]
 
 
-def calls(device: str) -> list[tuple[str, torch.dtype, int, str]]:
-    return list(product(backends(device), DTYPES, QUERIES, [device]))
+def calls(device: str) -> list[tuple[str, torch.dtype, int, str, str]]:
+    return list(product(backends(device), DTYPES, QUERIES, OPTIONS, [device]))
 
 
-def check(backend: str, dtype: torch.dtype, Nq: int, device: str) -> str:
+def check(backend: str, dtype: torch.dtype, Nq: int, options: str, device: str) -> str:
     """A line when all is well. RuntimeError when a result is not finite."""
-    for case in cases(dtype, Nq, device):
-        results = run(case, backend)
-        bad = [tensor for tensor, value in results.items() if not value[value != float("-inf")].isfinite().all()]  # lse may be -inf
-        if bad:
-            raise RuntimeError(f"{tuple(case.query.shape)}: {', '.join(bad)} not finite")
-    return f"{said(backend, dtype, Nq)}: done"
+    sizes = {"B": 2, "H": 2, "Nq": Nq, "Nk": KEYS, "D": 32, "dtype": dtype, "device": device}
+    results = run(make_case(**(sizes | OPTIONS[options])), backend)
+    bad = [tensor for tensor, value in results.items() if not value[value != float("-inf")].isfinite().all()]  # lse may be -inf
+    if bad:
+        raise RuntimeError(f"{', '.join(bad)} not finite")
+    return f"{said(backend, dtype, Nq, options)}: done"
 
 
-def said(backend: str, dtype: torch.dtype, Nq: int) -> str:
-    return f"{backend}, {str(dtype)[6:]}, {Nq} queries"
+def said(backend: str, dtype: torch.dtype, Nq: int, options: str) -> str:
+    return f"{backend}, {str(dtype)[6:]}, {Nq} queries, {options}"
 
 
 def side_by_side(device: str) -> int:
     """How many of the calls failed, each of which may take its process down."""
 
-    def one(arguments: tuple[str, torch.dtype, int, str]) -> int:
+    def one(arguments: tuple[str, torch.dtype, int, str, str]) -> int:
         try:
             with Worker() as worker:
                 print(worker(check, *arguments), flush=True)
             return 0
         except RuntimeError as error:
-            print(f"{said(*arguments[:3])}: {error}", flush=True)
+            print(f"{said(*arguments[:4])}: {error}", flush=True)
             return 1
 
     with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:

@@ -51,7 +51,6 @@ FIELDS = (*ABOUT, "direction", "left_out", "ms", "product", "speedup", "low", "h
 TRITON_FIELDS = (*ABOUT, "by_mask", "in_order")
 Step = Callable[[], object]
 Row = dict[str, "str | float"]
-TRITON_NAMES = ("hodor_infer", "self1k")
 TRITON_TILE = (64, 128)  # queries, keys
 SECONDS, ROUNDS = 0.5, 5  # of a row, at least
 
@@ -178,7 +177,7 @@ def compare(study: Study, case: Case, direction: str) -> Row:
         product = partial(native.forward, case.problem(), *inputs, save_out=False, save_mbar=True)
         kernel = partial(study.forward, case)
     else:
-        product = partial(native.backward, case.problem(), case.dout, None, *inputs, rows["out"], rows["lse"], rows["mbar"], (True,) * 5)  # type: ignore[call-arg,arg-type]
+        product = partial(native.backward, case.problem(), case.dout, None, *inputs, rows["out"], rows["lse"], rows["mbar"], (True,) * 5)  # type: ignore[call-arg]
         kernel = partial(study.backward, case, rows)
     calls: dict[str, Step] = {
         "product": product, "all": kernel, "prepared": lambda: kernel(study.prepare(case), u), "skipping": lambda: kernel(prepared, u),
@@ -206,8 +205,8 @@ def times(study: Study, name: str) -> Iterator[Row]:
 
 
 def triton_shares(name: str) -> Iterator[Row]:
-    """In float32."""
-    for about, case in cases(name) if name in TRITON_NAMES else ():
+    """Of hodor_infer in float32: interpreted kernels are slow."""
+    for about, case in cases(name) if name == "hodor_infer" else ():
         if case.query.dtype == torch.float32:
             shares = [skipping_kernel.forward(case, *TRITON_TILE, ROUNDING["float32"], ordered)[1] for ordered in (True, False)]
             yield about | {"by_mask": round(shares[0], 4), "in_order": round(shares[1], 4)}

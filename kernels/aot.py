@@ -70,6 +70,7 @@ FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=
 TF32 = Variant("tf32", tf32=True)
 MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
 PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
+MISALIGNED_FEATURES = FEATURES._replace(name=f"misaligned {FEATURES.name}", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
     MAP._replace(name="map, mask per head", mask=(2, 2, 2)),

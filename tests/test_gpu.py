@@ -254,7 +254,7 @@ def test_tests_after_one_that_breaks_the_gpu_have_a_new_process(tmp_path):
     assert done.returncode == 1 and "3 passed" in done.stdout and "what was wrong" in done.stdout, done.stdout
 
 
-FEWER = "import sanitized as s; s.DTYPES, s.QUERIES, s.KEYS = s.DTYPES[:1], (5,), 37"
+FEWER = "import sanitized as s; s.DTYPES, s.QUERIES = s.DTYPES[:1], (5,)"
 
 
 def test_small_calls_of_every_fused_backend_run_where_there_is_no_sanitizer():
@@ -262,14 +262,15 @@ def test_small_calls_of_every_fused_backend_run_where_there_is_no_sanitizer():
     interpreted = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=interpreted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"triton, float16, 5 queries: done", "cpu, float16, 5 queries: done"} <= set(done.stdout.splitlines())
+    lines = {f"{name}, float16, 5 queries, {options}: done" for name in ("triton", "cpu") for options in sanitized.OPTIONS}
+    assert lines <= set(done.stdout.splitlines())
 
 
 def test_small_calls_side_by_side_fail_one_by_one(monkeypatch, capsys):
-    monkeypatch.setattr(sanitized, "calls", lambda device: [("cpu", torch.float32, 5, "cpu"), ("no-such", torch.float32, 5, "cpu")])
+    monkeypatch.setattr(sanitized, "calls", lambda device: [(name, torch.float32, 5, "map", "cpu") for name in ("cpu", "no-such")])
     assert sanitized.side_by_side("cpu") == 1
     lines = sorted(capsys.readouterr().out.splitlines())
-    assert lines[0] == "cpu, float32, 5 queries: done" and lines[1].startswith("no-such, float32, 5 queries: ValueError: backend")
+    assert lines[0] == "cpu, float32, 5 queries, map: done" and lines[1].startswith("no-such, float32, 5 queries, map: ValueError: backend")
 
 
 def test_a_sanitizer_that_is_not_there_or_does_not_work_is_not_a_failure(monkeypatch, capfd):

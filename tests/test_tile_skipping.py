@@ -25,17 +25,17 @@ FULL_AND_KEY_ONLY = pytest.mark.parametrize("queries", [70, 1], ids=["full", "ke
 TOO_MUCH = 1e4  # of a row's weights: what no budget forgives
 
 
-def odd_case(queries, dtype=torch.float32, device="cpu"):
+def odd_case(queries, dtype=torch.float32, B=2, Nq=70, Nk=301, device="cpu"):
     """Neighbouring queries look at one object; sizes are no multiples of anything, two heads share their keys."""
-    case = make_case(2, 4, 70, 301, 24, Dv=20, Hkv=2, dtype=dtype, mask=None, with_lse=True, device=device)
-    mask = blob_mask(2, 1, 301, torch.Generator().manual_seed(1)) * torch.linspace(0.9, 1, queries)[:, None]
+    case = make_case(B, 4, Nq, Nk, 24, Dv=20, Hkv=2, dtype=dtype, mask=None, with_lse=True, device=device)
+    mask = blob_mask(B, 1, Nk, torch.Generator().manual_seed(1)) * torch.linspace(0.9, 1, 1 if queries == 1 else Nq)[:, None]
     return replace(case, mask=mask.to(device), alpha=torch.tensor([64.0, 32.0, 48.0, 16.0], device=device))
 
 
 @FULL_AND_KEY_ONLY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_triton_kernel_that_skips_is_within_the_budget(queries, dtype):
-    case, u = odd_case(queries, dtype, DEVICE), 2.0**-24 if dtype == torch.float32 else 2.0**-9
+    case, u = odd_case(queries, dtype, 1, 37, 150, DEVICE), 2.0**-24 if dtype == torch.float32 else 2.0**-9
     results, share = skipping_kernel.forward(case, 16, 16, u)
     assert 0.1 < share < 0.9
     assert_within_budget(results, case)
@@ -134,6 +134,23 @@ def test_the_committed_timings_say_where_they_were_taken_and_what_was_left_out()
     assert all(float(row["low"]) <= float(row["speedup"]) <= float(row["high"]) and float(row["ms"]) > 0 for row in rows)
 
 
+def test_the_guide_says_what_the_timings_say():
+    with skipping.RESULTS.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = (skipping.HERE.parent / "docs" / "how-it-works.md").read_text().splitlines()
+    for what, mask, alpha in (
+        ("a blob for each query, the usual alphas", "blob", "mix"),
+        ("one blob for all queries, 16", "key-only", "16.0"),
+        ("one blob for all queries, 64", "key-only", "64.0"),
+        ("the affinities of a segmented picture, 64", "objects", "64.0"),
+    ):
+        of_line = [row for row in rows if (row["mask"], row["alpha"]) == (mask, alpha)]
+        left_out, speedup, prepared = ([float(row[column]) for row in of_line] for column in ("left_out", "speedup", "prepared"))
+        ranges = [f"{min(left_out):.0%} to {max(left_out):.0%}".replace("% to", " to").replace("%", " %")]
+        ranges += [f"{min(column):.2f} to {max(column):.2f}" for column in (speedup, prepared)]
+        assert f"| {what} | {' | '.join(ranges)} |" in lines
+
+
 @pytest.mark.slow
 @COMPILED
 def test_the_committed_timings_are_of_what_is_left_out_today(study):
@@ -144,10 +161,10 @@ def test_the_committed_timings_are_of_what_is_left_out_today(study):
         assert float(committed[tuple(map(str, about.values()))]["left_out"]) == pytest.approx(study.share(case), abs=0.002)
 
 
+@pytest.mark.slow
 def test_the_committed_shares_of_the_triton_kernel_are_what_it_leaves_out():
     with skipping.TRITON_RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["workload"] for row in rows} == set(skipping.TRITON_NAMES)
     about, case = next(found for found in skipping.cases("hodor_infer") if found[0]["mask"] == "key-only" and found[0]["alpha"] == 64.0)
     row = next(row for row in rows if all(row[name] == str(value) for name, value in about.items()))
     _, share = skipping_kernel.forward(case, *skipping.TRITON_TILE, tile_skipping.ROUNDING[row["dtype"]])

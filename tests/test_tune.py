@@ -296,11 +296,15 @@ for tile in (present, T(16, 256, 4, 20)):
     print(repr(tune.failure(cell, 90, tile)))
 folders = lambda: sum(name.endswith(".cubin") for _, _, names in os.walk(os.environ["TRITON_CACHE_DIR"]) for name in names)
 tune.put(cell, 90, present)
+with_descriptors = tune.Cell("forward", 2, 1, 4096, True)
+assert tune.present(with_descriptors, 90)[1][1].tma
+tune.failure(with_descriptors, 90, tune.present(with_descriptors, 90)[1][1])
 before, meta = folders(), tune.aot.torch.empty
 tune.aot.torch.empty = lambda *sizes, **more: meta(*sizes, **(more | {"device": "cpu"}))  # real pointers, as in a launch
-for kernel, arguments, tile in tune.aot.record(cell.job(90, training=False)):
-    kernel.device_caches.clear()
-    kernel.warmup(**arguments, grid=(7,), **tile.options())
+for cell in (cell, with_descriptors):
+    for kernel, arguments, tile in tune.aot.record(cell.job(90, training=False)):
+        kernel.device_caches.clear()
+        kernel.warmup(**arguments, grid=(7,), **tile.options())
 print(folders() - before)
 """
 
