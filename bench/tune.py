@@ -77,8 +77,8 @@ class Cell(NamedTuple):
     def job(self, arch: int, training: bool = True) -> aot.Job:
         """What `case` launches: forward and backward, or forward alone, as it is timed."""
         known, dtype, (B, H, Nk) = max(chip for chip in aot.SHARED_MEMORY if chip <= arch), DTYPES[self.itemsize], SHAPES[self.Nq]
-        variant = self.variant._replace(training=training)
-        return aot.Job(known, dtype, HEAD_SIZES[self.head], self.Nq, variant, B, H, Nk, dtype)
+        variant = self.variant._replace(training=training, mask_dtype=dtype)
+        return aot.Job(known, dtype, HEAD_SIZES[self.head], self.Nq, variant, B, H, Nk)
 
     def text(self) -> str:
         return f"{self.kernel} {str(DTYPES[self.itemsize])[6:]} D={HEAD_SIZES[self.head]}"

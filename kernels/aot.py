@@ -52,6 +52,7 @@ class Variant(NamedTuple):
 
     name: str
     mask: tuple[int, int, int] | None = (2, 1, 2)  # M's batch, head and query axes: 1 broadcasts
+    mask_dtype: torch.dtype = torch.float32
     padding: bool = False
     dropout: bool = False
     group: int = 1
@@ -70,6 +71,7 @@ FEATURES = Variant("padding dropout gqa lse", padding=True, dropout=True, group=
 TF32 = Variant("tf32", tf32=True)
 MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
 PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
+HALF_MASKS = tuple(PLAIN._replace(name=f"{dtype} mask"[6:], mask_dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
 MISALIGNED_FEATURES = FEATURES._replace(name=f"misaligned {FEATURES.name}", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
@@ -99,7 +101,6 @@ class Job(NamedTuple):
     B: int = 2
     H: int = 4
     Nk: int = 4096
-    mask_dtype: torch.dtype = torch.float32
 
 
 class Row(NamedTuple):
@@ -153,9 +154,11 @@ def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
     if extent == SAMPLE:
         yield from _sample(archs)
         return
-    variants = (PLAIN, TF32, MAP, MAP_TF32) if extent == PRODUCT else (PLAIN, FEATURES, TF32, PADDING, MISALIGNED, MAP, MAP_TF32, *OTHERS)
+    variants = (PLAIN, *HALF_MASKS, TF32, MAP, MAP_TF32)
+    if extent == FULL:
+        variants = (*variants, FEATURES, PADDING, MISALIGNED, MISALIGNED_FEATURES, *OTHERS)
     for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
-        if dtype == torch.float32 or not variant.tf32:
+        if (dtype == torch.float32 or not variant.tf32) and variant.mask_dtype in (torch.float32, dtype):
             yield Job(arch, dtype, D, Nq, variant)
 
 
@@ -172,6 +175,8 @@ def _sample(archs: list[int]) -> Iterator[Job]:
         for Nq in (few, MANY):
             yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
             yield Job(arch, torch.float16, 64, Nq, MAP)
+        for D in (32, 64, 128):
+            yield Job(arch, torch.bfloat16, D, MANY, HALF_MASKS[1])
         yield Job(arch, torch.float32, 64, MANY, MAP)
         for D in (32, 64, 128, WIDEST) if arch >= 90 else ():  # where the calls above have descriptors
             yield Job(arch, torch.float16, D, MANY, PADDING)
@@ -193,7 +198,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
     mask = None
     if v.mask is not None:
         axes = [n if axis > 1 else 1 for axis, n in zip(v.mask, (B, H, job.Nq), strict=True)]
-        mask = tensor(*axes, Nk, dtype=job.mask_dtype)
+        mask = tensor(*axes, Nk, dtype=v.mask_dtype)
     problem = Problem(
         B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=job.D, dtype=job.dtype,
         mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
