@@ -45,8 +45,8 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("forward", 80, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("forward", 86, 2): (T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 2), T(64, 16, 8, 2)),
     ("forward", 100, 4): (T(64, 64, 8, 2), T(64, 32, 8, 2), T(64, 32, 8, 2, 255), T(32, 32, 8, 1)),
-    ("forward", 90, 2): (T(64, 64, 4, 2, tma=True), T(64, 64, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
-    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 8, 3, 128, True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward", 90, 2): (T(64, 64, 4, 1, tma=True), T(64, 64, 4, 1, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
+    ("forward", 100, 2): (T(128, 32, 8, 3, tma=True), T(128, 32, 4, 2, tma=True), T(128, 64, 8, 2, tma=True), T(64, 32, 8, 2, tma=True)),
     ("forward_pointers", 90, 2): (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 3), T(32, 16, 4, 2)),
     ("split_16", 80, 2): (T(16, 128, 4, 3), T(16, 128, 4, 3), T(16, 64, 4, 2), T(16, 64, 8, 2)),
     ("split_16", 80, 4): (T(16, 64, 4, 2), T(16, 64, 4, 2), T(16, 64, 8, 1), T(16, 32, 8, 1)),
@@ -68,11 +68,12 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
     ("few_128", 100, 2): (T(128, 16, 8, 1), T(128, 16, 8, 2), NONE, NONE),
     ("few_128", 80, 4): (T(128, 16, 8, 1), NONE, NONE, NONE),
     ("dkdv", 80, 2): (T(32, 64, 4, 2), T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
-    ("dkdv", 90, 2): (T(32, 64, 4, 2, tma=True), T(32, 64, 4, 2, tma=True), T(32, 64, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
+    ("dkdv", 90, 2): (T(64, 64, 4, 1, tma=True), T(64, 64, 4, 1, tma=True), T(32, 64, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
+    ("dkdv", 100, 2): (T(32, 64, 4, 2, tma=True), T(32, 64, 4, 2, tma=True), T(32, 64, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dkdv", 80, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
     ("dkdv", 86, 4): (T(32, 64, 4, 1), T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
     ("dq", 80, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
-    ("dq", 90, 2): (T(128, 32, 8, 2, tma=True), T(128, 32, 8, 2, tma=True), T(64, 64, 4, 2, tma=True), T(32, 32, 8, 1, tma=True)),
+    ("dq", 90, 2): (T(64, 64, 4, 1, tma=True), T(64, 64, 4, 1, tma=True), T(64, 64, 4, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dq_pointers", 90, 2): (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
     ("dq", 100, 2): (T(128, 64, 8, 2, tma=True), T(128, 64, 8, 2, 255, True), T(64, 32, 8, 2, tma=True), T(32, 32, 8, 1, tma=True)),
     ("dq", 80, 4): (T(64, 32, 4, 1), T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1, 128)),
@@ -87,20 +88,33 @@ TABLE: dict[tuple[str, int, int], tuple[TileConfig, TileConfig, TileConfig, Tile
 }
 HEAD_SIZES = (32, 64, 128, 256)
 # In place of a tile of the table that would spill: (kernel, kind of call, chip itself, bytes) -> head size -> tile. Padding and dropout
-# take registers of their own ("extras"), and a map's passes load a tile of its gradient ("map").
+# take registers of their own ("extras"), and a map's passes load a tile of its gradient ("map"). On sm_90 ptxas lets wgmma run across
+# stages of a pipeline under float32 masks with elements of 16 bits ("wide mask"), and not under masks of 16 bits.
 SPECIAL: dict[tuple[str, str, int, int], dict[int, TileConfig]] = {
     ("few_16", "extras", 80, 2): {32: T(16, 64, 8, 1), 64: T(16, 64, 8, 1), 128: T(16, 32, 8, 1)},
     ("few_32", "extras", 80, 2): {64: T(32, 32, 8, 1)},
     ("few_32", "extras", 90, 2): {32: T(32, 32, 8, 1)},
     ("few_32", "extras", 100, 2): {32: T(32, 32, 8, 1), 64: T(32, 32, 8, 1)},
     ("few_64", "extras", 80, 2): {32: T(64, 32, 8, 1)},
-    ("dmask", "extras", 80, 2): {32: T(64, 64, 8, 1)},
+    ("forward", "extras", 80, 2): {32: T(128, 32, 8, 3), 64: T(128, 32, 8, 3)},
+    ("dq", "extras", 80, 2): {64: T(64, 32, 4, 2)},
+    ("dkdv", "extras", 80, 2): {64: T(16, 64, 4, 2), 128: T(32, 32, 8, 2), 256: T(32, 16, 8, 1)},
+    ("dmask", "extras", 80, 2): {32: T(32, 64, 8, 1), 64: T(32, 64, 8, 1), 256: T(16, 32, 8, 1)},
     ("dmask", "extras", 90, 2): {64: T(64, 64, 8, 2, tma=True), 128: T(64, 32, 8, 2, tma=True)},
     ("dmask", "extras", 100, 2): {64: T(64, 64, 8, 2, tma=True)},
-    ("forward", "extras", 90, 2): {32: T(64, 64, 4, 1, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(32, 16, 4, 2, tma=True)},
+    ("forward", "extras", 90, 2): {
+        32: T(64, 64, 4, 1, tma=True), 64: T(64, 32, 4, 1, tma=True), 128: T(128, 32, 8, 2, tma=True), 256: T(32, 16, 4, 2, tma=True)
+    },  # fmt: skip
     ("forward", "extras", 100, 2): {64: T(128, 32, 8, 3, tma=True), 128: T(128, 32, 8, 3, tma=True), 256: T(64, 16, 8, 2, tma=True)},
-    ("dq", "extras", 90, 2): {64: T(128, 32, 8, 2, tma=True), 128: T(64, 32, 4, 2, tma=True)},
-    ("dkdv", "extras", 90, 2): {64: T(16, 64, 4, 2, tma=True), 128: T(16, 64, 8, 1, tma=True)},
+    ("dq", "extras", 90, 2): {32: T(64, 64, 4, 1, tma=True), 64: T(64, 64, 4, 1, tma=True), 128: T(64, 32, 4, 2, tma=True)},
+    ("dq", "extras", 100, 2): {64: T(128, 64, 8, 2, 255, tma=True)},
+    ("dkdv", "extras", 90, 2): {
+        32: T(32, 64, 4, 1, tma=True), 64: T(32, 64, 4, 1, tma=True), 128: T(16, 64, 8, 1, tma=True), 256: T(32, 16, 8, 1, tma=True)
+    },  # fmt: skip
+    ("dkdv", "extras", 100, 2): {256: T(32, 16, 8, 1, tma=True)},
+    ("forward", "wide mask", 90, 2): {32: T(64, 64, 4, 2, tma=True), 64: T(64, 64, 4, 2, tma=True)},
+    ("dq", "wide mask", 90, 2): {32: T(128, 32, 8, 2, tma=True), 64: T(128, 32, 8, 2, tma=True)},
+    ("dkdv", "wide mask", 90, 2): {32: T(32, 64, 4, 2, tma=True), 64: T(32, 64, 4, 2, tma=True)},
     ("split_16", "map", 80, 2): {32: T(16, 128, 4, 3, 168), 256: T(16, 64, 8, 2, 128)},
     ("split_16", "map", 90, 2): {32: T(16, 128, 4, 3, 168)},
     ("split_16", "map", 100, 2): {32: T(16, 128, 4, 3, 168)},
@@ -116,7 +130,9 @@ def tile(kernel: str, problem: Problem, arch: int) -> TileConfig:
     """
     head = max(problem.D, problem.Dv)
     size = problem.dtype.itemsize
-    kind = "map" if problem.Dv == 0 else "extras" if problem.has_padding or problem.dropout_p > 0 else ""
+    wide_mask = problem.mask_dtype is not None and problem.mask_dtype.itemsize > size
+    extras = problem.has_padding or problem.dropout_p > 0
+    kind = "map" if problem.Dv == 0 else "extras" if extras else "wide mask" if wide_mask else ""
     return _tile(kernel, bucket(problem.Nq), arch, size, head, kind)
 
 

@@ -263,9 +263,13 @@ def attend(
         if DV > 0:
             v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
             p_rounded = p.to(v.dtype)
-            acc = dot(p_rounded, v, acc * rescale[:, None], ALLOW_TF32)
+            acc *= rescale[:, None]
+            if SAVE_OUT:  # ahead of both products: wgmma waits for what is made of its accumulators in between
+                p_lost = (p - p_rounded.to(tl.float32)).to(v.dtype)
+                lost *= rescale[:, None]
+            acc = dot(p_rounded, v, acc, ALLOW_TF32)
             if SAVE_OUT:
-                lost = dot((p - p_rounded.to(tl.float32)).to(v.dtype), v, lost * rescale[:, None], ALLOW_TF32)
+                lost = dot(p_lost, v, lost, ALLOW_TF32)
     l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
     return acc, lost, mbar, m_i, l_i
 
