@@ -1,10 +1,13 @@
 """Every Triton kernel goes through the real compiler, in a process without TRITON_INTERPRET, inside its chip's shared memory."""
 
+import csv
 import json
 import os
 import re
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ ROWS = re.compile(
 )
 # bytes a block may have: CUDA C++ programming guide, table of compute capabilities
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "triton-kernels.csv"
 KERNELS = {"forward", "partial", "merge", "delta", "few_queries", "dkdv", "dq", "dmask"}
 MAP_KERNELS = {"map", "map_means", "map_rows"}
 
@@ -79,6 +83,24 @@ def test_machine_code_of_serialised_wgmma_is_read_as_such():
 def test_it_refuses_to_run_under_the_interpreter():
     result = without_interpreter("-m", "smattn.kernels.aot", TRITON_INTERPRET="1")
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
+
+
+def test_the_table_in_the_results_is_the_whole_product_and_without_a_failure():
+    head, *lines = RESULTS.read_text().splitlines()
+    assert re.fullmatch(r"# triton 3\.\d+\.\d+, kernels/\*\.py sha256 [0-9a-f]{16}", head)
+    rows = list(csv.DictReader(lines))
+    compiled = {(row["arch"], row["dtype"], row["D"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
+    arithmetic = {("float16", ""), ("bfloat16", ""), ("float32", ""), ("float32", "tf32")}
+    variants = {(dtype, " ".join(filter(None, (base, tf32)))) for dtype, tf32 in arithmetic for base in ("map", "" if tf32 else "mask")}
+    variants |= {(dtype, f"{dtype} mask") for dtype in ("float16", "bfloat16")}
+    sizes = product(("80", "90", "100"), variants, ("32", "48", "64", "128", "256"), ("13", "30", "60", "100", "1045"))
+    assert compiled == {(arch, dtype, D, variant, Nq) for arch, (dtype, variant), D, Nq in sizes}
+    assert {row["kernel"] for row in rows} == KERNELS | MAP_KERNELS | {"reduce"}
+    assert all(row["failure"] == "" for row in rows)
+    assert sum(int(row["spill_bytes"]) > 0 for row in rows) < len(rows) // 50, "what may spill a little is rare"
+    assert all(int(row["shared"]) <= SHARED_MEMORY[int(row["arch"])] and int(row["per_sm"]) >= 1 for row in rows)
+    with_products = [row for row in rows if row["kernel"] in KERNELS - {"merge", "delta"}]
+    assert all(row["instruction"] for row in with_products if row["dtype"] != "float32" or "tf32" in row["variant"])
 
 
 @pytest.mark.slow
