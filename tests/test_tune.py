@@ -99,7 +99,7 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
     odd = replace(tune.present(cell, ARCH)[1][cell.head], num_stages=7)
     tune.put(cell, ARCH, odd)
     dtype, padded = tune.DTYPES[cell.itemsize], 0.1 * cell.variant.padding
-    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, padded=padded, device=device))
+    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, mask_dtype=dtype, padded=padded, device=device))
     call = None
     with launches_recorded(ARCH) as recorder:
         recorder.launches = Launches()
