@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/smattn.stamp
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 PROBLEMS := 40  # of the driver's endless list, by `make sanitize` and `make arm64`
 CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot sanitize arm64 clean
 
@@ -84,7 +84,7 @@ arm64: $(INSTALLED)  ## the driver built for arm64 and run in an emulator
 	qemu-aarch64-static build/arm64/smattn_driver 0 $(PROBLEMS)
 
 clean:
-	rm -rf $(VENV) build smattn/_C.so smattn/_cuda.so smattn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build smattn/_cpu.so smattn/_cuda.so smattn.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/torch.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit("smattn needs Python 3.10 or newer; choose one: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
@@ -96,4 +96,4 @@ $(INSTALLED): $(VENV)/torch.stamp $(BUILD_FILES)
 	$(BIN)/pip install "setuptools>=77" "cmake>=3.24" ninja
 	$(BIN)/pip install --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c 'import smattn.native as n; print("\n".join(["C++ extension:", *(n.reasons() or ["built and loaded"])]))'
-	test ! -e smattn/_C.so || touch $@  # without it, the next make tries again: a compiler may have come
+	test ! -e smattn/_cpu.so || touch $@  # without it, the next make tries again: a compiler may have come

@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
         if missing:
             self.warn(f"the C++ extension of smattn is NOT built, not found: {', '.join(missing)}. All else is installed.")
             if self.inplace:  # an older build would not match the sources
-                Path(self.get_ext_fullpath("smattn._C")).unlink(missing_ok=True)
+                Path(self.get_ext_fullpath("smattn._cpu")).unlink(missing_ok=True)
             self.extensions = []
         super().run()
 
@@ -68,6 +68,6 @@ setup(
     packages=["smattn", "smattn.distributed", "smattn.integrations", "smattn.testing", "smattn.kernels"],
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
     package_data={"smattn": ["py.typed"]},
-    ext_modules=[Extension("smattn._C", sources=[])],
+    ext_modules=[Extension("smattn._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

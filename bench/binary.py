@@ -1,4 +1,4 @@
-"""Load the compiled extension, say which torch built it and which torch loads it, and try its kernels: `python bench/binary.py [_C.so ...]`
+"""Load the compiled extension, say which torch built it and which torch loads it, and try its kernels: `bench/binary.py [_cpu.so ...]`
 
 Without a path: the one of the installed package, and one that stands in the source tree, where another Python and torch may have built it.
 Each is loaded in a process of its own, for they register the same operations. Exit status 77: there is none.
@@ -27,7 +27,7 @@ def try_out(library: Path) -> str:
         case = make_case(2, 2, 13, 203, 32, dtype=dtype, padded=0.3, dropout_p=0.2, with_lse=True)
         if outside := [row.name for row in errors(run(case, "cpu"), case) if not row.within]:
             raise RuntimeError(f"{library}: {', '.join(outside)} outside the error budget in {dtype}")
-    ops = torch.ops.smattn_native
+    ops = torch.ops.smattn_cpu
     return f"{library}: built with torch {ops.built_with_torch()}, loaded by torch {torch.__version__}; {ops.cpu_kernels()}: right"
 
 
@@ -35,7 +35,7 @@ def main(paths: list[str]) -> int:
     if len(paths) == 1:
         print(try_out(Path(paths[0]).resolve()), flush=True)
         return 0
-    source = Path(__file__).resolve().parent.parent / "smattn" / "_C.so"
+    source = Path(__file__).resolve().parent.parent / "smattn" / "_cpu.so"
     libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((native.LIBRARY.resolve(), source)) if path.exists()]
     if not libraries:
         print("\n".join(native.reasons()))

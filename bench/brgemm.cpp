@@ -1,16 +1,16 @@
-// The micro-kernel of csrc/cpu/product.h and torch's exported brgemm (oneDNN's, made at run time) on the same tiles, for brgemm.py.
+// The micro-kernel of csrc/cpu/simd/product.h and torch's exported brgemm (oneDNN's, made at run time) on the same tiles, for brgemm.py.
 // c[rows][columns] = a[rows][steps] * b[steps][columns], `times` over; columns a whole number of vectors. One thread.
 // What lies by step lies in elements: of bfloat16, pairs of steps that follow each other.
 #include <ATen/native/CPUBlas.h>
 
 #if defined(__AVX512BF16__)
-#define SMATTN_LEVEL avx512bf16
+#define SMATTN_UNIT avx512bf16
 #else
-#define SMATTN_LEVEL avx512
+#define SMATTN_UNIT avx512
 #endif
-#include "cpu/product.h"
+#include "cpu/simd/product.h"
 
-using namespace smattn::cpu::SMATTN_LEVEL;
+using namespace smattn::cpu::SMATTN_UNIT;
 
 // a lies [rows][steps], or by step where it is transposed.
 template <class E>
@@ -21,9 +21,9 @@ static void products(const E* a, const E* b, float* c, int64_t rows, int64_t col
   const Vectors<E> vectors = {b, columns};
   for (int64_t n = 0; n < times; ++n) {
     if (transposed) {
-      product(ColumnMajor<E>{a, rows}, vectors, rows, columns / kLanes<float>, steps, Ahead{}, keep);
+      product(ColumnMajor<E>{a, rows}, vectors, rows, columns / kLanes<float>, steps, Prefetch{}, keep);
     } else {
-      product(RowMajor<E>{a, steps}, vectors, rows, columns / kLanes<float>, steps, Ahead{}, keep);
+      product(RowMajor<E>{a, steps}, vectors, rows, columns / kLanes<float>, steps, Prefetch{}, keep);
     }
   }
 }

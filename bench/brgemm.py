@@ -1,4 +1,4 @@
-"""The micro-kernel of csrc/cpu/product.h beside torch's exported brgemm, tile by tile, on one thread: `python bench/brgemm.py`
+"""The micro-kernel of csrc/cpu/simd/product.h beside torch's exported brgemm, tile by tile, on one thread: `python bench/brgemm.py`
 
 The yardstick is used here only: the package calls none of torch's kernels. Compiles brgemm.cpp and calls it through
 ctypes; both contestants are checked against float64 before they are timed. An x86-64 CPU with AVX-512 and Linux are needed.
@@ -139,7 +139,7 @@ def write_report(path: Path) -> Path:
 
 Commit {rows[0].commit}, by `{rows[0].command}`. GFLOP/s of one thread; every row is in [{path.name}]({path.name}).
 
-{markdown(["product", "dtype", "rows x columns x steps", "csrc/cpu/product.h", "brgemm", "ratio"], body)}
+{markdown(["product", "dtype", "rows x columns x steps", "csrc/cpu/simd/product.h", "brgemm", "ratio"], body)}
 
 {calibration(rows)}
 """)

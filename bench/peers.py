@@ -92,9 +92,9 @@ def ours(name: str, kernels: str = "") -> Contestant:
 
 def cpu_kernels() -> list[str]:
     """The sets of CPU kernels that this processor can run, the one it runs unasked first."""
-    return [] if native.reasons() else torch.ops.smattn_native.cpu_kernels().split()
+    return [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
 
 
 def select_cpu_kernels(name: str) -> None:
     native.reasons()  # loads the ops
-    torch.ops.smattn_native.select_cpu_kernels(name)
+    torch.ops.smattn_cpu.select_cpu_kernels(name)

@@ -1,13 +1,13 @@
 // Forward and backward of csrc/cpu that leave out the tiles which the mask has decided, for skipping.py, where it is proven that they may.
 // One thread, contiguous tensors, no padding.
 #if defined(__AVX512BF16__)
-#define SMATTN_LEVEL avx512bf16
+#define SMATTN_UNIT avx512bf16
 #else
-#define SMATTN_LEVEL avx512
+#define SMATTN_UNIT avx512
 #endif
 #include "cpu/backward.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 struct Call {
   Sizes size;
@@ -83,7 +83,8 @@ struct SkippingForward : Forward<E> {
         }
         if (last_kv < 0) read_mask<T>(s_, b, first, q, k, this->rows_, this->mask_);
         const bool last = h == heads - 1;
-        const Ahead keys = keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? next_first : k.first, plan_.blocking.keys, n_.D);
+        const Prefetch keys =
+            keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? next_first : k.first, plan_.blocking.keys, n_.D);
         const int64_t g = kv_head(n_, first + h);
         this->attend(b, first + h, q, k, this->mask_, g == last_kv, this->query(h), nullptr, part, keys);
         last_kv = g;
@@ -183,9 +184,9 @@ static void backward(const Call& c, const float* dout, const float* out, const f
   store_dalpha<float>(task, plan, parts, nullptr);
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT
 
-using namespace smattn::cpu::SMATTN_LEVEL;
+using namespace smattn::cpu::SMATTN_UNIT;
 
 // Query blocks, queries in each, key blocks, keys in each.
 extern "C" void blocking(const Call& call, int64_t* to) {

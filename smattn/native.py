@@ -1,4 +1,4 @@
-"""The compiled extension smattn/_C.so and backend="cpu", its C++ kernels: loaded at first use, and when absent, why and how to build it.
+"""The compiled extension smattn/_cpu.so and backend="cpu", its C++ kernels: loaded at first use, and when absent, why and how to build it.
 
 Tensors are canonical (see smattn/ops.py).
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 from .problem import Grads, Problem, new_gradients
 
 LARGEST_HEAD = 256
-LIBRARY = Path(__file__).with_name("_C.so")
+LIBRARY = Path(__file__).with_name("_cpu.so")
 
 
 def reasons() -> list[str]:
-    """Why the compiled extension cannot be used here, one sentence each; empty when its ops, `torch.ops.smattn_native`, are loaded."""
+    """Why the compiled extension cannot be used here, one sentence each; empty when its ops, `torch.ops.smattn_cpu`, are loaded."""
     return list(_load())
 
 
@@ -53,7 +53,7 @@ def forward(
     out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and lse.dtype != out.dtype else None
     mbar = torch.empty_like(lse) if save_mbar and mask is not None else None
     inputs = (query, key, value, mask, problem.mask_is_logits, alpha, key_padding_mask, seed, problem.scale, problem.dropout_p)
-    torch.ops.smattn_native.forward(*inputs, out, lse, out_acc, mbar)
+    torch.ops.smattn_cpu.forward(*inputs, out, lse, out_acc, mbar)
     return out, lse, lse.new_empty(0) if out_acc is None else out_acc, lse.new_empty(0) if mbar is None else mbar
 
 
@@ -82,7 +82,7 @@ def backward(
     rows = (out, lse.contiguous(), mbar.contiguous() if needs[4] else None)
     soft = (mask, problem.mask_is_logits, alpha)
     inputs = (dout, dlse, query, key, value, *soft, key_padding_mask, seed, *rows, problem.scale, problem.dropout_p)
-    torch.ops.smattn_native.backward(*inputs, *grads)
+    torch.ops.smattn_cpu.backward(*inputs, *grads)
     return grads
 
 
@@ -99,7 +99,7 @@ def attention_map(
     amap = query.new_empty((problem.B, problem.Nq, problem.Nk), dtype=problem.acc_dtype)
     lse = query.new_empty((problem.B, problem.H, problem.Nq), dtype=problem.acc_dtype)
     inputs = (query, key, mask, problem.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask, problem.scale)
-    torch.ops.smattn_native.attention_map(*inputs, amap, lse)
+    torch.ops.smattn_cpu.attention_map(*inputs, amap, lse)
     return amap, lse
 
 
@@ -119,7 +119,7 @@ def attention_map_backward(
     grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
     soft = (mask, problem.mask_is_logits, alpha)
     inputs = (query, key, *soft, head_weights.contiguous(), key_padding_mask, lse.contiguous(), problem.scale)
-    torch.ops.smattn_native.attention_map_backward(dmap[:, None], *inputs, *grads)
+    torch.ops.smattn_cpu.attention_map_backward(dmap[:, None], *inputs, *grads)
     return grads
 
 

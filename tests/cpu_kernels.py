@@ -9,16 +9,16 @@ import torch
 
 from smattn import native
 
-KERNELS: list[str] = [] if native.reasons() else torch.ops.smattn_native.cpu_kernels().split()  # the fastest, which runs by default, first
+KERNELS: list[str] = [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()  # the fastest, which runs by default, first
 
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    torch.ops.smattn_native.select_cpu_kernels(name)
+    torch.ops.smattn_cpu.select_cpu_kernels(name)
     try:
         yield
     finally:
-        torch.ops.smattn_native.select_cpu_kernels(KERNELS[0])
+        torch.ops.smattn_cpu.select_cpu_kernels(KERNELS[0])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a machine without a GPU: built for the host, over csrc/cuda/emulator.h, and put in the place of the real ones.
+"""The CUDA kernels on a machine without a GPU: built for the host over csrc/cuda/emulator, in the place of the real ones.
 
 As a pytest plugin (`pytest -p emulated_cuda`) it runs the suite over backend="cuda" alone.
 """

@@ -46,7 +46,7 @@ def test_the_kernels_offered_are_those_of_the_processor():
 
 def test_a_set_that_is_not_there_is_refused():
     with pytest.raises(RuntimeError, match=f"name: expected one of {' '.join(KERNELS)}, got no-such-set"):
-        torch.ops.smattn_native.select_cpu_kernels("no-such-set")
+        torch.ops.smattn_cpu.select_cpu_kernels("no-such-set")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -293,7 +293,7 @@ def test_the_binary_says_which_torch_built_it_and_which_loads_it(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "bench/binary.py", native.LIBRARY], capture_output=True, text=True)
     assert done.returncode == 0 and f"loaded by torch {torch.__version__}" in done.stdout, done.stderr
     assert "built with torch 2." in done.stdout
-    other = tmp_path / "_C.so"
+    other = tmp_path / "_cpu.so"
     other.write_bytes(b"not a library")
     done = subprocess.run([sys.executable, ROOT / "bench/binary.py", other], capture_output=True, text=True)
     assert done.returncode == 1 and "does not load with torch" in done.stderr

@@ -44,7 +44,7 @@ def test_without_triton_everything_else_works_and_the_reason_is_said():
 
 def test_without_the_extension_everything_else_works_and_the_reason_is_said():
     code = "import warnings, smattn, smattn.native, pathlib; warnings.simplefilter('ignore')\n"
-    code += "smattn.native.LIBRARY = pathlib.Path('/nonexistent/_C.so')" + RUN
+    code += "smattn.native.LIBRARY = pathlib.Path('/nonexistent/_cpu.so')" + RUN
     said = fresh(code + "print(smattn.backends()['cpu'])")
     assert "available=False" in said and "was not built" in said and "pip install" in said
 

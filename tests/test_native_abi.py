@@ -48,7 +48,7 @@ def extension():
 
 @pytest.fixture
 def dropout_keep():
-    return torch.ops.smattn_native.dropout_keep
+    return torch.ops.smattn_cpu.dropout_keep
 
 
 @pytest.mark.parametrize("counter, key, block", KNOWN_ANSWERS)

@@ -1,4 +1,4 @@
-"""The raw ops torch.ops.smattn_native.*: the C++ side checks what it is handed before a kernel reads it."""
+"""The raw ops torch.ops.smattn_cpu.*: the C++ side checks what it is handed before a kernel reads it."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ CASES = [(op, changed, message) for ops, changed, message in REFUSED for op in o
 
 @pytest.mark.parametrize("op, changed, message", CASES, ids=[f"{op}: {message}" for op, _, message in CASES])
 def test_a_raw_op_refuses(op, changed, message):
-    call, arguments = getattr(torch.ops.smattn_native, op), OPS[op]()
+    call, arguments = getattr(torch.ops.smattn_cpu, op), OPS[op]()
     assert call(**arguments) is None  # as it is, it runs
     with pytest.raises(RuntimeError, match=message):
         call(**arguments | changed)

@@ -1,11 +1,11 @@
 // Backward, (5)-(8): P is rebuilt from lse, tile by tile; see backward_plan.h for who sums what.
 #pragma once
 
-#include "cpu/backward_parts.h"
+#include "cpu/backward_reduce.h"
 #include "cpu/backward_step.h"
 #include "cpu/forward.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 template <class E>
 class Backward {
@@ -18,7 +18,7 @@ class Backward {
         sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())), dmask_(plan.dmask_tiles() * kKeys * kQueries),
         dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries), dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        key_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
+        key_steps_memory_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
     const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
     for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
   }
@@ -81,7 +81,7 @@ class Backward {
   }
 
   // This visit's values and the next one's keys, where they are not those of the visit before, and the next one's queries.
-  StepAhead ahead(int64_t pair_index, int64_t i, const KeyBlock& k) const {
+  StepPrefetch ahead(int64_t pair_index, int64_t i, const KeyBlock& k) const {
     if (!plan_.outer_keys) return {};
     const int64_t inner = plan_.inner_blocks();
     const bool pairs_turn = inner == 1 || plan_.pairs_innermost, last_pair = pair_index == plan_.pairs - 1, last_inner = i == inner - 1;
@@ -89,7 +89,7 @@ class Backward {
     const Pair& pair = pairs_[pair_index];
     const Pair& next = same_pair_next ? pair : pairs_[last_pair ? 0 : pair_index + 1];
     const bool with_value = t_.value.data != nullptr;
-    StepAhead ahead;
+    StepPrefetch ahead;
     if (with_value && (pairs_turn || i == 0)) ahead.values = keys_ahead(t_.value, n_, pair.b, pair.h, k.first, k.count, n_.Dv);
     if (!same_pair_next) {
       const int64_t first = last_pair && last_inner ? k.first + k.count : k.first;
@@ -306,4 +306,4 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
   backward_pass<E>(task, dlse, threads);
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -9,10 +9,10 @@
 // sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
 #pragma once
 
-#include "cpu/tiles.h"
+#include "cpu/tiles/tiles.h"
 #include "cpu/workers.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // What backward works on. Of the attention map, (10) instead of (5) and (6): dP is w_h * dA, delta is w_h * eta, and there is no value.
 template <class T>
@@ -182,4 +182,4 @@ struct BackwardPlan {
   }
 };
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "cpu/backward_plan.h"
-#include "cpu/dropout_tile.h"
+#include "cpu/tiles/dropout.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // Where the step adds its results; null where not asked for.
 template <class T>
@@ -21,8 +21,8 @@ struct Sums {
 };
 
 // What to fetch meanwhile, product by product.
-struct StepAhead {
-  Ahead values, next_keys, next_queries, next_douts;
+struct StepPrefetch {
+  Prefetch values, next_keys, next_queries, next_douts;
 };
 
 // Query-side tiles of one pair and query block, and its rows.
@@ -39,7 +39,7 @@ struct QueryTiles {
   int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
   static int64_t size(const Sizes& n, int64_t lanes) {
-    return (kPack<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) +
+    return (kStepsPerElement<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) +
            3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
   }
 
@@ -47,9 +47,9 @@ struct QueryTiles {
   void place(const Sizes& n, int64_t lanes, E* memory) {
     const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
     query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
-    query_steps.data = kPack<E> == 1 ? query_rows : dout_rows + Dv;
-    dout_steps.data = kPack<E> == 1 ? dout_rows : query_steps.data + D;
-    lse_log2 = reinterpret_cast<T*>(memory + (kPack<E> + 1) * (D + Dv)), delta = lse_log2 + lanes, mbar = delta + lanes;
+    query_steps.data = kStepsPerElement<E> == 1 ? query_rows : dout_rows + Dv;
+    dout_steps.data = kStepsPerElement<E> == 1 ? dout_rows : query_steps.data + D;
+    lse_log2 = reinterpret_cast<T*>(memory + (kStepsPerElement<E> + 1) * (D + Dv)), delta = lse_log2 + lanes, mbar = delta + lanes;
     b = -1;
   }
 
@@ -58,7 +58,7 @@ struct QueryTiles {
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
     const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
-    if constexpr (kPack<E> == 1) {
+    if constexpr (kStepsPerElement<E> == 1) {
       for (int64_t i = 0; i < q.count * row_elements<E>(n.D); ++i) query_rows[i] *= static_cast<T>(t.scores.scale);
     }
     query_steps = by_step(queries, q.count, n.D, const_cast<E*>(query_steps.data));
@@ -96,7 +96,7 @@ class BackwardStep {
 
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
-           const T* dmap, const StepAhead& ahead, const Sums<T>& sums) {
+           const T* dmap, const StepPrefetch& ahead, const Sums<T>& sums) {
     const int64_t most = strip_keys<T>(q.lanes);
     for (int64_t first = 0; first < k.count; first += most) {
       const KeyBlock strip = strip_of(k, first, most);
@@ -115,7 +115,8 @@ class BackwardStep {
     const int64_t stride = round_up(n_.D, kLanes<T>);
     if (sums.dkey != nullptr) {
       const char* dquery = reinterpret_cast<const char*>(sums.dquery);
-      const Ahead sums_ahead = dquery == nullptr ? Ahead{} : Ahead{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1};
+      const Prefetch sums_ahead =
+          dquery == nullptr ? Prefetch{} : Prefetch{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1};
       const T scale = static_cast<T>(t_.scores.scale);
       add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums, sums.dkey);
     }
@@ -135,13 +136,13 @@ class BackwardStep {
   struct Strip {
     int64_t at;
     RowMajor<E> key, value;
-    Ahead values_ahead, keys_ahead;
+    Prefetch values_ahead, keys_ahead;
   };
 
   const T* keep() const { return t_.dropout.p > 0 ? keep_.get() : nullptr; }
   // P of a strip lies among the weights P*C/(1-p) where it is the same.
   T* probability(const Strip& s) {
-    if constexpr (kPack<E> == 1) {
+    if constexpr (kStepsPerElement<E> == 1) {
       if (keep() == nullptr) return weights_.get() + s.at;
     }
     return p_;
@@ -173,7 +174,7 @@ class BackwardStep {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i]);
     const T* kept = keep();
-    if (kPack<E> == 1 && kept == nullptr) return;  // then they are the weights
+    if (kStepsPerElement<E> == 1 && kept == nullptr) return;  // then they are the weights
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) weights_.put(begin + at + i * stride, kept == nullptr ? x[i] : x[i] * load(kept + at + i * stride));
   }
@@ -257,14 +258,14 @@ class BackwardStep {
   };
 
   // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
-  void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Ahead& ahead,
+  void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Prefetch& ahead,
                 const Sums<T>& sums, void* sum) {
     const int64_t stride = round_up(size, kLanes<T>);
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
             [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final]<int N>(int64_t j, int64_t c,
                                                                                                  const Vec<T>(&added)[N]) {
               Vec<T> x[N];
-              for (int i = 0; i < N; ++i) x[i] = kPack<E> > 1 ? added[i] * factor : added[i];
+              for (int i = 0; i < N; ++i) x[i] = kStepsPerElement<E> > 1 ? added[i] * factor : added[i];
               if (is_final) return stream_row<E>(sum, j * stride + c * kLanes<T>, stride, x);
               T* to = static_cast<T*>(sum) + j * stride + c * kLanes<T>;
               for (int i = 0; i < N; ++i, to += kLanes<T>) store(to, is_new ? x[i] : load(to) + x[i]);
@@ -277,4 +278,4 @@ class BackwardStep {
   WeightTile<E> weights_, ds_;  // P*C/(1-p) and dS of the block
 };
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -2,12 +2,12 @@
 // few the keys are split as well, and a second pass merges the parts.
 #pragma once
 
-#include "cpu/dropout_tile.h"
-#include "cpu/mask.h"
-#include "cpu/tiles.h"
+#include "cpu/tiles/dropout.h"
+#include "cpu/tiles/mask.h"
+#include "cpu/tiles/tiles.h"
 #include "cpu/workers.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // What forward works on. It also takes means under P, as it does of M: of dA for the attention map's backward, eta of (10), or of dP where
 // backward is to have delta of (5) without the output.
@@ -44,7 +44,7 @@ struct ForwardPlan {
 
   // What one split leaves of one head and query block: O [lane][Dv], then kRows rows, each [lane]; of
   // pairs also what O lacks because the probabilities were rounded, [lane][Dv].
-  int64_t part_size(const Sizes& n) const { return (kPack<E> * round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
+  int64_t part_size(const Sizes& n) const { return (kStepsPerElement<E> * round_up(n.Dv, kLanes<T>) + kRows) * blocking.queries; }
 };
 
 template <class E>
@@ -60,8 +60,8 @@ class Forward {
         part_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), scores_(kKeys * kQueries), mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0), rows_(kQueries * kKeys),
         keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        value_steps_memory_(kPack<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0), weights_(kPack<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
-        rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
+        value_steps_memory_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * Dvp_ : 0),
+        weights_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * kQueries : 0), rests_(wants_rest() ? packed<E>(kKeys) * kQueries : 0) {}
 
   int64_t bytes() const {
     return bytes_in(queries_, douts_, query_rows_, part_, scores_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_,
@@ -91,7 +91,7 @@ class Forward {
         if (mask != nullptr && another) read_mask<T>(s_, b, first + h, q, k, rows_, mask_);
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
         const bool last = h == heads - 1;
-        const Ahead next =
+        const Prefetch next =
             keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
         attend(b, first + h, q, k, mask, same_keys, query(h), dout(h), part + h * part_size_, next);
       }
@@ -128,7 +128,9 @@ class Forward {
   // Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
   // output, is then to be the mean of dP under P itself. Else it is that under the rounded ones, which cancels a dP that is the same for
   // all keys as well.
-  bool wants_rest() const { return kPack<E> > 1 && p_.out_acc != nullptr && s_.mask.data != nullptr && s_.mask.dtype != s_.dtype; }
+  bool wants_rest() const {
+    return kStepsPerElement<E> > 1 && p_.out_acc != nullptr && s_.mask.data != nullptr && s_.mask.dtype != s_.dtype;
+  }
 
   void add_rows(const QueryBlock& q, const T* weight, const T* from, T* to) const {
     for (int64_t i = 0; i < q.count; ++i) {
@@ -137,7 +139,7 @@ class Forward {
   }
 
   E* weights() {
-    if constexpr (kPack<E> == 1) return scores_;
+    if constexpr (kStepsPerElement<E> == 1) return scores_;
     return weights_;
   }
   E* query(int64_t h) { return queries_ + h * query_size_; }
@@ -148,7 +150,7 @@ class Forward {
 
   // One head against one key block.
   void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query, const E* dout,
-              T* part, const Ahead& next_keys) {
+              T* part, const Prefetch& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
@@ -175,7 +177,7 @@ class Forward {
     if (keep != nullptr && wants_rest()) drop(q, k, keep, rests_);
     if (p_.out == nullptr) return;
     if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    const auto add = [&](const E* w, T* to, const Ahead& ahead) {
+    const auto add = [&](const E* w, T* to, const Prefetch& ahead) {
       product(ColumnMajor<E>{w, q.lanes}, value_steps_, q.count, Dvp_ / kLanes<T>, packed<E>(k.count), ahead,
               [to, stride = Dvp_, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
                 T* out = to + i * stride + c * kLanes<T>;
@@ -183,7 +185,7 @@ class Forward {
               });
     };
     add(weights(), part, next_keys);
-    if (wants_rest()) add(rests_, part + q.lanes * (Dvp_ + kRows), Ahead{});
+    if (wants_rest()) add(rests_, part + q.lanes * (Dvp_ + kRows), Prefetch{});
   }
 
   // Scores to weights for one vector of queries, `N` keys at a time; pointers to its lanes, `stride` from key to key (or pair).
@@ -209,8 +211,8 @@ class Forward {
       if (mask != nullptr) add_products(mbar, mask);
       if (dmap != nullptr) add_products(eta, dmap);
 #pragma GCC unroll 8
-      for (int i = 0; i < N; i += kPack<E>) {
-        if constexpr (kPack<E> == 1) {
+      for (int i = 0; i < N; i += kStepsPerElement<E>) {
+        if constexpr (kStepsPerElement<E> == 1) {
           store(weights + (j + i) * stride, p[i]);
         } else {
           const Vec<E> pair = paired(p[i], p[i + 1]);
@@ -224,7 +226,7 @@ class Forward {
   };
 
   // The exponents of one head's scores, strip by strip; raises each query's maximum to theirs.
-  void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, const E* query, const Ahead& ahead, T* maxima) {
+  void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, const E* query, const Prefetch& ahead, T* maxima) {
     const Exponents<E> exponent(s_, h, mask);
     const int64_t keys = strip_keys<T>(q.lanes);
     for (int64_t first = 0; first < k.count; first += keys) {
@@ -276,7 +278,7 @@ class Forward {
                .subtracted = subtracted};
     int64_t j = 0;
     for (; j + kExpAtOnce <= k.count; j += kExpAtOnce) w.template next<kExpAtOnce, true>(j);
-    for (; j < k.count; j += kPack<E>) w.template next<kPack<E>, false>(j);
+    for (; j < k.count; j += kStepsPerElement<E>) w.template next<kStepsPerElement<E>, false>(j);
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
     store(row_of(kMaximum), m);
@@ -286,11 +288,11 @@ class Forward {
 
   // The weights times C/(1-p), of pairs times C.
   void drop(const QueryBlock& q, const KeyBlock& k, const T* keep, E* weights) const {
-    for (int64_t j = 0; j < k.count; j += kPack<E>) {
+    for (int64_t j = 0; j < k.count; j += kStepsPerElement<E>) {
       for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
         const T* kept = keep + j * q.lanes + lane;
-        E* weight = weights + j / kPack<E> * q.lanes + lane;
-        if constexpr (kPack<E> == 1) {
+        E* weight = weights + j / kStepsPerElement<E> * q.lanes + lane;
+        if constexpr (kStepsPerElement<E> == 1) {
           store(weight, load(weight) * load(kept));
         } else {
           store(weight, chosen(load(weight), load(kept) != T(0), load(kept + q.lanes) != T(0)));
@@ -305,12 +307,14 @@ class Forward {
     T* rows = part + q.lanes * Dvp_;
     const int64_t row = (b * n_.H + h) * n_.Nq + q.first;
     const bool alive = has_keys(s_, b);
-    const T kept = kPack<E> > 1 && p_.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p_.dropout.p)) : T(1);  // the others' weights have it
+    const T kept =
+        kStepsPerElement<E> > 1 && p_.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p_.dropout.p)) : T(1);  // the others' weights have it
     T inverse[kQueries];
     for (int64_t i = 0; i < q.count; ++i) {
       const auto at = [&](Row which) { return rows[which * q.lanes + i]; };
       const T mean = alive ? 1 / at(kSum) : T(0);
-      inverse[i] = alive ? kept / at(kPack<E> > 1 ? kRounded : kSum) + (at(kSum) - at(kSum)) : T(0);  // NaN where the sum is infinite
+      inverse[i] =
+          alive ? kept / at(kStepsPerElement<E> > 1 ? kRounded : kSum) + (at(kSum) - at(kSum)) : T(0);  // NaN where the sum is infinite
       if (p_.mbar != nullptr) static_cast<T*>(p_.mbar)[row + i] = at(kMbar) * mean;
       if (t_.eta != nullptr) t_.eta[row + i] = at(kEta) * mean;
       if (p_.lse == nullptr) continue;
@@ -384,4 +388,4 @@ inline void forward_of(const ForwardParams& params, ParallelFor threads) {
   forward_pass<E>(ForwardTask<typename SumOf<E>::type>{.params = params}, threads);
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -2,10 +2,10 @@
 // when it is done with one, so that a thread that comes late, or shares its core, holds nobody up.
 #pragma once
 
-#include "cpu/blocks.h"
+#include "cpu/tiles/storage.h"
 #include "parallel.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // Of the 16 MiB that a call may take whatever its size: the rest goes to the threads' stacks and to the allocator.
 constexpr int64_t kSpare = 13 << 20;
@@ -29,4 +29,4 @@ inline void for_each_item(ParallelFor threads, int64_t items, int64_t bytes, con
   });
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

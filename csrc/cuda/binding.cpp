@@ -13,7 +13,7 @@
 
 #include "plan.h"
 #ifdef SMATTN_EMULATED
-#include "emulator.h"
+#include "emulator/emulator.h"
 #endif
 
 namespace {

@@ -5,7 +5,7 @@
 #include "numbers.h"
 
 #ifndef __CUDACC__
-#include "emulator.h"
+#include "emulator/emulator.h"
 #else
 
 namespace smattn::cuda {

@@ -5,7 +5,7 @@
 
 #include "../philox.h"
 #include "args.h"
-#include "passes.h"
+#include "kernels.h"
 
 namespace smattn::cuda {
 namespace {

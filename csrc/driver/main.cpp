@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/dispatch.h"
 #include "inputs.h"
 #include "oracle.h"
 #include "problem.h"

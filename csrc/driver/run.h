@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/dispatch.h"
 #include "inputs.h"
 #include "oracle.h"
 #include "parallel.h"

@@ -1,4 +1,4 @@
-#include "../passes_of.h"
+#include "../instantiate.h"
 
 namespace smattn::cuda {
 template Passes passes<HalfMath<BFloat>, 128>();

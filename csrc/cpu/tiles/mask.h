@@ -1,10 +1,10 @@
 // The soft mask M as a tile, and dM on its way out: where the caller gave logits, M = sigmoid(logits), and neither M nor dM is ever whole.
 #pragma once
 
-#include "cpu/exp2.h"
-#include "cpu/tiles.h"
+#include "cpu/simd/exp2.h"
+#include "cpu/tiles/tiles.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 template <class T>
 constexpr int64_t kSigmoids = kExpAtOnce * kLanes<T>;
@@ -61,4 +61,4 @@ inline void write_dmask(const Scores& s, int64_t b, int64_t h, int64_t q, int64_
   write_rows<T>(rows, stride, queries, keys, dmask, s.mask.dtype, offset, s.size.Nk);
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

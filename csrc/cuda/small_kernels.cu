@@ -1,7 +1,7 @@
 // The kernels that neither multiply nor depend on a call's dtype.
 #include "backward_rows.h"
+#include "kernels.h"
 #include "launch.h"
-#include "passes.h"
 #include "sums.h"
 
 namespace smattn::cuda {

@@ -13,11 +13,11 @@
 #include <emmintrin.h>
 #endif
 
-#ifndef SMATTN_LEVEL
-#error "a unit defines SMATTN_LEVEL, its namespace, before it includes this"
+#ifndef SMATTN_UNIT
+#error "a unit defines SMATTN_UNIT, its namespace, before it includes this"
 #endif
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -183,4 +183,4 @@ inline I larger_of(I a, I b) {
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

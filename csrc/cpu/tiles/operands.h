@@ -2,14 +2,14 @@
 // A row of n numbers takes row_elements(n) elements, whole vectors; numbers beyond the last are 0.
 #pragma once
 
-#include "cpu/blocks.h"
-#include "cpu/product.h"
+#include "cpu/simd/product.h"
+#include "cpu/tiles/storage.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 template <class E>
 inline int64_t packed(int64_t n) {
-  return blocks_of(n, kPack<E>);
+  return blocks_of(n, kStepsPerElement<E>);
 }
 template <class E>
 inline int64_t row_elements(int64_t n) {
@@ -20,7 +20,7 @@ inline int64_t row_elements(int64_t n) {
 template <class E>
 inline void copy_rows(const Strided& from, int64_t rows, int64_t columns, E* to) {
   const int64_t stride = row_elements<E>(columns);
-  if constexpr (kPack<E> == 1) {
+  if constexpr (kStepsPerElement<E> == 1) {
     read_rows<E>(from, rows, columns, to, stride);
   } else {
     const auto* data = static_cast<const BFloat16*>(from.data) + from.offset;
@@ -66,7 +66,7 @@ Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_
 // Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`.
 template <class E>
 inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* to) {
-  if constexpr (kPack<E> == 1) {
+  if constexpr (kStepsPerElement<E> == 1) {
     return {rows.data, rows.stride};
   } else {
     const int64_t stride = round_up(columns, kLanes<E>);
@@ -85,7 +85,7 @@ template <>
 constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
 template <class E, int N>
 inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t stride, const Sum<E> (&x)[N]) {
-  if constexpr (kPack<E> == 1) {
+  if constexpr (kStepsPerElement<E> == 1) {
     for (int i = 0; i < N; ++i) stream(static_cast<E*>(numbers) + at + i * kLanes<E>, x[i]);
   } else {
 #if defined(__AVX512BF16__)
@@ -105,18 +105,18 @@ inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t strid
 template <class E>
 class WeightTile {
  public:
-  explicit WeightTile(int64_t size) : tile_(packed<E>(size)), steps_(kPack<E> == 1 ? 0 : packed<E>(size)) {}
+  explicit WeightTile(int64_t size) : tile_(packed<E>(size)), steps_(kStepsPerElement<E> == 1 ? 0 : packed<E>(size)) {}
 
   E* get() const { return tile_; }
   void put(int64_t at, Sum<E> x) { put(tile_, at, x); }
   static void put(E* tile, int64_t at, Sum<E> x) {
 #if defined(__AVX512BF16__)
-    if constexpr (kPack<E> > 1) {
+    if constexpr (kStepsPerElement<E> > 1) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile) + at), rounded(x));
       return;
     }
 #endif
-    if constexpr (kPack<E> == 1) store(tile + at, x);
+    if constexpr (kStepsPerElement<E> == 1) store(tile + at, x);
   }
   RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(lanes)}; }  // for a sum over the lanes
   ColumnMajor<E> by_key(int64_t keys, int64_t lanes) {                            // over the keys
@@ -129,4 +129,4 @@ class WeightTile {
   Buffer<E> tile_, steps_;
 };
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -1,4 +1,4 @@
-#include "cpu/attention.h"
+#include "cpu/dispatch.h"
 
 #include <cstring>
 

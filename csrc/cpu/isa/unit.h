@@ -1,10 +1,10 @@
 // Included last by the unit of one instruction set: its kernels under its name.
 #pragma once
 
-#include "cpu/attention.h"
-#include "cpu/attention_map.h"
+#include "cpu/dispatch.h"
+#include "cpu/map.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 template <class T>
 void exp2_run(const T* x, T* y, int64_t n) {
@@ -34,6 +34,6 @@ void exp2_float(const float* x, float* y, int64_t n) { exp2_run(x, y, n); }
 void exp2_double(const double* x, double* y, int64_t n) { exp2_run(x, y, n); }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SMATTN_LEVEL_NAME, forward, backward, attention_map, attention_map_backward, exp2_float, exp2_double};
+const Kernels kKernels = {SMATTN_UNIT_NAME, forward, backward, attention_map, attention_map_backward, exp2_float, exp2_double};
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -4,8 +4,8 @@
 #include "backward_keys.h"
 #include "backward_queries.h"
 #include "forward_merge.h"
+#include "kernels.h"
 #include "launch.h"
-#include "passes.h"
 #include "product.h"
 
 namespace smattn::cuda {

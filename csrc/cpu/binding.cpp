@@ -1,5 +1,5 @@
-// The only file that includes torch, and of torch only the stable C++ ABI: it checks what it is handed, fills the kernels' plain
-// structs, and registers the raw ops torch.ops.smattn_native.*, which write into tensors that smattn/native.py made.
+// The door from torch to the CPU kernels. Of torch it includes the stable C++ ABI only. It checks what it is handed, fills the kernels' plain
+// structs, and registers the raw ops torch.ops.smattn_cpu.*, which write into tensors that smattn/native.py made.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,9 +9,9 @@
 #include <optional>
 #include <string>
 
-#include "cpu/attention.h"
+#include "cpu/dispatch.h"
 #include "cpu/dropout_bits.h"
-#include "huge_pages.h"
+#include "memory.h"
 #include "parallel.h"
 #include "params.h"
 
@@ -251,7 +251,7 @@ Tensor dropout_keep(const Tensor& seed, int64_t B, int64_t H, int64_t Nq, int64_
 #define SMATTN_SCORES "Tensor query, Tensor key, "
 #define SMATTN_MASK "Tensor? mask, bool mask_is_logits, Tensor? alpha, "
 
-STABLE_TORCH_LIBRARY(smattn_native, library) {
+STABLE_TORCH_LIBRARY(smattn_cpu, library) {
   library.def("forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK
               "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, "
               "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()");
@@ -270,7 +270,7 @@ STABLE_TORCH_LIBRARY(smattn_native, library) {
   library.def("dropout_keep(Tensor seed, int B, int H, int Nq, int Nk, float p) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(smattn_native, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(smattn_cpu, CPU, library) {
   library.impl("forward", TORCH_BOX(&forward));
   library.impl("backward", TORCH_BOX(&backward));
   library.impl("attention_map", TORCH_BOX(&attention_map));
@@ -279,7 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(smattn_native, CPU, library) {
   library.impl("dropout_keep", TORCH_BOX(&dropout_keep));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(smattn_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(smattn_cpu, CompositeExplicitAutograd, library) {
   library.impl("built_with_torch", TORCH_BOX(&built_with_torch));
   library.impl("cpu_kernels", TORCH_BOX(&cpu_kernels));
   library.impl("select_cpu_kernels", TORCH_BOX(&select_cpu_kernels));

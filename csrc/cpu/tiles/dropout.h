@@ -1,11 +1,11 @@
 // The dropout bits of philox.h for a tile of probabilities, a vector of queries at a time.
 #pragma once
 
-#include "cpu/tiles.h"
+#include "cpu/tiles/tiles.h"
 #include "params.h"
 #include "philox.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // A 32-bit word in the lower half of each lane; what lies above it does not matter.
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
@@ -105,4 +105,4 @@ inline void dropout_tile(const Dropout& dropout, int64_t bh, const QueryBlock& q
   }
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -1,7 +1,7 @@
 // AVX-512 with bfloat16 dot products: bfloat16 attention is its own, all else is that of the unit "avx512".
-#define SMATTN_LEVEL avx512bf16
-#include "cpu/attention.h"
+#define SMATTN_UNIT avx512bf16
 #include "cpu/backward.h"
+#include "cpu/dispatch.h"
 
 namespace smattn::cpu::avx512 {
 void forward(const ForwardParams& p, ParallelFor threads);

@@ -5,9 +5,9 @@
 // Results below the smallest normal number may be 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 template <class T>
 struct Exp2;
@@ -104,4 +104,4 @@ inline void exp2_each(Vec<T> (&x)[N]) {
 }
 #endif
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

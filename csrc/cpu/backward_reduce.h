@@ -2,9 +2,9 @@
 #pragma once
 
 #include "cpu/backward_plan.h"
-#include "cpu/mask.h"
+#include "cpu/tiles/mask.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // What items leave for each other: their sums, added up in the order of the splits when all are done.
 template <class T>
@@ -127,4 +127,4 @@ inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
   }
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

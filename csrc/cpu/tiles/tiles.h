@@ -3,11 +3,11 @@
 // Lanes beyond the last query hold zeros (or what makes their probabilities 0) and are never stored.
 #pragma once
 
-#include "cpu/blocks.h"
-#include "cpu/exp2.h"
-#include "cpu/operands.h"
+#include "cpu/simd/exp2.h"
+#include "cpu/tiles/operands.h"
+#include "cpu/tiles/storage.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 constexpr int64_t kQueries = 64;  // at most, in a block
 constexpr int64_t kKeys = 144;    // at most
@@ -116,15 +116,16 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
                                 E* copies, E* columns) {
   const Strided from = rows_of(t, b, h, q.first);
   RowMajor<E> rows = {copies, row_elements<E>(size)};
-  const bool whole = q.count == q.lanes && from.column_stride == 1 && from.row_stride % kPack<E> == 0 && size % (kPack<E> * kLanes<E>) == 0;
-  if (kPack<E> > 1 && whole) {
-    rows = {reinterpret_cast<const E*>(static_cast<const BFloat16*>(from.data) + from.offset), from.row_stride / kPack<E>};
+  const bool whole = q.count == q.lanes && from.column_stride == 1 && from.row_stride % kStepsPerElement<E> == 0 &&
+                     size % (kStepsPerElement<E> * kLanes<E>) == 0;
+  if (kStepsPerElement<E> > 1 && whole) {
+    rows = {reinterpret_cast<const E*>(static_cast<const BFloat16*>(from.data) + from.offset), from.row_stride / kStepsPerElement<E>};
   } else {
     copy_rows<E>(from, q.count, size, copies);
     fill<E>(copies + q.count * rows.stride, (q.lanes - q.count) * rows.stride, E(0));
   }
   transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), columns, q.lanes);
-  if constexpr (kPack<E> == 1) {
+  if constexpr (kStepsPerElement<E> == 1) {
     for (int64_t i = 0; i < size * q.lanes; ++i) columns[i] *= factor;
   }
   return rows;
@@ -133,11 +134,13 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
 // are whole vectors; so are the others' where their size is a multiple of `unit`, kLanes say.
 template <class E>
-inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy, int64_t unit = kPack<E>) {
+inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy,
+                             int64_t unit = kStepsPerElement<E>) {
   const Strided rows = rows_of(t, b, g, k.first);
-  const bool whole = t.stride[3] == 1 && size % unit == 0 && rows.row_stride % kPack<E> == 0 && k.attended == k.count;
-  if (whole && (kPack<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
-    return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)), rows.row_stride / kPack<E>};
+  const bool whole = t.stride[3] == 1 && size % unit == 0 && rows.row_stride % kStepsPerElement<E> == 0 && k.attended == k.count;
+  if (whole && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
+    return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)),
+            rows.row_stride / kStepsPerElement<E>};
   }
   const int64_t stride = row_elements<E>(size);
   copy_rows<E>(rows, k.count, size, copy);
@@ -148,13 +151,13 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
 }
 
 // `count` rows from `first` on, to be fetched ahead of their use; nothing where they are not side by side.
-inline Ahead rows_ahead(const Tensor4& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
+inline Prefetch rows_ahead(const Tensor4& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
   if (t.stride[3] != 1 || t.stride[2] != size || count <= 0) return {};
   const int64_t bytes = bytes_of(t.dtype);
   const char* start = static_cast<const char*>(t.data) + rows_of(t, b, h, first).offset * bytes;
   return {start, start + (count * size - 1) * bytes};
 }
-inline Ahead keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
+inline Prefetch keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
   return rows_ahead(t, b, kv_head(n, h), first, smaller_of(count, n.Nk - first), size);
 }
 
@@ -201,7 +204,7 @@ struct StoreTile {
 
 // <row, query> for `count` rows of key or value and the block's queries, [size][lanes], as a tile.
 template <class E, class T>
-inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Ahead& ahead,
+inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
                          T* tile) {
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
 }
@@ -218,9 +221,9 @@ struct Exponents {
       : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_of<T>(s, h) * static_cast<T>(kLog2e)), mask(mask_tile) {}
 
   Vec<T> operator()(Vec<T> product, int64_t at) const {
-    const Vec<T> x = kPack<E> > 1 ? product * factor : product;
+    const Vec<T> x = kStepsPerElement<E> > 1 ? product * factor : product;
     return mask == nullptr ? x : x + alpha * load(mask + at);
   }
 };
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

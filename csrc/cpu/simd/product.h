@@ -2,9 +2,9 @@
 // b in vectors, the accumulators in registers for the whole sum over k. What becomes of a finished accumulator is the caller's.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // Two bfloat16 that follow each other along the steps of a sum, the first in the lower half: what the dot instruction multiplies and adds,
 // in float. Elements E are T, or pairs.
@@ -22,9 +22,9 @@ template <class E>
 using Sum = Vec<typename SumOf<E>::type>;
 
 template <class E>
-constexpr int64_t kPack = 1;  // steps in an element
+constexpr int64_t kStepsPerElement = 1;  // steps in an element
 template <>
-constexpr int64_t kPack<BFloat16Pair> = 2;
+constexpr int64_t kStepsPerElement<BFloat16Pair> = 2;
 
 // An element, wherever it lies.
 template <class E>
@@ -107,11 +107,11 @@ struct Vectors {
 
 // Memory that the next product reads, fetched into cache a line or two a step while this one computes: keys and values come from far,
 // and the processor's own prefetching stops at the end of each head.
-struct Ahead {
+struct Prefetch {
   const char *line = nullptr, *last = nullptr;  // null: nothing
   int64_t advance = 64;
 
-  Ahead part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
+  Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
     const int64_t lines = line == nullptr ? 0 : (last - line) / 64 + 1;
     return {line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
   }
@@ -124,9 +124,9 @@ struct Ahead {
 };
 
 template <class E, int R, int C, class A, class Done>
-inline void product_tile(A a, Vectors<E> b, int64_t steps, Ahead& to_fetch, const Done& done) {
+inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, const Done& done) {
   const Done finish = done;  // copies, for the registers: what is stored might otherwise change them
-  Ahead ahead = to_fetch;
+  Prefetch ahead = to_fetch;
   Sum<E> acc[R][C] = {};
   Reader<E, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
@@ -156,11 +156,11 @@ constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a t
 
 // Of a tile so many vectors wide, at most: the accumulators, a row of b and an element fill the registers. One vector wide, half of them
 // keep the multipliers busy.
-constexpr int height_of(int width) { return width == 1 ? kRegisters / 2 : (kRegisters - width - 1) / width; }
+constexpr int most_rows(int width) { return width == 1 ? kRegisters / 2 : (kRegisters - width - 1) / width; }
 
 // A tile of `height` <= R rows.
 template <class E, int R, int C, class A, class Done>
-inline void product_rows(int64_t height, A a, Vectors<E> b, int64_t steps, Ahead& ahead, const Done& done) {
+inline void product_rows(int64_t height, A a, Vectors<E> b, int64_t steps, Prefetch& ahead, const Done& done) {
   if constexpr (R > 1) {
     if (height < R) return product_rows<E, R - 1, C>(height, a, b, steps, ahead, done);
   }
@@ -169,11 +169,11 @@ inline void product_rows(int64_t height, A a, Vectors<E> b, int64_t steps, Ahead
 
 // The rows in tiles of nearly equal height: a low one would wait for its own additions.
 template <class E, int C, class A, class Done>
-inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Ahead& ahead, const Done& done) {
+inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Prefetch& ahead, const Done& done) {
   int64_t row = 0;
-  for (int64_t tiles = blocks_of(rows, height_of(C)); tiles > 0; --tiles) {
+  for (int64_t tiles = blocks_of(rows, most_rows(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
-    product_rows<E, height_of(C), C>(height, a.from_row(row), b, steps, ahead,
+    product_rows<E, most_rows(C), C>(height, a.from_row(row), b, steps, ahead,
                                      [done, row](int r, const auto& sums) { done(row + r, sums); });
     row += height;
   }
@@ -181,12 +181,12 @@ inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Ahead&
 
 // done(row, first vector, sums over the steps of a(row, k) * b(k, vector)) for every row and a few vectors at a time, an array of them.
 template <class E, class A, class Done>
-inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t steps, Ahead ahead, const Done& done) {
+inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t steps, Prefetch ahead, const Done& done) {
   for (int64_t first = 0; first < vectors; first += kPanel) {
     const Vectors<E> panel = {b.data + first * kLanes<E>, b.stride};
     const auto at = [done, first](int64_t r, const auto& sums) { done(r, first, sums); };
     const int width = static_cast<int>(smaller_of<int64_t>(vectors - first, kPanel));
-    if (first == 0) ahead.spread_over(blocks_of(rows, height_of(width)) * blocks_of(vectors, width) * steps);
+    if (first == 0) ahead.spread_over(blocks_of(rows, most_rows(width)) * blocks_of(vectors, width) * steps);
     if (width == 1) product_panel<E, 1>(a, panel, rows, steps, ahead, at);
     if (width == 2) product_panel<E, 2>(a, panel, rows, steps, ahead, at);
     if constexpr (kPanel > 2) {
@@ -196,4 +196,4 @@ inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t st
   }
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -4,10 +4,10 @@
 #include <cstddef>
 #include <new>
 
-#include "cpu/vec.h"
+#include "cpu/simd/vec.h"
 #include "params.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // Scratch memory, aligned to a cache line, not initialised.
 template <class T>
@@ -163,4 +163,4 @@ inline void transpose_block(const T* from, int64_t from_stride, int64_t rows, in
   }
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -10,7 +10,7 @@
 #include <functional>
 #include <limits>
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace smattn::cuda {
 

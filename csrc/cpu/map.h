@@ -5,7 +5,7 @@
 #include "cpu/forward.h"
 #include "cpu/workers.h"
 
-namespace smattn::cpu::SMATTN_LEVEL {
+namespace smattn::cpu::SMATTN_UNIT {
 
 // One item of (9): a (query block, key block) tile of the map.
 template <class T>
@@ -38,7 +38,7 @@ class MapTile {
     }
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
-    dot_products(key, query_.get(), q, k.count, n_.D, Ahead{}, scores_.get());
+    dot_products(key, query_.get(), q, k.count, n_.D, Prefetch{}, scores_.get());
     const Exponents<T> exponent(s_, h, mask);
     for (int64_t j = 0; j < k.count; ++j) {
       for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
@@ -107,4 +107,4 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   if (task.wants_ds()) backward_pass<T>(task, static_cast<const T*>(nullptr), threads);
 }
 
-}  // namespace smattn::cpu::SMATTN_LEVEL
+}  // namespace smattn::cpu::SMATTN_UNIT
