@@ -1,4 +1,4 @@
-"""README.md and docs/: every block of Python runs, and every link within the repository leads somewhere."""
+"""README.md and docs/: every block of Python runs; in every Markdown file, links within the repository lead to a file and a heading."""
 
 import re
 import subprocess
@@ -15,8 +15,12 @@ import smattn.integrations
 import smattn.testing
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKDOWN = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]*`", re.M | re.S)  # neither links nor headings
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.M)
 
 
 def blocks():
@@ -36,15 +40,41 @@ def test_a_block_of_code_runs(page, line, code, monkeypatch):
     assert not torch.distributed.is_initialized()  # it leaves nothing behind
 
 
-def test_every_page_but_one_has_code():
-    assert {block.values[0].name for block in blocks()} == {page.name for page in PAGES} - {"CONTRIBUTING.md"}
+def test_the_pages_that_explain_calls_have_code():
+    explain = {ROOT / "README.md", *(ROOT / "docs" / "guide").glob("*.md"), ROOT / "docs" / "design" / "how-it-works.md"}
+    assert len(explain) > 5 and explain <= {block.values[0] for block in blocks()}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces, numbered where repeated."""
+    found: list[str] = []
+    for heading in HEADING.findall(re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", shown.strip().lower()).replace(" ", "-"))
+    return {name if count == 0 else f"{name}-{count}" for i, name in enumerate(found) for count in [found[:i].count(name)]}
+
+
+def test_anchors_are_those_that_github_makes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# The mask's `dtype`: 16-bit\n```\n# a comment\n```\n## A [link](x.md)\n## A link\n")
+    assert anchors(page) == {"the-masks-dtype-16-bit", "a-link", "a-link-1"}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
-    within = [link for link in links if "://" not in link]
-    assert [link for link in within if not (page.parent / link).exists()] == []
+    links = [link.partition("#") for link in LINK.findall(CODE.sub("", page.read_text())) if "://" not in link]
+    missing = [file for file, _, _ in links if not (page.parent / file).exists()]
+    to_headings = [(page.parent / file if file else page, anchor) for file, _, anchor in links if anchor]
+    assert missing == []
+    assert [anchor for target, anchor in to_headings if anchor not in anchors(target)] == []
+
+
+def test_every_page_can_be_reached_from_the_index():
+    """And the index from the README."""
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text()) if "://" not in link}
+    assert set((ROOT / "docs").rglob("*.md")) - {index} <= linked
+    assert "](docs/index.md)" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow

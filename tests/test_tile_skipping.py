@@ -137,7 +137,7 @@ def test_the_committed_timings_say_where_they_were_taken_and_what_was_left_out()
 def test_the_guide_says_what_the_timings_say():
     with skipping.RESULTS.open() as file:
         rows = list(csv.DictReader(file))
-    lines = (skipping.HERE.parent / "docs" / "how-it-works.md").read_text().splitlines()
+    lines = (skipping.HERE.parent / "docs" / "design" / "how-it-works.md").read_text().splitlines()
     for what, mask, alpha in (
         ("a blob for each query, the usual alphas", "blob", "mix"),
         ("one blob for all queries, 16", "key-only", "16.0"),
