@@ -15,7 +15,7 @@ from tests.support.emulated_cuda import build
 ARCHS = ["sm_80", "sm_90a"]
 TENSOR_CORE = {
     "4HalfE": r"HMMA\.16816\.F32 ",
-    "6BFloatE": r"HMMA\.16816\.F32\.BF16 ",
+    "8BFloat16E": r"HMMA\.16816\.F32\.BF16 ",
     "8Tf32MathE": r"HMMA\.1688\.F32\.TF32 ",
     "9FloatMathE": r"FFMA ",
 }
@@ -69,7 +69,7 @@ def test_tensor_cores_multiply_and_copies_are_of_16_bytes(library):
             code, (math,) = kernels[name], [math for math in TENSOR_CORE if math in name]
             assert re.search(TENSOR_CORE[math], code), (arch, name)
             assert "LDGSTS.E.BYPASS.128" in code and "LDGDEPBAR" in code, (arch, name)  # asynchronous, and waited for by the group
-            assert ("LDSM.16.M88.4" in code) == (math in ("4HalfE", "6BFloatE")), (arch, name)
+            assert ("LDSM.16.M88.4" in code) == (math in ("4HalfE", "8BFloat16E")), (arch, name)
             assert ("HMMA" in code) == (math != "9FloatMathE"), (arch, name)  # float32 is IEEE unless TF32 is allowed
             assert not re.search(r"(?<![.\w])(LDL|STL|RED|ATOM\w*)\b", code), (arch, name)  # no spill, no atomic
             if "Forward" in name:
