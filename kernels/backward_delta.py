@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import TileConfig, block_of, cdiv
-from .launch import launch, strides
+from .launch import launch
+from .operands import strides
 from .primitives import load_dlse, load_tile, rows_of, store_rows
 
 TILE = TileConfig(block_m=16, block_n=1, num_warps=4, num_stages=1)  # 16 rows a program

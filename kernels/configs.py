@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 import torch
 import triton
 
-from ..problem import Problem
+from ..call import Problem
 
 FEW_QUERIES = 128  # up to here the queries fit one tile
 # A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..attention import attention_map, draw_seed, soft_masked_attention
-from ..problem import Problem, acc_dtype, describe
+from ..attention import attention_map, soft_masked_attention
+from ..call import Call, Problem, acc_dtype, make_call
+from ..canonical import draw_seed, four_axes, per_head, scale_of
 
 Results = dict[str, Tensor]  # "out", "lse" or "map", and "dquery", "dkey", "dvalue", "dmask", "dalpha", "dhead_weights"
 
@@ -81,11 +82,21 @@ class Case:
         return self.head_weights is not None
 
     def problem(self) -> Problem:
-        scale = self.query.shape[3] ** -0.5 if self.scale is None else self.scale
-        masks = (four_axes(self.mask), four_axes(self.mask_logits))
-        return describe(self.query, self.key, self.value, *masks, self.key_padding_mask, scale, self.dropout_p, False)
+        return self._call(None).problem
 
-    def soft(self) -> Tensor | None:
+    def call(self) -> Call:
+        """The case as a backend gets it."""
+        return self._call(self.seed())
+
+    def _call(self, seed: Tensor | None) -> Call:
+        acc = acc_dtype(self.query.dtype)
+        return make_call(
+            self.query, self.key, None if self.is_map else self.value, self.mask_or_logits(), per_head(self.alpha, self.query),
+            self.key_padding_mask, seed, None if self.head_weights is None else self.head_weights.to(acc).contiguous(),
+            scale=scale_of(self.scale, self.query), dropout_p=self.dropout_p, mask_is_logits=self.mask_logits is not None,
+        )  # fmt: skip
+
+    def mask_or_logits(self) -> Tensor | None:
         """mask or mask_logits, whichever is given, 4-D."""
         return four_axes(self.mask if self.mask_logits is None else self.mask_logits)
 
@@ -220,14 +231,14 @@ def run_plain(case: Case) -> Results:
     groups = problem.H // problem.Hkv
     k = c.key.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
     v = c.value.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
-    mask = c.soft()
+    mask = c.mask_or_logits()
     if mask is not None:
         mask = torch.where(padding[:, None, None, :], torch.zeros((), dtype=mask.dtype, device=mask.device), mask)
         mask = mask if c.mask_logits is None else torch.sigmoid(mask)
     alive_padding = padding & ~dead[:, None]
     seed = c.seed()
     keep = None if seed is None else reference.dropout_factor(problem, seed)
-    out, s, p = plain(c.query, k, v, mask, per_head(c), scale=c.scale, key_padding_mask=alive_padding, keep=keep)
+    out, s, p = plain(c.query, k, v, mask, per_head(c.alpha, c.query), scale=c.scale, key_padding_mask=alive_padding, keep=keep)
     if c.head_weights is not None:
         amap = (c.head_weights.to(problem.acc_dtype)[:, None, None] * p).sum(1).masked_fill(padding[:, None, :], 0)
         return _with_gradients({"map": amap}, leaves, c)
@@ -257,17 +268,6 @@ def _padding(case: Case) -> tuple[Tensor, Tensor]:
     if padding is None:
         padding = torch.zeros(B, Nk, dtype=torch.bool, device=case.key.device)
     return padding, padding.all(1)
-
-
-def four_axes(mask: Tensor | None) -> Tensor | None:
-    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
-
-
-def per_head(case: Case) -> Tensor | None:
-    if case.alpha is None:
-        return None
-    H, acc = case.query.shape[1], acc_dtype(case.query.dtype)
-    return torch.as_tensor(case.alpha, dtype=acc, device=case.query.device).expand(H)
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from smattn import native
+from smattn import cpu
 
 B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
 
 
 @pytest.fixture(scope="module", autouse=True)
 def extension():
-    if native.reasons():
-        pytest.fail("\n".join(native.reasons()))
+    if cpu.reasons():
+        pytest.fail("\n".join(cpu.reasons()))
 
 
 def inputs():
