@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from .call import Call, Gradients, Needs, Problem
 
@@ -72,18 +71,12 @@ def partial_dqueries(problem: Problem, needs: Needs) -> int:
 def new_gradients(call: Call, needs: Needs) -> Gradients:
     """Room for the gradients that are wanted, contiguous and uninitialised; zeros where the call has no scores."""
     new = torch.zeros_like if call.problem.is_empty else torch.empty_like
-
-    def room(tensor: Tensor | None, needed: bool) -> Tensor | None:
-        return new(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
-
-    return Gradients(
-        room(call.query, needs.query),
-        room(call.key, needs.key),
-        room(call.value, needs.value),
-        room(call.mask, needs.mask),
-        room(call.alpha, needs.alpha),
-        room(call.head_weights, needs.head_weights),
-    )
+    inputs = (call.query, call.key, call.value, call.mask, call.alpha, call.head_weights)  # as the fields of Needs and of Gradients
+    rooms = [
+        new(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]
+    return Gradients(*rooms)
 
 
 def _bytes_of_mask(problem: Problem) -> int:

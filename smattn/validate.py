@@ -11,6 +11,7 @@ from .backends import NAMES
 from .call import acc_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def validate(
@@ -139,7 +140,7 @@ def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None
 
 
 def _is_number(number: Any) -> bool:
-    return isinstance(number, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(number, bool)
+    return isinstance(number, NUMBERS) and not isinstance(number, bool)
 
 
 def _check_range(name: str, number: float, query: Tensor) -> None:
