@@ -16,6 +16,7 @@ from bench.gpu import run as gpu
 from bench.gpu import sanitized
 from smattn import native
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 LATER = 3600.0
 

@@ -18,6 +18,7 @@ from bench.gpu import tile_table, tune
 from smattn.kernels import configs
 from smattn.kernels.configs import NONE, TABLE, TileConfig
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = tune.CONFIGS.read_text()
 T = TileConfig

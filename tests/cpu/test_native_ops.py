@@ -5,6 +5,7 @@ import torch
 
 from smattn import native
 
+pytestmark = pytest.mark.promise("CPU kernels")
 B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
 
 

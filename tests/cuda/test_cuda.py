@@ -11,6 +11,7 @@ from smattn import native_cuda, soft_masked_attention
 from smattn.problem import Problem
 from smattn.testing import make_case
 
+pytestmark = pytest.mark.promise("CUDA kernels")
 WORKING = native_cuda.Machine("none", "cuda", tuple, lambda device: 0)  # as on a CUDA machine where the kernels were built
 
 

@@ -22,7 +22,11 @@ TENSOR_CORE = {
 HEAD_SIZES = (32, 64, 128, 256)
 TILED = ("Forward", "BackwardKeys", "BackwardQueries")  # the kernels that multiply
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")]
+pytestmark = [
+    pytest.mark.promise("CUDA kernels"),
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here"),
+]
 
 
 def dump(library, option):

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 
 from smattn import native_cuda, reference
 from smattn.testing import assert_within_budget, make_case, run
-from tests.promises.test_memory import CALLS, calls
 from tests.support import emulated_cuda
 from tests.support.emulated_cuda import kernels_left_out
-from tests.support.meters import LAYOUTS, Call, peak_allocated, size
+from tests.support.meters import peak_allocated, size
+from tests.support.zero_calls import CALLS, LAYOUTS, ZeroCall, calls
 
-pytestmark = pytest.mark.slow  # a minute of compiling comes first
+pytestmark = [pytest.mark.promise("CUDA kernels"), pytest.mark.slow]  # a minute of compiling comes first
 ROOT = Path(__file__).resolve().parents[2]
 HALF_AND_SINGLE = [torch.float16, torch.bfloat16, torch.float32]
 HEADS = [1, 32, 33, 48, 64, 96, 128, 200, 256]
@@ -158,7 +158,7 @@ def test_no_shape_makes_it_allocate_more():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mask_is_not_copied_whatever_its_strides(layout):
     for Nq in (13, 1024):
-        call = Call(2, 1, Nq, 2**25 // Nq, 4, dtype="float16", needs=("query", "alpha"), layout=layout)
+        call = ZeroCall(2, 1, Nq, 2**25 // Nq, 4, dtype="float16", needs=("query", "alpha"), layout=layout)
         assert extra(call)[0] < 0.5 * 2 * Nq * call.Nk * 2
 
 

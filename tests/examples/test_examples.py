@@ -10,6 +10,7 @@ import torch
 
 import smattn
 
+pytestmark = pytest.mark.promise("examples")
 ROOT = Path(__file__).resolve().parents[2]
 
 

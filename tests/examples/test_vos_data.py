@@ -16,6 +16,7 @@ from vos.data import DataError, read_clip, read_clips
 
 from tests.support import vos_clips
 
+pytestmark = pytest.mark.promise("examples")
 TINY, written = vos_clips.TINY, vos_clips.written
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from vos import metrics
 
+pytestmark = pytest.mark.promise("examples")
+
 
 def square(top, left, side, size=40):
     mask = torch.zeros(size, size, dtype=torch.bool)

@@ -20,6 +20,7 @@ from wsss.pseudo_masks import UNDECIDED, Thresholds, filled, pseudo_mask
 import smattn
 from tests.support import wsss_scenes
 
+pytestmark = pytest.mark.promise("examples")
 TINY, data, written = wsss_scenes.TINY, wsss_scenes.data, wsss_scenes.written
 
 

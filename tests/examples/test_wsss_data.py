@@ -11,6 +11,7 @@ from wsss.data import IGNORE, VOC_CLASSES, DataError, read_scenes
 
 from tests.support import wsss_scenes
 
+pytestmark = pytest.mark.promise("examples")
 TINY, data, written = wsss_scenes.TINY, wsss_scenes.data, wsss_scenes.written
 CLASSES = synthetic.CLASSES
 

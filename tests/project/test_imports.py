@@ -9,6 +9,7 @@ import pytest
 
 import smattn
 
+pytestmark = pytest.mark.promise("installs")
 RUN = """
 import torch
 q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)

@@ -10,6 +10,8 @@ from smattn.problem import BACKENDS as NAMES
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS, DEVICE, interpreter_breaks
 
+pytestmark = pytest.mark.promise("backends")
+
 
 def test_the_expected_backends_run_and_no_other():
     problem = make_case(1, 1, 1, 1, 32, device=DEVICE).problem()  # beside a GPU, "cpu" runs as well, on another device
@@ -29,6 +31,7 @@ def test_what_a_backend_has_is_what_the_table_says(name):
     assert hasattr(row.load(), "attention_map") == BACKENDS[name].attention_map
 
 
+@pytest.mark.promise("dtypes")
 def test_a_backend_refuses_the_dtypes_it_does_not_claim(backend, device):
     claimed = BACKENDS[backend].dtypes
     for dtype in BACKENDS["reference"].dtypes:

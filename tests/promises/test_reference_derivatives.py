@@ -7,9 +7,10 @@ from torch.utils.checkpoint import checkpoint
 
 from smattn import attention_map, reference, soft_masked_attention
 from smattn.testing import make_case
-from tests.promises.test_gradcheck import SHAPES, a_case, leaves
-from tests.torch.test_tools import Called
+from tests.support.called import Called
+from tests.support.small_doubles import SHAPES, a_case, leaves
 
+pytestmark = pytest.mark.promise("second derivatives")
 NAMES = ("query", "key", "value", "mask", "alpha")
 MAP_NAMES = ("query", "key", "mask", "alpha", "head_weights")
 

@@ -8,6 +8,7 @@ from smattn import attention_map, ops, soft_masked_attention
 from smattn.attention import _torch_allows_tf32
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.promise("composes")
 LENGTHS = [(5, 40), (6, 41), (9, 67), (2, 33)]
 INPUTS = ("query", "key", "value", "mask", "alpha")
 

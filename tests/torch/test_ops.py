@@ -37,6 +37,7 @@ def requiring_grad(arguments):
     return tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
 
 
+@pytest.mark.promise("composes")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("save", [True, False])
 def test_opcheck_forward(backend, device, options, save):
@@ -46,6 +47,7 @@ def test_opcheck_forward(backend, device, options, save):
     assert set(report.values()) == {"SUCCESS"}
 
 
+@pytest.mark.promise("composes")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("needs", [(True,) * 5, (False, False, False, True, True), (True, False, False, False, False)], ids=str)
 def test_opcheck_backward(backend, device, options, needs):
@@ -59,6 +61,7 @@ def test_opcheck_backward(backend, device, options, needs):
     assert set(report.values()) == {"SUCCESS"}
 
 
+@pytest.mark.promise("composes")
 @pytest.mark.parametrize("options", [{}, {"mask": None}, {"padded": 0.4, "Hkv": 1}, {"mask": "logits"}], ids=str)
 def test_opcheck_maps(map_backend, device, options):
     case = make_case(2, 2, 3, 9, 4, as_map=True, device=device, **options)
@@ -90,6 +93,7 @@ class Calls(TorchDispatchMode):
 NEEDS = [("mask", "alpha"), ("mask",), ("alpha",), ("query",), ("key", "value"), ("value",)]
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 @pytest.mark.parametrize("Nq", [5, 131])
 def test_only_the_gradients_asked_for(backend, device, needs, Nq):
@@ -104,6 +108,7 @@ def test_only_the_gradients_asked_for(backend, device, needs, Nq):
     assert_within_budget(some, case)
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize("needs", [("mask", "alpha"), ("head_weights",), ("key",)], ids=str)
 def test_only_the_map_gradients_asked_for(map_backend, device, needs):
     case = make_case(2, 2, 5, 35, 8, as_map=True, device=device)
@@ -115,6 +120,7 @@ def test_only_the_map_gradients_asked_for(map_backend, device, needs):
     assert_within_budget(some, case)
 
 
+@pytest.mark.promise("only what is asked")
 def test_nothing_is_saved_that_no_gradient_reads(backend, device):
     case = make_case(2, 2, 5, 35, 8, dtype=torch.float16, device=device)
     with Calls() as calls:

@@ -11,17 +11,20 @@ import smattn
 from smattn.problem import Problem
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS, INTERPRETED
-from tests.support.meters import Call, launches_recorded
+from tests.support.meters import launches_recorded
+from tests.support.zero_calls import ZeroCall
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not expected here", allow_module_level=True)
 
 from smattn.kernels import backend  # noqa: E402
 
+pytestmark = pytest.mark.promise("Triton kernels")
+
 
 def backward_passes(Nq, needs, device, arch=90, as_map=False):
     """Names of the kernels that a backward launches beside the forward's, at the tiles of a real chip."""
-    call = Call(1, 2, Nq, 256, 32, needs=needs, as_map=as_map)
+    call = ZeroCall(1, 2, Nq, 256, 32, needs=needs, as_map=as_map)
     with launches_recorded(arch) as forward_alone:
         run(call.case(device), "triton", needs=())
     with launches_recorded(arch) as recorder:
@@ -30,6 +33,7 @@ def backward_passes(Nq, needs, device, arch=90, as_map=False):
     return names[len(forward_alone.launches) :]
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize(
     "needs, absent",
     [
@@ -50,6 +54,7 @@ def test_passes_that_no_gradient_needs_are_not_launched(device, needs, absent):
     assert {"dkdv", "dq", "dmask", "delta"} <= set(everything)
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize(
     "needs, passes",
     [
