@@ -64,7 +64,7 @@ COMPILED = pytest.mark.skipif("avx512" not in peers.cpu_kernels(), reason="the s
 def test_no_weight_below_the_line_is_above_its_share(study, queries, u):
     case = odd_case(queries)
     double = replace(case, query=case.query.double(), key=case.key.double())
-    exact = reference.softmax(double.problem(), double.query, double.key, double.soft().double(), double.alpha.double(), None)
+    exact = reference.softmax(double.problem(), double.query, double.key, double.mask_or_logits().double(), double.alpha.double(), None)
     *_, keys = study.blocking(case)
     bounds = study.prepare(case).bounds.mT.repeat_interleave(keys, 3)[..., :301]  # (B, H, Nq, Nk)
     assert (exact.s <= bounds * 1.00001).all()
