@@ -1,5 +1,4 @@
-// A result is fresh memory more often than not: the allocator gave the last one back. Faulting it in page by page can take longer than
-// computing it (1.5 microseconds for 4 KiB on a virtual machine); by huge pages that is nothing.
+// How much memory a call may take, and how results get theirs quickly.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +9,14 @@
 
 namespace smattn {
 
+// The promise on extra memory, whose rule is written in smattn/memory.py: the size of inputs, outputs and gradients divided by kPromisedShare,
+// and kPromisedBytes whatever the size.
+constexpr int64_t kPromisedShare = 4;
+constexpr int64_t kPromisedBytes = int64_t{16} << 20;
+
+// A result is fresh memory more often than not, for the allocator gave the last one back. To fault it in page by page can take longer than to
+// compute it (1.5 microseconds for 4 KiB on a virtual machine); by huge pages that is nothing.
+//
 // Asks the system for huge pages under what is not yet touched of memory, those that it shares with its neighbours included: results
 // that are made together lie side by side.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {

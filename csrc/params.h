@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace smattn {
+#include "dtype.h"
 
-enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+namespace smattn {
 
 // The accumulation dtype ("acc") is float64 when query is float64 and float32 otherwise.
 

@@ -3,12 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SMATTN_HOST_DEVICE __host__ __device__
-#else
-#define SMATTN_HOST_DEVICE \
-  __attribute__((always_inline)) inline  // units of several instruction sets include this: nothing for the linker to merge
-#endif
+#include "host_device.h"
 
 namespace smattn {
 

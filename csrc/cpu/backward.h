@@ -1,9 +1,9 @@
 // Backward, (5)-(8): P is rebuilt from lse, tile by tile; see backward_plan.h for who sums what.
 #pragma once
 
+#include "cpu/backward_delta.h"
 #include "cpu/backward_reduce.h"
 #include "cpu/backward_step.h"
-#include "cpu/forward.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
@@ -55,7 +55,7 @@ class Backward {
     drain();
   }
 
- protected:  // of a study as well, bench/skipping.cpp
+ private:
   void visit(int64_t split, int64_t o, int64_t i, int64_t pair_index) {
     const Pair& pair = pairs_[pair_index];
     const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o, g = kv_head(n_, pair.h);
@@ -217,21 +217,6 @@ class Backward {
   Held block_read_, kv_read_, mask_read_, dmap_read_;
 };
 
-// Every gradient of a call without a query or without a key.
-template <class T>
-inline void store_zeros(const BackwardTask<T>& t) {
-  const Sizes& n = t.scores.size;
-  const auto zero = [](void* p, int64_t bytes) {
-    if (p != nullptr) fill<char>(static_cast<char*>(p), bytes, 0);
-  };
-  const int64_t* mask = t.scores.mask_size;
-  zero(t.dquery, n.B * n.H * n.Nq * n.D * bytes_of(t.scores.dtype));
-  zero(t.dkey, n.B * n.Hkv * n.Nk * n.D * bytes_of(t.scores.dtype));
-  zero(t.dvalue, n.B * n.Hkv * n.Nk * n.Dv * bytes_of(t.scores.dtype));
-  zero(t.dmask, mask[0] * mask[1] * mask[2] * n.Nk * bytes_of(t.scores.mask.dtype));
-  zero(t.dalpha, n.H * static_cast<int64_t>(sizeof(T)));
-}
-
 // (6)-(8), once delta is there.
 template <class E, class T>
 inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFor threads) {
@@ -252,32 +237,6 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
     });
   }
   if (task.dalpha != nullptr) store_dalpha(task, plan, parts, dlse);
-}
-
-// (5), from the output, or as the mean of dP under P in a pass of its own.
-template <class E, class T>
-inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta) {
-  const Sizes& n = p.scores.size;
-  if (p.out.data == nullptr) {
-    ForwardTask<T> means{.params = {}, .dmap = {}, .dout = p.dout, .eta = delta};
-    means.params.scores = p.scores, means.params.value = p.value, means.params.dropout = p.dropout;
-    forward_pass<E>(means, threads);
-  } else {
-    parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> dout(n.Dv), out(n.Dv);
-      for (int64_t bh = begin; bh < end; ++bh) {
-        for (int64_t i = 0; i < n.Nq; ++i) {
-          read_rows<T>(rows_of(p.dout, bh / n.H, bh % n.H, i), 1, n.Dv, dout, n.Dv);
-          read_rows<T>(rows_of(p.out, bh / n.H, bh % n.H, i), 1, n.Dv, out, n.Dv);
-          T sum = 0;
-          for (int64_t d = 0; d < n.Dv; ++d) sum += dout[d] * out[d];
-          delta[bh * n.Nq + i] = sum;
-        }
-      }
-    });
-  }
-  const auto* dlse = static_cast<const T*>(p.dlse);
-  for (int64_t row = 0; dlse != nullptr && row < n.B * n.H * n.Nq; ++row) delta[row] -= dlse[row];
 }
 
 template <class E>

@@ -59,7 +59,7 @@ struct BackwardMemory {
     io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;
   }
 
-  int64_t free() const { return io / 4 + kSpare - held; }
+  int64_t free() const { return io / kPromisedShare + kSpareBytes - held; }
   int64_t for_sums() const { return larger_of<int64_t>(free() / 2, free() - io / 20 - (5 << 20)); }
   int64_t for_workers(int64_t sums) const { return free() - sums; }
 };

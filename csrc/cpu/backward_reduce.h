@@ -127,4 +127,19 @@ inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
   }
 }
 
+// Every gradient of a call without a query or without a key.
+template <class T>
+inline void store_zeros(const BackwardTask<T>& t) {
+  const Sizes& n = t.scores.size;
+  const auto zero = [](void* p, int64_t bytes) {
+    if (p != nullptr) fill<char>(static_cast<char*>(p), bytes, 0);
+  };
+  const int64_t* mask = t.scores.mask_size;
+  zero(t.dquery, n.B * n.H * n.Nq * n.D * bytes_of(t.scores.dtype));
+  zero(t.dkey, n.B * n.Hkv * n.Nk * n.D * bytes_of(t.scores.dtype));
+  zero(t.dvalue, n.B * n.Hkv * n.Nk * n.Dv * bytes_of(t.scores.dtype));
+  zero(t.dmask, mask[0] * mask[1] * mask[2] * n.Nk * bytes_of(t.scores.mask.dtype));
+  zero(t.dalpha, n.H * static_cast<int64_t>(sizeof(T)));
+}
+
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -66,7 +66,7 @@ inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   const Blocking<T> blocking(n);
   const int64_t tiles = n.B * blocking.query_blocks * blocking.key_blocks;
   const auto make = [&] { return MapTile<T>(p); };
-  for_each_item(threads, tiles, kSpare, make, [&](MapTile<T>& tile, int64_t item) {
+  for_each_item(threads, tiles, kSpareBytes, make, [&](MapTile<T>& tile, int64_t item) {
     const int64_t kb = item % blocking.key_blocks, qb = item / blocking.key_blocks % blocking.query_blocks;
     const int64_t b = item / (blocking.key_blocks * blocking.query_blocks);
     tile.run(b, query_block(blocking, qb), key_block(p.scores, blocking, b, kb));

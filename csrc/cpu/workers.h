@@ -2,13 +2,14 @@
 // when it is done with one, so that a thread that comes late, or shares its core, holds nobody up.
 #pragma once
 
-#include "cpu/tiles/storage.h"
+#include "cpu/tiles/buffer.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// Of the 16 MiB that a call may take whatever its size: the rest goes to the threads' stacks and to the allocator.
-constexpr int64_t kSpare = 13 << 20;
+// What kernels may take of kPromisedBytes: the rest goes to the threads' stacks and to the allocator.
+constexpr int64_t kSpareBytes = kPromisedBytes - (3 << 20);
 
 // work(worker, item) for every item, by workers that make() makes; at most `bytes` at a time, but one worker always.
 template <class Make, class Work>

@@ -27,7 +27,7 @@ SMATTN_DEVICE float shuffle(float x, int from) { return __shfl_sync(0xFFFFFFFFu,
 SMATTN_DEVICE float load_constant(const float* p) { return __ldg(p); }
 SMATTN_DEVICE double load_constant(const double* p) { return __ldg(p); }
 SMATTN_DEVICE Half load_constant(const Half* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
-SMATTN_DEVICE BFloat load_constant(const BFloat* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
+SMATTN_DEVICE BFloat16 load_constant(const BFloat16* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 
 // The same value, of whose making the compiler knows nothing: it will not compute what follows from it ahead of a loop, and keep all
 // that in registers.
@@ -75,7 +75,7 @@ SMATTN_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-SMATTN_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat) {
+SMATTN_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -26,8 +26,6 @@ template <class T>
 struct HalfMath;
 struct Tf32Math;
 struct FloatMath;
-struct Half;
-struct BFloat;
 
 // Instantiated in instances/.
 template <class Math, int D>

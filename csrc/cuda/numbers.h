@@ -1,9 +1,10 @@
-// The 16-bit storage types, the same for the device compiler and for a host that emulates it.
+// Numbers as a kernel computes with them and as tensors store them, on the device and on a host that emulates it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+
+#include "../dtype.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -19,43 +20,19 @@
 
 namespace smattn::cuda {
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
-
 #ifdef __CUDACC__
 
 SMATTN_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-SMATTN_DEVICE float to_float(BFloat x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+SMATTN_DEVICE float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 SMATTN_DEVICE void round_to(Half& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
-SMATTN_DEVICE void round_to(BFloat& to, float x) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+SMATTN_DEVICE void round_to(BFloat16& to, float x) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 #else
 
-inline float to_float(Half x) {
-  _Float16 y;
-  std::memcpy(&y, &x, sizeof y);
-  return static_cast<float>(y);
-}
-inline float to_float(BFloat x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-inline void round_to(Half& to, float x) {
-  const auto y = static_cast<_Float16>(x);
-  std::memcpy(&to, &y, sizeof to);
-}
-inline void round_to(BFloat& to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const bool nan = x != x;
-  to.bits = nan ? uint16_t{0x7FFF} : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
-}
+inline float to_float(Half x) { return widen(x); }
+inline float to_float(BFloat16 x) { return widen(x); }
+inline void round_to(Half& to, float x) { narrow(x, to); }
+inline void round_to(BFloat16& to, float x) { narrow(x, to); }
 
 #endif
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../memory.h"
 #include "../philox.h"
 #include "args.h"
 #include "kernels.h"
@@ -11,7 +12,7 @@ namespace smattn::cuda {
 namespace {
 
 constexpr int64_t kEnoughBlocks = 512;           // about two a multiprocessor on the largest GPUs
-constexpr int64_t kMostPartialBytes = 8 << 20;   // of a call's partial outputs
+constexpr int64_t kMostPartialBytes = kPromisedBytes / 2;  // of a call's partial outputs
 constexpr int64_t kShortestRange = 256;          // keys
 constexpr int64_t kMostRows = int64_t{1} << 30;  // an int counts queries or keys inside a kernel, everything else is 64 bits wide
 
@@ -27,14 +28,12 @@ Passes passes_for(DType dtype, int64_t depth, bool allow_tf32) {
   if (depth > kLargestHead) throw std::runtime_error("CUDA kernels: head size above 256");
   switch (dtype) {
     case DType::kFloat16: return passes_of_depth<HalfMath<Half>>(depth);
-    case DType::kBFloat16: return passes_of_depth<HalfMath<BFloat>>(depth);
+    case DType::kBFloat16: return passes_of_depth<HalfMath<BFloat16>>(depth);
     case DType::kFloat32: return allow_tf32 ? passes_of_depth<Tf32Math>(depth) : passes_of_depth<FloatMath>(depth);
     case DType::kFloat64: break;
   }
   throw std::runtime_error("CUDA kernels: no float64");
 }
-
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Rows can be copied 16 bytes at a time.
 bool aligned(const Tensor4& x) {

@@ -6,7 +6,7 @@
 
 namespace smattn::cuda {
 
-// Element is Half or BFloat.
+// Element is Half or BFloat16.
 template <class T>
 struct HalfMath {
   using Element = T;

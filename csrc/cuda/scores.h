@@ -95,7 +95,7 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at,
     case DType::kFloat32: return load_elements<float>(tile, element, row_bytes, column_bytes, place);
     case DType::kFloat64: return load_elements<double>(tile, element, row_bytes, column_bytes, place);
     case DType::kFloat16: return load_elements<Half>(tile, element, row_bytes, column_bytes, place);
-    case DType::kBFloat16: return load_elements<BFloat>(tile, element, row_bytes, column_bytes, place);
+    case DType::kBFloat16: return load_elements<BFloat16>(tile, element, row_bytes, column_bytes, place);
   }
 }
 
@@ -117,7 +117,7 @@ SMATTN_DEVICE float through_sigmoid(float dm, const Tensor4& logits, int64_t ele
     case DType::kFloat32: x = static_cast<const float*>(logits.data)[element]; break;
     case DType::kFloat64: x = to_float(static_cast<const double*>(logits.data)[element]); break;
     case DType::kFloat16: x = to_float(static_cast<const Half*>(logits.data)[element]); break;
-    case DType::kBFloat16: x = to_float(static_cast<const BFloat*>(logits.data)[element]); break;
+    case DType::kBFloat16: x = to_float(static_cast<const BFloat16*>(logits.data)[element]); break;
   }
   const float e = exp2_fast(-kLog2E * fabsf(x));
   return dm * (e / ((1.0f + e) * (1.0f + e)));
@@ -129,7 +129,7 @@ SMATTN_DEVICE void store_element(void* to, DType dtype, int64_t at, float x) {
     case DType::kFloat32: static_cast<float*>(to)[at] = x; break;
     case DType::kFloat64: static_cast<double*>(to)[at] = static_cast<double>(x); break;
     case DType::kFloat16: round_to(static_cast<Half*>(to)[at], x); break;
-    case DType::kBFloat16: round_to(static_cast<BFloat*>(to)[at], x); break;
+    case DType::kBFloat16: round_to(static_cast<BFloat16*>(to)[at], x); break;
   }
 }
 

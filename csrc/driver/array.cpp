@@ -102,8 +102,6 @@ void for_each(const Shape& size, const Visit& visit) {
 
 int64_t count(const Shape& size) { return size[0] * size[1] * size[2] * size[3]; }
 
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 const char* name_of(DType dtype) {
   constexpr const char* kNames[] = {"float32", "float64", "float16", "bfloat16"};
   return kNames[static_cast<int>(dtype)];

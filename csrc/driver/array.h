@@ -13,7 +13,6 @@ namespace smattn::driver {
 using Shape = std::array<int64_t, 4>;
 
 int64_t count(const Shape& size);
-int64_t bytes_of(DType dtype);
 const char* name_of(DType dtype);
 double epsilon_of(DType dtype);  // distance from 1 to the next number
 DType accumulator_of(DType dtype);

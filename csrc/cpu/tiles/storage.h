@@ -1,87 +1,21 @@
-// Between the tensors as they lie in memory, of any dtype and stride, and dense blocks of the accumulation dtype T.
+// How the tensors, of any dtype and stride, become dense blocks of the accumulation dtype T and back.
 #pragma once
 
-#include <cstddef>
-#include <new>
-
-#include "cpu/simd/vec.h"
+#include "cpu/tiles/buffer.h"
+#include "dtype.h"
 #include "params.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// Scratch memory, aligned to a cache line, not initialised.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : bytes_(size * static_cast<int64_t>(sizeof(T)) + 64),
-        data_(static_cast<T*>(::operator new(static_cast<std::size_t>(bytes_), kAlignment))) {}
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-  operator T*() const { return data_; }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  int64_t bytes_;
-  T* data_;
-};
-
-template <class... Holders>
-inline int64_t bytes_in(const Holders&... holders) {
-  return (holders.bytes() + ...);
-}
-
-template <class T>
-inline void fill(T* p, int64_t n, T x) {
-  for (int64_t i = 0; i < n; ++i) p[i] = x;
-}
-
-template <class T>
-inline void copy(const T* from, int64_t n, T* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
+// The conversions of dtype.h, for every dtype. A double is rounded to 16 bits by way of float.
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
-inline float widen(Half x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = (x.bits & 0x7fffu) << 13;
-  const float magnitude = __builtin_bit_cast(float, rest) * 0x1p112f;  // moves the exponent's bias, subnormals included
-  const uint32_t bits = rest >= 0x0f800000u ? rest | 0x7f800000u : __builtin_bit_cast(uint32_t, magnitude);  // infinity, NaN
-  return __builtin_bit_cast(float, bits | sign);
-}
-
-// To nearest, ties to even.
 inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, double& to) { to = x; }
 inline void narrow(double x, float& to) { to = static_cast<float>(x); }
 inline void narrow(double x, double& to) { to = x; }
-inline void narrow(float x, BFloat16& to) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  to.bits = static_cast<uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u);
-}
-inline void narrow(float x, Half& to) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x), rest = bits & 0x7fffffffu;
-  // below 2^-14 a half's steps are 2^-24, a float's between 1/2 and 1: adding 1/2 rounds to them
-  const uint32_t subnormal = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
-  const uint32_t finite = rest < 0x38800000u ? subnormal : rest < 0x47800000u ? smaller_of(normal, 0x7c00u) : 0x7c00u;
-  to.bits = static_cast<uint16_t>((rest > 0x7f800000u ? 0x7e00u : finite) | ((bits >> 16) & 0x8000u));
-}
 inline void narrow(double x, BFloat16& to) { narrow(static_cast<float>(x), to); }
 inline void narrow(double x, Half& to) { narrow(static_cast<float>(x), to); }
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // body(a null pointer to the type that stores `dtype`)
 template <class Body>

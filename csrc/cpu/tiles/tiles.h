@@ -3,106 +3,11 @@
 // Lanes beyond the last query hold zeros (or what makes their probabilities 0) and are never stored.
 #pragma once
 
-#include "cpu/simd/exp2.h"
+#include "cpu/simd/logarithms.h"
+#include "cpu/tiles/blocking.h"
 #include "cpu/tiles/operands.h"
-#include "cpu/tiles/storage.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
-
-constexpr int64_t kQueries = 64;  // at most, in a block
-constexpr int64_t kKeys = 144;    // at most
-constexpr double kLog2e = 1.44269504088896340736, kLog2eRest = 2.0355273740931033e-17;  // their sum is log2(e) to 107 bits
-constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558e-17;
-
-// Natural logarithms to exponents of 2 and back: rounded once, so that going there and back loses nothing that matters.
-inline double to_log2(double x) { return __builtin_fma(x, kLog2e, x * kLog2eRest); }
-inline double to_natural(double x) { return __builtin_fma(x, kLn2, x * kLn2Rest); }
-
-// What to subtract from the exponents of a row: lse, but where that is infinite NaN, as any softmax is there.
-inline double exponent_of(double lse) { return lse - lse == 0 ? to_log2(lse) : __builtin_nan(""); }
-
-// Nq and Nk cut into blocks of nearly equal size: fixed by the shape alone, so that every sum has one order.
-template <class T>
-struct Blocking {
-  int64_t Nq, Nk;
-  int64_t query_blocks, queries;  // how many, and the size of all but the last
-  int64_t key_blocks, keys;
-
-  explicit Blocking(const Sizes& n) : Nq(n.Nq), Nk(n.Nk) {
-    query_blocks = blocks_of(Nq, kQueries);
-    queries = round_up(blocks_of(Nq, larger_of<int64_t>(query_blocks, 1)), kLanes<T>);
-    query_blocks = blocks_of(Nq, larger_of<int64_t>(queries, 1));
-    key_blocks = blocks_of(Nk, kKeys);
-    keys = round_up(blocks_of(Nk, larger_of<int64_t>(key_blocks, 1)), 8);
-    key_blocks = blocks_of(Nk, larger_of<int64_t>(keys, 1));
-  }
-};
-
-// What a tile holds, so that it is not read again.
-struct Held {
-  int64_t a = -1, b = -1, c = -1, d = -1;
-  bool differs(int64_t a1, int64_t b1, int64_t c1, int64_t d1) {
-    if (a == a1 && b == b1 && c == c1 && d == d1) return false;
-    a = a1, b = b1, c = c1, d = d1;
-    return true;
-  }
-};
-
-struct QueryBlock {
-  int64_t first, count;
-  int64_t lanes;  // count, rounded up to whole vectors: the row stride of this block's tiles
-};
-
-template <class T>
-inline QueryBlock query_block(const Blocking<T>& blocking, int64_t index) {
-  const int64_t first = index * blocking.queries, count = smaller_of(blocking.queries, blocking.Nq - first);
-  return {first, count, round_up(count, kLanes<T>)};
-}
-
-struct KeyBlock {
-  int64_t first, count;
-  int64_t attended;     // keys of it that are not padding
-  bool padded[kKeys];
-};
-
-template <class T>
-inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t b, int64_t index) {
-  KeyBlock k;
-  k.first = index * blocking.keys, k.count = smaller_of(blocking.keys, blocking.Nk - k.first);
-  k.attended = 0;
-  for (int64_t j = 0; j < k.count; ++j) {
-    k.padded[j] = s.padding != nullptr && s.padding[b * s.padding_stride[0] + (k.first + j) * s.padding_stride[1]];
-    k.attended += !k.padded[j];
-  }
-  return k;
-}
-
-// Keys in a strip of a tile: what passes over it read and write stays in the first-level cache.
-template <class T>
-inline int64_t strip_keys(int64_t lanes) {
-  constexpr int64_t kStripBytes = 9 << 10;
-  return larger_of<int64_t>(1, smaller_of(kKeys, kStripBytes / static_cast<int64_t>(sizeof(T)) / lanes));
-}
-inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
-  KeyBlock strip;
-  strip.first = k.first + at, strip.count = smaller_of(keys, k.count - at);
-  strip.attended = strip.count;
-  for (int64_t j = 0; j < strip.count; ++j) {
-    strip.padded[j] = k.padded[at + j];
-    strip.attended -= strip.padded[j];
-  }
-  return strip;
-}
-
-// False where every key is padding: then, and only then, out and all gradients are 0.
-inline bool has_keys(const Scores& s, int64_t b) {
-  for (int64_t j = 0; j < s.size.Nk; ++j) {
-    if (s.padding == nullptr || !s.padding[b * s.padding_stride[0] + j * s.padding_stride[1]]) return true;
-  }
-  return false;
-}
-
-inline int64_t kv_head(const Sizes& n, int64_t h) { return h / (n.H / n.Hkv); }
 
 template <class T>
 inline T alpha_of(const Scores& s, int64_t h) {

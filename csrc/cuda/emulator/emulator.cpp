@@ -293,9 +293,9 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   collective("multiply_add", &mine, [](void* const* all) { emulator::multiply<16>(all, emulator::half_of<Half>); });
 }
 
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat) {
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
   emulator::Product mine{c, a, {b0, b1}};
-  collective("multiply_add", &mine, [](void* const* all) { emulator::multiply<16>(all, emulator::half_of<BFloat>); });
+  collective("multiply_add", &mine, [](void* const* all) { emulator::multiply<16>(all, emulator::half_of<BFloat16>); });
 }
 
 void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -59,7 +59,7 @@ inline float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
 void load_matrices(uint32_t (&x)[4], const void* row);
 void load_matrices_transposed(uint32_t (&x)[4], const void* row);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half);
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16);
 void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t to_tf32(float x);
 

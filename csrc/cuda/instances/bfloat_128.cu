@@ -1,5 +1,5 @@
 #include "../instantiate.h"
 
 namespace smattn::cuda {
-template Passes passes<HalfMath<BFloat>, 128>();
+template Passes passes<HalfMath<BFloat16>, 128>();
 }

@@ -1,5 +1,5 @@
 #include "../instantiate.h"
 
 namespace smattn::cuda {
-template Passes passes<HalfMath<BFloat>, 32>();
+template Passes passes<HalfMath<BFloat16>, 32>();
 }

@@ -1,0 +1,132 @@
+// What one split of the keys leaves of one head and query block: its parts are merged in their order, divided and stored.
+#pragma once
+
+#include "cpu/simd/exp2.h"
+#include "cpu/tiles/tiles.h"
+
+namespace smattn::cpu::SMATTN_UNIT {
+
+// What forward works on. Besides O it can average under P what is not M: dA, for the attention map's backward, which needs eta (10), or dP,
+// for a backward that needs delta (5) and has no O.
+template <class T>
+struct ForwardTask {
+  ForwardParams params;
+  Tensor4 dmap{};    // [B, 1, Nq, Nk], dA
+  Tensor4 dout{};    // [B, H, Nq, Dv], what dP is made of; one of the two where there is eta
+  T* eta = nullptr;  // [B, H, Nq]
+
+  bool wants_mbar() const { return params.mbar != nullptr && params.scores.mask.data != nullptr; }
+};
+
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, that of them as rounded to pairs, and the sums of
+// their products with M and with what eta is the mean of.
+enum Row { kMaximum, kSum, kRounded, kMbar, kEta, kRows };
+
+// What to subtract from scores: an infinite maximum less itself would be NaN. A row whose maximum is +inf has an infinite sum or NaN, and
+// its out is NaN.
+template <class T>
+inline Vec<T> finite_maximum(Vec<T> m) {
+  return m - m == T(0) ? m : Vec<T>{};
+}
+
+template <class E>
+struct ForwardPart {
+  using T = typename SumOf<E>::type;
+
+  T* out;          // [lane][stride], O before it is divided
+  int64_t lanes;
+  int64_t stride;  // Dv, up to whole vectors
+
+  ForwardPart(T* memory, int64_t lanes, int64_t Dv) : out(memory), lanes(lanes), stride(round_up(Dv, kLanes<T>)) {}
+
+  // Of pairs there is also what O lacks because the probabilities were rounded.
+  static int64_t size(const Sizes& n, int64_t lanes) { return (kStepsPerElement<E> * round_up(n.Dv, kLanes<T>) + kRows) * lanes; }
+
+  T* row(Row which) const { return out + lanes * stride + which * lanes; }
+  T* rest() const { return out + lanes * (stride + kRows); }
+
+  void clear(int64_t size) const {
+    fill<T>(out, size, T(0));
+    fill<T>(row(kMaximum), lanes, static_cast<T>(-__builtin_inf()));
+  }
+};
+
+// Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
+// output, is then to be the mean of dP under P itself. Else it is that under the rounded ones, which cancels a dP that is the same for
+// all keys as well.
+template <class E>
+inline bool wants_rest(const ForwardParams& p) {
+  const Tensor4& mask = p.scores.mask;
+  return kStepsPerElement<E> > 1 && p.out_acc != nullptr && mask.data != nullptr && mask.dtype != p.scores.dtype;
+}
+
+template <class T>
+inline void add_weighted(const T* weight, int64_t rows, int64_t stride, const T* from, T* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) store(to + at, load(to + at) + weight[i] * load(from + at));
+  }
+}
+
+// The parts of `splits` splits, `distance` apart, into one, in their order.
+template <class E, class T>
+inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, int64_t splits, int64_t distance, const ForwardPart<E>& to) {
+  const int64_t Dv = p.scores.size.Dv;
+  for (int64_t s = 0; s < splits; ++s) {
+    const T* maximum = ForwardPart<E>(parts + s * distance, q.lanes, Dv).row(kMaximum);
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      store(to.row(kMaximum) + lane, larger(load(to.row(kMaximum) + lane), load(maximum + lane)));
+    }
+  }
+  T weight[kQueries];
+  for (int64_t s = 0; s < splits; ++s) {
+    const ForwardPart<E> from(parts + s * distance, q.lanes, Dv);
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const Vec<T> w = exp2<T>(load(from.row(kMaximum) + lane) - finite_maximum<T>(load(to.row(kMaximum) + lane)));
+      store(weight + lane, w);
+      for (int row = kSum; row < kRows; ++row) {
+        T* sum = to.row(static_cast<Row>(row)) + lane;
+        store(sum, load(sum) + w * load(from.row(static_cast<Row>(row)) + lane));
+      }
+    }
+    add_weighted(weight, q.count, to.stride, from.out, to.out);
+    if (wants_rest<E>(p)) add_weighted(weight, q.count, to.stride, from.rest(), to.rest());
+  }
+}
+
+// Divides by the row sums and stores what was asked for. The out of a row without a key is 0 and its lse -inf. Where there are keys
+// and all score -inf, the sum is 0 as well, and out NaN, as in any softmax.
+template <class E>
+inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t b, int64_t h, const QueryBlock& q,
+                       const ForwardPart<E>& part) {
+  using T = typename SumOf<E>::type;
+  const ForwardParams& p = task.params;
+  const Sizes& n = p.scores.size;
+  const int64_t row = (b * n.H + h) * n.Nq + q.first;
+  const bool alive = has_keys(p.scores, b);
+  // The weights of pairs do not have dropout's factor yet.
+  const T kept = kStepsPerElement<E> > 1 && p.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p.dropout.p)) : T(1);
+  const T *sums = part.row(kSum), *divisors = part.row(kStepsPerElement<E> > 1 ? kRounded : kSum);
+  T inverse[kQueries];
+  for (int64_t i = 0; i < q.count; ++i) {
+    const T mean = alive ? 1 / sums[i] : T(0);
+    inverse[i] = alive ? kept / divisors[i] + (sums[i] - sums[i]) : T(0);  // NaN where the sum is infinite
+    if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = part.row(kMbar)[i] * mean;
+    if (task.eta != nullptr) task.eta[row + i] = part.row(kEta)[i] * mean;
+    if (p.lse == nullptr) continue;
+    const double lse = to_natural(static_cast<double>(part.row(kMaximum)[i])) + __builtin_log(static_cast<double>(sums[i]));
+    static_cast<T*>(p.lse)[row + i] = static_cast<T>(lse);
+  }
+  if (p.out == nullptr) return;
+  for (int64_t i = 0; i < q.count; ++i) {
+    for (int64_t d = 0; d < n.Dv; ++d) part.out[i * part.stride + d] *= inverse[i];
+  }
+  write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out, p.scores.dtype, row * n.Dv, n.Dv);
+  for (int64_t i = 0; wants_rest<E>(p) && alive && i < q.count; ++i) {
+    const T again = divisors[i] / sums[i];
+    T *out = part.out + i * part.stride, *rest = part.rest() + i * part.stride;
+    for (int64_t d = 0; d < n.Dv; ++d) out[d] = out[d] * again + rest[d] * (kept / sums[i]);
+  }
+  if (p.out_acc != nullptr) write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out_acc, DTypeOf<T>::value, row * n.Dv, n.Dv);
+}
+
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -1,0 +1,48 @@
+// The dtypes of tensors, and how 16-bit numbers are stored and converted.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace smattn {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+SMATTN_HOST_DEVICE constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#ifndef __CUDACC__  // a device has instructions for these: csrc/cuda/numbers.h
+
+SMATTN_HOST_DEVICE float widen(BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+SMATTN_HOST_DEVICE float widen(Half x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = (x.bits & 0x7fffu) << 13;
+  const float magnitude = __builtin_bit_cast(float, rest) * 0x1p112f;  // moves the exponent's bias, subnormals included
+  const uint32_t bits = rest >= 0x0f800000u ? rest | 0x7f800000u : __builtin_bit_cast(uint32_t, magnitude);  // infinity, NaN
+  return __builtin_bit_cast(float, bits | sign);
+}
+
+// To nearest, ties to even.
+SMATTN_HOST_DEVICE void narrow(float x, BFloat16& to) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  to.bits = static_cast<uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u);
+}
+SMATTN_HOST_DEVICE void narrow(float x, Half& to) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), rest = bits & 0x7fffffffu;
+  // Below 2^-14 a half's steps are 2^-24, a float's between 1/2 and 1: adding 1/2 rounds to them.
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (rest + 0xfffu + ((rest >> 13) & 1u) - 0x38000000u) >> 13;
+  const uint32_t infinite = 0x7c00u, bounded = normal < infinite ? normal : infinite;
+  const uint32_t finite = rest < 0x38800000u ? subnormal : rest < 0x47800000u ? bounded : infinite;
+  to.bits = static_cast<uint16_t>((rest > 0x7f800000u ? 0x7e00u : finite) | ((bits >> 16) & 0x8000u));
+}
+
+#endif
+
+}  // namespace smattn

@@ -1,0 +1,58 @@
+"""`python -m smattn` prints what a bug report needs: versions, processor, devices, and every backend with its reasons."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .backends import backends
+
+CPU_INFO = Path("/proc/cpuinfo")  # Linux; elsewhere platform names the processor
+
+
+def report() -> Iterator[str]:
+    """The lines of the report. It needs neither Triton, nor the C++ extension, nor a GPU: what is missing is said."""
+    yield f"smattn     {__version__}"
+    yield f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    yield f"triton     {version_of('triton')}, TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')}"
+    yield f"numpy      {version_of('numpy')}"
+    yield f"Python     {platform.python_version()}"
+    yield f"system     {platform.platform()}"
+    yield f"processor  {processor()}, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        yield "device     none but the processor: torch finds no CUDA device"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.1f} GiB, {device.multi_processor_count} multiprocessors"
+        yield f"device     cuda:{index} {device.name}, compute capability {device.major}.{device.minor}, {memory}"
+    for name, status in backends().items():
+        yield f"backend    {name}: {'available' if status.available else 'not available'}"
+        yield from (f"           - {reason}" for reason in status.reasons)
+        if name == "cpu" and status.available:
+            sets = torch.ops.smattn_native.cpu_kernels().split()
+            yield f"           - kernels: {sets[0]}; this processor also runs {', '.join(sets[1:]) or 'no other'}"
+
+
+def version_of(module: str) -> str:
+    """The version of an optional module, or why it cannot be imported."""
+    try:
+        return str(importlib.import_module(module).__version__)
+    except ImportError as error:
+        return f"not there ({error})"
+
+
+def processor() -> str:
+    """The processor's name as the system has it."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or 'unknown'} ({platform.machine()})"
+
+
+if __name__ == "__main__":
+    print(*report(), sep="\n")

@@ -1,0 +1,49 @@
+"""`python -m smattn`, the first lines of a bug report, says what there is and why the rest is not, whatever is missing."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import smattn
+from smattn import __main__ as report
+from smattn.backends import TABLE
+
+RUN = "import runpy; runpy.run_module('smattn', run_name='__main__')"
+
+
+def printed(*arguments: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, *arguments], env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_report_has_every_version_and_every_backend_with_its_reasons():
+    said = printed("-m", "smattn")
+    for version in (smattn.__version__, torch.__version__, ".".join(map(str, sys.version_info[:3]))):
+        assert version in said
+    for row in TABLE:
+        assert f"backend    {row.name}: " in said
+    assert "backend    reference: available" in said
+    assert ("- kernels: " in said) == ("backend    cpu: available" in said)
+
+
+def test_without_triton_and_without_the_extension_the_report_says_why():
+    modules = ["triton", *(row.module for row in TABLE if row.name in ("cpu", "cuda"))]
+    said = printed("-c", f"import sys; sys.modules.update(dict.fromkeys({modules})); {RUN}")
+    assert "triton     not there" in said and said.count("it could not be imported") == 3
+    assert "backend    cpu: not available" in said and "backend    reference: available" in said
+
+
+def test_the_report_names_every_gpu(monkeypatch: pytest.MonkeyPatch):
+    gpu = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(report, "backends", dict)
+    devices = [line.split(None, 1)[1] for line in report.report() if line.startswith("device")]
+    assert devices == [f"cuda:{i} NVIDIA H100, compute capability 9.0, 80.0 GiB, 132 multiprocessors" for i in range(2)]
