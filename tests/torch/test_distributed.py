@@ -62,7 +62,9 @@ def sharded(case, rank, world):
 
     dist.all_reduce = counted
     try:
-        out, lse = context_parallel_attention(**leaves, key_padding_mask=padding, enable_gqa=case.enable_gqa, return_lse=True)
+        out, lse = context_parallel_attention(
+            **leaves, key_padding_mask=padding, enable_gqa=case.enable_gqa, return_lse=True
+        )
         outputs = {"out": out} if case.dlse is None else {"out": out, "lse": lse}
         incoming = [case.dout, case.dlse][: len(outputs)]
         grads = torch.autograd.grad(list(outputs.values()), [leaves[n] for n in needs], incoming)
