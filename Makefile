@@ -12,7 +12,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 .PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 test: $(INSTALLED)  ## the fast tier
 	$(PYTEST) -m "not slow"
@@ -22,22 +22,22 @@ test-all: $(INSTALLED)
 
 bench-readme: $(INSTALLED)  ## every measurement that README.md shows, and README.md from them: a quarter of an hour on a quiet machine
 	touch $(VENV)/began
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/run.py --dtypes bfloat16
-	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python bench/run.py --kernels avx2
-	$(BIN)/python bench/nk_sweep.py
-	$(BIN)/python bench/readme_figures.py $$(find bench/results -name '*.jsonl' -newer $(VENV)/began | xargs ls -tr)
+	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.run --dtypes bfloat16
+	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python -m bench.run --kernels avx2
+	$(BIN)/python -m bench.studies.nk_sweep
+	$(BIN)/python -m bench.reporting.readme_figures $$(find bench/results -name '*.jsonl' -newer $(VENV)/began | xargs ls -tr)
 
 bench-full: bench-readme  ## those, every named workload, and the products tile by tile
-	$(BIN)/python bench/run.py --full
-	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python bench/brgemm.py
+	$(BIN)/python -m bench.run --full
+	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python -m bench.studies.brgemm
 
 # On a machine with an NVIDIA GPU, torch and triton already there; no network and no environment of its own. PART="suite bench": only these.
-gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu.py lists its parts
-	$(PYTHON) bench/gpu.py $(PART) --minutes $(or $(MINUTES),8.5)
+gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu/run.py lists its parts
+	$(PYTHON) -m bench.gpu.run $(PART) --minutes $(or $(MINUTES),8.5)
 
 tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table; goes on where it stopped
-	$(PYTHON) bench/gpu.py tune --minutes $(or $(MINUTES),60)
+	$(PYTHON) -m bench.gpu.run tune --minutes $(or $(MINUTES),60)
 
 lint: ruff mypy clang-format  ## the checks of a commit, which pre-commit runs as well
 

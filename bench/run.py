@@ -15,15 +15,15 @@ import time
 from itertools import product
 
 import torch
-from ceilings import measure_ceilings
-from harness import Cell
-from job import ROOT, Job, available_backends
-from measure import compile_ahead, measure
-from peers import PEERS, WITHOUT_MASK, Contestant, cpu_kernels, ours
-from rows import BOTH, FORWARD, OURS
-from validate import interpreted_triton
 
 import smattn
+from bench.measuring.ceilings import measure_ceilings
+from bench.measuring.harness import Cell
+from bench.measuring.job import ROOT, Job, available_backends
+from bench.measuring.measure import compile_ahead, measure
+from bench.measuring.peers import PEERS, WITHOUT_MASK, Contestant, cpu_kernels, ours
+from bench.measuring.validate import interpreted_triton
+from bench.reporting.rows import BOTH, FORWARD, OURS
 from smattn.testing import WORKLOADS
 
 SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls")  # what a CPU does in minutes
@@ -87,7 +87,7 @@ def main() -> None:
     on_a_gpu = torch.device(args.device).type == "cuda"
     cells = chosen_cells(args, on_a_gpu)
     workloads = {cell.workload.name for cell in cells}
-    job = Job(args.device, args.seconds, " ".join(["python bench/run.py", *sys.argv[1:]]), args.kernels)
+    job = Job(args.device, args.seconds, " ".join(["python -m bench.run", *sys.argv[1:]]), args.kernels)
     labels = ["full"] * args.full + ["part"] * bool(args.workloads) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
     path = job.file = job.path(*labels)
     print(f"{job.about['device']}; {job.about['versions']}; commit {job.about['commit']}")
@@ -115,7 +115,7 @@ def main() -> None:
     except KeyboardInterrupt:  # what there is becomes a report
         print("\nstopped", flush=True)
 
-    from report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
+    from bench.reporting.report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 
     if any(row.median_ms and row.workload in WORKLOADS for row in job.rows):
         print("\n" + summary(job.rows))

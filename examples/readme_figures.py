@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import learn_mask
@@ -14,10 +13,6 @@ import wsss.study
 from vos import cost, search, study
 
 HERE = Path(__file__).resolve().parent
-BENCH = HERE.parent / "bench"
-sys.path.append(str(BENCH))
-
-import token_maps  # noqa: E402
 
 
 def put(readme: Path, name: str, content: str) -> None:
@@ -38,8 +33,6 @@ def main() -> None:
     put(HERE / "vos" / "README.md", "vos_search", search_table(results))
     put(HERE / "vos" / "README.md", "vos_tried", search.table(study.read(results / "vos_tried.csv", search.Found), "frame0"))
     put(HERE / "wsss" / "README.md", "wsss_synthetic", wsss.study.table(wsss.study.read(results / "wsss_synthetic.csv")))
-    newest = max((BENCH / "results").glob("*-token-maps.jsonl"))
-    put(HERE / "wsss" / "README.md", "token_maps", token_maps.section(newest, "../../bench/results"))
 
 
 def search_table(results: Path) -> str:

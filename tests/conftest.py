@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import numpy
-from expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
+
+from tests.support.expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
 
 # the same examples in every run, their number given by the test; not shrunk, which takes minutes where kernels are interpreted
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)

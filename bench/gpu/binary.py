@@ -1,0 +1,49 @@
+"""Load the compiled extension, say which torch built it and which torch loads it, and try its kernels.
+
+`python -m bench.gpu.binary [_cpu.so ...]`
+
+Without a path: the one of the installed package, and one that stands in the source tree, where another Python and torch may have built it.
+Each is loaded in a process of its own, for they register the same operations. Exit status 77: there is none.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from smattn import native
+from smattn.testing import errors, make_case, run
+
+NONE = 77
+
+
+def try_out(library: Path) -> str:
+    """One line about it. RuntimeError when it does not load or is wrong."""
+    native.LIBRARY = library
+    if reasons := native.reasons():
+        raise RuntimeError("; ".join(reasons))
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case(2, 2, 13, 203, 32, dtype=dtype, padded=0.3, dropout_p=0.2, with_lse=True)
+        if outside := [row.name for row in errors(run(case, "cpu"), case) if not row.within]:
+            raise RuntimeError(f"{library}: {', '.join(outside)} outside the error budget in {dtype}")
+    ops = torch.ops.smattn_cpu
+    return f"{library}: built with torch {ops.built_with_torch()}, loaded by torch {torch.__version__}; {ops.cpu_kernels()}: right"
+
+
+def main(paths: list[str]) -> int:
+    if len(paths) == 1:
+        print(try_out(Path(paths[0]).resolve()), flush=True)
+        return 0
+    source = Path(__file__).resolve().parents[2] / "smattn" / "_cpu.so"
+    libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((native.LIBRARY.resolve(), source)) if path.exists()]
+    if not libraries:
+        print("\n".join(native.reasons()))
+        return NONE
+    return max(subprocess.run([sys.executable, "-m", __spec__.name, str(library)]).returncode for library in libraries)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,273 @@
+"""Everything that only a GPU can show, `make gpu`: on a machine with an NVIDIA GPU, torch, triton and nvcc, without a network.
+
+    python -m bench.gpu.run [PART ...] [--minutes 8.5]  # `make tune` is the part "tune", which runs only if named
+
+Installs this source tree into build/gpu for the Python that runs it, and changes nothing else of that Python. The C++ parts are built where
+CMake and a compiler are at hand, the CUDA C++ kernels where nvcc is too; where pip cannot build, the tree is linked, which is enough for
+Triton's kernels. Every part is a command of its own. Those that measure time, or keep all cores busy by themselves, run alone; the others
+side by side, for nearly all of their time goes into compilers and into starting processes.
+
+Each part has a share of the time that is left when it begins, so that the whole ends in time, and what a part does not use is for those
+after it. A part is stopped when its time is up; what it had written by then stays, in build/logs too. Ends with a line a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE, LOGS = ROOT / "build" / "gpu", ROOT / "build" / "logs"
+PYTHON = sys.executable
+INSTALLATION = ("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(ROOT))
+PROGRAMS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])  # where nvcc may be and no shell finds it
+PATIENCE = 15  # seconds to write down what there is, once told to stop
+PASSED, FAILED, STOPPED, NOT_RUN = "passed", "FAILED", "STOPPED", "not run"
+QUESTION = """import torch, triton
+print(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), torch.__version__, triton.__version__, sep="\\n")"""
+NOT_HERE = 77  # the exit status of a command that found nothing to do
+
+
+class Part(NamedTuple):
+    """A command, run in a folder of the repository; {minutes} in it is what it may use."""
+
+    what: str
+    minutes: float  # what it may take of MINUTES; of another time, as large a share
+    command: tuple[str, ...]
+    alone: bool = False
+    folder: str = "bench"  # not the root, where Python would find smattn/ without its kernels before the installed package
+    modules: tuple[str, ...] = ()  # that Python must have
+
+
+class Outcome(NamedTuple):
+    state: str
+    seconds: float = 0.0
+    why: str = ""
+
+
+def tests(what: str, minutes: float, *selection: str, more: tuple[str, ...] = ()) -> Part:
+    words = (PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *selection)
+    return Part(what, minutes, words, folder="tests", modules=("pytest", "hypothesis", *more))
+
+
+MINUTES, INSTALLING, TOGETHER = 8.5, 1.6, 3.3
+BENCH = (PYTHON, "-m", "bench.run", "--device", "cuda", "--seconds", "0.1", "--minutes", "{minutes}", "--compile")
+SANITIZED = (PYTHON, "-m", "bench.gpu.sanitized", "--under")
+GRAPHS, FAR, RANKS = "cuda_graph", "past_2_to_the_31", "nccl or two_processes"
+ONLY_IF_NAMED = {"ceilings", "tune"}  # run.py begins with the first
+BEFORE = {"bench": "peers", "memcheck": "calls", "racecheck": "calls"}  # what fills the caches that these find full
+ALONE = f"({GRAPHS} or {FAR} or {RANKS})"
+# Most of the suite's time is Triton's: some 1000 kernels for a chip that has none of them yet, a CPU second or two each, over all cores.
+PARTS = {
+    "ceilings": Part("copying and matrix products at best", 0.5, (PYTHON, "-m", "bench.measuring.ceilings"), alone=True),
+    "calls": Part("small calls of every fused backend, side by side", 0.5, (PYTHON, "-m", "bench.gpu.sanitized"), alone=True),
+    "suite": tests("every other test that runs on a device", TOGETHER, "-m", "device and (not slow or gpu)", "-k", f"not {ALONE}",
+                   "--continue-on-collection-errors", "-n", "logical", "--dist", "worksteal", more=("xdist",)),
+    "binary": Part("the compiled extension, and which torch loads it", TOGETHER, (PYTHON, "-m", "bench.gpu.binary")),
+    "graphs": tests("CUDA graphs captured and replayed", TOGETHER, "--no-skips", "-k", GRAPHS, "torch/test_compile.py"),
+    "offsets": tests("offsets past 2^31", TOGETHER, "--no-skips", "-k", FAR, "promises/test_any_shape.py"),
+    "ranks": tests("NCCL and DDP", TOGETHER, "--no-skips", "-k", RANKS, "torch/test_distributed.py", "torch/test_ddp.py"),
+    "memcheck": Part("those small calls under compute-sanitizer: every access", TOGETHER, (*SANITIZED, "memcheck")),
+    "racecheck": Part("and again: races in shared memory", TOGETHER, (*SANITIZED, "racecheck")),
+    "peers": Part("what the benchmark compiles, for each of its shapes", TOGETHER, (*BENCH, "only"), modules=("tqdm",)),
+    "bench": Part("every workload beside its peers", 3.1, (*BENCH, "not"), alone=True, modules=("tqdm", "matplotlib")),
+    "tune": Part("the tiles of kernels/configs.py, searched", 8.5, (PYTHON, "-m", "bench.gpu.tune", "--minutes", "{minutes}"), alone=True,
+                 modules=("tqdm",)),
+}  # fmt: skip
+
+
+def stages(named: Sequence[str]) -> Iterator[list[str]]:
+    """Those that run at once: one that runs alone, or all in a row that do not. All of them when none is named."""
+    asked = {*named, *(BEFORE[name] for name in named if name in BEFORE)}
+    stage: list[str] = []
+    for name in [name for name in PARTS if name in asked or not named and name not in ONLY_IF_NAMED]:
+        if stage and (PARTS[name].alone or PARTS[stage[-1]].alone):
+            yield stage
+            stage = []
+        stage.append(name)
+    if stage:
+        yield stage
+
+
+def minutes(stage: Sequence[str]) -> float:
+    return max(PARTS[name].minutes for name in stage)
+
+
+def environment(**more: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(SITE), str(ROOT), os.environ.get("PYTHONPATH")]))
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes are many, and each would start one for every core
+    return inherited | alone | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
+
+
+def install(arch: str, until: float) -> Outcome:
+    """This tree into SITE, with as much C++ as can be built. arch: as nvcc has it, "90a" say."""
+    began = time.monotonic()
+    attempts = {
+        "with CUDA C++": f"-DSMATTN_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={arch}-real",
+        "with C++": "-DSMATTN_CUDA=OFF",
+    }
+    if find("nvcc") is None:
+        del attempts["with CUDA C++"]
+    for what, options in attempts.items():
+        shutil.rmtree(SITE, ignore_errors=True)
+        share = 0.8 * (until - time.monotonic())  # what was compiled in vain is not compiled again for the next attempt
+        if install_once(environment(CMAKE_ARGS=options), time.monotonic() + share):
+            return Outcome(PASSED, time.monotonic() - began, what)
+        print(f"-- not installed {what}", flush=True)
+    link()
+    return Outcome(PASSED, time.monotonic() - began, "linked, nothing built")
+
+
+def link() -> None:
+    """The package in SITE as links to this tree, kernels/ as smattn.kernels: what needs neither pip nor a compiler."""
+    shutil.rmtree(SITE, ignore_errors=True)
+    (SITE / "smattn").mkdir(parents=True)
+    for path in [ROOT / "kernels", *(ROOT / "smattn").iterdir()]:
+        (SITE / "smattn" / path.name).symlink_to(path)
+    version = re.search(r'^version = "(.+?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    metadata = SITE / f"smattn-{version[1]}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: smattn\nVersion: {version[1]}\n")
+
+
+def install_once(variables: dict[str, str], until: float) -> bool:
+    part = Part("installation", INSTALLING, (PYTHON, *INSTALLATION))
+    return run({"install": part}, until, variables)["install"].state == PASSED
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    began: float
+
+    def outcome(self) -> Outcome:
+        code, seconds = self.process.poll(), time.monotonic() - self.began
+        if code is None:
+            return Outcome(STOPPED, seconds, "its time was up")
+        state = {0: PASSED, NOT_HERE: NOT_RUN}.get(code, FAILED)
+        return Outcome(state, seconds, {PASSED: "", NOT_RUN: "as it says above"}.get(state, f"exit status {code}"))
+
+
+def run(parts: Mapping[str, Part], until: float, variables: dict[str, str] | None = None) -> dict[str, Outcome]:
+    """Parts side by side, begun when what they need is there, and ended in time. What one alone prints is seen as it comes."""
+    outcomes: dict[str, Outcome] = {}
+    running: dict[str, Running] = {}
+    for name, part in parts.items():
+        if reason := why_not(part, until):
+            outcomes[name] = Outcome(NOT_RUN, 0.0, reason)
+        else:
+            running[name] = start(name, part, until, variables or environment(), shown=len(parts) == 1)
+    try:
+        while running and time.monotonic() < until:
+            for name in [name for name, one in running.items() if one.process.poll() is not None]:
+                outcomes[name] = end(name, running.pop(name), shown=len(parts) == 1)
+            time.sleep(0.05)
+    finally:
+        late = {name: one.outcome() for name, one in running.items()}
+        stop([one.process for one in running.values()])
+        for name, one in running.items():
+            outcomes[name] = late[name]._replace(seconds=end(name, one, shown=len(parts) == 1).seconds)
+    return {name: outcomes[name] for name in parts}
+
+
+def why_not(part: Part, until: float) -> str:
+    if until - time.monotonic() < 1:
+        return "no time was left"
+    absent = [name for name in part.modules if importlib.util.find_spec(name) is None]
+    return f"this Python has no {', '.join(absent)}" if absent else ""
+
+
+def start(name: str, part: Part, until: float, variables: dict[str, str], shown: bool) -> Running:
+    left = max(0.0, until - time.monotonic() - 2 * PATIENCE) / 60
+    words = [word.format(minutes=f"{left:.2f}") if word == "{minutes}" else word for word in part.command]
+    print("$ " + " ".join(words), flush=True)
+    # what a shell starts in the background ignores SIGINT, and hands that on
+    heeds_it = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    with open(os.devnull if shown else LOGS / f"{name}.txt", "wb") as log:
+        out = None if shown else log
+        process = subprocess.Popen(
+            words, cwd=ROOT / part.folder, env=variables, stdout=out, stderr=out, start_new_session=True, preexec_fn=heeds_it
+        )  # fmt: skip
+    return Running(process, time.monotonic())
+
+
+def end(name: str, one: Running, shown: bool) -> Outcome:
+    """Once it has ended, by itself or not: nothing of what it started is left, and what it printed is shown."""
+    outcome = one.outcome()
+    stop([one.process])
+    if not shown:
+        print(f"\n== {name}\n" + (LOGS / f"{name}.txt").read_text(errors="replace"), flush=True)
+    return outcome
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Each with all that it started: told so, and after PATIENCE killed."""
+    ending = time.monotonic() + PATIENCE
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(max(0.0, ending - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # nothing of it is left
+            pass
+        process.wait()
+
+
+def find(tool: str) -> str | None:
+    return shutil.which(tool, path=PROGRAMS)
+
+
+def describe_gpu() -> str:
+    """ "90a", say, after a line about the machine; exits where torch has no GPU."""
+    asked = subprocess.run([PYTHON, "-c", QUESTION], capture_output=True, text=True)
+    if asked.returncode != 0:
+        sys.exit(f"make gpu needs an NVIDIA GPU, torch and triton for {PYTHON}: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
+    name, major, minor, torch, triton = asked.stdout.splitlines()[-5:]
+    print(f"{name}, compute capability {major}.{minor}; torch {torch}, triton {triton}, {PYTHON}", flush=True)
+    return f"{major}{minor}" + "a" * (int(major) >= 9)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all of them, in this order, when none is named")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything together (default {MINUTES})")
+    args = parser.parse_args(arguments)
+    if unknown := [name for name in args.parts if name not in PARTS]:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    now = time.monotonic
+    until = now() + 60 * args.minutes - PATIENCE
+    left = list(stages(args.parts))
+    arch, shares = describe_gpu(), sum(map(minutes, left))
+    outcomes = {"install": install(arch, now() + (until - now()) * INSTALLING / (INSTALLING + shares))}
+    while left:
+        stage, share = left[0], minutes(left[0]) / sum(map(minutes, left))
+        for name in left.pop(0):
+            print(f"\n== {name}: {PARTS[name].what}", flush=True)
+        outcomes |= run({name: PARTS[name] for name in stage}, now() + (until - now()) * share)
+    print("\n" + "\n".join(f"{name:10}{o.state:8}{o.seconds:6.0f} s  {o.why}" for name, o in outcomes.items()))
+    bad = {FAILED, STOPPED} | ({NOT_RUN} if args.parts else set())  # what was asked for by name has to run
+    ran = [o for name, o in outcomes.items() if name != "install" and o.state == PASSED]
+    return 1 if not ran or any(o.state in bad for o in outcomes.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What one would use instead of smattn: each peer one function of (query, key, value, mask, alpha), and what makes it ready to call.
+
+query (B, H, Nq, D), key and value (B, H, Nk, D), mask (B|1, 1, Nq|1, Nk) not expanded, alpha (H,). Tune a peer, and we shall be glad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+import smattn
+from bench.reporting.rows import OURS, UNMASKED
+from smattn import native
+from smattn.testing import plain
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    return plain(query, key, value, mask, alpha)[0]
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    bias = alpha[:, None, None].to(mask.dtype) * mask  # (B, H, Nq, Nk)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    def soft_mask(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + alpha[h] * mask[b, 0, i, j]
+
+    out = flex_attention(query, key, value, score_mod=soft_mask)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One entry: a function, compiled or not. Picklable, so that a fresh process can measure its memory."""
+
+    name: str
+    function: Callable[..., Tensor]
+    compiled: bool = False
+    forward_only_on: tuple[str, ...] = ()  # device types
+    holds_scores: bool = True  # tensors of B*H*Nq*Nk elements
+    gradients: int = 5  # of the inputs, the first so many
+    kernels: str = ""  # the set of CPU kernels to force on the process, "avx2" say
+
+    def ready(self) -> Attend:
+        """The function to call; call torch.compiler.reset() between shapes, or torch.compile generalises and then gives up."""
+        if self.kernels:
+            select_cpu_kernels(self.kernels)
+        return torch.compile(self.function, dynamic=False) if self.compiled else self.function
+
+
+PEERS = (
+    Contestant("eager", eager),
+    Contestant("compiled", eager, compiled=True),
+    Contestant("sdpa", sdpa),
+    Contestant("flex", flex, compiled=True, forward_only_on=("cpu",), holds_scores=False),
+)
+
+
+WITHOUT_MASK = Contestant(UNMASKED, flash, holds_scores=False, gradients=3)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    name: str
+
+    def __call__(self, *args: Any) -> Tensor:
+        return smattn.soft_masked_attention(*args, backend=self.name)
+
+
+def ours(name: str, kernels: str = "") -> Contestant:
+    """A backend of smattn as a contestant, "smattn/cpu" say, or "smattn/cpu (avx2)" where a set of kernels is forced."""
+    label = f"{OURS}{name} ({kernels})" if kernels else f"{OURS}{name}"
+    return Contestant(label, _Backend(name), holds_scores=name == "reference", kernels=kernels)
+
+
+def cpu_kernels() -> list[str]:
+    """The sets of CPU kernels that this processor can run, the one it runs unasked first."""
+    return [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
+
+
+def select_cpu_kernels(name: str) -> None:
+    native.reasons()  # loads the ops
+    torch.ops.smattn_cpu.select_cpu_kernels(name)

@@ -1,0 +1,232 @@
+"""Class-token maps of a whole vision transformer, beside attention matrices that are kept for them: `python -m bench.studies.token_maps`
+
+LAYERS layers of attention with queries, keys and values of their own, in the shape of a named workload but for IMAGES images, and of each
+the attention of the first CLASSES tokens, mean over heads, summed over layers. Forward, and forward with the gradients that a loss on
+outputs and map sends back. Outputs and gradients are results: memory is what is needed beyond them. smattn is checked against float64
+before it is timed, and the contestants against each other. Writes bench/results/<date>-<device>-token-maps.jsonl, and a table beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import smattn
+from bench.measuring.harness import Cell, Step, peak_beyond_results, time_interleaved, timing, warm_up
+from bench.measuring.job import Job, default_backend, name_of
+from bench.measuring.measure import matmul_call
+from bench.measuring.validate import Validation, fitting, validate_case
+from bench.reporting.rows import BOTH, FORWARD, MATMUL, OURS, WARM, Row, read, write
+from bench.reporting.tables import calibration, disturbed, markdown, mib, ms
+from smattn.testing import WORKLOADS, Workload, make_case
+
+LAYERS, CLASSES, IMAGES = 12, 20, 1
+NAMES = ("vit_cls_d48", "vit_cls")
+Layers = tuple[Tensor, Tensor, Tensor]  # query, key, value, each (LAYERS, B, H, N, D)
+Contestant = Callable[[Layers], tuple[list[Tensor], Tensor]]  # the outputs, and the map (B, CLASSES, N)
+
+
+def stacked(layers: Layers) -> tuple[list[Tensor], Tensor]:
+    """Every layer's attention matrix is kept, as published code does; the stack itself, a copy, is spared."""
+    outs, kept = [], []
+    for query, key, value in zip(*layers, strict=True):
+        p = torch.softmax((query @ key.mT) * query.shape[-1] ** -0.5, -1)
+        kept.append(p)
+        outs.append(p @ value)
+    return outs, torch.stack([p[:, :, :CLASSES].mean(1) for p in kept]).sum(0)
+
+
+def sdpa_and_rows(layers: Layers) -> tuple[list[Tensor], Tensor]:
+    """Fused attention, and beside it the probabilities of the class tokens alone."""
+    outs, maps = [], None
+    for query, key, value in zip(*layers, strict=True):
+        outs.append(F.scaled_dot_product_attention(query, key, value))
+        rows = torch.softmax((query[:, :, :CLASSES] @ key.mT) * query.shape[-1] ** -0.5, -1).mean(1)
+        maps = rows if maps is None else maps + rows
+    assert maps is not None
+    return outs, maps
+
+
+def with_smattn(layers: Layers) -> tuple[list[Tensor], Tensor]:
+    outs, maps = [], None
+    for query, key, value in zip(*layers, strict=True):
+        outs.append(smattn.soft_masked_attention(query, key, value))
+        rows = smattn.attention_map(query[:, :, :CLASSES], key)
+        maps = rows if maps is None else maps + rows
+    assert maps is not None
+    return outs, maps
+
+
+PEERS: dict[str, Contestant] = {"stacked": stacked, "sdpa and rows": sdpa_and_rows}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all contestants are given."""
+
+    workload: Workload
+    direction: str
+    device: str
+    layers: int = LAYERS
+
+    def steps(self, contestant: Contestant) -> Step:
+        w, g = self.workload, torch.Generator().manual_seed(0)
+        shape = (self.layers, w.B, w.H, w.Nq, w.D)
+        query, key, value = (torch.randn(shape, generator=g).to(self.device) for _ in range(3))
+        if self.direction == FORWARD:
+
+            def forward() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    outs, maps = contestant((query, key, value))
+                return (*outs, maps)
+
+            return forward
+        douts, dmap = (torch.randn(size, generator=g).to(self.device) for size in (shape, (w.B, min(CLASSES, w.Nq), w.Nk)))
+        leaves = [[layer.detach().requires_grad_() for layer in tensor] for tensor in (query, key, value)]
+
+        def forward_and_backward() -> tuple[Tensor, ...]:
+            outs, maps = contestant((leaves[0], leaves[1], leaves[2]))  # type: ignore[arg-type]
+            return (*outs, maps, *torch.autograd.grad([*outs, maps], sum(leaves, []), [*douts, dmap]))
+
+        return forward_and_backward
+
+    def call_and_warm_up(self, contestant: Contestant) -> tuple[Step, Step]:
+        small = replace(self, workload=replace(self.workload, B=1, Nq=32, Nk=32), layers=1)
+        return self.steps(contestant), small.steps(contestant)
+
+    @property
+    def flops(self) -> int:
+        """Two matmuls a layer, and one of the class tokens; with backward 3.5 times that."""
+        w = self.workload
+        forward = self.layers * w.B * w.H * w.Nk * w.D * (4 * w.Nq + 2 * CLASSES)
+        return forward if self.direction == FORWARD else forward * 7 // 2
+
+    @property
+    def io_bytes(self) -> int:
+        w = self.workload
+        inputs = 4 * self.layers * 4 * w.B * w.H * w.Nq * w.D + 4 * w.B * CLASSES * w.Nk  # q, k, v, outputs; the map
+        return inputs if self.direction == FORWARD else 2 * inputs
+
+
+def check(name: str, backend: str, device: str) -> Validation:
+    """The main call without a mask and the map, forward and every gradient, against float64."""
+    w = fitting(WORKLOADS[name])
+    main = make_case(w.B, w.H, w.Nq, w.Nk, w.D, mask=None, device=device)
+    rows = make_case(w.B, w.H, CLASSES, w.Nk, w.D, mask=None, as_map=True, device=device)
+    found, of_map = (validate_case(backend, case, w, "none") for case in (main, rows))
+    both = replace(found, tensors=found.tensors | {f"map: {tensor}": error for tensor, error in of_map.tensors.items()})
+    if not both.within:
+        sys.exit(f"outside the error budget, so nothing is timed: {both}")
+    return both
+
+
+def agree(stage: Stage, contestants: Iterable[Contestant]) -> None:
+    """All contestants compute the same: a slip here would time something else."""
+    small = replace(stage, workload=replace(stage.workload, B=1, Nq=64, Nk=64), layers=2)
+    first, *others = (small.steps(contestant)() for contestant in contestants)
+    for other in others:
+        for one, two in zip(first, other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def measure(job: Job, stage: Stage, contestants: dict[str, Contestant], ours: str, errors: Validation) -> list[float]:
+    """Add a row for each contestant; the milliseconds of torch.mm around them."""
+    agree(stage, contestants.values())
+    matmul = matmul_call(torch.float32, stage.device)
+    quiet = time_interleaved({"mm": matmul}, stage.device, job.seconds / 4)["mm"]
+    calls = {name: stage.steps(contestant) for name, contestant in contestants.items()}
+    for call in calls.values():
+        warm_up(call, stage.device)
+    samples = time_interleaved(calls, stage.device, job.seconds, before=lambda: None)  # no call is so short that caches matter
+    quiet += time_interleaved({"mm": matmul}, stage.device, job.seconds / 4)["mm"]
+    del calls
+    w = stage.workload
+    for name, contestant in contestants.items():
+        extra = peak_beyond_results(partial(stage.call_and_warm_up, contestant), stage.device)
+        job.rows.append(
+            Row(
+                **asdict(timing(samples[name])), **job.about, workload=w.name, shape=(w.B, w.H, w.Nq, w.Nk, w.D), mask="none",
+                dtype=name_of(torch.float32), direction=stage.direction, cache=WARM, backend=name, default=name == ours, extra_bytes=extra,
+                io_bytes=stage.io_bytes, flops=stage.flops, matmul_ms=timing(quiet).median_ms,
+                errors=asdict(errors) if name == ours else None, skipped=None,
+            )
+        )  # fmt: skip
+        print(f"{w.name} {stage.direction}: {name} {ms(job.rows[-1].median_ms)} ms, {mib(extra)} MiB", flush=True)
+    return quiet
+
+
+def table(rows: list[Row]) -> str:
+    """Time, extra memory, and how many times what smattn takes; † where the machine was busy."""
+    busy = {(key.workload, key.direction) for key in disturbed(rows)}
+    body = []
+    for ours in (row for row in rows if row.default):
+        for row in (row for row in rows if (row.workload, row.direction) == (ours.workload, ours.direction)):
+            mark = " †" * ((row.workload, row.direction) in busy)
+            assert row.median_ms and ours.median_ms and row.extra_bytes and ours.extra_bytes
+            ratios = [f"{row.median_ms / ours.median_ms:.2f}×", f"{row.extra_bytes / ours.extra_bytes:.1f}×"]
+            cells = [f"{row.workload}, {row.direction}{mark}", row.backend, ms(row.median_ms), ratios[0], mib(row.extra_bytes), ratios[1]]
+            body.append(cells)
+    return markdown(["", "contestant", "ms", "of smattn's", "extra MiB", "of smattn's"], body)
+
+
+def write_report(path: Path) -> Path:
+    rows = read(path)
+    about = rows[0]
+    sizes = "; ".join(f"{name} {' '.join(map(str, shape))}" for name, shape in shapes(rows))
+    path.with_suffix(".md").write_text(f"""# {about.device}: class-token maps of {LAYERS} layers
+
+Commit {about.commit}, by `{about.command}`. B H Nq Nk D: {sizes}.
+`stacked` keeps every layer's attention matrix until the maps are taken, `sdpa and rows` is torch's fused attention and the class tokens'
+probabilities beside it. Every row is in [{path.name}]({path.name}).
+
+{table(rows)}
+
+{calibration(rows)}
+""")
+    return path.with_suffix(".md")
+
+
+def section(path: Path, folder: str) -> str:
+    """The table of a result file for a README from where `folder` has it, and where it comes from."""
+    rows = read(path)
+    about, report = rows[0], path.with_suffix(".md").name
+    return f"""{table(rows)}
+
+{calibration(rows)}
+{about.device}: by `{about.command}` at commit {about.commit}; [report]({folder}/{report}); rows: [{path.name}]({folder}/{path.name})."""
+
+
+def shapes(rows: list[Row]) -> list[tuple[str, tuple[int, ...]]]:
+    return list({row.workload: row.shape for row in rows if row.workload != MATMUL}.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
+    args = parser.parse_args()
+    job = Job(args.device, args.seconds, " ".join(["python -m bench.studies.token_maps", *sys.argv[1:]]))
+    backend = default_backend(Cell(WORKLOADS[NAMES[0]], "uniform", torch.float32, args.device, BOTH))
+    contestants = {f"{OURS}{backend}": with_smattn} | PEERS
+    quiet: list[float] = []
+    for name in NAMES:
+        errors = check(name, backend, args.device)
+        for direction in (FORWARD, BOTH):
+            stage = Stage(replace(WORKLOADS[name], B=IMAGES), direction, args.device)
+            quiet += measure(job, stage, contestants, f"{OURS}{backend}", errors)
+    job.add_matmul(torch.float32, quiet)
+    path = job.path("token-maps")
+    write(job.rows, path)
+    print(write_report(path).read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""backend="cpu": every set of kernels that this processor runs, any number of threads, any strides, threads and forks of the caller."""
+
+import platform
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from smattn import soft_masked_attention
+from smattn.testing import assert_within_budget, make_case, run
+from tests.support.cpu_kernels import KERNELS, forced, threads
+
+# They decide how a call is cut into items: few queries split the keys, many do not, Nq > Nk turns backward inside out.
+SHAPES = {
+    "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),
+    "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
+    "more queries than keys": dict(B=2, H=4, Nq=300, Nk=70, D=16, Hkv=2),
+    "a mask for each head": dict(B=2, H=3, Nq=20, Nk=150, D=8, mask_shape=(1, 3, 20, 150)),
+    "a mask of keys": dict(B=2, H=4, Nq=40, Nk=260, D=8, Hkv=2, mask_shape=(1, 1, 260)),
+    "no mask": dict(B=1, H=2, Nq=65, Nk=129, D=33, mask=None),
+    "every option": dict(B=3, H=4, Nq=17, Nk=300, D=16, Hkv=2, with_lse=True, dropout_p=0.3, padded=0.3),
+    "a map": dict(B=2, H=4, Nq=21, Nk=300, D=32, Hkv=2, as_map=True, padded=0.2),
+    "a map of few queries": dict(B=1, H=2, Nq=3, Nk=3001, D=32, as_map=True),
+}
+ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def differing(a, b):
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_the_kernels_offered_are_those_of_the_processor():
+    expected = ["baseline"]
+    if platform.machine() == "x86_64":
+        flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
+        avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+        needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
+        expected = [name for name in ("avx512bf16", "avx512", "avx2") if needed[name] <= flags] + expected
+    assert expected == KERNELS
+
+
+def test_a_set_that_is_not_there_is_refused():
+    with pytest.raises(RuntimeError, match=f"name: expected one of {' '.join(KERNELS)}, got no-such-set"):
+        torch.ops.smattn_cpu.select_cpu_kernels("no-such-set")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_set_is_within_the_budget_and_repeats_its_bits(name, dtype, shape):
+    case = make_case(**SHAPES[shape], dtype=dtype)
+    with forced(name):
+        results = run(case, "cpu")
+        assert differing(results, run(case, "cpu")) == []
+    assert_within_budget(results, case)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("Nk", [1, 6])
+def test_rounded_probabilities_do_not_reach_delta(name, Nk, mask_dtype):
+    """With one key P is 1, and 1/(1-p) no bfloat16: delta must cancel dP all the same, as dropout scales it."""
+    case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, mask_dtype=mask_dtype, dropout_p=0.3)
+    with forced(name):
+        assert_within_budget(run(case, "cpu"), case)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
+    """dP is then the same for all keys, and delta must cancel it whatever rounding does to P."""
+    for seed in range(40):
+        case = make_case(1, 1, 1, 8, 32, dtype=torch.bfloat16, mask="uniform" if mask_dtype else None, mask_dtype=mask_dtype, rng=seed)
+        case = replace(case, alpha=0.01 * case.alpha if mask_dtype else None, value=case.value[:, :, :1].expand_as(case.value).contiguous())
+        with forced(name):
+            assert_within_budget(run(case, "cpu"), case)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_score_is_nan_though_its_key_is_dropped(name, dtype):
+    query, key = torch.ones(1, 1, 8, 32, dtype=dtype), torch.ones(1, 1, 4, 32, dtype=dtype)
+    key[0, 0, 2] = float("inf")
+    with forced(name):
+        assert soft_masked_attention(query, key, torch.ones_like(key), dropout_p=0.5, backend="cpu").isnan().all()
+
+
+@pytest.mark.skipif(len(KERNELS) < 2, reason="there is one set of CPU kernels on this processor")
+def test_a_forced_set_is_the_one_that_runs():
+    case = make_case(1, 2, 40, 200, 32)
+    results = run(case, "cpu")
+    with forced(KERNELS[-1]):
+        assert differing(results, run(case, "cpu"))  # sums in vectors of another length
+    assert differing(results, run(case, "cpu")) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_bits_on_any_number_of_threads(shape, dtype):
+    case = make_case(**SHAPES[shape], dtype=dtype)
+    with threads(1):
+        alone = run(case, "cpu")
+    for n in (2, 3, 7):
+        with threads(n):
+            assert torch.get_num_threads() == n
+            assert differing(alone, run(case, "cpu")) == []
+
+
+def moved(t, offset):
+    """The same values, `offset` elements into a longer storage."""
+    storage = torch.full((t.numel() + offset,), float("nan"), dtype=t.dtype)
+    return storage[offset:].view(t.shape).copy_(t)
+
+
+def every_second(t):
+    """The same values, every second element of the last axis."""
+    longer = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
+    longer[..., ::2] = t
+    return longer[..., ::2]
+
+
+def turned(t):
+    """The same values, the last two axes swapped in memory."""
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
+
+@pytest.mark.parametrize("shape", ["few queries", "many queries", "more queries than keys", "every option", "a map"])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "lay_out", [lambda t: moved(t, 1), lambda t: moved(t, 3), every_second, turned], ids=["1", "3", "every second", "turned"]
+)
+def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
+    case = make_case(**SHAPES[shape], dtype=dtype)
+    laid_out = {name: lay_out(t) for name, t in case.inputs().items()}
+    other = replace(case.with_inputs(laid_out), dout=lay_out(case.dout), dlse=None if case.dlse is None else lay_out(case.dlse))
+    if case.key_padding_mask is not None:
+        padding = torch.ones(*case.key_padding_mask.shape, 3, dtype=torch.bool)
+        padding[..., 1] = case.key_padding_mask
+        other = replace(other, key_padding_mask=padding[..., 1])
+    assert any(t.storage_offset() or not t.is_contiguous() for t in laid_out.values())
+    assert differing(run(case, "cpu"), run(other, "cpu")) == []
+
+
+def test_several_python_threads_at_once():
+    cases = [make_case(**shape) for shape in SHAPES.values() if "dropout_p" not in shape]  # torch's generator belongs to all threads
+    alone = [run(case, "cpu") for case in cases]
+    start, wrong = threading.Barrier(len(cases)), []
+
+    def repeat(case, expected):
+        start.wait(timeout=60)
+        for _ in range(5):
+            wrong.extend(differing(expected, run(case, "cpu")))
+        wrong.remove("has not finished")
+
+    wrong += ["has not finished"] * len(cases)
+    workers = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, alone, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert wrong == []
+
+
+FORK = """
+import os, sys, torch
+from smattn.testing import make_case, run
+torch.set_num_threads(2)
+case = make_case(1, 4, 13, 3001, 32, with_lse=True, padded=0.2)
+before = run(case, "cpu")  # torch's threads now exist, and will not in the child
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    after = run(case, "cpu")
+    os._exit(0 if all(torch.equal(before[name], after[name]) for name in before) else 7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+FAULTS = """
+import resource, torch
+from smattn.testing import make_case, run
+torch.set_num_threads(1)
+run(make_case(1, 8, 1, 8, 32, mask=None), "cpu", needs=("key",))
+case = make_case(1, 8, 1, 1 << 17, 32, mask=None)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+results = run(case, "cpu", needs=("key",))
+print(faults() - before, results["dkey"].nbytes)
+"""
+
+
+def test_a_large_gradient_is_faulted_in_by_huge_pages():
+    """Page by page that can take longer than the computation."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    result = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    faults, size = map(int, result.stdout.split())
+    assert faults < size / 4096 / 4
+
+
+def test_a_forked_child_with_one_thread():
+    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+# More than backward's scratch memory holds at once: groups of batches and heads take turns, and so do the batches that share a mask.
+TURNS = {
+    "one mask": dict(B=96, H=8, Nq=40, Nk=56, D=64, mask_shape=(1, 40, 56)),
+    "one mask a head": dict(B=96, H=8, Nq=40, Nk=56, D=64, mask_shape=(1, 8, 40, 56)),
+    "more queries than keys": dict(B=96, H=8, Nq=56, Nk=40, D=64, mask_shape=(1, 56, 40)),
+    "no mask": dict(B=384, H=8, Nq=40, Nk=48, D=64, mask=None),
+    "keys alone": dict(B=24, H=32, Hkv=1, Nq=3, Nk=8192, D=8, mask_shape=(1, 32, 1, 8192)),
+    "keys alone, heads share them": dict(B=768, H=2, Nq=3, Nk=4096, D=2, mask_shape=(1, 1, 4096)),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_taking_turns_changes_no_gradient(name):
+    case = make_case(**TURNS[name], dtype=torch.float16, padded=0.1)
+    together = run(case, "cpu")
+
+    def one(b):
+        rows = {field: getattr(case, field)[b : b + 1] for field in ("query", "key", "value", "dout", "key_padding_mask")}
+        return run(replace(case, **rows), "cpu")
+
+    alone = [one(b) for b in range(case.query.shape[0])]
+    for result in ("out", "dquery", "dkey", "dvalue"):
+        torch.testing.assert_close(together[result], torch.cat([results[result] for results in alone]))
+    for result in {"dmask", "dalpha"} & together.keys():
+        total = sum(results[result].double() for results in alone)
+        magnitude = sum(results[result].double().abs() for results in alone)
+        assert ((together[result] - total).abs() <= 1e-5 * magnitude).all()

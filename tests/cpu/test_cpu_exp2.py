@@ -1,0 +1,77 @@
+"""The 2^x of the CPU kernels, in every set of them that this machine runs, beside numpy's long double."""
+
+import platform
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.cpu_kernels import KERNELS, forced
+
+# In units of the last place, at f = -1/2, where the result, 0.71, is smallest beside the unit: rounding the last step of Horner's
+# rule, 1 + f * q, 0.5; rounding q, 0.59, half a unit, halved by f: 0.25; the steps before 0.03; the polynomial itself 1e-8, 0.17.
+# Together 0.95.
+FUSED = 1.1
+# Where a step is a product and a sum: rounding f * q, 0.29, adds 0.25, and the step before 0.03.
+IN_TWO_ROUNDINGS = 1.3
+BOUND = {name: IN_TWO_ROUNDINGS if name == "baseline" and platform.machine() == "x86_64" else FUSED for name in KERNELS}
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def exp2(x: np.ndarray) -> np.ndarray:
+    y = torch.empty(x.shape, dtype=torch.from_numpy(x).dtype)
+    torch.ops.smattn_cpu.exp2(torch.from_numpy(x), y)
+    return y.numpy()
+
+
+def dense(dtype, lowest, highest):
+    """A million numbers over the whole range, and a million around 0 with every exponent."""
+    rng = np.random.default_rng(0)
+    over_the_range = rng.uniform(lowest, highest, 1_000_000)
+    near_0 = rng.choice([-1.0, 1.0], 1_000_000) * np.exp2(rng.uniform(-30, 3, 1_000_000))
+    return np.concatenate([over_the_range, near_0, np.arange(-8, 8, 1 / 65536)]).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("name", KERNELS)
+def test_error_in_units_of_the_last_place(name, dtype):
+    info = np.finfo(dtype)
+    x = dense(dtype, info.minexp, info.maxexp)
+    with forced(name):
+        y = exp2(x)
+    exact = np.exp2(x.astype(np.longdouble))
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(exact.astype(dtype))
+    error = np.abs(y[finite] - exact[finite]) / np.spacing(exact[finite].astype(dtype))
+    assert error.max() <= BOUND[name], f"{error.max():.3f} at {x[finite][error.argmax()]!r}"
+    assert error.max() > 0.5  # the measurement sees rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("name", KERNELS)
+def test_whole_numbers_and_what_is_out_of_range(name, dtype):
+    info = np.finfo(dtype)
+    whole = np.arange(info.minexp, info.maxexp, dtype=dtype)
+    too_large = np.array([info.maxexp, 2 * info.maxexp, 1e9, 1e30, info.max, np.inf], dtype=dtype)
+    too_small = np.array([2 * info.minexp, -1e9, -1e30, info.min, -np.inf], dtype=dtype)
+    subnormal = np.linspace(info.minexp - info.nmant, info.minexp, 1000, dtype=dtype)
+    with forced(name):
+        np.testing.assert_array_equal(exp2(whole), np.ldexp(dtype(1), whole.astype(int)))
+        np.testing.assert_array_equal(exp2(too_large), np.inf)
+        np.testing.assert_array_equal(exp2(too_small), 0)
+        assert np.all(exp2(np.array([0.0, -0.0, info.tiny, -info.tiny], dtype=dtype)) == 1)
+        assert np.all((exp2(subnormal) >= 0) & (exp2(subnormal) <= info.tiny))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_nan_stays_in_its_lane_and_every_length_works(name, dtype):
+    x = np.linspace(-5, 5, 70, dtype=dtype)
+    with forced(name):
+        whole = exp2(x)
+        for n in range(70):
+            np.testing.assert_array_equal(exp2(x[:n].copy()), whole[:n])
+            holed = x.copy()
+            holed[n] = np.nan
+            y = exp2(holed)
+            assert np.isnan(y[n]) and np.array_equal(np.delete(y, n), np.delete(whole, n))

@@ -1,0 +1,94 @@
+"""The examples learn what they claim to, and by the way they claim."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import smattn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def quickstart():
+    return load("quickstart")
+
+
+@pytest.fixture
+def learn_mask():
+    return load("learn_mask")
+
+
+def disc() -> tuple[torch.Tensor, torch.Tensor]:
+    """A noisy orange disc on a noisy dark ground, (32, 40, 3), and where it is."""
+    row, column = torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij")
+    inside = (row - 14).square() + (column - 22).square() < 81
+    noise = torch.randn(32, 40, 3, generator=torch.Generator().manual_seed(0)) * 0.05
+    ground, orange = torch.tensor([0.1, 0.3, 0.3]), torch.tensor([0.9, 0.6, 0.3])
+    return (torch.where(inside[..., None], orange, ground) + noise).clamp(0, 1), inside
+
+
+def overlap(mask: torch.Tensor, inside: torch.Tensor) -> float:
+    """Intersection over union of soft mask and object."""
+    return (torch.minimum(mask, inside.float()).sum() / torch.maximum(mask, inside.float()).sum()).item()
+
+
+def test_quickstart_mask_learns_to_cover_the_object(quickstart):
+    photo, inside = disc()
+    first, last = quickstart.learn_mask(photo, click=(14, 22), steps=150)
+    assert overlap(first, inside) < 0.3
+    assert overlap(last, inside) > 0.9
+
+
+def test_quickstart_mask_learns_through_the_attention_alone(quickstart, monkeypatch):
+    attention = smattn.soft_masked_attention
+    monkeypatch.setattr(smattn, "soft_masked_attention", lambda q, k, v, mask, alpha: attention(q, k, v, mask.detach(), alpha))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        quickstart.learn_mask(disc()[0], click=(14, 22), steps=1)
+
+
+def test_quickstart_is_deterministic(quickstart):
+    photo, _ = disc()
+    one, two = (quickstart.learn_mask(photo, click=(14, 22), steps=10)[1] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_a_mask_is_learned_from_labels_through_the_gradient_of_the_soft_mask(learn_mask):
+    network, course = learn_mask.train("soft", seed=0, steps=120, every=120, quiet=True)
+    assert course[0].mask_iou < 0.15
+    assert course[-1].mask_iou > 0.6 and course[-1].inverted_iou < 0.1
+
+
+@pytest.mark.parametrize("masking", ["detached", "hard"])
+def test_without_that_gradient_the_mask_learns_nothing(learn_mask, masking):
+    network, course = learn_mask.train(masking, seed=0, steps=10, every=10, quiet=True)
+    assert course[0].mask_iou == course[-1].mask_iou < 0.15
+    assert all(parameter.grad is None for parameter in network.mask_head.parameters())
+    assert network.classify.weight.grad.any()
+
+
+def test_the_mask_head_sees_no_texture_and_the_values_no_colour(learn_mask):
+    network = learn_mask.Network("soft")
+    image = torch.rand(2, 3, learn_mask.SIDE, learn_mask.SIDE)
+    grating = torch.rand(2, 1, learn_mask.SIDE, learn_mask.SIDE)
+    torch.testing.assert_close(network.mask(image + grating), network.mask(image), rtol=0, atol=1e-6)
+    colour = torch.rand(2, 3, learn_mask.SIDE, learn_mask.SIDE)
+    colour -= colour.mean(1, keepdim=True)
+    network.mask_head[-1].weight.data.zero_()  # the same mask whatever the colour
+    torch.testing.assert_close(network(image + colour)[0], network(image)[0], rtol=0, atol=1e-5)
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows(learn_mask):
+    table = learn_mask.table(learn_mask.read(ROOT / "examples" / "results" / "learn_mask.csv"))
+    assert table in (ROOT / "examples" / "README.md").read_text() and "| soft | 7 |" in table

@@ -1,0 +1,83 @@
+"""examples/vos/metrics.py on cases made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vos import metrics
+
+
+def square(top, left, side, size=40):
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "predicted, true, J",
+    [
+        (square(5, 5, 10), square(5, 5, 10), 1.0),
+        (square(5, 5, 10), square(5, 10, 10), 50 / 150),
+        (square(5, 5, 10), square(20, 20, 10), 0.0),
+        (square(0, 0, 0), square(20, 20, 10), 0.0),
+        (square(0, 0, 0), square(0, 0, 0), 1.0),
+    ],
+)
+def test_region_overlap(predicted, true, J):
+    assert metrics.region(predicted, true) == pytest.approx(J)
+
+
+def test_the_boundary_of_a_square_in_the_open():
+    edges = metrics.edges(square(5, 5, 4, size=12))
+    ring = square(4, 4, 5, size=12) & ~square(5, 5, 3, size=12)  # shifted up and left by the half pixel of "right and below"
+    assert torch.equal(edges, ring)
+
+
+def test_a_mask_to_the_border_has_no_boundary_there():
+    everything = torch.ones(6, 7, dtype=torch.bool)
+    assert not metrics.edges(everything).any()
+    half = everything.clone()
+    half[:, 3:] = False
+    assert metrics.edges(half).nonzero()[:, 1].unique().tolist() == [2]
+
+
+def test_dilation_is_by_a_disk():
+    one = torch.zeros(9, 9, dtype=torch.bool)
+    one[4, 4] = True
+    grown = metrics.dilated(one, 2)
+    assert grown.sum() == 13 and grown[4, 6] and grown[2, 4] and grown[3, 3] and not grown[2, 2] and not grown[4, 7]
+
+
+def test_boundary_agreement_allows_for_the_tolerance_and_no_more():
+    true = square(10, 10, 12)  # tolerance of 0.008 * 56.6 pixels, rounded up: 1
+    assert metrics.boundary(true, true) == 1.0
+    assert metrics.boundary(square(10, 11, 12), true) == 1.0
+    # moved by 2: of the 48 pixels of either boundary, the two sides of 11 across the motion leave the tolerance
+    assert metrics.boundary(square(10, 12, 12), true) < 0.75
+    assert metrics.boundary(square(28, 28, 8), square(2, 2, 8)) == 0.0
+
+
+def test_boundary_of_empty_masks():
+    empty, some = square(0, 0, 0), square(10, 10, 10)
+    assert metrics.boundary(empty, empty) == 1.0
+    assert metrics.boundary(empty, some) == metrics.boundary(some, empty) == 0.0
+
+
+def test_precision_and_recall_of_the_boundary():
+    true = square(5, 5, 6) | square(25, 25, 6)
+    found = square(5, 5, 6)  # all of what is found is right, half of what is there is found
+    assert metrics.boundary(found, true) == pytest.approx(2 * 1 * 0.5 / 1.5)
+
+
+def test_scores_are_means_over_frames_then_objects():
+    Score = metrics.Score
+    scores = [Score("a", 1, 1, 1.0, 0.5), Score("a", 2, 1, 0.0, 0.5), Score("b", 1, 1, 1.0, 1.0)]
+    assert metrics.mean_scores(scores) == (100 * (0.75 + 0.75) / 2, 75.0, 75.0)
+
+
+def test_each_object_is_scored_for_itself():
+    label = torch.zeros(40, 40, dtype=torch.int64)
+    label[square(5, 5, 10)] = 2
+    true = torch.stack([square(25, 25, 10), square(5, 5, 10)]).float()
+    first, second = metrics.frame_scores("a", 3, label, true)
+    assert (first.object, first.J, first.F) == (1, 0.0, 0.0) and (second.object, second.J, second.F) == (2, 1.0, 1.0)

@@ -1,0 +1,88 @@
+"""README.md and docs/: every block of Python runs; in every Markdown file, links within the repository lead to a file and a heading."""
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import smattn
+import smattn.distributed
+import smattn.integrations
+import smattn.testing
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKDOWN = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]*`", re.M | re.S)  # neither links nor headings
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.M)
+
+
+def blocks():
+    for page in PAGES:
+        text = page.read_text()
+        for found in BLOCK.finditer(text):
+            line = text[: found.start()].count("\n") + 1  # of the fence
+            yield pytest.param(page, line, found[1], id=f"{page.relative_to(ROOT)}:{line}")
+
+
+@pytest.mark.parametrize("page, line, code", list(blocks()))
+def test_a_block_of_code_runs(page, line, code, monkeypatch):
+    torch.manual_seed(0)
+    module = types.ModuleType("block")
+    monkeypatch.setitem(sys.modules, "block", module)  # where Dynamo looks for the names of its functions
+    exec(compile("\n" * line + code, str(page), "exec"), vars(module))  # an error names the page and its line
+    assert not torch.distributed.is_initialized()  # it leaves nothing behind
+
+
+def test_the_pages_that_explain_calls_have_code():
+    explain = {ROOT / "README.md", *(ROOT / "docs" / "guide").glob("*.md"), ROOT / "docs" / "design" / "how-it-works.md"}
+    assert len(explain) > 5 and explain <= {block.values[0] for block in blocks()}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces, numbered where repeated."""
+    found: list[str] = []
+    for heading in HEADING.findall(re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", shown.strip().lower()).replace(" ", "-"))
+    return {name if count == 0 else f"{name}-{count}" for i, name in enumerate(found) for count in [found[:i].count(name)]}
+
+
+def test_anchors_are_those_that_github_makes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# The mask's `dtype`: 16-bit\n```\n# a comment\n```\n## A [link](x.md)\n## A link\n")
+    assert anchors(page) == {"the-masks-dtype-16-bit", "a-link", "a-link-1"}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = [link.partition("#") for link in LINK.findall(CODE.sub("", page.read_text())) if "://" not in link]
+    missing = [file for file, _, _ in links if not (page.parent / file).exists()]
+    to_headings = [(page.parent / file if file else page, anchor) for file, _, anchor in links if anchor]
+    assert missing == []
+    assert [anchor for target, anchor in to_headings if anchor not in anchors(target)] == []
+
+
+def test_every_page_can_be_reached_from_the_index():
+    """And the index from the README."""
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text()) if "://" not in link}
+    assert set((ROOT / "docs").rglob("*.md")) - {index} <= linked
+    assert "](docs/index.md)" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_api_reference_has_every_public_name(tmp_path):
+    """`make docs`, which must list the modules that there are."""
+    command = re.search(r"^\t\$\(BIN\)/pdoc (.*) --output-directory build/docs$", (ROOT / "Makefile").read_text(), re.M)[1]
+    subprocess.run([sys.executable, "-m", "pdoc", *command.split(), "--output-directory", tmp_path], check=True, cwd=ROOT)
+    for module in (smattn, smattn.nn, smattn.testing, smattn.distributed, smattn.integrations):
+        page = (tmp_path / f"{module.__name__.replace('.', '/')}.html").read_text()
+        names = [name for name in module.__all__ if not isinstance(getattr(module, name), types.ModuleType)]
+        assert names and [name for name in names if f'id="{name}"' not in page] == []

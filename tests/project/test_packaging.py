@@ -1,0 +1,104 @@
+"""Installing smattn: the wheel made from the sdist, in an environment of its own, and the ways a build can go: built, tools missing (said,
+forgiven), source broken (fails)."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from setuptools import build_meta
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "smattn", "kernels"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a build reads, without anything built."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def build_sdist(source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(source)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    return source / "out" / build_meta.build_sdist("out")
+
+
+def build_wheel(source: Path, what: str = ".", **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pip", "wheel", "-v", what, "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "out"]
+    return subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def only_wheel(source: Path) -> Path:
+    (wheel,) = (source / "out").glob("*.whl")
+    return wheel
+
+
+RUN = """
+import smattn, smattn.distributed, smattn.flops, smattn.integrations, torch
+q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+mask = torch.rand(1, 3, 5, requires_grad=True)
+smattn.soft_masked_attention(q, k, v, mask, 2.0).sum().backward()
+assert mask.grad.count_nonzero() == mask.numel()
+print(smattn.__file__, smattn.__version__, *smattn.backends()["cpu"].reasons, sep="\\n")
+"""
+
+
+def run_installed(wheel: Path, folder: Path) -> list[str]:
+    """What RUN prints in a new environment that has this wheel, and torch and what torch needs from the one that runs this test."""
+    python = str(folder / "bin" / "python")
+    install = ["pip", "--python", python, "install", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)]
+    for command in (["venv", "--without-pip", str(folder)], install):
+        subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # of the folder that this adds, no .pth is followed: an editable smattn stays out
+    (site / "torch_is_there.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
+    command = [python, "-W", "ignore", "-c", RUN]
+    return subprocess.run(command, cwd=folder, env=clean, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_the_wheel_made_from_the_sdist_installs_and_works(source, tmp_path, monkeypatch):
+    sdist = build_sdist(source, monkeypatch)
+    shutil.rmtree(source / "csrc")  # nothing but what the sdist holds
+    result = build_wheel(source, str(sdist))
+    assert result.returncode == 0, result.stdout + result.stderr
+    wheel = only_wheel(source)
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {f"smattn/{path.relative_to(ROOT / 'smattn')}" for path in (ROOT / "smattn").rglob("*.py")}
+    modules |= {f"smattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert names == modules | {"smattn/_cpu.so", "smattn/py.typed"}
+    file, version, *reasons = run_installed(wheel, tmp_path / "site")
+    assert Path(file).is_relative_to(tmp_path / "site") and version == wheel.name.split("-")[1] and reasons == []
+
+
+def test_a_missing_compiler_is_said_and_forgiven(source, tmp_path):
+    result = build_wheel(source, CXX="no-such-compiler")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "NOT built, not found: a C++ compiler (no-such-compiler)" in result.stdout + result.stderr
+    file, _, *reasons = run_installed(only_wheel(source), tmp_path / "site")
+    said = " ".join(reasons)
+    assert Path(file).is_relative_to(tmp_path / "site")
+    assert "was not built when smattn was installed" in said and "pip install --no-build-isolation" in said
+
+
+def test_a_compile_error_fails_the_installation(source):
+    with open(source / "csrc" / "philox.h", "a") as header:
+        header.write("\nthis is not C++\n")
+    result = build_wheel(source)
+    assert result.returncode != 0
+    assert "philox.h" in result.stdout + result.stderr

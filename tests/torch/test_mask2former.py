@@ -1,0 +1,151 @@
+"""A Hugging Face Mask2Former with soft masks: the original's weights, its output in the limit, and a gradient to every predicted mask."""
+
+import copy
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+import smattn
+from smattn.integrations import soften_mask2former
+
+pytestmark = pytest.mark.slow
+LAYERS = 4
+
+
+def tiny(kind="Mask2FormerModel"):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    backbone = transformers.SwinConfig(
+        image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_features=[f"stage{i}" for i in range(1, 5)]
+    )
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
+        decoder_layers=LAYERS + 1, num_attention_heads=2, dim_feedforward=16, num_queries=40, dropout=0.0, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(config).eval()
+
+
+@pytest.fixture(scope="module")
+def original():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """From pixels to masks, classes and the loss."""
+    return tiny("Mask2FormerForUniversalSegmentation")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_weights_load_unchanged(original):
+    soft = soften_mask2former(copy.deepcopy(original))
+    assert set(soft.state_dict()) - set(original.state_dict()) == {
+        f"transformer_module.decoder.layers.{i}.cross_attn.scaling_factors" for i in range(LAYERS)
+    }
+    state = {name: t + 1 for name, t in original.state_dict().items()}
+    soft.load_state_dict(state)
+    assert all(torch.equal(t, state[name]) for name, t in soft.state_dict().items() if name in state)
+    assert len(smattn.nn.parameter_groups(soft, alpha_lr=1e-2)[1]["params"]) == LAYERS
+
+
+def test_with_large_alpha_and_sharpness_it_is_the_original(original, pictures):
+    """In float64, where the chance of a mask logit so near to 0 that it is on neither side is small: to a millionth of the output."""
+    hard, x = copy.deepcopy(original).double(), pictures.double()
+    seen = []
+    for layer in hard.transformer_module.decoder.layers:
+        layer.cross_attn.register_forward_hook(lambda module, args, kwargs, _: seen.append(kwargs["attn_mask"]), with_kwargs=True)
+    with torch.no_grad():
+        expected = hard(pixel_values=x).transformer_decoder_last_hidden_state
+        distances = []
+        for alpha, sharpness in ((1.0, 1.0), (8.0, 1e3), (64.0, 1e12)):
+            soft = soften_mask2former(copy.deepcopy(original).double(), alpha, sharpness=sharpness)
+            distances.append((soft(pixel_values=x).transformer_decoder_last_hidden_state - expected).abs().max().item())
+    assert any(mask.any() for mask in seen)  # something is masked out
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 1e-6 * expected.abs().max().item()
+
+
+def test_the_whole_model_with_large_alpha_and_sharpness_is_the_original(whole, pictures):
+    """Masks and classes, to a millionth of the largest."""
+    x = pictures.double()
+    with torch.no_grad():
+        expected = copy.deepcopy(whole).double()(pixel_values=x)
+        distances = []
+        for alpha, sharpness in ((1.0, 1.0), (8.0, 1e3), (64.0, 1e12)):
+            got = soften_mask2former(copy.deepcopy(whole).double(), alpha, sharpness=sharpness)(pixel_values=x)
+            pairs = [(got[name], expected[name]) for name in ("masks_queries_logits", "class_queries_logits")]
+            distances.append(max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[0] > 1e-3 and distances[2] < 1e-6
+
+
+def test_a_training_step_of_the_whole_model_reaches_the_masks_of_earlier_layers(whole, pictures):
+    """Its own loss, without the auxiliary losses that have every layer's masks in them: the original's sends earlier masks nothing."""
+
+    def gradients(model):
+        predicted = []
+
+        def watch(module, args, output):
+            output[0].retain_grad()
+            predicted.append(output[0])
+
+        model.model.transformer_module.decoder.mask_predictor.register_forward_hook(watch)
+        stripes = (torch.arange(64) // 32).expand(2, 64, 64)
+        labels = [torch.stack([one == 0, one == 1]).float() for one in stripes], [torch.tensor([0, 2])] * 2
+        output = model.train()(pixel_values=pictures)
+        losses = model.get_loss_dict(output.masks_queries_logits, output.class_queries_logits, *labels, auxiliary_predictions=None)
+        model.get_loss(losses).backward()
+        assert len(predicted) == LAYERS + 1 and predicted[-1].grad.any()
+        return [logits.grad for logits in predicted[:-1]]
+
+    assert gradients(copy.deepcopy(whole)) == [None] * LAYERS
+    soft = gradients(soften_mask2former(copy.deepcopy(whole), alpha_init=8.0))
+    assert all(grad is not None and grad.isfinite().all() and grad.any() for grad in soft)
+
+
+def gradients_to_masks(model, pictures):
+    """Of a loss on the last layer's queries, with respect to the masks that the layers before it predicted."""
+    output = model(pixel_values=pictures)
+    loss = output.transformer_decoder_last_hidden_state.square().sum()
+    return torch.autograd.grad(loss, output.masks_queries_logits[:-1], allow_unused=True)
+
+
+def test_a_loss_on_the_last_layer_reaches_every_mask_before_it(original, pictures):
+    assert all(grad is None for grad in gradients_to_masks(original, pictures))
+    soft = soften_mask2former(copy.deepcopy(original), alpha_init=8.0)
+    grads = gradients_to_masks(soft, pictures)
+    assert len(grads) == LAYERS
+    assert all(grad is not None and grad.isfinite().all() and grad.count_nonzero() > 0 for grad in grads)
+
+
+def test_a_training_step_moves_alpha_and_every_mask_predictor(original, pictures):
+    soft = soften_mask2former(copy.deepcopy(original), alpha_init=8.0).train()
+    optimizer = torch.optim.SGD(smattn.nn.parameter_groups(soft, alpha_lr=1.0), lr=1e-2)
+    decoder = soft.transformer_module.decoder
+    watched = [*(layer.cross_attn.scaling_factors for layer in decoder.layers), *decoder.mask_predictor.parameters()]
+    before = [p.detach().clone() for p in watched]
+    soft(pixel_values=pictures).transformer_decoder_last_hidden_state.square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, b) for p, b in zip(watched, before, strict=True))
+
+
+def test_what_is_no_mask2former_or_is_soft_already_is_refused(original):
+    with pytest.raises(ValueError, match="found none in Linear"):
+        soften_mask2former(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="soft already"):
+        soften_mask2former(soften_mask2former(copy.deepcopy(original)))
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_rows():
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    import mask2former_cost
+
+    rows = mask2former_cost.read(examples / "results" / "mask2former_cost.csv")
+    assert [row[:2] for row in rows] == list(product(mask2former_cost.PARTS, mask2former_cost.MASKS))
+    assert mask2former_cost.table(rows) in (examples / "README.md").read_text()

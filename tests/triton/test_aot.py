@@ -1,0 +1,121 @@
+"""Every Triton kernel goes through the real compiler, in a process without TRITON_INTERPRET, inside its chip's shared memory."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+ROWS = re.compile(
+    r"^(\w+) +sm_(\d+) +(\w+) +D=(\d+) +Nq=(\d+) .* (\d+) regs +(\d+) spill .* (\d+) shared +(\d+) per SM *(.*)$", re.MULTILINE
+)
+# bytes a block may have: CUDA C++ programming guide, table of compute capabilities
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "triton-kernels.csv"
+KERNELS = {"forward", "partial", "merge", "delta", "few_queries", "dkdv", "dq", "dmask"}
+MAP_KERNELS = {"map", "map_means", "map_rows"}
+
+ONE_OF_EACH_REGIME = """
+import json, torch
+from smattn.kernels import aot
+jobs = [aot.Job(90, torch.float16, 64, Nq, aot.FEATURES) for Nq in (13, 1045)]
+rows = [row for job in jobs for row in aot.compile_job(job)]
+broken = {
+    "shared": [row._replace(shared=2**20).failure() for row in rows],
+    "spill": [row._replace(reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
+    "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
+    "pointers": [row._replace(reading=row.reading._replace(loads={"128": 1})).failure() for row in rows],
+    "serial": [row._replace(groups=row.groups - 1).failure() for row in rows],
+}
+kernels = [dict(kernel=row.kernel, shared=row.shared, products=row.products, failure=row.failure(), together=row.per_multiprocessor(),
+                descriptors=row.descriptors,
+                **row.reading._asdict()) for row in rows]
+print(json.dumps([kernels, broken]))
+"""
+SERIAL = """
+        /*0100*/                   WARPGROUP.ARRIVE ;
+        /*0110*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT, gsb0 ;
+        /*0120*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0130*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*0140*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0150*/              @!P1 LDGSTS.E.BYPASS.128 [R3+0x100], desc[UR16][R24.64] ;
+        /*0160*/                   LDG.E R4, desc[UR16][R26.64] ;
+"""
+
+
+def without_interpreter(*command, **more):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | more
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def test_one_of_each_regime_compiles():
+    result = without_interpreter("-c", ONE_OF_EACH_REGIME)
+    assert result.returncode == 0, result.stderr
+    kernels, broken = json.loads(result.stdout)
+    names = {kernel["kernel"] for kernel in kernels}
+    assert {"forward", "partial", "merge", "delta"} < names and len(names) >= 7
+    assert {kernel["instruction"] for kernel in kernels} == {"HGMMA", "HMMA", ""}
+    by_descriptors = {kernel["kernel"] for kernel in kernels if kernel["descriptors"]}
+    assert by_descriptors == {"dkdv", "dmask"}, "padding keeps forward and dq to pointers"
+    for i, kernel in enumerate(kernels):
+        assert kernel["failure"] == "" and kernel["shared"] <= SHARED_MEMORY[90] and kernel["registers"] > 0, kernel
+        assert "128" in kernel["loads"] or not kernel["products"]
+        assert 1 <= kernel["together"] <= 32 and kernel["together"] * kernel["shared"] <= 228 * 1024
+        assert "1048576 bytes of shared memory" in broken["shared"][i] and broken["spill"][i] == "spills 8 bytes"  # the checks can fail
+        assert broken["scalar"][i] == ("no tensor-core instruction" if kernel["products"] else "")
+        assert ("serialised wgmma" in broken["serial"][i]) == (kernel["instruction"] == "HGMMA")
+        assert kernel["descriptors"] == ("TMA" in kernel["loads"]) == (broken["pointers"][i] == "descriptors, and no load by TMA")
+
+
+def test_machine_code_of_serialised_wgmma_is_read_as_such():
+    machine_code = pytest.importorskip("smattn.kernels.machine_code")
+    assert machine_code.tensor_cores(SERIAL) == ("HGMMA", 1, 1, 2)
+    pipelined = SERIAL.replace("R24, gsb0 ;\n", "R24 ;\n").replace("!UPT, gsb0", "!UPT").replace("        /*0120*/", "//")
+    assert machine_code.tensor_cores(pipelined)[1:3] == (2, 2)
+    assert machine_code.loads(SERIAL) == {"128": 1, "32": 1}
+
+
+def test_it_refuses_to_run_under_the_interpreter():
+    result = without_interpreter("-m", "smattn.kernels.aot", TRITON_INTERPRET="1")
+    assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
+
+
+def test_the_table_in_the_results_is_the_whole_product_and_without_a_failure():
+    head, *lines = RESULTS.read_text().splitlines()
+    assert re.fullmatch(r"# triton 3\.\d+\.\d+, kernels/\*\.py sha256 [0-9a-f]{16}", head)
+    rows = list(csv.DictReader(lines))
+    compiled = {(row["arch"], row["dtype"], row["D"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
+    arithmetic = {("float16", ""), ("bfloat16", ""), ("float32", ""), ("float32", "tf32")}
+    variants = {(dtype, " ".join(filter(None, (base, tf32)))) for dtype, tf32 in arithmetic for base in ("map", "" if tf32 else "mask")}
+    variants |= {(dtype, f"{dtype} mask") for dtype in ("float16", "bfloat16")}
+    sizes = product(("80", "90", "100"), variants, ("32", "48", "64", "128", "256"), ("13", "30", "60", "100", "1045"))
+    assert compiled == {(arch, dtype, D, variant, Nq) for arch, (dtype, variant), D, Nq in sizes}
+    assert {row["kernel"] for row in rows} == KERNELS | MAP_KERNELS | {"reduce"}
+    assert all(row["failure"] == "" for row in rows)
+    assert sum(int(row["spill_bytes"]) > 0 for row in rows) < len(rows) // 50, "what may spill a little is rare"
+    assert all(int(row["shared"]) <= SHARED_MEMORY[int(row["arch"])] and int(row["per_sm"]) >= 1 for row in rows)
+    with_products = [row for row in rows if row["kernel"] in KERNELS - {"merge", "delta"}]
+    assert all(row["instruction"] for row in with_products if row["dtype"] != "float32" or "tf32" in row["variant"])
+
+
+@pytest.mark.slow
+def test_every_kernel_chip_and_dtype_compiles():
+    result = without_interpreter("-m", "smattn.kernels.aot", "--sample")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    rows = [match.groups() for match in ROWS.finditer(result.stdout)]
+    counted = int(re.search(r"^(\d+) kernels compiled for sm_80, sm_90, sm_100, 0 failed$", result.stdout, re.MULTILINE)[1])
+    assert len(rows) == counted
+    over = [row for row in rows if int(row[7]) > SHARED_MEMORY[int(row[1])]]
+    assert over == []
+    compiled = {(kernel, arch, dtype, D) for kernel, arch, dtype, D, *_ in rows}
+    for arch in ("80", "90", "100"):
+        for dtype, sizes in {"float16": ("32", "64", "128", "256"), "bfloat16": ("64",), "float32": ("64",)}.items():
+            for D in sizes:
+                missing = {kernel for kernel in KERNELS if (kernel, arch, dtype, D) not in compiled}
+                assert missing == set(), (arch, dtype, D)
+        assert {kernel for kernel in MAP_KERNELS if (kernel, arch, "float16", "64") not in compiled} == set(), arch

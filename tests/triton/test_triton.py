@@ -1,0 +1,203 @@
+"""The Triton backend's launches: which passes run, and that nothing is launched twice."""
+
+from dataclasses import replace
+from time import perf_counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import smattn
+from smattn.problem import Problem
+from smattn.testing import make_case, run
+from tests.support.expected import BACKENDS, INTERPRETED
+from tests.support.meters import Call, launches_recorded
+
+if "triton" not in BACKENDS:
+    pytest.skip("triton is not expected here", allow_module_level=True)
+
+from smattn.kernels import backend  # noqa: E402
+
+
+def backward_passes(Nq, needs, device, arch=90, as_map=False):
+    """Names of the kernels that a backward launches beside the forward's, at the tiles of a real chip."""
+    call = Call(1, 2, Nq, 256, 32, needs=needs, as_map=as_map)
+    with launches_recorded(arch) as forward_alone:
+        run(call.case(device), "triton", needs=())
+    with launches_recorded(arch) as recorder:
+        run(call.case(device), "triton", needs=needs)
+    names = [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches]
+    return names[len(forward_alone.launches) :]
+
+
+@pytest.mark.parametrize(
+    "needs, absent",
+    [
+        (("mask", "alpha"), {"dkdv", "dq"}),
+        (("mask",), {"dkdv", "dq"}),
+        (("query",), {"dkdv", "dmask"}),
+        (("key", "value"), {"dq", "dmask"}),
+        (("query", "key", "value"), {"dmask"}),
+        ((), {"dkdv", "dq", "dmask", "delta"}),
+    ],
+    ids=lambda names: " ".join(sorted(names)) or "none",
+)
+def test_passes_that_no_gradient_needs_are_not_launched(device, needs, absent):
+    passes = backward_passes(1045, needs, device)
+    assert absent & set(passes) == set()
+    assert len(passes) == len(set(passes)) and bool(passes) == bool(needs)
+    everything = backward_passes(1045, ("query", "key", "value", "mask", "alpha"), device)
+    assert {"dkdv", "dq", "dmask", "delta"} <= set(everything)
+
+
+@pytest.mark.parametrize(
+    "needs, passes",
+    [
+        (("head_weights",), {"map_means", "map_rows"}),
+        (("mask", "head_weights"), {"map_means", "map_rows", "dmask"}),
+        (("query",), {"map_means", "map_rows", "dq"}),
+        (("key",), {"map_means", "map_rows", "dkdv"}),
+        (("alpha",), {"map_means", "map_rows", "dq"}),
+        ((), set()),
+    ],
+    ids=lambda names: " ".join(sorted(names)) or "none",
+)
+def test_a_map_takes_the_passes_of_attention_that_its_gradients_need(device, needs, passes):
+    assert sorted(backward_passes(1045, needs, device, as_map=True)) == sorted(passes)
+
+
+def test_few_queries_of_a_map(device):
+    assert backward_passes(13, ("query", "key", "mask", "alpha"), device, as_map=True) == ["map_means", "map_rows", "few_queries", "reduce"]
+
+
+ALLOCATIONS = {"aten.empty.memory_format", "aten.empty_like.default", "aten.view.dtype", "aten.detach.default"}
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the torch operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def few_queries(device, Nq, dtype=torch.float16, options=False, D=32):
+    """(problem, the seven inputs of a backend, dO, dL): uninitialised, as the backend takes them."""
+    B, H, Hkv, Nk = 2, 4, 2 if options else 4, 9504
+    problem = Problem(
+        B=B, H=H, Hkv=Hkv, Nq=Nq, Nk=Nk, D=D, Dv=D, dtype=dtype, mask_dtype=torch.float32, mask_shape=(B, 1, Nq, Nk),
+        device_type="cuda", has_padding=options, dropout_p=0.1 if options else 0.0,
+    )  # fmt: skip
+
+    def tensor(*sizes, dtype=dtype):
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    inputs = (
+        tensor(B, H, Nq, D), tensor(B, Hkv, Nk, D), tensor(B, Hkv, Nk, D), tensor(B, 1, Nq, Nk, dtype=torch.float32),
+        tensor(H, dtype=torch.float32), tensor(B, Nk, dtype=torch.bool) if options else None,
+        tensor(1, dtype=torch.int64) if options else None,
+    )  # fmt: skip
+    return problem, inputs, tensor(B, H, Nq, D), tensor(B, H, Nq, dtype=torch.float32) if options else None
+
+
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "dropout padding gqa lse"])
+@pytest.mark.parametrize("Nq, dtype, backward", [
+    (1, torch.float16, ["few_queries", "reduce"]), (13, torch.bfloat16, ["few_queries", "reduce"]),
+    (32, torch.float32, ["few_queries", "reduce"]), (33, torch.float16, ["dq", "few_queries", "reduce"]),
+    (100, torch.float16, ["dq", "few_queries", "reduce"]), (128, torch.float32, ["dq", "few_queries", "reduce"]),
+])  # fmt: skip
+def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, backward, options):
+    """And nothing else that runs on a device or waits for it: beside the launches, torch only allocates. So a CUDA graph can hold them."""
+    names, operators = launches_and_operators(few_queries(device, Nq, dtype, options))
+    assert names == ["partial", "merge", *backward]
+    assert operators <= ALLOCATIONS
+
+
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "dropout padding gqa lse"])
+@pytest.mark.parametrize("Nq, dtype, D", [(33, torch.float16, 128), (30, torch.float32, 128), (13, torch.float32, 256)])
+def test_few_queries_of_wide_heads_are_four_launches_back(device, Nq, dtype, D, options):
+    """Where one tile of all queries would spill registers, a pass for dK and dV and one for dM follow dQ's, which works out delta."""
+    names, operators = launches_and_operators(few_queries(device, Nq, dtype, options, D))
+    assert names == ["partial", "merge", "dq", "dkdv", "dmask", "reduce"]
+    assert operators <= ALLOCATIONS
+
+
+def launches_and_operators(call):
+    """Of a forward and backward: the kernels that it launches and the torch operators that it calls beside."""
+    problem, inputs, dout, dlse = call
+    with launches_recorded(90) as recorder, Dispatched() as dispatched:
+        out, lse, out_acc, mbar = backend.forward(problem, *inputs, save_out=True, save_mbar=True)
+        unrounded = out_acc if out_acc.numel() else out
+        backend.backward(problem, dout, dlse, *inputs, unrounded, lse, mbar, (True,) * 5)
+    return [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches], dispatched.names
+
+
+def interpreted_products(case, monkeypatch):
+    """How many matrix products the kernels of a forward and backward take, all programs together."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot, taken = InterpreterBuilder.create_dot, []
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", lambda *operands: taken.append(1) or create_dot(*operands))
+        results = run(case, "triton")
+    return len(taken), results
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+@pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
+@pytest.mark.parametrize("Nq", [13, 131])
+def test_a_key_block_of_padding_takes_no_product(device, monkeypatch, Nq, as_map):
+    """Neither at the end of the keys, in any pass, nor in their middle where a pass of backward owns key blocks."""
+    case = make_case(1, 1, Nq, 128, 16, as_map=as_map, device=device)
+    nothing = torch.zeros(1, 128, dtype=torch.bool, device=device)
+    at_end, inside = nothing.clone(), nothing.clone()
+    at_end[:, 32:] = inside[:, 32:96] = True  # blocks are 32 keys
+    every, _ = interpreted_products(replace(case, key_padding_mask=nothing), monkeypatch)
+    first, results = interpreted_products(replace(case, key_padding_mask=at_end), monkeypatch)
+    fewer, _ = interpreted_products(replace(case, key_padding_mask=inside), monkeypatch)
+    assert 0 < first == every // 4 < every and first < fewer < every
+    assert results["dkey"][:, :, :32].any() and not results["dkey"][:, :, 32:].any()
+
+
+@pytest.mark.slow
+def test_python_beside_the_launches_is_short(device, capsys):
+    """Both directions, the launches doing nothing, against torch's cheapest call, an allocation, of which each makes seven or eight.
+
+    The kernels' side of a call with 13 queries and 100, then whole calls, of which autograd takes its part.
+    """
+    limits = {"forward": 40, "backward": 45, "backward, three launches": 60, "whole forward": 110, "whole backward": 150}
+    problem, inputs, dout, _ = few_queries(device, 13)
+    more, more_inputs, more_dout, _ = few_queries(device, 100)
+    query, key, value, mask, alpha = leaves = [tensor.requires_grad_() for tensor in few_queries(device, 13)[1][:5]]
+    with launches_recorded(90) as recorder:
+        _, lse, out, mbar = backend.forward(problem, *inputs, save_out=True, save_mbar=True)
+        _, more_lse, more_out, more_mbar = backend.forward(more, *more_inputs, save_out=True, save_mbar=True)
+
+        def whole():
+            return smattn.soft_masked_attention(query, key, value, mask, alpha, backend="triton")
+
+        graph = whole()
+        calls = {
+            "allocation": lambda: torch.empty(16, device=device),
+            "forward": lambda: backend.forward(problem, *inputs, save_out=True, save_mbar=True),
+            "backward": lambda: backend.backward(problem, dout, None, *inputs, out, lse, mbar, (True,) * 5),
+            "backward, three launches": lambda: backend.backward(
+                more, more_dout, None, *more_inputs, more_out, more_lse, more_mbar, (True,) * 5
+            ),
+            "whole forward": whole,
+            "whole backward": lambda: torch.autograd.grad(graph, leaves, dout, retain_graph=True),
+        }
+        best = dict.fromkeys(calls, float("inf"))
+        for _ in range(1000):
+            recorder.launches.clear()
+            for name, call in calls.items():
+                start = perf_counter()
+                call()
+                best[name] = min(best[name], perf_counter() - start)
+    with capsys.disabled():
+        print({name: f"{1e6 * seconds:.1f} us" for name, seconds in best.items()})
+    assert {name for name, limit in limits.items() if best[name] > limit * best["allocation"]} == set()
