@@ -63,6 +63,8 @@ struct Inputs {
 // Where the gradients that attention and its map have alike are to be written, none where they are not asked for.
 struct Gradients {
   const Optional &dquery, &dkey, &dmask, &dalpha;
+
+  bool any() const { return dquery.has_value() || dkey.has_value() || dmask.has_value() || dalpha.has_value(); }
 };
 
 // Checks the tensors of one call, which all lie where its query does.
@@ -217,7 +219,7 @@ inline BackwardParams backward_params(Reader& in, const Tensor& value, double dr
   g.dropout.p = dropout_p;
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   g.dout = in.read_like_query(saved.dout, "dout", {B, H, Nq, Dv});
-  if (saved.out.has_value()) g.out = in.read_accumulated(*saved.out, "out", {B, H, Nq, Dv});
+  if (saved.out.has_value() && to.any()) g.out = in.read_accumulated(*saved.out, "out", {B, H, Nq, Dv});  // dV alone needs no delta
   g.lse = in.contiguous(saved.lse, "lse", in.acc, {B, H, Nq});
   g.dlse = in.contiguous(saved.dlse, "dlse", in.acc, {B, H, Nq});
   g.mbar = in.contiguous(saved.mbar, "mbar", in.acc, {B, H, Nq});

@@ -1,10 +1,10 @@
 """The raw ops torch.ops.smattn_cpu.* and torch.ops.smattn_cuda.*: the C++ side checks what it is handed before a kernel reads it."""
 
-import emulated_cuda
 import pytest
 import torch
 
 from smattn import native
+from tests.support import emulated_cuda
 
 B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
 LIBRARIES = ("cpu", pytest.param("cuda", marks=pytest.mark.slow))  # CUDA's is built for a host: a minute of compiling comes first
