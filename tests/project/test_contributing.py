@@ -1,7 +1,13 @@
-"""What contributors are told: pre-commit and `make lint` are the same checks, and the files that CONTRIBUTING.md names are there."""
+"""What contributors are told: pre-commit, `make lint`, .ci/run and the workflows run the same checks, files named are there, issue forms
+ask for what a report needs.
+"""
 
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
+import yaml  # pre-commit brings it
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,3 +26,46 @@ def test_files_that_contributing_names_are_there():
     there += [f"/{path.name}" for path in ROOT.glob("*.*")]
     missing = {name for name in named if not any(path.endswith(f"/{name}") for path in there)}
     assert missing == {"kernels/map_weights.py"}  # which the walk-through adds
+
+
+def steps_of(workflow: str, job: str) -> list[dict[str, str]]:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / workflow).read_text())["jobs"][job]["steps"]
+
+
+def test_the_workflows_run_what_anybody_can_run():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert set(workflow[True]) == {"pull_request", "push", "schedule", "workflow_dispatch"}  # YAML 1.1 reads `on` as a boolean
+    for job, event, command in (("fast", "pull_request", ".ci/run fast"), ("everything", "schedule", ".ci/run")):
+        assert f"'{event}'" in workflow["jobs"][job]["if"]
+        assert [step["run"] for step in steps_of("ci.yml", job) if "run" in step] == [command]
+
+
+def test_only_a_tag_publishes_and_only_what_was_built_and_tried():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert jobs["publish"]["needs"] == "build" and "ref_type == 'tag'" in jobs["publish"]["if"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and "permissions" not in jobs["build"]
+    commands = "\n".join(step.get("run", "") for step in steps_of("release.yml", "build"))
+    assert commands.index("python -m build") < commands.index("-m smattn") and "cpu: available" in commands
+
+
+def test_a_release_refuses_a_tag_that_is_not_the_version():
+    (check,) = (step["run"] for step in steps_of("release.yml", "build") if "tag" in step.get("name", ""))
+    version = re.search(r'^version = "(.*?)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    codes = [subprocess.run(["bash", "-c", check], cwd=ROOT, env={"GITHUB_REF_NAME": tag}).returncode for tag in (f"v{version}", "v99.0")]
+    assert codes == [0, 1]
+
+
+def test_a_mistyped_mode_of_ci_run_runs_nothing():
+    result = subprocess.run([ROOT / ".ci" / "run", "fats"], capture_output=True, text=True, timeout=20)
+    assert result.returncode == 2 and "usage: .ci/run [fast | everything]" in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize("form, asks", [("bug", ("python -m smattn", "strides", "backend=")), ("feature", ("formula",))])
+def test_issue_forms_are_well_formed_and_ask_for_what_is_needed(form, asks):
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text()
+    content = yaml.safe_load(text)
+    assert {"name", "description", "body"} <= set(content) and all(what in text for what in asks)
+    names = [field["id"] for field in content["body"]]
+    assert len(set(names)) == len(names) and {field["type"] for field in content["body"]} <= {"textarea", "input", "dropdown"}
+    assert all(field["attributes"]["label"] for field in content["body"])
