@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "bench"  # every command runs here: in the root, Python would find smattn/ without its kernels before the installed package
 SITE, LOGS = ROOT / "build" / "gpu", ROOT / "build" / "logs"
 PYTHON = sys.executable
 INSTALLATION = ("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(ROOT))
@@ -40,13 +41,12 @@ NOT_HERE = 77  # the exit status of a command that found nothing to do
 
 
 class Part(NamedTuple):
-    """A command, run in a folder of the repository; {minutes} in it is what it may use."""
+    """A command; {minutes} in it is what it may use."""
 
     what: str
     minutes: float  # what it may take of MINUTES; of another time, as large a share
     command: tuple[str, ...]
     alone: bool = False
-    folder: str = "bench"  # not the root, where Python would find smattn/ without its kernels before the installed package
     modules: tuple[str, ...] = ()  # that Python must have
 
 
@@ -56,9 +56,9 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
-def tests(what: str, minutes: float, *selection: str, more: tuple[str, ...] = ()) -> Part:
-    words = (PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *selection)
-    return Part(what, minutes, words, folder="tests", modules=("pytest", "hypothesis", *more))
+def tests(what: str, minutes: float, *options: str, files: Sequence[str] = ("",), more: tuple[str, ...] = ()) -> Part:
+    words = (PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *options, *(f"../tests/{file}" for file in files))
+    return Part(what, minutes, words, modules=("pytest", "hypothesis", *more))
 
 
 MINUTES, INSTALLING, TOGETHER = 8.5, 1.6, 3.3
@@ -75,9 +75,9 @@ PARTS = {
     "suite": tests("every other test that runs on a device", TOGETHER, "-m", "device and (not slow or gpu)", "-k", f"not {ALONE}",
                    "--continue-on-collection-errors", "-n", "logical", "--dist", "worksteal", more=("xdist",)),
     "binary": Part("the compiled extension, and which torch loads it", TOGETHER, (PYTHON, "-m", "bench.gpu.binary")),
-    "graphs": tests("CUDA graphs captured and replayed", TOGETHER, "--no-skips", "-k", GRAPHS, "torch/test_compile.py"),
-    "offsets": tests("offsets past 2^31", TOGETHER, "--no-skips", "-k", FAR, "promises/test_any_shape.py"),
-    "ranks": tests("NCCL and DDP", TOGETHER, "--no-skips", "-k", RANKS, "torch/test_distributed.py", "torch/test_ddp.py"),
+    "graphs": tests("CUDA graphs captured and replayed", TOGETHER, "--no-skips", "-k", GRAPHS, files=("torch/test_compile.py",)),
+    "offsets": tests("offsets past 2^31", TOGETHER, "--no-skips", "-k", FAR, files=("promises/test_any_shape.py",)),
+    "ranks": tests("NCCL and DDP", TOGETHER, "--no-skips", "-k", RANKS, files=("torch/test_distributed.py", "torch/test_ddp.py")),
     "memcheck": Part("those small calls under compute-sanitizer: every access", TOGETHER, (*SANITIZED, "memcheck")),
     "racecheck": Part("and again: races in shared memory", TOGETHER, (*SANITIZED, "racecheck")),
     "peers": Part("what the benchmark compiles, for each of its shapes", TOGETHER, (*BENCH, "only"), modules=("tqdm",)),
@@ -199,7 +199,7 @@ def start(name: str, part: Part, until: float, variables: dict[str, str], shown:
     with open(os.devnull if shown else LOGS / f"{name}.txt", "wb") as log:
         out = None if shown else log
         process = subprocess.Popen(
-            words, cwd=ROOT / part.folder, env=variables, stdout=out, stderr=out, start_new_session=True, preexec_fn=heeds_it
+            words, cwd=FOLDER, env=variables, stdout=out, stderr=out, start_new_session=True, preexec_fn=heeds_it
         )  # fmt: skip
     return Running(process, time.monotonic())
 

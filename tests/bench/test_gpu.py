@@ -182,7 +182,7 @@ def collected(name: str) -> set[str]:
     """The tests that a part would run, on a machine with a GPU."""
     part = gpu.PARTS[name]
     words = [word for word in part.command if word not in ("-n", "logical", "--dist", "worksteal")]
-    done = subprocess.run([*words, "--collect-only"], cwd=ROOT / part.folder, capture_output=True, text=True)
+    done = subprocess.run([*words, "--collect-only"], cwd=gpu.FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return {line for line in done.stdout.splitlines() if "::" in line}
 

@@ -101,7 +101,7 @@ def test_a_call_in_a_graph_is_one_of_those_captured(monkeypatch):
 
 
 def chosen() -> list[harness.Cell]:
-    """The cells of `bench/run.py --device cuda`."""
+    """The cells of `python -m bench.run --device cuda`."""
     args = argparse.Namespace(full=False, device="cuda", workloads=None, dtypes=None)
     return bench_run.chosen_cells(args, on_a_gpu=True)
 

@@ -1,4 +1,4 @@
-"""bench/token_maps.py: its contestants compute the same, its memory is of the call, its rows become a table."""
+"""bench/studies/token_maps.py: its contestants compute the same, its memory is of the call, its rows become a table."""
 
 from __future__ import annotations
 
