@@ -127,7 +127,8 @@ def backward(
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().backward(
             dout, None if dlse is None else dlse.contiguous(), query, key, value, mask, t.mask_is_logits, alpha, key_padding_mask, seed,
-            out, lse, mbar if mbar.numel() > 0 else None, t.scale, t.dropout_p, t.allow_tf32, machine.stream(query.device), *grads,
+            out, lse.contiguous(), mbar.contiguous() if needs[4] else None, t.scale, t.dropout_p, t.allow_tf32,
+            machine.stream(query.device), *grads,
         )  # fmt: skip
     return grads
 
@@ -171,7 +172,7 @@ def attention_map_backward(
     grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
     if any(grad is not None and grad.numel() > 0 for grad in grads) and min(t.B, t.Nq, t.Nk) > 0:
         _ops().attention_map_backward(
-            dmap[:, None], query, key, mask, t.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask, lse,
+            dmap[:, None], query, key, mask, t.mask_is_logits, alpha, head_weights.contiguous(), key_padding_mask, lse.contiguous(),
             t.scale, t.allow_tf32, machine.stream(query.device), *grads,
         )  # fmt: skip
     return grads

@@ -22,7 +22,7 @@ def hypothesize(backend, dtype, device, examples, **kw):
     @given(st.data())
     def within_budget(data):
         case = data.draw(cases(dtype, device, **kw))
-        note(f"{case.problem()}, strides {({name: t.stride() for name, t in case.inputs().items()})}")
+        note(f"{case.problem()}, strides { ({name: t.stride() for name, t in case.inputs().items()}) }")
         assert_within_budget(run(case, backend), case)
 
     within_budget()
@@ -145,18 +145,6 @@ def test_keys_ruled_out_by_minus_infinity_before_the_first_that_is_not(backend, 
     case = make_case(1, 2, 3, 300, 8, with_lse=True, device=device)
     case.mask[0, 1, :200] = float("-inf")  # whole blocks of them
     assert_within_budget(run(case, backend, ("query", "key", "value", "mask")), case)  # dalpha sums 0 * -inf
-
-
-@pytest.mark.parametrize("Nk", [35, 300])
-def test_a_query_with_keys_that_all_score_minus_infinity_is_nan_as_in_plain_torch(backend, device, Nk):
-    case = make_case(2, 2, 3, Nk, 8, with_lse=True, device=device)
-    case = replace(case, key_padding_mask=torch.arange(Nk, device=device).expand(2, Nk) < 3)
-    case.mask[1, 2] = float("-inf")
-    results, plainly = run(case, backend), run_plain(case)
-    assert results["lse"][1, :, 2].eq(float("-inf")).all()
-    for name in ("out", "dquery", "dmask", "dalpha"):
-        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
-        assert results[name].isnan().any()
 
 
 def set_infinite_scores(mask):
