@@ -1,4 +1,4 @@
-"""smattn.nn: HODOR's state dict, equality with the formula, the hard twin, the layer, alpha's parameter group."""
+"""smattn.nn: HODOR's state dict, the formula, the hard twin, the layer, and alpha's parameter group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tensors(width=WIDTH, rng=0):
 
 
 def hodor_state(width, bias, g):
-    """What HODOR saves of an attention module with 8 heads."""
+    """The state dict that HODOR saves of an attention module with 8 heads."""
     state = {"scaling_factors": torch.rand(8, generator=g) * 32, "out_proj.bias": torch.randn(width, generator=g)}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         state[f"{name}.weight"] = torch.randn(width, width, generator=g) / width**0.5
@@ -39,7 +39,7 @@ def hodor_state(width, bias, g):
 
 
 def as_hodor_writes_it(state, query, key, value, mask, padding, heads=8):
-    """The published formula, scores minus alpha * (1 - M), in float64."""
+    """The published formula, with scores minus alpha * (1 - M), in float64."""
     state = {name: tensor.double() for name, tensor in state.items()}
 
     def project(name, x):
@@ -157,7 +157,7 @@ def test_the_layer_refuses_an_unknown_masking():
 
 
 def gradient_of_mask(module, *arguments):
-    """The mask's gradient, None when nothing reaches it."""
+    """The gradient of the mask, or None when none reaches it."""
     mask = arguments[-1]
     return torch.autograd.grad(module(*arguments).square().sum(), mask, allow_unused=True)[0]
 
@@ -196,7 +196,7 @@ def test_the_layer_is_post_norm_unless_asked():
     for projection in (pre.self_attention.out_proj, pre.cross_attention.out_proj, pre.feed_forward[-1]):
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
-    assert torch.equal(pre(query, features, mask), query)  # the residual passes by the norms
+    assert torch.equal(pre(query, features, mask), query)  # the residual passes the norms by
 
 
 def test_positions_steer_who_looks_where_but_are_not_read():
@@ -205,7 +205,7 @@ def test_positions_steer_who_looks_where_but_are_not_read():
     pos = torch.randn(NK, WIDTH, generator=torch.Generator().manual_seed(5))
     assert not torch.equal(layer(query, features, mask, features_pos=pos), layer(query, features, mask))
     assert not torch.equal(layer(query, features, mask, query_pos=pos[:NQ]), layer(query, features, mask))
-    constant = torch.zeros_like(features)  # nothing to read: keys alone differ, and every query reads the same
+    constant = torch.zeros_like(features)  # only keys differ, so that every query reads the same
     expected = layer(query, constant, mask)
     torch.testing.assert_close(layer(query, constant, mask, features_pos=pos), expected)
 
@@ -231,7 +231,7 @@ def test_the_hard_twin_sees_only_what_the_mask_covers():
     assert covered.sum() == B * NQ - 1
     out, changed = module(query, features, features, mask), module(query, elsewhere, elsewhere, mask)
     assert torch.equal(out[covered], changed[covered])
-    only = module.out_proj(module.v_proj(features[:, 3]))  # one key covered: its value is what is read
+    only = module.out_proj(module.v_proj(features[:, 3]))  # the mask covers one key, and its value is read
     torch.testing.assert_close(out[:, 1], only)
 
 
@@ -239,7 +239,7 @@ def test_the_hard_twin_sees_only_what_the_mask_covers():
 def test_the_hard_twin_unmasks_empty_rows(axes):
     query, features, mask = tensors()
     mask = mask.detach().clone()
-    mask[0, 2] = 0.5  # not above
+    mask[0, 2] = 0.5  # not above the threshold
     padding = torch.zeros(B, NK, dtype=torch.bool)
     padding[1, :10] = True
     mask[1, 3] = torch.arange(NK) < 10  # covers nothing but padding
