@@ -12,6 +12,7 @@ import smattn
 from smattn import __main__ as report
 from smattn.backends import TABLE
 
+pytestmark = pytest.mark.promise("installs")
 RUN = "import runpy; runpy.run_module('smattn', run_name='__main__')"
 
 
