@@ -93,8 +93,7 @@ def describe(job: Job) -> None:
     for name, status in smattn.backends().items():
         print(f"{name:10} {'available' if status.available else 'not available: ' + '; '.join(status.reasons)}")
     if kernels := job.about["kernels"]:
-        others = ", ".join(name for name in cpu_kernels() if name != kernels) or "no others"
-        print(f"CPU kernels: {kernels}, {'as asked for' if job.kernels else 'the best that this processor runs'} (it also runs {others})")
+        print(f"CPU kernels: {kernels}; this processor runs {', '.join(cpu_kernels())}")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import smattn
 from bench.measuring.cell import Cell
 from bench.measuring.clock import timing
 from bench.measuring.machine import RESULTS, committed, describe_commit, describe_device, name_of, on_a_gpu
-from bench.measuring.peers import cpu_kernels, ours, select_cpu_kernels
+from bench.measuring.peers import ours, select_cpu_kernels, which_cpu_kernels
 from bench.measuring.validate import Validation, fitting, largest, validate
 from bench.measuring.worker import Worker, in_a_line
 from bench.reporting.rows import FORWARD, MATMUL, OURS, WARM, Row, write
@@ -63,7 +63,7 @@ class Job:
             "versions": {module.__name__: module.__version__ for module in (smattn, torch, triton)} | {"python": platform.python_version()},
             "commit": describe_commit(),
             "command": self.command,
-            "kernels": self.kernels or next(iter(cpu_kernels()), "") if on_a_cpu else "",
+            "kernels": which_cpu_kernels(self.kernels) if on_a_cpu else "",
         }
 
     def save(self) -> None:

@@ -93,6 +93,13 @@ def cpu_kernels() -> list[str]:
     return [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
 
 
+def which_cpu_kernels(forced: str = "") -> str:
+    """The instruction set of the CPU kernels that run, and why, "avx2: it was asked for" say; "" without the extension."""
+    if forced:
+        return f"{forced}: it was asked for"
+    return str(torch.ops.smattn_cpu.cpu_kernels_reason()) if cpu_kernels() else ""
+
+
 def select_cpu_kernels(name: str) -> None:
     """Make this process run the CPU kernels of that instruction set."""
     native.reasons()  # It loads the ops.

@@ -83,7 +83,7 @@ def section(file: str, with_plot: bool = False) -> str:
     body = [line(name + " †" * (name in busy), of.get(FORWARD), of.get(BOTH)) for name, of in by_inputs.items()]
     note = f"† The machine was busy: torch.mm was over {DISTURBED} times slower around this cell than at its best.\n\n" if busy else ""
     ours = ", ".join(dict.fromkeys(duel.ours.backend for duel in duel_of.values()))
-    kernels = f" with {about.kernels} kernels" if about.kernels else ""
+    kernels = f" with {about.kernels.partition(':')[0]} kernels" if about.kernels else ""
     rates = ", ".join(f"{row.flops / row.median_ms / 1e6:.0f} {row.dtype}" for row in rows if row.workload == MATMUL and row.median_ms)
     plot = f"![Time of every contestant](../{stem}-time.png)\n\n" if with_plot else ""
     return f"""**{ours}**{kernels}, torch {about.versions["torch"]}; torch.mm in the same run: {rates} GFLOP/s.

@@ -37,11 +37,11 @@ def write_report(path: Path) -> Path:
     plot([row for row in timed if row.cache == WARM], "memory", path.with_name(f"{path.stem}-memory.png"))
     about, names = rows[0], contestants(rows)
     versions = ", ".join(f"{name} {version}" for name, version in about.versions.items())
-    kernels = f", smattn's {about.kernels} kernels" if about.kernels else ""
+    kernels = f"\nCPU kernels of smattn: {about.kernels}.\n" if about.kernels else ""
     text = f"""# {about.device}
 
-{versions}, commit {about.commit}, {about.threads} threads{kernels}, by `{about.command}`. Every row is in [{path.name}]({path.name}).
-
+{versions}, commit {about.commit}, {about.threads} threads, by `{about.command}`. Every row is in [{path.name}]({path.name}).
+{kernels}
 ## Time
 
 Medians in ms, every contestant called in turn in one run; forward+backward has all five gradients. In brackets GFLOP/s, forward counted as

@@ -45,7 +45,7 @@ class Row:
     versions: dict[str, str]
     commit: str
     command: str
-    kernels: str = ""  # on a CPU the instruction set of smattn's kernels; older files do not have it
+    kernels: str = ""  # the instruction set of smattn's CPU kernels, and why it is this one; older files do not have it
 
     @property
     def ours(self) -> bool:

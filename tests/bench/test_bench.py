@@ -168,6 +168,16 @@ def test_a_cell_with_cold_caches_has_a_second_row_for_every_contestant_that_ran(
     assert text.count("hodor_infer float32 uniform, cold cache, forward+backward") == 1, "timed, but no second line on memory"
 
 
+@pytest.mark.skipif(not peers.cpu_kernels(), reason="there is no compiled extension here")
+def test_a_run_says_which_cpu_kernels_ran_and_why(tmp_path):
+    job = bench_job.Job("cpu", 0.01, "python -m bench.run")
+    name, _, why = job.about["kernels"].partition(": ")
+    assert name == peers.cpu_kernels()[0] and why
+    measure.measure(job, [tiny(rows.FORWARD)], [EAGER])
+    rows.write(job.rows, tmp_path / "run.jsonl")
+    assert f"CPU kernels of smattn: {name}: {why}." in report.write_report(tmp_path / "run.jsonl").read_text()
+
+
 @pytest.mark.skipif(len(peers.cpu_kernels()) < 2, reason="one set of CPU kernels, or none: nothing to force")
 def test_forced_cpu_kernels_are_validated_and_measured_under_their_name():
     name = peers.cpu_kernels()[-1]
@@ -179,6 +189,7 @@ def test_forced_cpu_kernels_are_validated_and_measured_under_their_name():
         peers.select_cpu_kernels(peers.cpu_kernels()[0])
     ours = job.rows[0]
     assert (ours.backend, ours.default, ours.ours) == (f"smattn/cpu ({name})", True, True)
+    assert ours.kernels == f"{name}: it was asked for"
     assert ours.errors is not None and ours.errors["backend"] == ours.backend
     assert [duel.ours for duel in duels(job.rows).values()] == [ours]
 

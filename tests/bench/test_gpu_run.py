@@ -15,7 +15,7 @@ import torch
 
 from bench import run as bench_run
 from bench.measuring import cell as bench_cell
-from bench.measuring import compile, fits, measure, peers
+from bench.measuring import clock, compile, fits, measure, peers
 from bench.measuring import job as bench_job
 from bench.measuring.cell import Cell, bind
 from bench.reporting import report, rows
