@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import smattn
 from bench.reporting.rows import OURS, UNMASKED
-from smattn import native
+from smattn import cpu
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -90,7 +90,7 @@ def ours(name: str, kernels: str = "") -> Contestant:
 
 def cpu_kernels() -> list[str]:
     """The instruction sets of CPU kernels that this processor can run, first the one that it runs unasked; none without the extension."""
-    return [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
+    return [] if cpu.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
 
 
 def which_cpu_kernels(forced: str = "") -> str:
@@ -102,5 +102,5 @@ def which_cpu_kernels(forced: str = "") -> str:
 
 def select_cpu_kernels(name: str) -> None:
     """Make this process run the CPU kernels of that instruction set."""
-    native.reasons()  # It loads the ops.
+    cpu.reasons()  # It loads the ops.
     torch.ops.smattn_cpu.select_cpu_kernels(name)

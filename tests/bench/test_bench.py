@@ -20,6 +20,7 @@ from bench.reporting.tables import duels
 from smattn.testing import WORKLOADS, errors
 from tests.support import bench_runs
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY, REFERENCE, tiny, refuses, job = bench_runs.TINY, bench_runs.REFERENCE, bench_runs.tiny, bench_runs.refuses, bench_runs.job
 EAGER, _, SDPA, FLEX = peers.PEERS

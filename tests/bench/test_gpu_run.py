@@ -22,6 +22,8 @@ from bench.reporting import report, rows
 from smattn.testing import WORKLOADS
 from tests.support import bench_runs
 
+pytestmark = pytest.mark.promise("benchmarks")
+
 tiny, a_run = bench_runs.tiny_self, bench_runs.a_run
 
 

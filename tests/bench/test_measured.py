@@ -13,6 +13,8 @@ from bench.measuring.machine import committed
 from bench.reporting import measured, readme_figures, report, rows
 from tests.support import bench_runs
 
+pytestmark = pytest.mark.promise("benchmarks")
+
 ROOT = Path(__file__).resolve().parents[2]
 job, a_run = bench_runs.job, bench_runs.a_run
 

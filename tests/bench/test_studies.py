@@ -14,6 +14,8 @@ from bench.reporting import measured, rows
 from bench.studies import brgemm, nk_sweep
 from tests.support.bench_runs import tiny
 
+pytestmark = pytest.mark.promise("benchmarks")
+
 EAGER = peers.PEERS[0]
 
 

@@ -9,6 +9,8 @@ import pytest
 from bench.gpu import targets
 from bench.reporting import rows
 
+pytestmark = pytest.mark.promise("benchmarks")
+
 
 def a_row(workload: str, direction: str, backend: str, ms: float | None, cache: str = rows.WARM, **changes) -> rows.Row:
     """Of a made-up run in which flops and bytes are round."""
