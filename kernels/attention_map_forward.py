@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from .configs import cdiv
 from .launch import launch
 from .operands import score_arguments, tile_of
 from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile, unless_padding
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq"])

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from .configs import TileConfig, cdiv
 from .forward_split import splits_of
 from .launch import launch
 from .operands import accumulator, score_arguments, strides, tile_of
@@ -27,8 +26,9 @@ from .primitives import (
     query_program,
     store_rows,
 )
+from .tiles import Tile, cdiv
 
-FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
+FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
 
 
 @triton.jit(do_not_specialize=["Nq", "n_splits", "split_blocks"])

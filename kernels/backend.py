@@ -19,12 +19,13 @@ from . import (
     backward_dq,
     backward_few_queries,
     backward_passes,
-    configs,
     forward_split,
+    plan,
     soft_mask,
 )
 from . import forward as forward_full
 from .operands import Rows, accumulator
+from .tiles import FEW_QUERIES
 
 LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,7 +62,7 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
                 tensor.zero_()
         lse.fill_(float("-inf"))
     elif not t.is_empty:
-        splits, split_blocks = forward_split.splits_of(call) if t.Nq <= configs.FEW_QUERIES else (1, 0)
+        splits, split_blocks = forward_split.splits_of(call) if t.Nq <= FEW_QUERIES else (1, 0)
         if splits > 1:
             forward_split.run(call, splits, split_blocks, out, lse, out_acc, mbar)
         else:
@@ -79,7 +80,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     few = backward_few_queries.serves(problem, to_fill)
     reduced = few or backward_passes.dq_splits(problem, to_fill) > 0  # its last pass adds dL's term to dalpha
     if reduced and out is not None and (not few or backward_few_queries.folds_delta(call, to_fill)):
-        held = few and configs.holds_dq(problem)
+        held = few and plan.holds_dq(problem)
         rows = Rows(None if held else accumulator(call, *lse.shape, 2), out, lse, dlse)
         backward_passes.run(call, call, dout, rows, mbar, grads)
         return grads

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..call import Call
 from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
-from .configs import cdiv
 from .launch import launch
 from .operands import attention_arguments, strides
 from .primitives import (
@@ -31,6 +30,7 @@ from .primitives import (
     score_gradient,
     store_rows,
 )
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..call import Call
 from . import descriptors
-from .configs import cdiv
 from .launch import launch
 from .operands import Rows, gradient_arguments
 from .primitives import (
@@ -28,6 +27,7 @@ from .primitives import (
     score_gradient,
     store_key_gradients,
 )
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])

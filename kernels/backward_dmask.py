@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..call import Call
 from . import descriptors
-from .configs import TileConfig, cdiv
 from .launch import launch
 from .operands import Rows, gradient_arguments
 from .primitives import (
@@ -29,6 +28,7 @@ from .primitives import (
     store_mask_tile,
     unless_padding,
 )
+from .tiles import Tile, cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -106,7 +106,7 @@ def _dmask_kernel(
     store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
 
 
-def _tile(call: Call, dout: Tensor) -> TileConfig:
+def _tile(call: Call, dout: Tensor) -> Tile:
     return descriptors.tile(call, "dmask", call.query, dout, call.key, call.value, takes_padding=True)
 
 

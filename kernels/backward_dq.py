@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..call import Call
 from . import descriptors
-from .configs import TileConfig, cdiv
 from .launch import launch
 from .operands import Rows, accumulator, gradient_arguments
 from .primitives import (
@@ -33,6 +32,7 @@ from .primitives import (
     store_rows,
     store_tile,
 )
+from .tiles import Tile, cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -101,7 +101,7 @@ def _dq_kernel(
         tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
-def tile_of(call: Call, kernel: str = "dq") -> TileConfig:
+def tile_of(call: Call, kernel: str = "dq") -> Tile:
     return descriptors.tile(call, kernel, call.key, call.value, takes_padding=False)
 
 
@@ -127,7 +127,7 @@ def run_split(call: Call, dout: Tensor, rows: Rows, splits: int) -> Tensor:
 
 
 def _launch(
-    call: Call, tile: TileConfig, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
+    call: Call, tile: Tile, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
 ) -> None:
     t = call.problem
     arguments = gradient_arguments(call, tile, dout, rows)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..call import Call, Gradients, Needs, Problem
 from ..memory import partial_dqueries
-from . import backward_dq, configs
-from .configs import TileConfig, cdiv
+from . import backward_dq, plan
 from .launch import launch
 from .operands import Rows, accumulator, gradient_arguments, strides, tile_of
 from .primitives import (
@@ -40,8 +39,9 @@ from .primitives import (
     store_tile,
     unless_padding,
 )
+from .tiles import Tile, cdiv
 
-REDUCE = TileConfig(block_m=1, block_n=256, num_warps=4, num_stages=1)
+REDUCE = Tile(block_m=1, block_n=256, warps=4, stages=1)
 
 
 def which_are_given(grads: Gradients) -> Needs:
@@ -54,7 +54,7 @@ def serves(t: Problem, needs: Needs) -> bool:
     """Few queries, but for two cases: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch, and
     queries that outweigh everything else leave no memory for dQ in float32.
     """
-    if not configs.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
+    if not plan.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
         return False
     return not (needs.mask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
 
@@ -268,7 +268,7 @@ def _reduce_dalpha(
 
 def folds_delta(call: Call, needs: Needs) -> bool:
     """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
-    return configs.holds_dq(call.problem) or needs.query
+    return plan.holds_dq(call.problem) or needs.query
 
 
 def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:
@@ -306,9 +306,9 @@ class _Cut(NamedTuple):
 
 
 @lru_cache
-def _cut(t: Problem, tile: TileConfig, needs: Needs) -> _Cut:
+def _cut(t: Problem, tile: Tile, needs: Needs) -> _Cut:
     mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
-    owners, inside = t.B * t.Hkv, needs.query and configs.holds_dq(t)
+    owners, inside = t.B * t.Hkv, needs.query and plan.holds_dq(t)
     if needs.mask:
         owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
     blocks = cdiv(t.Nk, tile.block_n)
@@ -324,7 +324,7 @@ def _cut(t: Problem, tile: TileConfig, needs: Needs) -> _Cut:
 
 def splits(t: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(partial_dqueries(t, needs), max(1, configs.SPLIT_PROGRAMS // owners))
+    return min(partial_dqueries(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
 
 
 def reduce(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..call import Call, Gradients, Needs, Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
-from .configs import FEW_QUERIES
 from .operands import Rows, accumulator
+from .tiles import FEW_QUERIES
 
 
 def run(call: Call, call_with_mask: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:

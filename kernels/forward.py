@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..call import Call
 from . import descriptors
-from .configs import cdiv
 from .launch import launch
 from .operands import attention_arguments
 from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..call import Call
 from ..memory import PARTIAL_OUTPUTS
-from .configs import SPLIT_PROGRAMS, TileConfig, block_of, cdiv
 from .launch import launch
 from .operands import accumulator, attention_arguments, tile_of
+from .plan import SPLIT_PROGRAMS
 from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .tiles import Tile, block_of, cdiv
 
-MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
+MERGE = Tile(block_m=4, block_n=1, warps=4, stages=1)  # 4 rows a program
 
 
 def splits_of(call: Call) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import configs
-from .configs import TileConfig
+from . import chip
+from .tiles import Tile
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Recorder:
     """Collects launches instead of running them, for ahead-of-time compilation: (kernel, arguments, tile)."""
 
     arch: int
-    launches: list[tuple[Any, dict[str, Any], TileConfig]] = field(default_factory=list)
+    launches: list[tuple[Any, dict[str, Any], Tile]] = field(default_factory=list)
 
 
 _recorder: Recorder | None = None
@@ -28,7 +28,7 @@ def record(recorder: Recorder | None) -> None:
     _recorder = recorder
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: TileConfig) -> None:
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
     """Start `programs` programs of a kernel on the current stream."""
     if _recorder is not None:
         _recorder.launches.append((kernel, arguments, tile))
@@ -38,4 +38,4 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: TileConf
 
 def arch_of(device: torch.device) -> int:
     """The chip to choose tiles for: the device's own, or the one that launches are recorded for."""
-    return configs.arch_of(device) if _recorder is None else _recorder.arch
+    return chip.arch_of(device) if _recorder is None else _recorder.arch

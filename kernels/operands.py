@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Problem
-from . import configs
-from .configs import TileConfig
+from . import tiles
 from .launch import arch_of
 from .primitives import LOGITS, ROUNDED_LOGITS, SOFT
+from .tiles import FEW_QUERIES, Tile, block_of
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 Layouts = tuple["Layout | None", ...]  # of query, key, mask, alpha, padding and, except for a map, value
@@ -32,8 +32,8 @@ class Rows(NamedTuple):
         )
 
 
-def tile_of(call: Call, kernel: str) -> TileConfig:
-    return configs.tile(kernel, call.problem, arch_of(call.query.device))
+def tile_of(call: Call, kernel: str, pointers: bool = False) -> Tile:
+    return tiles.tile(kernel, call.problem, arch_of(call.query.device), pointers)
 
 
 def accumulator(call: Call, *sizes: int) -> Tensor:
@@ -41,13 +41,13 @@ def accumulator(call: Call, *sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=torch.float32, device=call.query.device)
 
 
-def score_arguments(call: Call, tile: TileConfig) -> dict[str, Any]:
+def score_arguments(call: Call, tile: Tile) -> dict[str, Any]:
     """What every kernel takes: pointers, strides (0 along broadcast axes), sizes, scalars, flags and blocks of the scores."""
     pointers = _score_pointers(call)
     return _numbers_of_scores(call.problem, tile, tuple(map(_layout, pointers.values()))) | pointers
 
 
-def attention_arguments(call: Call, tile: TileConfig) -> dict[str, Any]:
+def attention_arguments(call: Call, tile: Tile) -> dict[str, Any]:
     """What every attention kernel takes: the arguments of the scores, and those of value and dropout."""
     pointers = _score_pointers(call)
     pointers["v_ptr"] = call.value
@@ -56,7 +56,7 @@ def attention_arguments(call: Call, tile: TileConfig) -> dict[str, Any]:
     return arguments
 
 
-def gradient_arguments(call: Call, tile: TileConfig, dout: Tensor, rows: Rows) -> dict[str, Any]:
+def gradient_arguments(call: Call, tile: Tile, dout: Tensor, rows: Rows) -> dict[str, Any]:
     """What every pass of backward takes: those of attention, and the incoming gradient; for an attention map dout is (B, 1, Nq, Nk)."""
     arguments = attention_arguments(call, tile)
     arguments |= strides("do", "bhmd", dout)
@@ -89,12 +89,12 @@ def mask_kind(t: Problem) -> int:
     """MASK_KIND of the kernels. Where queries are few, each pass takes the sigmoid of logits; else M is written once, see soft_mask.py."""
     if t.mask_shape is None:
         return 0
-    kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= configs.FEW_QUERIES else ROUNDED_LOGITS
+    kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= FEW_QUERIES else ROUNDED_LOGITS
     return int(kind.value)
 
 
 @lru_cache
-def _numbers_of_scores(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[str, Any]:
+def _numbers_of_scores(t: Problem, tile: Tile, layouts: Layouts) -> dict[str, Any]:
     """Every argument of the scores that is not a pointer, cached: computing them costs as much Python as the rest of the launch."""
     query, key, mask, alpha, pad, *_ = layouts
     return dict(
@@ -102,14 +102,14 @@ def _numbers_of_scores(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[s
         **_strides("m", "bhmn", mask), **_strides("a", "h", alpha), **_strides("p", "bn", pad),
         H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
         MASK_KIND=mask_kind(t), HAS_PADDING=t.has_padding, ALLOW_TF32=t.allow_tf32,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_of(t.D),
     )  # fmt: skip
 
 
 @lru_cache
-def _numbers_of_attention(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[str, Any]:
+def _numbers_of_attention(t: Problem, tile: Tile, layouts: Layouts) -> dict[str, Any]:
     threshold = int(t.dropout_p * 2**32)
     return _numbers_of_scores(t, tile, layouts) | _strides("v", "bhnd", layouts[-1]) | dict(
         HAS_DROPOUT=t.dropout_p > 0, drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # a uint32's bits in an int32
-        keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=configs.block_of(t.Dv),
+        keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip

@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from .configs import TileConfig, cdiv
 from .launch import launch
 from .operands import mask_kind, strides
 from .primitives import ROUNDED_LOGITS, sigmoid
+from .tiles import Tile, cdiv
 
-ROW = TileConfig(block_m=1, block_n=1024, num_warps=4, num_stages=1)
+ROW = Tile(block_m=1, block_n=1024, warps=4, stages=1)
 
 
 @triton.jit(do_not_specialize=["Nq"])

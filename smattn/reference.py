@@ -4,6 +4,8 @@ Batch b, query head h, query i, key j, kv head g = h // (H / Hkv); alpha_h is a 
 
     (1)  S   = scale * <q_bhi, k_bgj> + alpha_h * M_bhij
     (2)  P   = softmax over the keys that are not padding         P = exp(S - L)
+         A score below -2.3e38 counts as -inf. A query whose keys are all padding, or all score -inf, is dead: its P, O and gradients
+         are 0, its L is -inf, and what is fed to its dL is not looked at. A row with a score of NaN or +inf is NaN.
     (3)  O_i = sum_j P_ij C_ij/(1-p) v_bgj                        C = keep mask of dropout, only when p > 0
     (4)  L_i = logsumexp_j S_ij over the same keys                natural logarithm
 
@@ -38,6 +40,7 @@ from torch import Tensor
 
 from .call import Call, Gradients, Needs, Problem, Saved
 
+LOWEST_SCORE = -2.3e38  # a score below counts as -inf: in base 2, which the kernels compute in, float32 ends at -2.36e38
 _LOW32 = 0xFFFFFFFF
 
 
@@ -46,9 +49,9 @@ class Scores(NamedTuple):
 
     query: Tensor  # (B, H, Nq, D)
     key: Tensor  # (B, H, Nk, D): repeated over each group of query heads
-    mask: Tensor | None  # broadcastable to (B, H, Nq, Nk)
+    mask: Tensor | None  # (B, H, Nq, Nk), 0 where P is 0
     alpha: Tensor | None  # (H, 1, 1)
-    dead: Tensor  # (B, 1, 1, 1) bool: no key to attend to
+    dead: Tensor  # (B, H, Nq, 1) bool: the query has no key to attend to
     s: Tensor  # (B, H, Nq, Nk), -inf at padded keys, 0 in dead rows
     p: Tensor  # (B, H, Nq, Nk)
     lse: Tensor  # (B, H, Nq)
@@ -123,16 +126,15 @@ def softmax(call: Call) -> Scores:
         if problem.mask_is_logits:
             m = torch.sigmoid(m)
         s = s + a * m
-    dead = torch.full((problem.B, 1, 1, 1), problem.Nk == 0, device=q.device)
-    if padding is not None and problem.Nk > 0:
-        padding = padding[:, None, None, :]
-        dead = padding.all(-1, keepdim=True)
-        # A dead row is softmaxed over zeros and then zeroed: over -inf its gradient would be NaN.
-        s = s.masked_fill(padding, float("-inf")).masked_fill(dead, 0)
-        p = torch.softmax(s, -1).masked_fill(padding, 0)  # (2)
-    else:
-        p = torch.softmax(s, -1)
+    s = s.masked_fill(s < LOWEST_SCORE, float("-inf"))
+    if padding is not None:
+        s = s.masked_fill(padding[:, None, None, :], float("-inf"))
+    dead = (s == float("-inf")).all(-1, keepdim=True)
+    s = s.masked_fill(dead, 0)  # over nothing but -inf, softmax and its gradient would be NaN
+    p = _at_attended(torch.softmax(s, -1).masked_fill(dead, 0), padding)  # (2)
     lse = torch.logsumexp(s, -1).masked_fill(dead[..., 0], float("-inf"))  # (4)
+    if m is not None:
+        m = m.masked_fill(p == 0, 0)  # what follows multiplies M by P and dS alone: 0 times -inf would be NaN
     return Scores(q, k, m, a, dead, s, p, lse)
 
 
@@ -182,7 +184,7 @@ def _head_weights(call: Call) -> Tensor:
 
 
 def _at_attended(scores: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """dS with padded keys selected out: a NaN elsewhere in the row does not reach them."""
+    """P or dS with padded keys selected out: a NaN elsewhere in the row does not reach them."""
     return scores if key_padding_mask is None else scores.masked_fill(key_padding_mask[:, None, None, :], 0)
 
 

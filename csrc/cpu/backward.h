@@ -246,7 +246,6 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
   const auto* lse = static_cast<const T*>(p.lse);
   const auto* dlse = static_cast<const T*>(p.dlse);
   const Buffer<T> delta(n.B * n.H * n.Nq);
-  compute_delta<E>(p, threads, delta.get());
   const BackwardTask<T> task{.scores = p.scores,
                              .value = p.value,
                              .dout = p.dout,
@@ -262,6 +261,11 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dmask = p.dmask,
                              .dalpha = static_cast<T*>(p.dalpha),
                              .unrounded_out = p.out.data != nullptr && p.out.dtype != p.scores.dtype};
+  if (task.wants_ds()) {
+    compute_delta<E>(p, threads, delta.get());
+  } else {
+    fill<T>(delta, n.B * n.H * n.Nq, T(0));
+  }
   backward_pass<E>(task, dlse, threads);
 }
 

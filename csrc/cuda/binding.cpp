@@ -1,12 +1,7 @@
-// The door from torch to the CUDA kernels: the only file here that includes torch, and of torch only the stable C++ ABI. It fills the
-// kernels' plain structs from tensors that smattn/native_cuda.py has allocated. Compiled a second time with SMATTN_EMULATED for
-// tests on a machine without a GPU, where the same ops run on the CPU through emulator.h.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// The door from torch to the CUDA kernels: the raw ops torch.ops.smattn_cuda.*, which write into tensors that smattn/native_cuda.py made.
+// Compiled a second time with SMATTN_EMULATED for tests on a machine without a GPU, where the same ops run on the CPU through emulator/.
+#include "../binding.h"
 
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,52 +13,7 @@
 
 namespace {
 
-using smattn::DType;
-using smattn::Tensor4;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, "expected a tensor of float16, bfloat16, float32 or float64");
-  }
-}
-
-// Strides of axes of size 1 are 0: mask is broadcast over them.
-Tensor4 tensor4(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, "expected a tensor of 4 axes, got ", x.dim());
-  Tensor4 view{.data = x.const_data_ptr(), .dtype = dtype_of(x)};
-  for (int axis = 0; axis < 4; ++axis) view.stride[axis] = x.size(axis) == 1 ? 0 : x.stride(axis);
-  if (x.size(3) == 1) view.stride[3] = 1;
-  return view;
-}
-
-const void* data(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
-void* result(const Maybe& x) { return x ? x->mutable_data_ptr() : nullptr; }
-
-smattn::Scores scores_of(const Tensor& query, const Tensor& key, int64_t Dv, const Maybe& mask, bool logits, const Maybe& alpha,
-                         const Maybe& padding, double scale) {
-  smattn::Scores scores{.size = {query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), Dv},
-                        .dtype = dtype_of(query),
-                        .query = tensor4(query),
-                        .key = tensor4(key),
-                        .mask = mask ? tensor4(*mask) : Tensor4{},
-                        .mask_is_logits = logits,
-                        .mask_size = {1, 1, 1},
-                        .alpha = data(alpha),
-                        .alpha_stride = alpha ? alpha->stride(0) : 0,
-                        .padding = static_cast<const bool*>(data(padding)),
-                        .padding_stride = {padding ? padding->stride(0) : 0, padding ? padding->stride(1) : 0},
-                        .scale = scale};
-  if (mask)
-    for (int axis = 0; axis < 3; ++axis) scores.mask_size[axis] = mask->size(axis);
-  return scores;
-}
+using namespace smattn::binding;
 
 // Scratch memory from torch's allocator; it may be handed out again as soon as it is freed, to work that comes later in the stream.
 struct Scratch {
@@ -75,13 +25,8 @@ struct Scratch {
     scratch.blocks.push_back(torch::stable::new_empty(scratch.like, {bytes}, ScalarType::Byte));
     return scratch.blocks.back().mutable_data_ptr();
   }
-  smattn::cuda::Context context(int64_t stream, bool allow_tf32, const Maybe& seed) {
-    return {static_cast<int>(like.get_device_index()),
-            reinterpret_cast<void*>(stream),
-            allow_tf32,
-            static_cast<const int64_t*>(data(seed)),
-            allocate,
-            this};
+  smattn::cuda::Context context(int64_t stream, bool allow_tf32, const int64_t* seed) {
+    return {static_cast<int>(like.get_device_index()), reinterpret_cast<void*>(stream), allow_tf32, seed, allocate, this};
   }
 };
 
@@ -100,75 +45,57 @@ void say_which(const Tensor& query, const Tensor& key, const Run& run) {
   }
 }
 
-void forward(Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Maybe alpha, Maybe padding, Maybe seed, double scale,
-             double dropout_p, bool allow_tf32, int64_t stream, Tensor out, Tensor lse, Maybe out_acc, Maybe mbar) {
-  Scratch scratch{query, {}};
-  const auto context = scratch.context(stream, allow_tf32, seed);
-  say_which(query, key, [&] {
-    smattn::cuda::forward({.scores = scores_of(query, key, value.size(3), mask, logits, alpha, padding, scale),
-                           .value = tensor4(value),
-                           .dropout = {.p = dropout_p},
-                           .out = out.mutable_data_ptr(),
-                           .lse = lse.mutable_data_ptr(),
-                           .out_acc = result(out_acc),
-                           .mbar = result(mbar)},
-                          context);
-  });
+void check_has_scores(const Reader& in) {
+  const smattn::Sizes& n = in.scores.size;
+  STD_TORCH_CHECK(n.B > 0 && n.Nq > 0 && n.Nk > 0, "query, key: expected a batch, queries and keys, got ", n.B, ", ", n.Nq, " and ", n.Nk);
 }
 
-void backward(Tensor dout, Maybe dlse, Tensor query, Tensor key, Tensor value, Maybe mask, bool logits, Maybe alpha, Maybe padding,
-              Maybe seed, Maybe out, Tensor lse, Maybe mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream, Maybe dquery,
-              Maybe dkey, Maybe dvalue, Maybe dmask, Maybe dalpha) {
+void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+             const Optional& padding, const Optional& seed, double scale, double dropout_p, bool allow_tf32, int64_t stream,
+             const Tensor& out, const Tensor& lse, const Optional& out_acc, const Optional& mbar) {
+  Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
+  const smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, out_acc, mbar);
+  check_has_scores(in);
   Scratch scratch{query, {}};
-  const auto context = scratch.context(stream, allow_tf32, seed);
-  say_which(query, key, [&] {
-    smattn::cuda::backward({.scores = scores_of(query, key, value.size(3), mask, logits, alpha, padding, scale),
-                            .value = tensor4(value),
-                            .dropout = {.p = dropout_p},
-                            .dout = tensor4(dout),
-                            .out = out ? tensor4(*out) : Tensor4{},
-                            .lse = lse.const_data_ptr(),
-                            .dlse = data(dlse),
-                            .mbar = data(mbar),
-                            .dquery = result(dquery),
-                            .dkey = result(dkey),
-                            .dvalue = result(dvalue),
-                            .dmask = result(dmask),
-                            .dalpha = result(dalpha)},
-                           context);
-  });
+  const auto context = scratch.context(stream, allow_tf32, in.seed(seed, dropout_p));
+  say_which(query, key, [&] { smattn::cuda::forward(params, context); });
 }
 
-void attention_map(Tensor query, Tensor key, Maybe mask, bool logits, Maybe alpha, Tensor head_weights, Maybe padding, double scale,
-                   bool allow_tf32, int64_t stream, Tensor map, Tensor lse) {
+void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
+              bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
+              const Tensor& lse, const Optional& mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream,
+              const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
+  Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
+  const Saved saved{dout, dlse, out, lse, mbar};
+  const smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
+  check_has_scores(in);
   Scratch scratch{query, {}};
-  const auto context = scratch.context(stream, allow_tf32, {});
-  say_which(query, key, [&] {
-    smattn::cuda::attention_map({.scores = scores_of(query, key, query.size(3), mask, logits, alpha, padding, scale),
-                                 .head_weights = head_weights.const_data_ptr(),
-                                 .map = map.mutable_data_ptr(),
-                                 .lse = lse.mutable_data_ptr()},
-                                context);
-  });
+  const auto context = scratch.context(stream, allow_tf32, in.seed(seed, dropout_p));
+  say_which(query, key, [&] { smattn::cuda::backward(params, context); });
 }
 
-void attention_map_backward(Tensor dmap, Tensor query, Tensor key, Maybe mask, bool logits, Maybe alpha, Tensor head_weights, Maybe padding,
-                            Tensor lse, double scale, bool allow_tf32, int64_t stream, Maybe dquery, Maybe dkey, Maybe dmask, Maybe dalpha,
-                            Maybe dhead_weights) {
+void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
+                   const Tensor& head_weights, const Optional& padding, double scale, bool allow_tf32, int64_t stream, const Tensor& map,
+                   const Tensor& lse) {
+  const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
+  const smattn::MapParams params = map_params(in, head_weights, map, lse);
+  check_has_scores(in);
   Scratch scratch{query, {}};
-  const auto context = scratch.context(stream, allow_tf32, {});
-  say_which(query, key, [&] {
-    smattn::cuda::attention_map_backward({.scores = scores_of(query, key, query.size(3), mask, logits, alpha, padding, scale),
-                                          .head_weights = head_weights.const_data_ptr(),
-                                          .dmap = tensor4(dmap),
-                                          .lse = lse.const_data_ptr(),
-                                          .dquery = result(dquery),
-                                          .dkey = result(dkey),
-                                          .dmask = result(dmask),
-                                          .dalpha = result(dalpha),
-                                          .dhead_weights = result(dhead_weights)},
-                                         context);
-  });
+  const auto context = scratch.context(stream, allow_tf32, nullptr);
+  say_which(query, key, [&] { smattn::cuda::attention_map(params, context); });
+}
+
+void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
+                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale,
+                            bool allow_tf32, int64_t stream, const Optional& dquery, const Optional& dkey, const Optional& dmask,
+                            const Optional& dalpha, const Optional& dhead_weights) {
+  const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
+  const Gradients to{dquery, dkey, dmask, dalpha};
+  const smattn::MapBackwardParams params = map_backward_params(in, head_weights, dmap, lse, to, dhead_weights);
+  check_has_scores(in);
+  Scratch scratch{query, {}};
+  const auto context = scratch.context(stream, allow_tf32, nullptr);
+  say_which(query, key, [&] { smattn::cuda::attention_map_backward(params, context); });
 }
 
 }  // namespace
@@ -187,22 +114,10 @@ void run_kernels(bool on) { smattn::cuda::emulator::runs = on; }
 #define SMATTN_LIBRARY_IMPL(ns, key, library) STABLE_TORCH_LIBRARY_IMPL(ns, key, library)
 
 SMATTN_LIBRARY(SMATTN_NAMESPACE, library) {
-  library.def(
-      "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor? padding, Tensor? seed, "
-      "float scale, float dropout_p, bool allow_tf32, int stream, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) "
-      "-> ()");
-  library.def(
-      "backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? mask, bool mask_is_logits, Tensor? alpha, "
-      "Tensor? padding, Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, bool allow_tf32, int stream, "
-      "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()");
-  library.def(
-      "attention_map(Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor head_weights, Tensor? padding, "
-      "float scale, bool allow_tf32, int stream, Tensor(a!) map, Tensor(b!) lse) -> ()");
-  library.def(
-      "attention_map_backward(Tensor dmap, Tensor query, Tensor key, Tensor? mask, bool mask_is_logits, Tensor? alpha, Tensor "
-      "head_weights, "
-      "Tensor? padding, Tensor lse, float scale, bool allow_tf32, int stream, Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, "
-      "Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()");
+  library.def(SMATTN_FORWARD("bool allow_tf32, int stream, "));
+  library.def(SMATTN_BACKWARD("bool allow_tf32, int stream, "));
+  library.def(SMATTN_ATTENTION_MAP("bool allow_tf32, int stream, "));
+  library.def(SMATTN_ATTENTION_MAP_BACKWARD("bool allow_tf32, int stream, "));
 }
 
 SMATTN_LIBRARY_IMPL(SMATTN_NAMESPACE, SMATTN_DEVICE_KEY, library) {

@@ -6,8 +6,10 @@
 `run` gives the output and every gradient of the public call, `run_plain` those of plain PyTorch, `run_exact` those in float64.
 """
 
-from .budget import Error, Exact, assert_within_budget, errors, run_exact
-from .cases import WORKLOADS, Case, Workload, blob_mask, default_alpha, make_case, plain, run, run_plain, workload_case
+from .budget import Error, Exact, assert_dead_rows, assert_within_budget, dead_queries, errors, run_exact
+from .cases import Case, blob_mask, default_alpha, make_case, run
+from .plain import plain, run_plain
+from .workloads import WORKLOADS, Workload, workload_case
 
 __all__ = [
     "WORKLOADS",
@@ -15,8 +17,10 @@ __all__ = [
     "Error",
     "Exact",
     "Workload",
+    "assert_dead_rows",
     "assert_within_budget",
     "blob_mask",
+    "dead_queries",
     "default_alpha",
     "errors",
     "make_case",

@@ -11,29 +11,42 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, Gradients, Needs
-from .cases import Case, Results, run_plain
+from ..canonical import four_axes
+from .cases import Case, Results
+from .plain import run_plain_and_dead
 
 
 class Exact(NamedTuple):
-    """A case in float64: every tensor T, its magnitude A(T), the same formula with absolute values in place of signs, and max|S|."""
+    """A case in float64."""
 
-    values: Results
-    magnitudes: Results
-    largest_score: float
+    values: Results  # every tensor T
+    magnitudes: Results  # A(T): T's formula with absolute values in place of signs
+    largest_score: float  # max|S| where P is not 0
+    dead: Tensor  # (B, H, Nq) bool: queries that have no key to attend to
 
 
 def run_exact(case: Case) -> Exact:
     """A case's outputs and gradients in float64 by reference.py, named as in `run`."""
-    c = replace(case.with_inputs({name: t.detach().double() for name, t in case.inputs().items()}), dout=case.dout.double())
+    c = _in_float64(case)
     call = c.call()
     t = reference.softmax(call)
-    largest = t.s.masked_fill(t.s == float("-inf"), 0).abs().max().item() if t.s.numel() else 0.0
+    largest = t.s.abs().where(t.p > 0, 0).max().item() if t.s.numel() else 0.0
     run_exactly = _exact_map if c.is_map else _exact_attention
     values, magnitudes, ds, dl = run_exactly(c, call, t)
     magnitudes |= _score_magnitudes(call, t, ds, dl)
     if "lse" in values:
         magnitudes["lse"] = torch.full_like(t.lse, 1 + largest)
-    return Exact(_as_given(values, case), _as_given(magnitudes, case), largest)
+    return Exact(_as_given(values, case), _as_given(magnitudes, case), largest, t.dead[..., 0])
+
+
+def dead_queries(case: Case) -> Tensor:
+    """The queries that have no key to attend to, because all are padding or all their scores count as -inf: (B, H, Nq) bool."""
+    return reference.softmax(_in_float64(case).call()).dead[..., 0]
+
+
+def _in_float64(case: Case) -> Case:
+    doubles = {name: t.detach().double() for name, t in case.inputs().items()}
+    return replace(case.with_inputs(doubles), dout=case.dout.double())
 
 
 _Named = dict[str, "Tensor | None"]
@@ -117,9 +130,15 @@ class Error:
 def errors(actual: Results, case: Case) -> list[Error]:
     """The budget of every tensor in actual, in both norms: err <= 2 * err_plain + eps * |T64| + 4 * u * (1 + max|S|) * |A(T)|.
 
-    eps is that of the tensor's dtype, u = 2^-24 (2^-53 for float64 inputs). Whatever is not finite must equal the exact value.
+    eps is that of the tensor's dtype, for dmask and dmask_logits the coarser of that and query's: the gradient of a float32 mask comes
+    through 16-bit products. u = 2^-24 (2^-53 for float64 inputs). Whatever is not finite must equal the exact value.
     """
-    exact, yardstick = run_exact(case), run_plain(case)
+    return _errors(actual, case, run_exact(case))
+
+
+def _errors(actual: Results, case: Case, exact: Exact) -> list[Error]:
+    yardstick, plainly_dead = run_plain_and_dead(case)
+    overflowed = not torch.equal(plainly_dead, exact.dead)
     u = 2.0**-53 if case.query.dtype == torch.float64 else 2.0**-24
     band = 4 * u * (1 + exact.largest_score)
     rows = []
@@ -127,17 +146,40 @@ def errors(actual: Results, case: Case) -> list[Error]:
         expected = exact.values[name]
         difference = _difference(value, expected)
         error, plain = _norms(difference), _norms(_difference(yardstick[name], expected))
-        plain = plain if all(map(math.isfinite, plain)) else (0.0, 0.0)  # a yardstick that overflowed excuses nothing
-        eps = torch.finfo(value.dtype).eps
+        if overflowed or not all(map(math.isfinite, plain)):
+            plain = (0.0, 0.0)  # a yardstick that overflowed excuses nothing
         sizes = zip(plain, _norms(expected.nan_to_num(0, 0, 0)), _norms(exact.magnitudes[name]), strict=True)
-        max_allowed, frobenius_allowed = (2 * p + eps * size + band * a for p, size, a in sizes)
+        max_allowed, frobenius_allowed = (2 * p + _eps(name, value, case) * size + band * a for p, size, a in sizes)
         worst = torch.unravel_index(difference.argmax(), difference.shape) if difference.numel() else ()
         rows.append(Error(name, error, plain, (max_allowed, frobenius_allowed), tuple(int(i) for i in worst)))
     return rows
 
 
+def _eps(name: str, tensor: Tensor, case: Case) -> float:
+    eps = torch.finfo(tensor.dtype).eps
+    return max(eps, torch.finfo(case.query.dtype).eps) if name in ("dmask", "dmask_logits") else eps
+
+
 def assert_within_budget(actual: Results, case: Case) -> None:
-    """Raise AssertionError for no result, for one of the wrong shape or dtype, or naming each tensor outside its budget."""
+    """Raise AssertionError naming each tensor that is outside its budget, or that is not exactly 0 (lse: -inf) where a query is dead.
+
+    No result at all is an error as well, and so is one of the wrong shape or dtype.
+    """
+    _assert_forms(actual, case)
+    exact = run_exact(case)
+    _assert_dead(actual, case, exact.dead)
+    outside = [str(row) for row in _errors(actual, case, exact) if not row.within]
+    if outside:
+        raise AssertionError("outside the error budget\n" + "\n".join(outside))
+
+
+def assert_dead_rows(actual: Results, case: Case) -> None:
+    """Raise AssertionError unless a dead query's lse is -inf and every element that sums dead queries alone is exactly 0."""
+    _assert_forms(actual, case)
+    _assert_dead(actual, case, dead_queries(case))
+
+
+def _assert_forms(actual: Results, case: Case) -> None:
     if not actual:
         raise AssertionError("expected at least one result, got none")
     inputs, acc = case.inputs(), case.problem().acc_dtype
@@ -150,9 +192,36 @@ def assert_within_budget(actual: Results, case: Case) -> None:
         shape, dtype = forms[name]
         if tensor.shape != shape or tensor.dtype != dtype:
             raise AssertionError(f"{name}: expected {tuple(shape)} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
-    outside = [str(row) for row in errors(actual, case) if not row.within]
-    if outside:
-        raise AssertionError("outside the error budget\n" + "\n".join(outside))
+
+
+def _assert_dead(actual: Results, case: Case, dead: Tensor) -> None:
+    wrong = []
+    for name, tensor in actual.items():
+        if name == "lse":
+            if not tensor[dead].eq(float("-inf")).all():
+                wrong.append("lse: expected -inf for every dead query")
+        elif tensor.masked_fill(~_summed_from(dead, name, case), 0).any():
+            wrong.append(f"{name}: expected exact zeros for every dead query")
+    if wrong:
+        raise AssertionError("\n".join(wrong))
+
+
+def _summed_from(dead: Tensor, name: str, case: Case) -> Tensor:
+    """Which elements of a tensor are computed from dead queries alone, in a shape that broadcasts to the tensor's."""
+    if name == "map":
+        return dead.all(1)[..., None]
+    if name in ("dkey", "dvalue"):
+        Hkv = case.key.shape[1]
+        return dead.all(2).unflatten(1, (Hkv, -1)).all(2)[..., None, None]
+    if name in ("dmask", "dmask_logits"):
+        mask = four_axes(case.inputs()[name[1:]])
+        assert mask is not None
+        alive = (~dead[..., None]).long().sum_to_size(*mask.shape[:3], 1)
+        return (alive == 0).view(*case.inputs()[name[1:]].shape[:-1], 1)
+    if name in ("dalpha", "dhead_weights"):
+        of_head = dead.all(2).all(0)
+        return of_head if case.inputs()[name[1:]].dim() else of_head.all()
+    return dead[..., None]  # out, dquery
 
 
 def _difference(actual: Tensor, exact: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Named workloads, seeded inputs, and what the public call and plain PyTorch make of them."""
+"""Cases: seeded inputs of one public call, and the results of running it."""
 
 from __future__ import annotations
 
@@ -11,42 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..attention import attention_map, soft_masked_attention
 from ..call import Call, Problem, acc_dtype, make_call
 from ..canonical import draw_seed, four_axes, per_head, scale_of
 
 Results = dict[str, Tensor]  # "out", "lse" or "map", and "dquery", "dkey", "dvalue", "dmask", "dalpha", "dhead_weights"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A named shape; mask (B, Nq, Nk), Dv = D, as many key heads as query heads."""
-
-    name: str
-    B: int
-    H: int
-    Nq: int
-    Nk: int
-    D: int
-    what: str
-
-
-WORKLOADS = {
-    w.name: w
-    for w in (
-        Workload("hodor_train", 2, 8, 13, 9504, 32, "descriptors attend to stride-8 pixels, 480p training clip"),
-        Workload("hodor_infer", 1, 8, 13, 7424, 32, "the same at inference"),
-        Workload("queries100", 4, 8, 100, 16384, 32, "Mask2Former-like decoder, 128x128 features"),
-        Workload("queries100_b1", 1, 8, 100, 16384, 32, "the same, one image"),
-        Workload("self1k", 1, 8, 1024, 1024, 64, "self-attention, small"),
-        Workload("video64k", 1, 8, 128, 65536, 64, "descriptors over a whole clip"),
-        Workload("self4k", 4, 8, 4096, 4096, 64, "self-attention among pixels under a full mask"),
-        Workload("self4k_d128", 4, 8, 4096, 4096, 128, "the same, wide heads"),
-        Workload("vit_cls", 4, 12, 1045, 1045, 64, "20 class tokens + 1024 patches + 1 register, 512 px / 16"),
-        Workload("vit_cls_d48", 4, 16, 1045, 1045, 48, "the head size of the token-masking paper's ViT"),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -97,14 +66,14 @@ class Case:
         )  # fmt: skip
 
     def mask_or_logits(self) -> Tensor | None:
-        """mask or mask_logits, whichever is given, 4-D."""
+        """mask or mask_logits, whichever is given, with four axes."""
         return four_axes(self.mask if self.mask_logits is None else self.mask_logits)
 
     def seed(self) -> Tensor | None:
         """The dropout seed that the call will draw."""
         if self.dropout_p == 0:
             return None
-        with _forked_rng(self):
+        with forked_rng(self):
             return draw_seed(self.query.device)
 
 
@@ -114,7 +83,7 @@ def default_alpha(H: int) -> Tensor:
 
 
 def blob_mask(B: int, Nq: int, Nk: int, generator: torch.Generator) -> Tensor:
-    """Masks as real ones are, float32 (B, Nq, Nk): a Gaussian bump a query on a square key grid, above 0.5 at a tenth of the keys."""
+    """A mask as real ones are, float32 (B, Nq, Nk): each query has a Gaussian bump on a square key grid, above 0.5 at a tenth of it."""
     side = math.ceil(math.sqrt(Nk))
     j = torch.arange(Nk)
     grid = torch.stack((j // side, j % side), -1).float()
@@ -144,9 +113,16 @@ def make_case(
     device: str | torch.device = "cpu",
     rng: int = 0,
 ) -> Case:
-    """A seeded case: normal q, k, v and dO, alpha by default_alpha, mask "uniform" in [0, 1], "blob", "logits" (normal, times 3) or None.
+    """A seeded case: q, k, v and dO are normal, alpha is default_alpha's.
 
-    mask_shape (B, Nq, Nk) unless given (not for "blob"); padded: the share of keys that is padding, drawn at random.
+    Args:
+        B, H, Nq, Nk, D, Dv, Hkv: sizes; Dv is D and Hkv is H unless given.
+        mask: "uniform" in [0, 1], "blob" by blob_mask, "logits" (normal, times 3) in place of a mask, or None.
+        mask_shape: (B, Nq, Nk) unless given; "blob" takes no other.
+        with_lse: the call also returns lse, which has a gradient.
+        as_map: a case of attention_map.
+        padded: the share of keys that is padding, drawn at random.
+        rng: the seed of all of this, and of dropout.
     """
     g = torch.Generator().manual_seed(rng)
     Hkv, Dv, acc = Hkv or H, Dv or D, acc_dtype(dtype)
@@ -178,80 +154,22 @@ def make_case(
     )
 
 
-def workload_case(name: str, *, mask: str = "uniform", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Case:
-    """The case of a named workload, its mask in the workload's dtype."""
-    w = WORKLOADS[name]
-    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
-
-
 def run(case: Case, backend: str | None = None, needs: Sequence[str] | None = None) -> Results:
-    """The public call on a case, and the gradients of the inputs named in needs (all unless given)."""
+    """The results of the public call on a case, with the gradients of the inputs named in needs, of all inputs unless given."""
     leaves = {name: t.detach().requires_grad_(needs is None or name in needs) for name, t in case.inputs().items()}
     c = case.with_inputs(leaves)
     common = dict(mask_logits=c.mask_logits, scale=c.scale, key_padding_mask=c.key_padding_mask, enable_gqa=c.enable_gqa, backend=backend)
-    with _forked_rng(c):
+    with forked_rng(c):
         if c.is_map:
             outputs = {"map": attention_map(c.query, c.key, c.mask, c.alpha, head_weights=c.head_weights, **common)}  # type: ignore[arg-type]
         else:
             out, lse = soft_masked_attention(c.query, c.key, c.value, c.mask, c.alpha, dropout_p=c.dropout_p, return_lse=True, **common)  # type: ignore[call-overload]
             outputs = {"out": out} if c.dlse is None else {"out": out, "lse": lse}
-    return _with_gradients(outputs, leaves, c)
+    return with_gradients(outputs, leaves, c)
 
 
-def plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    alpha: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Soft-masked attention as one writes it in plain PyTorch, by its promotion rules: out, S and P. The yardstick, and a peer to time.
-
-    Shapes as soft_masked_attention, heads repeated by the caller, mask 4-D, alpha (H,), keep the dropout factor.
-    """
-    s = (query @ key.mT) * (query.shape[3] ** -0.5 if scale is None else scale)
-    if mask is not None and alpha is not None:
-        s = s + alpha[:, None, None].to(mask.dtype) * mask
-    if key_padding_mask is not None:
-        s = s.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
-    p = torch.softmax(s, -1)
-    return (p if keep is None else p * keep).to(value.dtype) @ value, s, p
-
-
-def run_plain(case: Case) -> Results:
-    """plain() on a case and its gradients by autograd. Padded keys are zeroed first; dead batch elements get no gradient."""
-    leaves = {name: t.detach().requires_grad_() for name, t in case.inputs().items()}
-    c = case.with_inputs(leaves)
-    problem = c.problem()
-    padding, dead = _padding(c)
-    groups = problem.H // problem.Hkv
-    k = c.key.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
-    v = c.value.masked_fill(padding[:, None, :, None], 0).repeat_interleave(groups, 1)
-    mask = c.mask_or_logits()
-    if mask is not None:
-        mask = torch.where(padding[:, None, None, :], torch.zeros((), dtype=mask.dtype, device=mask.device), mask)
-        mask = mask if c.mask_logits is None else torch.sigmoid(mask)
-    alive_padding = padding & ~dead[:, None]
-    seed = c.seed()
-    keep = None if seed is None else reference.dropout_factor(problem, seed)
-    out, s, p = plain(c.query, k, v, mask, per_head(c.alpha, c.query), scale=c.scale, key_padding_mask=alive_padding, keep=keep)
-    if c.head_weights is not None:
-        amap = (c.head_weights.to(problem.acc_dtype)[:, None, None] * p).sum(1).masked_fill(padding[:, None, :], 0)
-        return _with_gradients({"map": amap}, leaves, c)
-    outputs = {"out": out.masked_fill(dead[:, None, None, None], 0)}
-    if c.dlse is not None:
-        outputs["lse"] = torch.logsumexp(s, -1).to(problem.acc_dtype).masked_fill(dead[:, None, None], float("-inf"))
-    alive = replace(c, dout=c.dout.masked_fill(dead[:, None, None, None], 0))
-    if c.dlse is not None:
-        alive = replace(alive, dlse=c.dlse.masked_fill(dead[:, None, None], 0))
-    return _with_gradients(outputs, leaves, alive)
-
-
-def _with_gradients(outputs: Results, leaves: Results, case: Case) -> Results:
+def with_gradients(outputs: Results, leaves: Results, case: Case) -> Results:
+    """The outputs, detached, and the gradients of those leaves that require one, from the case's dout and dlse."""
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     results = {name: tensor.detach() for name, tensor in outputs.items()}
     if wanted:
@@ -261,18 +179,9 @@ def _with_gradients(outputs: Results, leaves: Results, case: Case) -> Results:
     return results
 
 
-def _padding(case: Case) -> tuple[Tensor, Tensor]:
-    """key_padding_mask, all False when there is none, and the batch elements that have no key, (B,)."""
-    B, Nk = case.key.shape[0], case.key.shape[2]
-    padding = case.key_padding_mask
-    if padding is None:
-        padding = torch.zeros(B, Nk, dtype=torch.bool, device=case.key.device)
-    return padding, padding.all(1)
-
-
 @contextmanager
-def _forked_rng(case: Case) -> Iterator[None]:
-    """The case's generator state inside, the caller's again after."""
+def forked_rng(case: Case) -> Iterator[None]:
+    """Inside, torch's generators are seeded by the case; afterwards they are where the caller left them."""
     device = case.query.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(case.rng)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from vos import cost, cycle, infer, losses, search, study, train
-from vos.batches import Batch, _other_view, sample
-from vos.config import CONFIGS
-from vos.data import read_clips
-from vos.model import VOS, grid_cells, mean_inside
 
+from examples.shared.rows import read, write
+from examples.vos import cycle, infer, losses, search, study, train
+from examples.vos.batches import Batch, _other_view, sample
+from examples.vos.config import CONFIGS
+from examples.vos.data import read_clips
+from examples.vos.model import VOS, grid_cells, mean_inside
 from tests.support import vos_clips
 
+pytestmark = pytest.mark.promise("examples")
 TINY, written = vos_clips.TINY, vos_clips.written
 
 
@@ -69,12 +70,12 @@ def batch(written):
 def test_the_other_view_shows_the_same_pixels_under_the_same_mask(written):
     clip = read_clips(written, "train")[0]
     mask = clip.first_mask()
-    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # a picture that is its own mask
+    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # the picture is its own mask
     views = [_other_view(flat, mask, torch.Generator().manual_seed(seed)) for seed in range(5)]
     for view, seen in views:
         assert seen.shape == mask.shape and set(seen.unique().tolist()) == {0, 1} and seen.sum(0).max() == 1
         agree = (view[0] - seen.argmax(0) / 4).abs() < 1e-3
-        assert agree.float().mean() > 0.85  # all but the interpolated borders
+        assert agree.float().mean() > 0.85  # the interpolated borders differ
     assert len({seen.sum().item() for _, seen in views}) == 5
 
 
@@ -105,7 +106,7 @@ def test_the_labels_of_a_pasted_picture_are_known_on_what_was_pasted_and_away_fr
 
 
 def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
-    """Whether the loss at the end of a path reaches the masks predicted in between."""
+    """True where the loss at the end of a path reaches the masks predicted on the way."""
     torch.manual_seed(0)
     model = VOS(dataclasses.replace(TINY, dropout=0.0), masking)
     between = []
@@ -154,7 +155,7 @@ def test_every_parameter_learns(batch):
 
 
 class FakeTimm(torch.nn.Module):
-    """As timm's features_only models are: chosen ones of the maps at strides 2 to 32, or at 16 alone, channels last, and what they are."""
+    """A stand-in for timm's features_only models: chosen maps at strides 2 to 32, or only at 16, channels last, and their description."""
 
     output_fmt = "NHWC"
 
@@ -203,7 +204,7 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(written, tmp_path):
     train.train(train.Trainer(plan, clips), tmp_path / "parts", save_every=2, stop=4)
     with open(tmp_path / "parts" / "log.csv", "a") as file:
         file.write("5,1,1,1,1,1\n")  # as if killed after the checkpoint
-    torch.rand(7)  # whatever else the process draws
+    torch.rand(7)  # the process draws something else
     again, log_again = run_to_the_end(train.Trainer(plan, clips), tmp_path / "parts", resume=True)
     assert log_again == log and len(list(csv.reader(log.decode().splitlines()))) == 1 + TINY.steps
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -251,7 +252,7 @@ def test_frames_are_resized_for_the_network_and_labels_are_as_large_as_the_clip(
 
 
 def test_the_papers_sizes_are_a_configuration():
-    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not a need
+    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not required
     model = VOS(paper)
     assert len(model.encoder) == len(model.decoder) == 5
     assert model.encoder[0].cross_attention.scaling_factors.tolist() == [32, 32, 16, 16, 8, 8, 4, 4]
@@ -268,11 +269,11 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
         return capsys.readouterr().out
 
     say(1)
-    before = study.read(tmp_path / "out" / "found.csv")
+    before = read(tmp_path / "out" / "found.csv", study.Row)
     trained = []
     monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.append(out.name))
     assert "| soft | 2 | 1 |" in (said := say(2)) and "| copy | 1 | 0 |" in said
-    rows = study.read(tmp_path / "out" / "found.csv")
+    rows = read(tmp_path / "out" / "found.csv", study.Row)
     assert trained == ["soft-1"] and rows[: len(before)] == before and len(rows) == len(before) + 1 + 3
     assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
 
@@ -289,7 +290,7 @@ def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path
     assert len(trained["oracle-0"]) == len(clips[0]) and trained["oracle-0"][0] == clips[0]
     for t, turned in enumerate(trained["oracle-0"]):
         assert torch.equal(turned.first_mask(), clips[0].mask(t)) and torch.equal(turned.image(0), clips[0].image(t))
-    rows = study.read(tmp_path / "alone.csv")
+    rows = read(tmp_path / "alone.csv", study.Row)
     assert {(row.contestant, row.seed) for row in rows} == {(name, seed) for name in ("frame0", "oracle", "copy") for seed in range(2)}
 
 
@@ -299,9 +300,9 @@ def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written,
     arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
     monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
     earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
-    study.write(out, earlier)
+    write(out, earlier)
     search.main()
-    found = study.read(out, search.Found)
+    found = read(out, search.Found)
     assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
     gain = found[2].JF - found[3].JF
     assert capsys.readouterr().out.strip().endswith(f"| +10.0, {gain:+.1f} |")
@@ -313,24 +314,3 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
     (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
-
-
-@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_figures", study), ("vos_clip", study), ("vos_cost", cost)])
-def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    rows = module.read(examples / "results" / f"{name}.csv")
-    assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
-
-
-def test_the_table_of_what_was_tried_is_that_of_the_committed_rows():
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    tried = study.read(examples / "results" / "vos_tried.csv", search.Found)
-    assert tried and search.table(tried, "frame0") in (examples / "vos" / "README.md").read_text()
-
-
-def test_the_table_of_the_search_begins_with_the_comparison():
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    results = examples / "results"
-    nothing, found = search.unchanged(study.read(results / "vos_synthetic.csv")), study.read(results / "vos_search.csv", search.Found)
-    assert {one.setting for one in found} <= search.SETTINGS.keys()
-    assert search.table(nothing + found) in (examples / "vos" / "README.md").read_text()

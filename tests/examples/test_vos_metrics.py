@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vos import metrics
+
+from examples.vos import metrics
+
+pytestmark = pytest.mark.promise("examples")
 
 
 def square(top, left, side, size=40):

@@ -1,17 +1,23 @@
-"""The raw ops torch.ops.smattn_cpu.*: the C++ side checks what it is handed before a kernel reads it."""
+"""The raw ops torch.ops.smattn_cpu.* and torch.ops.smattn_cuda.*: the C++ side checks what it is handed before a kernel reads it."""
 
 import pytest
 import torch
 
 from smattn import cpu
+from tests.support import emulated_cuda
 
+pytestmark = pytest.mark.promise("refuses well")
 B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
+LIBRARIES = ("cpu", pytest.param("cuda", marks=pytest.mark.slow))  # CUDA's is built for a host: a minute of compiling comes first
 
 
-@pytest.fixture(scope="module", autouse=True)
-def extension():
+def raw_op(library, name):
+    """An op, and the arguments that only this library's takes."""
+    if library == "cuda":
+        return getattr(getattr(torch.ops, emulated_cuda.machine().ops), name), dict(allow_tf32=False, stream=0)
     if cpu.reasons():
         pytest.fail("\n".join(cpu.reasons()))
+    return getattr(torch.ops.smattn_cpu, name), {}
 
 
 def inputs():
@@ -76,10 +82,12 @@ REFUSED = [
     (EVERY[:2], dict(value=torch.zeros(B, HKV, NK, DV, dtype=torch.float16)), "value: expected query's dtype"),
     (EVERY[:2], dict(dropout_p=0.5), "seed: expected one with dropout_p = 0.5"),
     (EVERY[:2], dict(dropout_p=1.0, seed=torch.tensor([0])), "dropout_p: expected 0 <= p < 1, got 1"),
-    (EVERY[:2], dict(dropout_p=0.5, seed=torch.tensor([0.0])), "seed: expected one int64 element on the CPU"),
+    (EVERY[:2], dict(dropout_p=0.5, seed=torch.tensor([0.0])), "seed: expected one int64 element on query's device"),
     (EVERY[:2], dict(out=torch.zeros(B, H, NQ, DV + 1)), "out: expected size 6 on axis 3, got 7"),
     (EVERY[2:], dict(head_weights=torch.ones(H, dtype=torch.float64)), "head_weights: expected a contiguous tensor"),
     (("backward",), dict(dout=torch.zeros(B, H, NQ + 1, DV)), "dout: expected size 3 on axis 2, got 4"),
+    (("backward",), dict(dout=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "dout: expected query's dtype"),
+    (("backward",), dict(out=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "out: expected the accumulation dtype"),
     (("backward",), dict(mbar=None), "mbar: expected with dalpha"),
     (BACKWARDS, dict(mask=None, alpha=None), "dmask, dalpha: expected none without a mask"),
     (("attention_map_backward",), dict(dmap=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmap: expected the accumulation dtype"),
@@ -89,9 +97,21 @@ REFUSED = [
 CASES = [(op, changed, message) for ops, changed, message in REFUSED for op in ops]
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("op, changed, message", CASES, ids=[f"{op}: {message}" for op, _, message in CASES])
-def test_a_raw_op_refuses(op, changed, message):
-    call, arguments = getattr(torch.ops.smattn_cpu, op), OPS[op]()
-    assert call(**arguments) is None  # as it is, it runs
+def test_a_raw_op_refuses(library, op, changed, message):
+    call, where = raw_op(library, op)
+    arguments = OPS[op]() | where
+    assert call(**arguments) is None  # unchanged it runs
     with pytest.raises(RuntimeError, match=message):
         call(**arguments | changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_the_cuda_ops_refuse_a_call_without_scores(op):
+    """smattn/cuda.py answers such a call, because the kernels' grids would be empty."""
+    call, where = raw_op("cuda", op)
+    empty = {name: x[:0] if isinstance(x, torch.Tensor) and x.dim() > 1 else x for name, x in OPS[op]().items()}  # a batch of none
+    with pytest.raises(RuntimeError, match="query, key: expected a batch, queries and keys, got 0, 3 and 5"):
+        call(**empty | where)

@@ -1,0 +1,47 @@
+"""The named workloads that tests, benchmarks and tuning share, and the one place where a workload becomes a case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .cases import Case, make_case
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A named shape. Its mask is (B, Nq, Nk), Dv = D, and there are as many key heads as query heads."""
+
+    name: str
+    B: int
+    H: int
+    Nq: int
+    Nk: int
+    D: int
+    what: str
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("hodor_train", 2, 8, 13, 9504, 32, "descriptors attend to stride-8 pixels, 480p training clip"),
+        Workload("hodor_infer", 1, 8, 13, 7424, 32, "the same at inference"),
+        Workload("queries100", 4, 8, 100, 16384, 32, "Mask2Former-like decoder, 128x128 features"),
+        Workload("queries100_b1", 1, 8, 100, 16384, 32, "the same, one image"),
+        Workload("self1k", 1, 8, 1024, 1024, 64, "self-attention, small"),
+        Workload("video64k", 1, 8, 128, 65536, 64, "descriptors over a whole clip"),
+        Workload("self4k", 4, 8, 4096, 4096, 64, "self-attention among pixels under a full mask"),
+        Workload("self4k_d128", 4, 8, 4096, 4096, 128, "the same, wide heads"),
+        Workload("vit_cls", 4, 12, 1045, 1045, 64, "20 class tokens + 1024 patches + 1 register, 512 px / 16"),
+        Workload("vit_cls_d48", 4, 16, 1045, 1045, 48, "the head size of the token-masking paper's ViT"),
+    )
+}
+
+
+def workload_case(
+    workload: str | Workload, *, mask: str = "uniform", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Case:
+    """The seeded case of a workload, given by name or by itself; its mask has the workload's dtype."""
+    w = WORKLOADS[workload] if isinstance(workload, str) else workload
+    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
