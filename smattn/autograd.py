@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
 
 from . import ops
@@ -67,7 +67,8 @@ def apply(function: type[Function], op: Callable[..., Any], arguments: tuple[Any
             return op(*arguments)
         keep_dynamo_out()
     elif not torch._C._are_functorch_transforms_active():
-        arguments = unwrap_dead_wrappers(arguments)
+        # torch._functorch.utils.unwrap_dead_wrappers, by a list, which is twice as quick
+        arguments = tuple([unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments])
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             return function.forward(*arguments)  # nobody asks for a derivative
         # Function.apply binds the arguments to forward's signature first, which costs more than the rest of it.

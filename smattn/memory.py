@@ -19,13 +19,13 @@ import torch
 
 from .call import Call, Gradients, Needs, Problem
 
-MIB = 1 << 20
 PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients divided by this,
-PROMISED_BYTES = 16 * MIB  # and these bytes whatever the size of the call
+PROMISED_BYTES = 16 << 20  # and these bytes whatever the size of the call
 
-PARTIAL_OUTPUTS = 9 * MIB  # forward's outputs of splits of the keys, whatever the size of the call
-KEPT_BYTES = 4 * MIB  # what forward keeps: a promised share of the inputs, and these
-DQUERY_SHARE, DQUERY_BYTES = 5, 6 * MIB  # what backward's partial gradients of query take, together with what forward kept
+PARTIAL_OUTPUTS = 9 * PROMISED_BYTES // 16  # forward's outputs of splits of the keys, whatever the size of the call
+KEPT_BYTES = PROMISED_BYTES // 4  # what forward keeps: a promised share of the inputs, and these bytes
+DQUERY_BYTES = 3 * PROMISED_BYTES // 8  # backward's partial gradients of query, with what forward kept: these bytes
+DQUERY_SHARE = 5  # and inputs, outputs and gradients divided by this, which leaves some of the promise to the other buffers
 
 
 def bytes_of_inputs(problem: Problem) -> int:

@@ -197,12 +197,12 @@ def _fake_gradients(call: Call, needs: Needs) -> Gradients:
 
 
 def _of_attention(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
-    """What the op backward returns."""
+    """What the op `backward` returns."""
     return _without_none(query, grads.query, grads.key, grads.value, grads.mask, grads.alpha)
 
 
 def _of_map(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
-    """What the op attention_map_backward returns."""
+    """What the op `attention_map_backward` returns."""
     return _without_none(query, grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights)
 
 

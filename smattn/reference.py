@@ -158,7 +158,10 @@ def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs)
 
 
 def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """(8): dX of dM and X. 1 - M is the sigmoid of -X, as exact as M; keys that are padding wherever X is used are selected out of X."""
+    """Equation (8): dX from dM and X. 1 - M is computed as the sigmoid of -X, which is as exact as M.
+
+    Keys that are padding wherever X is used are selected out of X.
+    """
     x = logits.to(dmask.dtype)
     if key_padding_mask is not None:
         unseen = key_padding_mask if len(x) > 1 else key_padding_mask.all(0, keepdim=True)
