@@ -255,11 +255,10 @@ void backward(const BackwardParams& params, const Context& context) {
   const auto* mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr;
   RowsArgs r{.call = call, .lse = lse, .dlse = static_cast<const float*>(params.dlse), .mbar = mbar, .rows = rows};
   const QueriesArgs queries{.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows};
-  if (params.out.data != nullptr && scores.dtype == DType::kFloat32) {
+  if (params.out.data != nullptr) {
     r.dout = params.dout;
     r.out = params.out;
   } else if (wanted.dquery != nullptr || wanted.dkey != nullptr || wanted.dmask != nullptr || wanted.dalpha != nullptr) {
-    // O was not kept, or summed from a P rounded to 16 bits: a delta made of it would not cancel a dP that is the same for all keys
     auto* sums = allocate<float>(count, context);
     backward_rows({.call = call, .lse = lse, .rows = rows}, context);
     run_delta(queries, sums, passes, context);
