@@ -36,7 +36,7 @@ bench-full: bench-readme  ## those, every named workload, and the products tile 
 gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu/run.py lists its parts
 	$(PYTHON) -m bench.gpu.run $(PART) --minutes $(or $(MINUTES),8.5)
 
-tune:  ## search the tiles of kernels/configs.py by timing them, and rewrite the table; goes on where it stopped
+tune:  ## search the tiles of kernels/tiles.csv by timing them, and write the fastest there; goes on where it stopped
 	$(PYTHON) -m bench.gpu.run tune --minutes $(or $(MINUTES),60)
 
 lint: ruff mypy clang-format  ## the checks of a commit, which pre-commit runs as well

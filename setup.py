@@ -67,7 +67,7 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     packages=["smattn", "smattn.distributed", "smattn.integrations", "smattn.testing", "smattn.kernels"],
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
-    package_data={"smattn": ["py.typed"]},
+    package_data={"smattn": ["py.typed"], "smattn.kernels": ["tiles.csv"]},
     ext_modules=[Extension("smattn._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

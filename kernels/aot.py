@@ -29,8 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..problem import Problem
 from . import backend, launch
-from .configs import TileConfig, block_of
 from .machine_code import Reading, read
+from .tiles import Tile, block_of
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a program can have, per chip
 RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and that each program takes besides its own
@@ -39,7 +39,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 WIDEST = 256
 HEAD_SIZES = (32, 48, 64, 128, WIDEST)
-FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of configs.py, none a multiple of a block
+FEW, MANY = (13, 30, 60, 100), 1045  # numbers of queries: one in each tile size of tiles.py, none a multiple of a block
 # Bytes of a thread that spill at most where no tile was found that spills none: kernel, bytes of an element, head size, queries.
 SPILLS = {("few_queries", 2, 64, 100): 40, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
 SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}
@@ -111,7 +111,7 @@ class Row(NamedTuple):
 
     kernel: str
     job: Job
-    tile: TileConfig
+    tile: Tile
     reading: Reading | None = None  # None: it did not compile, see error
     shared: int = 0
     tensor_columns: int = 0  # of tensor memory, sm_100
@@ -138,7 +138,7 @@ class Row(NamedTuple):
 
     def per_multiprocessor(self) -> int:
         """How many programs run on one at a time."""
-        arch, threads = self.job.arch, 32 * self.tile.num_warps
+        arch, threads = self.job.arch, 32 * self.tile.warps
         registers = -(-(self.reading.registers if self.reading else 1) // 8) * 8
         most = [THREADS.get(arch, 2048) // threads, REGISTERS // (registers * threads)]
         most += [(SHARED_MEMORY[arch] + RESERVED) // (self.shared + RESERVED), TENSOR_COLUMNS // max(16, self.tensor_columns)]
@@ -146,7 +146,7 @@ class Row(NamedTuple):
 
     def text(self) -> str:
         j, t = self.job, self.tile
-        tile = f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages}"
+        tile = f"{t.block_m}x{t.block_n} w{t.warps} s{t.stages}"
         where = f"{self.kernel:14}sm_{j.arch:<4}{str(j.dtype)[6:]:9}D={j.D:<4}Nq={j.Nq:<5}{j.variant.name:35}{tile:17}"
         if self.reading is None:
             return where + self.error
@@ -192,7 +192,7 @@ def _sample(archs: list[int]) -> Iterator[Job]:
             yield Job(chip, torch.bfloat16, 32, Nq, variant)
 
 
-def record(job: Job) -> list[tuple[Any, dict[str, Any], TileConfig]]:
+def record(job: Job) -> list[tuple[Any, dict[str, Any], Tile]]:
     """The launches of one forward and backward, of attention or of its map."""
     v, B, H, Nk = job.variant, job.B, job.H, job.Nk
 
@@ -260,12 +260,12 @@ def _type_of(value: Any) -> str:
     return "fp32"
 
 
-def without_a_gpu(arch: int, kernel: Any, arguments: dict[str, Any], tile: TileConfig) -> Any:
+def without_a_gpu(arch: int, kernel: Any, arguments: dict[str, Any], tile: Tile) -> Any:
     """The compiled kernel. A launch finds it in Triton's cache only by chance: what its key is made of differs between versions."""
     return triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=tile.options())
 
 
-def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConfig], Any] = without_a_gpu) -> list[Row]:
+def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], Any] = without_a_gpu) -> list[Row]:
     rows = []
     for kernel, arguments, tile in record(job):
         name = kernel.__name__.strip("_").removesuffix("_kernel")
@@ -284,14 +284,14 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], TileConf
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
     """As comma-separated values, numbers of queries that differ in nothing else on one line; above it what was compiled by what."""
-    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))).hexdigest()
     lines: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:
         (arch, dtype, D, Nq, variant, *_), t, r = row.job, row.tile, row.reading
         figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
         loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
         line = (
-            row.kernel, arch, str(dtype)[6:], D, variant.name, t.block_m, t.block_n, t.num_warps, t.num_stages, t.registers,
+            row.kernel, arch, str(dtype)[6:], D, variant.name, t.block_m, t.block_n, t.warps, t.stages, t.maxnreg,
             *figures, loads, row.shared, row.per_multiprocessor(), row.failure(),
         )  # fmt: skip
         lines.setdefault(line, []).append(Nq)

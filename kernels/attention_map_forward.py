@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import cdiv
 from .launch import Inputs, launch
 from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile, unless_padding
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq"])

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, cdiv
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
 from .primitives import (
@@ -25,8 +24,9 @@ from .primitives import (
     query_program,
     store_rows,
 )
+from .tiles import Tile, cdiv
 
-FINISH = TileConfig(block_m=64, block_n=1, num_warps=2, num_stages=1)  # 64 rows a program
+FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
 
 
 @triton.jit(do_not_specialize=["Nq", "n_splits", "split_blocks"])

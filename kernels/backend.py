@@ -18,12 +18,13 @@ from . import (
     backward_dq,
     backward_few_queries,
     backward_passes,
-    configs,
     forward_split,
+    plan,
     soft_mask,
 )
 from . import forward as forward_full
 from .launch import Inputs, Rows
+from .tiles import FEW_QUERIES
 
 LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -71,7 +72,7 @@ def forward(
                 tensor.zero_()
         lse.fill_(float("-inf"))
     elif lse.numel() > 0:
-        splits, split_blocks = forward_split.splits_of(inputs) if t.Nq <= configs.FEW_QUERIES else (1, 0)
+        splits, split_blocks = forward_split.splits_of(inputs) if t.Nq <= FEW_QUERIES else (1, 0)
         if splits > 1:
             forward_split.run(inputs, splits, split_blocks, out, lse, out_acc, mbar)
         else:
@@ -108,7 +109,7 @@ def backward(
     dquery, dalpha, dalpha_rows = grads[0], grads[4], None
     reduced = few or backward_passes.dq_splits(problem, to_fill, dalpha is not None) > 0  # its last pass adds dL's term to dalpha
     if reduced and out is not None and (not few or backward_few_queries.folds_delta(inputs, dquery)):
-        held = few and configs.holds_dq(problem)
+        held = few and plan.holds_dq(problem)
         rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
         backward_passes.run(inputs, inputs, dout, rows, mbar, *grads)
         return grads

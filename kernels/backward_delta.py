@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, block_of, cdiv
 from .launch import launch, strides
 from .primitives import load_dlse, load_tile, rows_of, store_rows
+from .tiles import Tile, block_of, cdiv
 
-TILE = TileConfig(block_m=16, block_n=1, num_warps=4, num_stages=1)  # 16 rows a program
+TILE = Tile(block_m=16, block_n=1, warps=4, stages=1)  # 16 rows a program
 
 
 @triton.jit(do_not_specialize=["Nq"])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
-from .configs import cdiv
 from .launch import Inputs, launch, strides
 from .primitives import (
     LOG2E,
@@ -29,6 +28,7 @@ from .primitives import (
     score_gradient,
     store_rows,
 )
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])

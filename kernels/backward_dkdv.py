@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import descriptors
-from .configs import cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
@@ -26,6 +25,7 @@ from .primitives import (
     score_gradient,
     store_key_gradients,
 )
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import descriptors
-from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     head_of,
@@ -27,6 +26,7 @@ from .primitives import (
     store_mask_tile,
     unless_padding,
 )
+from .tiles import Tile, cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
@@ -104,7 +104,7 @@ def _dmask_kernel(
     store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
 
 
-def _tile(inputs: Inputs, dout: Tensor) -> TileConfig:
+def _tile(inputs: Inputs, dout: Tensor) -> Tile:
     return descriptors.tile(inputs, "dmask", inputs.query, dout, inputs.key, inputs.value, takes_padding=True)
 
 

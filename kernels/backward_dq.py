@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import descriptors
-from .configs import TileConfig, cdiv
 from .launch import Inputs, Rows, launch
 from .primitives import (
     dot,
@@ -31,6 +30,7 @@ from .primitives import (
     store_rows,
     store_tile,
 )
+from .tiles import Tile, cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -99,7 +99,7 @@ def _dq_kernel(
         tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
-def tile_of(inputs: Inputs, kernel: str = "dq") -> TileConfig:
+def tile_of(inputs: Inputs, kernel: str = "dq") -> Tile:
     return descriptors.tile(inputs, kernel, inputs.key, inputs.value, takes_padding=False)
 
 
@@ -125,7 +125,7 @@ def run_split(inputs: Inputs, dout: Tensor, rows: Rows, splits: int) -> Tensor:
 
 
 def _launch(
-    inputs: Inputs, tile: TileConfig, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
+    inputs: Inputs, tile: Tile, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
 ) -> None:
     t = inputs.problem
     arguments = inputs.gradient_arguments(tile, dout, rows)

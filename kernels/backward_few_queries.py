@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from . import backward_dq, configs
-from .configs import TileConfig, cdiv
+from . import backward_dq, plan
 from .launch import Inputs, Rows, launch, strides
 from .primitives import (
     SOFT,
@@ -39,8 +38,9 @@ from .primitives import (
     store_tile,
     unless_padding,
 )
+from .tiles import Tile, cdiv
 
-REDUCE = TileConfig(block_m=1, block_n=256, num_warps=4, num_stages=1)
+REDUCE = Tile(block_m=1, block_n=256, warps=4, stages=1)
 Needs = tuple[bool, bool, bool, bool]  # of the gradients of query, key, value and mask
 
 
@@ -56,7 +56,7 @@ def serves(t: Problem, needs: Needs) -> bool:
     queries that outweigh everything else leave no memory for dQ in float32.
     """
     need_dq, *_, need_dmask = needs
-    if not configs.one_tile(t) or (need_dq and _affordable(t, needs) == 0):
+    if not plan.one_tile(t) or (need_dq and _affordable(t, needs) == 0):
         return False
     return not (need_dmask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
 
@@ -270,7 +270,7 @@ def _reduce_dalpha(
 
 def folds_delta(inputs: Inputs, dquery: Tensor | None) -> bool:
     """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
-    return configs.holds_dq(inputs.problem) or dquery is not None
+    return plan.holds_dq(inputs.problem) or dquery is not None
 
 
 def run(
@@ -317,10 +317,10 @@ class _Cut(NamedTuple):
 
 
 @lru_cache
-def _cut(t: Problem, tile: TileConfig, needs: Needs, need_dalpha: bool) -> _Cut:
+def _cut(t: Problem, tile: Tile, needs: Needs, need_dalpha: bool) -> _Cut:
     need_dq, need_dk, need_dv, need_dmask = needs
     mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
-    owners, inside = t.B * t.Hkv, need_dq and configs.holds_dq(t)
+    owners, inside = t.B * t.Hkv, need_dq and plan.holds_dq(t)
     if need_dmask:
         owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
     blocks = cdiv(t.Nk, tile.block_n)
@@ -336,7 +336,7 @@ def _cut(t: Problem, tile: TileConfig, needs: Needs, need_dalpha: bool) -> _Cut:
 
 def splits(t: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(_affordable(t, needs), max(1, configs.SPLIT_PROGRAMS // owners))
+    return min(_affordable(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
 
 
 def reduce(

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..problem import Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
 from .backward_few_queries import Needs
-from .configs import FEW_QUERIES
 from .launch import Inputs, Rows
+from .tiles import FEW_QUERIES
 
 
 def run(

@@ -1,4 +1,4 @@
-"""TMA: what a pass with many queries goes over comes to shared memory by tensor descriptors, a block at a time; see configs.py for where.
+"""TMA: what a pass with many queries goes over comes to shared memory by tensor descriptors, a block at a time; tiles.csv says where.
 
 It saves the registers of as many pointers. Descriptors are made on the host, and Triton hands the 128 bytes of each to the kernel by value
 (a __grid_constant__ parameter): nothing is allocated on the device, and a CUDA graph replays the ones it captured.
@@ -9,15 +9,15 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import FEW_QUERIES, TileConfig, block_of
 from .launch import Inputs
+from .tiles import FEW_QUERIES, Tile, block_of
 
 ALIGNMENT = 16  # bytes, of the base and of every stride
 LARGEST_REACH = 2**31  # bytes: Triton's driver counts them in 32 bits
 OF_QUERIES = ("q_ptr", "do_ptr")  # arguments whose rows are queries; those of the others are keys
 
 
-def tile(inputs: Inputs, kernel: str, *operands: Tensor, takes_padding: bool) -> TileConfig:
+def tile(inputs: Inputs, kernel: str, *operands: Tensor, takes_padding: bool) -> Tile:
     """The tile of a pass over these operands, whose tma says for this call whether descriptors load them; else pointers do.
 
     Pointers serve few queries, which would wait for the host to make descriptors, and operands that are not all `readable`, a map's among
@@ -27,7 +27,7 @@ def tile(inputs: Inputs, kernel: str, *operands: Tensor, takes_padding: bool) ->
     own = inputs.tile(kernel)
     few = inputs.problem.Nq <= FEW_QUERIES
     if own.tma and (few or (inputs.key_padding_mask is not None and not takes_padding) or not all(map(readable, operands))):
-        return inputs.tile(f"{kernel}_pointers")
+        return inputs.tile(kernel, pointers=True)
     return own
 
 
@@ -41,7 +41,7 @@ def readable(tensor: Tensor) -> bool:
     return size * reach < LARGEST_REACH and all(stride >= columns and size * stride % ALIGNMENT == 0 for _, stride in axes)
 
 
-def blocks(tile: TileConfig, **operands: Tensor) -> dict[str, TensorDescriptor]:
+def blocks(tile: Tile, **operands: Tensor) -> dict[str, TensorDescriptor]:
     """Arguments in place of pointers to operands (B, H, N, D): blocks of the tile's rows of a (batch, head), 0 past the ends. Or none."""
     if not tile.tma:
         return {}

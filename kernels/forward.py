@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import descriptors
-from .configs import cdiv
 from .launch import Inputs, launch
 from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SPLIT_PROGRAMS, TileConfig, block_of, cdiv
 from .launch import Inputs, launch
+from .plan import SPLIT_PROGRAMS
 from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .tiles import Tile, block_of, cdiv
 
 PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
-MERGE = TileConfig(block_m=4, block_n=1, num_warps=4, num_stages=1)  # 4 rows a program
+MERGE = Tile(block_m=4, block_n=1, warps=4, stages=1)  # 4 rows a program
 
 
 def splits_of(inputs: Inputs) -> tuple[int, int]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from . import configs
-from .configs import TileConfig
+from . import chip, tiles
 from .primitives import LOGITS, ROUNDED_LOGITS, SOFT
+from .tiles import FEW_QUERIES, Tile, block_of
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 Layouts = tuple["Layout | None", ...]  # of query, key, mask, alpha, padding and, but for a map, value
@@ -23,7 +23,7 @@ class Recorder:
     """Collects launches instead of running them, for ahead-of-time compilation: (kernel, arguments, tile)."""
 
     arch: int
-    launches: list[tuple[Any, dict[str, Any], TileConfig]] = field(default_factory=list)
+    launches: list[tuple[Any, dict[str, Any], Tile]] = field(default_factory=list)
 
 
 _recorder: Recorder | None = None
@@ -35,7 +35,7 @@ def record(recorder: Recorder | None) -> None:
     _recorder = recorder
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: TileConfig) -> None:
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
     """Start `programs` programs of a kernel on the current stream."""
     if _recorder is not None:
         _recorder.launches.append((kernel, arguments, tile))
@@ -44,7 +44,7 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: TileConf
 
 
 def arch_of(device: torch.device) -> int:
-    return configs.arch_of(device) if _recorder is None else _recorder.arch
+    return chip.arch_of(device) if _recorder is None else _recorder.arch
 
 
 class Rows(NamedTuple):
@@ -80,19 +80,19 @@ class Inputs:
         """Whether there are no scores at all."""
         return 0 in (self.problem.B, self.problem.Nq, self.problem.Nk)
 
-    def tile(self, kernel: str) -> TileConfig:
-        return configs.tile(kernel, self.problem, arch_of(self.query.device))
+    def tile(self, kernel: str, pointers: bool = False) -> Tile:
+        return tiles.tile(kernel, self.problem, arch_of(self.query.device), pointers)
 
     def accumulator(self, *sizes: int) -> Tensor:
         """Uninitialised float32 buffer."""
         return torch.empty(sizes, dtype=torch.float32, device=self.query.device)
 
-    def score_arguments(self, tile: TileConfig) -> dict[str, Any]:
+    def score_arguments(self, tile: Tile) -> dict[str, Any]:
         """What every kernel takes: pointers, strides (0 along broadcast axes), sizes, scalars, flags and blocks of the scores."""
         pointers = self._pointers()
         return _numbers_of_scores(self.problem, tile, tuple(map(_layout, pointers.values()))) | pointers
 
-    def arguments(self, tile: TileConfig) -> dict[str, Any]:
+    def arguments(self, tile: Tile) -> dict[str, Any]:
         """Those, and value and dropout: what every attention kernel takes."""
         pointers = self._pointers() | dict(v_ptr=self.value)
         arguments = _numbers_of_attention(self.problem, tile, tuple(map(_layout, pointers.values()))) | pointers
@@ -103,7 +103,7 @@ class Inputs:
         pad = None if self.key_padding_mask is None else self.key_padding_mask.view(torch.uint8)
         return dict(q_ptr=self.query, k_ptr=self.key, mask_ptr=self.mask, alpha_ptr=self.alpha, pad_ptr=pad)
 
-    def gradient_arguments(self, tile: TileConfig, dout: Tensor, rows: Rows) -> dict[str, Any]:
+    def gradient_arguments(self, tile: Tile, dout: Tensor, rows: Rows) -> dict[str, Any]:
         """Those, and the gradient that comes in: what every pass of backward takes. dout: for an attention map (B, 1, Nq, Nk)."""
         arguments = self.arguments(tile)
         arguments |= strides("do", "bhmd", dout)
@@ -131,12 +131,12 @@ def mask_kind(t: Problem) -> int:
     """MASK_KIND of the kernels. Where queries are few each pass takes the sigmoid of logits; else see soft_mask.py."""
     if t.mask_shape is None:
         return 0
-    kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= configs.FEW_QUERIES else ROUNDED_LOGITS
+    kind = SOFT if not t.mask_is_logits else LOGITS if t.Nq <= FEW_QUERIES else ROUNDED_LOGITS
     return int(kind.value)
 
 
 @lru_cache
-def _numbers_of_scores(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[str, Any]:
+def _numbers_of_scores(t: Problem, tile: Tile, layouts: Layouts) -> dict[str, Any]:
     """All that is no pointer, worked out once for the calls that agree in it: as much Python as the rest of a call."""
     query, key, mask, alpha, pad, *_ = layouts
     return dict(
@@ -144,14 +144,14 @@ def _numbers_of_scores(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[s
         **_strides("m", "bhmn", mask), **_strides("a", "h", alpha), **_strides("p", "bn", pad),
         H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
         MASK_KIND=mask_kind(t), HAS_PADDING=t.has_padding, ALLOW_TF32=t.allow_tf32,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=configs.block_of(t.D),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_of(t.D),
     )  # fmt: skip
 
 
 @lru_cache
-def _numbers_of_attention(t: Problem, tile: TileConfig, layouts: Layouts) -> dict[str, Any]:
+def _numbers_of_attention(t: Problem, tile: Tile, layouts: Layouts) -> dict[str, Any]:
     threshold = int(t.dropout_p * 2**32)
     return _numbers_of_scores(t, tile, layouts) | _strides("v", "bhnd", layouts[-1]) | dict(
         HAS_DROPOUT=t.dropout_p > 0, drop_threshold=threshold - 2**32 if threshold >= 2**31 else threshold,  # a uint32's bits in an int32
-        keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=configs.block_of(t.Dv),
+        keep_scale=1.0 / (1.0 - t.dropout_p), DV=t.Dv, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What bounds each workload, before a GPU is seen: `python -m smattn.kernels.roofline`.
 
 For every pass that backend.py makes: the microseconds that its matrix products, exponentials, memory and L2 traffic would each take
-alone, at the chip's published rates and with the tiles of configs.py, in bfloat16 with a bfloat16 mask. The longest is the limiter. It is
+alone, at the chip's published rates and with the tiles of tiles.csv, in bfloat16 with a bfloat16 mask. The longest is the limiter. It is
 an estimate from below, of what is asked for: padding to whole tiles, launches, split buffers and what does not overlap come on top.
 """
 
@@ -14,7 +14,8 @@ import torch
 
 from ..problem import Problem, queries_kept_unrounded
 from ..testing import WORKLOADS, Workload
-from .configs import holds_dq, one_tile, tile
+from .plan import holds_dq, one_tile
+from .tiles import tile
 
 
 class Chip(NamedTuple):

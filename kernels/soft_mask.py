@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, cdiv
 from .launch import Inputs, launch, mask_kind, strides
 from .primitives import ROUNDED_LOGITS, sigmoid
+from .tiles import Tile, cdiv
 
-ROW = TileConfig(block_m=1, block_n=1024, num_warps=4, num_stages=1)
+ROW = Tile(block_m=1, block_n=1024, warps=4, stages=1)
 
 
 @triton.jit(do_not_specialize=["Nq"])

@@ -82,7 +82,7 @@ PARTS = {
     "racecheck": Part("and again: races in shared memory", TOGETHER, (*SANITIZED, "racecheck")),
     "peers": Part("what the benchmark compiles, for each of its shapes", TOGETHER, (*BENCH, "only"), modules=("tqdm",)),
     "bench": Part("every workload beside its peers", 3.1, (*BENCH, "not"), alone=True, modules=("tqdm", "matplotlib")),
-    "tune": Part("the tiles of kernels/configs.py, searched", 8.5, (PYTHON, "-m", "bench.gpu.tune", "--minutes", "{minutes}"), alone=True,
+    "tune": Part("the tiles of kernels/tiles.csv, searched", 8.5, (PYTHON, "-m", "bench.gpu.tune", "--minutes", "{minutes}"), alone=True,
                  modules=("tqdm",)),
 }  # fmt: skip
 

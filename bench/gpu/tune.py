@@ -1,11 +1,11 @@
-"""Search the tiles of kernels/configs.py by timing them on this GPU, and rewrite the table: `make tune`
+"""Search the tiles of kernels/tiles.csv by timing them on this GPU, and write the fastest there: `make tune`
 
-For each (kernel, chip, bytes of an element, head size): the tiles near the present one are compiled ahead of time, side by side, and
-those that spill, want more shared memory than the chip has or otherwise fail `make aot` are left out. The others are timed in turn within
-the pass that they serve, caches emptied before each call. The fastest that is right takes the place of the present one when it is faster
-by more than MARGIN. After each cell the file is rewritten and the outcome noted in build/tune.jsonl: the next search of this chip, these
-kernels and this Triton takes the noted tiles over and goes on behind them. `--anew` forgets them. Once `make gpu` has installed the tree
-into build/gpu, a part of the table:
+For each (kernel, bytes of an element, head size) that has a plain line, or one for pointers, the tiles near the present one are compiled
+ahead of time, side by side, and those that spill, want more shared memory than the chip has or otherwise fail `make aot` are left out. The
+others are timed in turn within the pass that they serve, with the caches emptied before each call. The fastest that is right takes the
+place of the present one when it is faster by more than MARGIN: it becomes this chip's line. The outcome of each cell is noted in
+build/tune.jsonl: the next search of this chip, these kernels and this Triton takes the noted tiles over and goes on behind them. `--anew`
+forgets them. Once `make gpu` has installed the tree into build/gpu, this searches a part of the table:
 
     PYTHONPATH=build/gpu python -m bench.gpu.tune --kernels forward dq --heads 64 128
 """
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -32,44 +32,56 @@ import torch
 import triton
 
 import smattn
-from bench.gpu.tile_table import Key, Tiles, rewritten
 from bench.measuring.harness import cache_flush, time_interleaved, timing, warm_up
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
-from smattn.kernels import aot, configs
-from smattn.kernels.configs import HEAD_SIZES, NONE, TileConfig
+from smattn.kernels import aot
+from smattn.kernels import tiles as table
+from smattn.kernels.chip import arch_of, generation
+from smattn.kernels.tiles import FEW_QUERIES, HEAD_SIZES, Key, Table, Tile
 from smattn.testing import Case, errors, make_case, run
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS, NOTES = ROOT / "kernels" / "configs.py", ROOT / "build" / "tune.jsonl"
+CSV, NOTES = ROOT / "kernels" / "tiles.csv", ROOT / "build" / "tune.jsonl"
 Call = Callable[..., Any]  # function and arguments -> its result, in whatever process
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 MARGIN = 1.03
 COMPILING = 60.0  # seconds for all tiles of a cell
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 FEWER = 4  # of the keys, for a check against float64
-# Queries -> B, H, Nk of the calls that tiles are timed in, many queries first.
+# Queries -> B, H, Nk of the calls that tiles are timed in.
 SHAPES = {4096: (2, 8, 4096), 100: (4, 8, 16384), 60: (4, 8, 16384), 30: (2, 8, 9504), 13: (2, 8, 9504)}
+# Kernel -> queries of the call that launches it.
+FORWARD = {"forward": 4096, "split_64": 60, "split_32": 30, "split_16": 13}
+BACKWARD = {"dq": 4096, "dkdv": 4096, "dmask": 4096, "split_dq": 100, "few_128": 100, "few_64": 60, "few_32": 30, "few_16": 13}
+# The calls whose lines are searched: "pointers" serve those that can have no descriptors.
+VARIANTS = {"plain": aot.PLAIN, "pointers": aot.MISALIGNED}
 
 
 class Cell(NamedTuple):
-    """One tile of the table, and the call that it is timed in."""
+    """One tile of the table, and with it the call that it is timed in."""
 
     kernel: str
     itemsize: int
-    head: int  # index into HEAD_SIZES
-    Nq: int = 0
-    forward: bool = False  # else backward
-    variant: aot.Variant = aot.PLAIN  # *_pointers serve calls that can have no descriptors
+    head: int
+    call: str = "plain"
+
+    @property
+    def forward(self) -> bool:
+        """Whether the tile is timed in forward, else in backward."""
+        return self.kernel in FORWARD
+
+    @property
+    def Nq(self) -> int:
+        return (FORWARD | BACKWARD)[self.kernel]
 
     def case(self, device: str, fewer: int = 1) -> Case:
         B, H, Nk = SHAPES[self.Nq]
-        Nq, dtype = self.Nq if self.Nq <= configs.FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
-        sizes, padded = (B, H, Nq, Nk // fewer, HEAD_SIZES[self.head]), 0.1 * self.variant.padding
-        return self.laid_out(make_case(*sizes, dtype=dtype, mask_dtype=dtype, padded=padded, device=device))
+        Nq, dtype = self.Nq if self.Nq <= FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
+        return self.laid_out(make_case(B, H, Nq, Nk // fewer, self.head, dtype=dtype, mask_dtype=dtype, device=device))
 
     def laid_out(self, case: Case) -> Case:
-        """As the variant has it, rows an odd number of elements apart."""
-        if not self.variant.misaligned:
+        """The case as the variant has it: its rows lie an odd number of elements apart where that is misaligned."""
+        if not VARIANTS[self.call].misaligned:
             return case
         operands = {name: getattr(case, name) for name in ("query", "key", "value", "dout")}
         return replace(case, **{name: torch.cat([x, x[..., :1]], -1)[..., :-1] for name, x in operands.items()})
@@ -77,56 +89,41 @@ class Cell(NamedTuple):
     def job(self, arch: int, training: bool = True) -> aot.Job:
         """What `case` launches: forward and backward, or forward alone, as it is timed."""
         known, dtype, (B, H, Nk) = max(chip for chip in aot.SHARED_MEMORY if chip <= arch), DTYPES[self.itemsize], SHAPES[self.Nq]
-        variant = self.variant._replace(training=training, mask_dtype=dtype)
-        return aot.Job(known, dtype, HEAD_SIZES[self.head], self.Nq, variant, B, H, Nk)
+        variant = VARIANTS[self.call]._replace(training=training, mask_dtype=dtype)
+        return aot.Job(known, dtype, self.head, self.Nq, variant, B, H, Nk)
+
+    def key(self, arch: int) -> Key:
+        """This chip's line, whether or not the table has it."""
+        return Key(self.kernel, self.call, generation(arch), self.itemsize, self.head)
 
     def text(self) -> str:
-        return f"{self.kernel} {str(DTYPES[self.itemsize])[6:]} D={HEAD_SIZES[self.head]}"
+        kind = "" if self.call == "plain" else f" {self.call}"
+        return f"{self.kernel}{kind} {str(DTYPES[self.itemsize])[6:]} D={self.head}"
 
 
 def cells(arch: int, kernels: Sequence[str] = (), heads: Sequence[int] = HEAD_SIZES) -> Iterator[Cell]:
-    """Those that have a tile and a call that launches it, 16-bit elements first."""
-    names = dict.fromkeys(kernel for kernel, _, _ in configs.TABLE)
-    for itemsize, (head, size), kernel in product(DTYPES, enumerate(HEAD_SIZES), names):
-        cell = Cell(kernel, itemsize, head)
-        wanted = (not kernels or kernel in kernels) and size in heads
-        if wanted and present(cell, arch)[1][head] != NONE and (found := placed(cell, arch)):
-            yield found
+    """A cell for each line that this chip reads or whose place it could take, 16-bit elements first."""
+    read = [key for key in table.TABLE if key.chip in table.CHIPS[generation(arch)] and key.call in VARIANTS]
+    found = dict.fromkeys(Cell(key.kernel, key.bytes, key.head, key.call) for key in read)
+    for cell in sorted(found, key=lambda cell: (cell.itemsize, cell.head)):
+        if (not kernels or cell.kernel in kernels) and cell.head in heads:
+            yield cell
 
 
-def placed(cell: Cell, arch: int) -> Cell | None:
-    """With the first of the calls whose launches have its tile; None when not one has."""
-    key, row = present(cell, arch)
-    own, marked = configs.TABLE.get(key), replace(row[cell.head], num_stages=100)
-    put(cell, arch, marked)
-    try:
-        for variant, Nq, training in product((aot.PLAIN, aot.PADDING, aot.MISALIGNED), SHAPES, (False, True)):
-            cell = cell._replace(Nq=Nq, variant=variant, forward=not training)
-            if marked in [tile for *_, tile in aot.record(cell.job(arch, training))]:
-                return cell
-    finally:
-        del configs.TABLE[key]
-        configs.TABLE |= {key: own} if own else {}
-        configs._tile.cache_clear()
-    return None
+def present(cell: Cell, arch: int) -> Tile:
+    """What serves there now: this chip's own tile, or the one that it falls back to."""
+    found = table.find(cell.kernel, "plain", arch, cell.itemsize, cell.head, pointers=cell.call == "pointers")
+    assert found is not None, cell
+    return found
 
 
-def present(cell: Cell, arch: int) -> tuple[Key, Tiles]:
-    """The key of this chip's row, and what serves there now: its own row, or the one it falls back to."""
-    key = (cell.kernel, configs.generation(arch), cell.itemsize)
-    return key, configs.row_of(cell.kernel, arch, cell.itemsize)
+def put(cell: Cell, arch: int, tile: Tile) -> None:
+    """From now on this process uses the tile there."""
+    table.TABLE[cell.key(arch)] = tile
+    table.find.cache_clear()
 
 
-def put(cell: Cell, arch: int, tile: TileConfig) -> Tiles:
-    """From now on this process uses the tile there; the row."""
-    key, row = present(cell, arch)
-    row = (*row[: cell.head], tile, *row[cell.head + 1 :])
-    configs.TABLE[key] = row  # type: ignore[assignment]
-    configs._tile.cache_clear()
-    return row
-
-
-def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
+def candidates(cell: Cell, now: Tile) -> list[Tile]:
     """The present tile first, then it without TMA, then its neighbours in every direction.
 
     A tile of few_* holds all queries: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
@@ -136,19 +133,19 @@ def candidates(cell: Cell, now: TileConfig) -> list[TileConfig]:
         return [n for n in SIZES if size / 2 <= n <= 2 * size]
 
     rows = [now.block_m] if cell.kernel.startswith("few") else near(now.block_m)
-    warps = sorted({*WARPS, now.num_warps})
+    warps = sorted({*WARPS, now.warps})
     shapes = product(rows, near(now.block_n), warps, STAGES)
     largest = now.block_m * now.block_n * (2 if cell.itemsize == 2 else 1)
-    others = [replace(now, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in shapes if 64 * w <= m * n <= largest]
-    return list(dict.fromkeys([now, replace(now, tma=False), *others]))
+    others = [now._replace(block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in shapes if 64 * w <= m * n <= largest]
+    return list(dict.fromkeys([now, now._replace(tma=False), *others]))
 
 
-def as_launched(arch: int, kernel: Any, arguments: dict[str, Any], tile: TileConfig) -> Any:
+def as_launched(arch: int, kernel: Any, arguments: dict[str, Any], tile: Tile) -> Any:
     """The compiled kernel, left where the launch will find it."""
     return kernel.warmup(**arguments, grid=(1,), **tile.options())
 
 
-def failure(cell: Cell, arch: int, tile: TileConfig) -> str:
+def failure(cell: Cell, arch: int, tile: Tile) -> str:
     """Why the compiler's figures rule this tile out; "" when they do not. Forward both as it is timed and as it is when training."""
     put(cell, arch, tile)
     try:
@@ -159,7 +156,7 @@ def failure(cell: Cell, arch: int, tile: TileConfig) -> str:
     return next(filter(None, found), "") if found else "no kernel was launched with it"
 
 
-def compiled(cell: Cell, arch: int, tiles: list[TileConfig], pool: ProcessPoolExecutor) -> dict[TileConfig, str]:
+def compiled(cell: Cell, arch: int, tiles: list[Tile], pool: ProcessPoolExecutor) -> dict[Tile, str]:
     """failure of each. One that the compiler does not come to an end with is left to it."""
     futures, ending = {tile: pool.submit(failure, cell, arch, tile) for tile in tiles}, time.monotonic() + COMPILING
 
@@ -187,11 +184,11 @@ def the_pass(cell: Cell, case: Case) -> Callable[[], object]:
     return lambda: torch.autograd.grad(out, leaves, case.dout, retain_graph=True)
 
 
-def timed(cell: Cell, arch: int, tiles: list[TileConfig], device: str, seconds: float) -> dict[TileConfig, float]:
+def timed(cell: Cell, arch: int, tiles: list[Tile], device: str, seconds: float) -> dict[Tile, float]:
     """Median milliseconds of the pass with each tile; those that do not run are left out."""
     call, calls = the_pass(cell, cell.case(device)), dict[str, Callable[[], object]]()
 
-    def with_tile(tile: TileConfig) -> object:
+    def with_tile(tile: Tile) -> object:
         put(cell, arch, tile)
         return call()
 
@@ -208,30 +205,30 @@ def timed(cell: Cell, arch: int, tiles: list[TileConfig], device: str, seconds: 
     return {named[name]: timing(taken).median_ms for name, taken in time_interleaved(calls, device, seconds, cache_flush(device)).items()}
 
 
-def chosen(times: Mapping[TileConfig, float], now: TileConfig, right: Callable[[TileConfig], bool]) -> TileConfig:
+def chosen(times: Mapping[Tile, float], now: Tile, right: Callable[[Tile], bool]) -> Tile:
     """The fastest that is right, if it is faster than the present one by more than MARGIN."""
     limit = times.get(now, math.inf) / MARGIN
     return next((tile for tile in sorted(times, key=times.__getitem__) if times[tile] < limit and right(tile)), now)
 
 
-def is_right(cell: Cell, arch: int, device: str, tile: TileConfig) -> bool:
+def is_right(cell: Cell, arch: int, device: str, tile: Tile) -> bool:
     put(cell, arch, tile)
     case = cell.case(device, FEWER)
     return all(row.within for row in errors(run(case, "triton"), case))
 
 
-def with_table(table: Mapping[Key, Tiles], function: Callable[..., Any], *args: Any) -> Any:
+def with_table(other: Table, function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) in a process that may have another table than the one that asks."""
-    configs.TABLE |= table  # type: ignore[arg-type]
-    configs._tile.cache_clear()
+    table.TABLE.update(other)
+    table.find.cache_clear()
     return function(*args)
 
 
-def survivors(cell: Cell, arch: int, tiles: list[TileConfig], device: str, seconds: float, call: Call) -> dict[TileConfig, float]:
+def survivors(cell: Cell, arch: int, tiles: list[Tile], device: str, seconds: float, call: Call) -> dict[Tile, float]:
     """timed, in a process that a tile may take down: then the others are timed in a new one."""
     while tiles:
         try:
-            times: dict[TileConfig, float] = call(with_table, dict(configs.TABLE), timed, cell, arch, tiles, device, seconds)
+            times: dict[Tile, float] = call(with_table, dict(table.TABLE), timed, cell, arch, tiles, device, seconds)
             return times
         except Lost as lost:
             print(f"    {lost.at}: took its process down: {lost}", flush=True)
@@ -240,17 +237,17 @@ def survivors(cell: Cell, arch: int, tiles: list[TileConfig], device: str, secon
     return {}
 
 
-def tune(cell: Cell, arch: int, device: str, pool: ProcessPoolExecutor, seconds: float, call: Call) -> TileConfig:
+def tune(cell: Cell, arch: int, device: str, pool: ProcessPoolExecutor, seconds: float, call: Call) -> Tile:
     """The tile that is to be there: this process has it from now on."""
 
-    def right(tile: TileConfig) -> bool:
+    def right(tile: Tile) -> bool:
         try:
-            return bool(call(with_table, dict(configs.TABLE), is_right, cell, arch, device, tile))
+            return bool(call(with_table, dict(table.TABLE), is_right, cell, arch, device, tile))
         except RuntimeError as error:
             print(f"    {tile}: {error}", flush=True)
             return False
 
-    now = present(cell, arch)[1][cell.head]
+    now = present(cell, arch)
     failures = compiled(cell, arch, candidates(cell, now), pool)
     times = survivors(cell, arch, [tile for tile, why in failures.items() if not why or tile == now], device, seconds, call)
     best = chosen(times, now, right)
@@ -267,29 +264,29 @@ class Notes:
     def __init__(self, path: Path, chip: str) -> None:
         self._path, self._key = path, f"{chip}, triton {triton.__version__}, kernels {of_the_kernels()}"
 
-    def found(self) -> dict[str, TileConfig]:
+    def found(self) -> dict[str, Tile]:
         """By Cell.text()."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         notes = [json.loads(line) for line in lines if line.endswith("}")]  # not one that was being written when the process ended
-        return {note["cell"]: TileConfig(**note["tile"]) for note in notes if note["of"] == self._key}
+        return {note["cell"]: Tile(**note["tile"]) for note in notes if note["of"] == self._key}
 
-    def add(self, cell: Cell, tile: TileConfig) -> None:
+    def add(self, cell: Cell, tile: Tile) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a") as file:
-            file.write("\n" * (file.tell() > 0) + json.dumps({"of": self._key, "cell": cell.text(), "tile": asdict(tile)}))
+            file.write("\n" * (file.tell() > 0) + json.dumps({"of": self._key, "cell": cell.text(), "tile": tile._asdict()}))
 
 
 def of_the_kernels() -> str:
-    """A name for their source, that of the table left out: it is what changes."""
-    files = sorted(path for path in CONFIGS.parent.glob("*.py") if path != CONFIGS)
+    """A name for their source. The table is not in it: it is what changes."""
+    files = sorted(CSV.parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
-def search(todo: Sequence[Cell], arch: int, notes: Notes, tuned: Callable[[Cell], TileConfig], until: float) -> int:
-    """Every cell, those noted first, the file rewritten after each; how many no time was left for."""
+def search(todo: Sequence[Cell], arch: int, notes: Notes, tuned: Callable[[Cell], Tile], until: float) -> int:
+    """Search every cell, those noted first, and write each tile that changes; returns how many no time was left for."""
     found, left = notes.found(), 0
     for cell in sorted(todo, key=lambda cell: cell.text() not in found):
-        key, row = present(cell, arch)
+        now = present(cell, arch)
         if cell.text() in found:
             best = found[cell.text()]
             print(f"{cell.text()}: {best}, found before", flush=True)
@@ -301,14 +298,14 @@ def search(todo: Sequence[Cell], arch: int, notes: Notes, tuned: Callable[[Cell]
         else:
             best = tuned(cell)
             notes.add(cell, best)
-        if best != row[cell.head]:
-            CONFIGS.write_text(rewritten(CONFIGS.read_text(), {key: configs.TABLE[key]}))
+        if best != now:
+            table.write(CSV, table.read(CSV) | {cell.key(arch): best})
     return left
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kernels", nargs="+", default=(), choices=sorted({kernel for kernel, _, _ in configs.TABLE}), help="only these")
+    parser.add_argument("--kernels", nargs="+", default=(), choices=sorted(FORWARD | BACKWARD), help="only these")
     parser.add_argument("--heads", nargs="+", type=int, default=HEAD_SIZES, choices=HEAD_SIZES, help="only these head sizes")
     parser.add_argument("--seconds", type=float, default=0.02, help="time budget of one tile (default 0.02)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
@@ -316,7 +313,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.anew:
         NOTES.unlink(missing_ok=True)
-    until, arch = time.monotonic() + 60 * args.minutes, configs.arch_of(torch.device("cuda"))
+    until, arch = time.monotonic() + 60 * args.minutes, arch_of(torch.device("cuda"))
     todo = list(cells(arch, args.kernels, args.heads))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool, Worker() as worker:
         notes = Notes(NOTES, torch.cuda.get_device_name())

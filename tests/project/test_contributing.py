@@ -19,13 +19,33 @@ def test_pre_commit_runs_what_make_lint_runs():
     assert re.findall(r"repo: (.*)", hooks) == ["local"] and hooks.count("language: system") == len(checks)  # works offline
 
 
-def test_files_that_contributing_names_are_there():
-    named = set(re.findall(r"`([\w./]+\.(?:py|cpp|h|cu|md|toml))`", (ROOT / "CONTRIBUTING.md").read_text()))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_THERE = {
+    "kernels/map_weights.py",  # the walk-through adds it
+    "bench/skipping.py",  # a study that only the history has
+    "bench/tile_skipping.py",
+}
+
+
+def test_files_that_the_pages_name_are_there():
+    named = {name for page in PAGES for name in re.findall(r"`([\w./]+\.(?:py|cpp|h|cu|md|toml|csv|so))`", page.read_text())}
     folders = ("bench", "csrc", "docs", "examples", "kernels", "smattn", "tests")
     there = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.*")]
     there += [f"/{path.name}" for path in ROOT.glob("*.*")]
-    missing = {name for name in named if not any(path.endswith(f"/{name}") for path in there)}
-    assert missing == {"kernels/map_weights.py"}  # which the walk-through adds
+    built = {"smattn/_cpu.so", "smattn/_cuda.so"}
+    missing = {name for name in named - built if not any(path.endswith(f"/{name}") for path in there)}
+    assert len(named) > 20 and missing == NOT_THERE
+
+
+def test_commands_that_the_pages_name_are_there():
+    text = "\n".join(page.read_text() for page in PAGES)
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    made = set(re.findall(r"(?:`|^)make ([a-z][\w-]*)", text, re.M))
+    assert "bench" in made and made <= set(targets)
+    modules = set(re.findall(r"python -m ((?:bench|smattn)[\w.]*)", text))
+    files = {module: ROOT / module.replace("smattn.kernels", "kernels").replace(".", "/") for module in modules}
+    assert "smattn" in files
+    assert {name for name, at in files.items() if not (at.with_suffix(".py").exists() or (at / "__main__.py").exists())} == set()
 
 
 def steps_of(workflow: str, job: str) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ if "triton" not in BACKENDS:
 
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from smattn.kernels import configs, descriptors  # noqa: E402
+from smattn.kernels import chip, descriptors, tiles  # noqa: E402
 
 ALL = {"k_ptr", "v_ptr", "q_ptr", "do_ptr"}
 MANY = {"forward": {"k_ptr", "v_ptr"}, "dq": {"k_ptr", "v_ptr"}, "dkdv": {"q_ptr", "do_ptr"}, "dmask": ALL}
@@ -99,8 +99,8 @@ NOT_READ = {
 @pytest.mark.parametrize("tensor", READ.values(), ids=READ)
 def test_what_tma_reads(tensor):
     assert descriptors.readable(tensor)
-    block = descriptors.blocks(configs.TileConfig(16, 32, 4, 1, tma=True), k_ptr=tensor)["k_ptr"]
-    assert block.block_shape == [1, 1, 32, configs.block_of(tensor.shape[-1])] and block.shape == list(tensor.shape)
+    block = descriptors.blocks(tiles.Tile(16, 32, 4, 1, tma=True), k_ptr=tensor)["k_ptr"]
+    assert block.block_shape == [1, 1, 32, tiles.block_of(tensor.shape[-1])] and block.shape == list(tensor.shape)
     assert all(stride % 8 == 0 and stride > 0 for stride in block.strides[:-1]) and block.strides[-1] == 1
 
 
@@ -115,8 +115,8 @@ def askew(tensor):
 
 
 def test_the_table_has_descriptors_for_16_bits_on_chips_that_have_tma():
-    marked = {(kernel, arch, size) for (kernel, arch, size), row in configs.TABLE.items() if any(tile.tma for tile in row)}
-    assert marked and {kernel for kernel, *_ in marked} == set(MANY) and {(arch, size) for _, arch, size in marked} == {(90, 2), (100, 2)}
+    marked = {key for key, tile in tiles.TABLE.items() if tile.tma}
+    assert {key.kernel for key in marked} == set(MANY) and {(key.chip, key.bytes) for key in marked} == {(90, 2), (100, 2)}
 
 
 CASES = {
@@ -138,7 +138,7 @@ def test_descriptors_give_the_bits_of_pointers(device, monkeypatch, sizes, dtype
     taken, make = [], descriptors.blocks
     monkeypatch.setattr(descriptors, "blocks", lambda *args, **more: taken.append(set(made := make(*args, **more))) or made)
     straight = run(case, "triton")
-    if configs.arch_of(case.query.device) == configs.INTERPRETER:
+    if chip.arch_of(case.query.device) == chip.INTERPRETER:
         padding = case.key_padding_mask is not None
         assert [operands for operands in taken if operands] == ([] if padding else [MANY["forward"]]) + [
             MANY[kernel] for kernel in ("dkdv", "dq", "dmask") if kernel != "dq" or not padding
