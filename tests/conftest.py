@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import hypothesis
 import numpy
 
+from tests.support import promises
 from tests.support.expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
 
 # the same examples in every run, their number given by the test; not shrunk, which takes minutes where kernels are interpreted
@@ -31,7 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", action="store_true", help="print which tests hold which promise of tests/README.md, and run none")
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure, and so is a run without a test that passed")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.getoption("--promises"):
+        return None
+    print(promises.table(), end="")
+    return 0
 
 
 ON_THE_DEVICE = {"device", "backend", "map_backend", "fused_backend"}

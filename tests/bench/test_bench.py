@@ -20,6 +20,7 @@ from bench.reporting import readme_figures, report, rows
 from bench.studies import brgemm, nk_sweep
 from smattn.testing import WORKLOADS, Workload, errors
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Workload("hodor_infer", 1, 2, 5, 40, 8, "tiny")  # under a known name, so that what looks it up finds it
 REFERENCE = peers.ours("reference")

@@ -21,6 +21,7 @@ from bench.measuring import job as bench_job
 from bench.reporting import readme_figures, report, rows
 from smattn.testing import WORKLOADS, Workload
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 class Clock:
     """A device of which each call takes the time it says, and on which nothing happens before it is asked for."""

@@ -15,6 +15,7 @@ from bench.reporting import rows
 from bench.studies import token_maps
 from smattn.testing import Workload
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # under a known name, so that what looks it up finds it
 STAGE = token_maps.Stage(TINY, rows.BOTH, "cpu", layers=2)

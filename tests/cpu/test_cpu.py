@@ -14,6 +14,7 @@ from smattn import soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 from tests.support.cpu_kernels import KERNELS, forced, threads
 
+pytestmark = pytest.mark.promise("CPU kernels")
 # They decide how a call is cut into items: few queries split the keys, many do not, Nq > Nk turns backward inside out.
 SHAPES = {
     "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),

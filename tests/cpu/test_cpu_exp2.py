@@ -8,6 +8,7 @@ import torch
 
 from tests.support.cpu_kernels import KERNELS, forced
 
+pytestmark = pytest.mark.promise("CPU kernels")
 # In units of the last place, at f = -1/2, where the result, 0.71, is smallest beside the unit: rounding the last step of Horner's
 # rule, 1 + f * q, 0.5; rounding q, 0.59, half a unit, halved by f: 0.25; the steps before 0.03; the polynomial itself 1e-8, 0.17.
 # Together 0.95.

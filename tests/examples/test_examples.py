@@ -14,6 +14,7 @@ from examples import learn_mask, quickstart, readme_figures
 from examples.shared.rows import RESULTS, read
 from examples.vos import search
 
+pytestmark = pytest.mark.promise("examples")
 ROOT = Path(__file__).resolve().parents[2]
 
 

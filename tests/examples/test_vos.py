@@ -18,6 +18,7 @@ from examples.vos.data import read_clips
 from examples.vos.model import VOS, grid_cells, mean_inside
 from tests.support import vos_clips
 
+pytestmark = pytest.mark.promise("examples")
 TINY, written = vos_clips.TINY, vos_clips.written
 
 

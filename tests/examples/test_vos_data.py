@@ -17,6 +17,7 @@ from examples.vos import figures, infer, study, synthetic, train
 from examples.vos.data import read_clip, read_clips
 from tests.support import vos_clips
 
+pytestmark = pytest.mark.promise("examples")
 TINY, written = vos_clips.TINY, vos_clips.written
 
 

@@ -20,6 +20,7 @@ from examples.wsss.pretrained import load_timm
 from examples.wsss.pseudo_masks import UNDECIDED, Thresholds, filled, pseudo_mask
 from tests.support import wsss_scenes
 
+pytestmark = pytest.mark.promise("examples")
 TINY, data, written = wsss_scenes.TINY, wsss_scenes.data, wsss_scenes.written
 
 

@@ -14,6 +14,7 @@ import smattn.distributed
 import smattn.integrations
 import smattn.testing
 
+pytestmark = pytest.mark.promise("documentation")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKDOWN = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()]

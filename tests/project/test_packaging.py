@@ -15,7 +15,7 @@ from setuptools import build_meta
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "smattn", "kernels"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.promise("installs"), pytest.mark.slow]
 
 
 @pytest.fixture

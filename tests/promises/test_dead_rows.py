@@ -9,6 +9,7 @@ import torch
 from smattn.testing import assert_dead_rows, assert_within_budget, dead_queries, make_case, run
 from tests.support.expected import BACKENDS
 
+pytestmark = pytest.mark.promise("defined")
 LEARNED = ("reference",)  # backends that hold this promise
 PAIRS = [(name, dtype) for name in LEARNED for dtype in BACKENDS[name].dtypes]
 on_every_backend = pytest.mark.parametrize("name", LEARNED)

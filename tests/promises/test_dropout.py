@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from smattn import reference, soft_masked_attention
-from smattn.attention import draw_seed
-from tests.cpu.test_native_abi import words  # Philox in numpy
+from smattn.canonical import draw_seed
 from tests.support.cpu_kernels import KERNELS, forced
+from tests.support.philox import words
 
+pytestmark = pytest.mark.promise("dropout")
 B, H, NQ, NK = 2, 3, 5, 40
 
 

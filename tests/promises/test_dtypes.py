@@ -9,6 +9,7 @@ import torch
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.promise("dtypes")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -28,6 +28,7 @@ def poisoned(case):
     return replace(case, mask_logits=logits)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("shape, Nq", LENGTHS, ids=str)
 def test_within_budget(backend, device, shape, Nq):
     case = a_case(shape, Nq, with_lse=True, device=device)
@@ -36,12 +37,14 @@ def test_within_budget(backend, device, shape, Nq):
     assert_within_budget(results, case)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("shape, Nq", LENGTHS, ids=str)
 def test_a_map_within_budget(map_backend, device, shape, Nq):
     case = poisoned(a_case(shape, Nq, as_map=True, padded=0.5, device=device))
     assert_within_budget(run(case, map_backend), case)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("Nq", [5, 131])
 @pytest.mark.parametrize("own", [True, False], ids=["logits of the dtype", "float32 logits"])
 def test_dtypes_with_padding_and_dropout(backend, dtype, device, own, Nq):
@@ -52,6 +55,7 @@ def test_dtypes_with_padding_and_dropout(backend, dtype, device, own, Nq):
     assert_within_budget(results, case)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("Nq", [5, 131])
 def test_logits_far_out_have_no_gradient_and_the_others_that_of_a_mask(backend, device, Nq):
     case = a_case((2, True), Nq, device=device)
@@ -62,6 +66,7 @@ def test_logits_far_out_have_no_gradient_and_the_others_that_of_a_mask(backend, 
     assert_within_budget(results, as_mask)
 
 
+@pytest.mark.promise("exact")
 def test_a_gradient_keeps_its_digits_where_m_is_near_1(backend, device):
     """1 - M of a logit of 12 has half of float32's digits left, exp(-|x|) / (1 + exp(-|x|))^2 all of them."""
     case = a_case((2, True), 5, device=device)
@@ -75,6 +80,7 @@ def doubled(case):
     return replace(case.with_inputs({name: t.double() for name, t in case.inputs().items()}), dout=case.dout.double())
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize("needs", [("query", "key"), ("mask_logits",), ("mask_logits", "alpha"), ("alpha",)], ids=str)
 @pytest.mark.parametrize("Nq", [5, 131])
 def test_only_what_is_asked_for(backend, device, needs, Nq):
@@ -84,6 +90,7 @@ def test_only_what_is_asked_for(backend, device, needs, Nq):
     assert_within_budget(results, case)
 
 
+@pytest.mark.promise("gradcheck")
 def test_gradcheck():
     case = a_case((2, True), 3, Nk=5, dtype=torch.float64, mask_dtype=torch.float64, padded=0.4)
     inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value, case.mask_logits, case.alpha / 8)]
@@ -100,6 +107,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(attend_map, [*inputs[:2], *inputs[3:]])
 
 
+@pytest.mark.promise("composes")
 def test_compiled_and_vmapped(backend, device):
     case = a_case((2, True), 5, device=device)
 

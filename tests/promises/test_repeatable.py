@@ -7,6 +7,7 @@ import torch
 
 from smattn.testing import make_case, run
 
+pytestmark = pytest.mark.promise("repeatable")
 OPTIONS = [
     {},
     {"dropout_p": 0.3, "padded": 0.3, "with_lse": True},

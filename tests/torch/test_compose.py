@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from smattn import attention_map, reference, soft_masked_attention
 from smattn.testing import make_case
 
+pytestmark = pytest.mark.promise("composes")
 NAMES = ("query", "key", "value", "mask", "alpha")
 MAP_NAMES = ("query", "key", "mask", "alpha", "head_weights")
 N = 3  # mapped calls

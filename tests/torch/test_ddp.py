@@ -11,7 +11,7 @@ from torch import nn
 from smattn import soft_masked_attention
 from tests.support.expected import DEVICE, names
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.promise("composes"), pytest.mark.slow]
 WORLD, B, NQ, NK, WIDTH, H = 2, 4, 3, 9, 8, 2
 
 

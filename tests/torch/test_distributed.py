@@ -12,6 +12,7 @@ from smattn.testing import assert_within_budget, make_case, run
 from tests.support.expected import DEVICE
 from tests.support.ranks import in_processes
 
+pytestmark = pytest.mark.promise("distributed")
 WORLDS = (2, 4)
 NAMES = ("query", "key", "value", "mask", "alpha")
 

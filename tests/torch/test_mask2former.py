@@ -10,7 +10,7 @@ import torch
 import smattn
 from smattn.integrations import soften_mask2former
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.promise("modules"), pytest.mark.slow]
 LAYERS = 4
 
 

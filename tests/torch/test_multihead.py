@@ -10,6 +10,7 @@ from torch import nn
 import smattn
 from smattn.integrations import SoftMaskedMultiheadAttention
 
+pytestmark = pytest.mark.promise("modules")
 B, NQ, NK, WIDTH, H = 2, 3, 7, 8, 4
 FORMS = [
     {},

@@ -14,6 +14,7 @@ import smattn
 from smattn.nn import HardMaskedAttention, SoftMaskedAttention, SoftMaskedTransformerLayer, parameter_groups
 from smattn.testing import Case, assert_within_budget
 
+pytestmark = pytest.mark.promise("modules")
 B, NQ, NK, WIDTH = 2, 5, 23, 32
 
 

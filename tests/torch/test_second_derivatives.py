@@ -14,6 +14,7 @@ from smattn import attention_map, soft_masked_attention
 from smattn.testing import make_case
 from tests.support.expected import names
 
+pytestmark = pytest.mark.promise("second derivatives", "refuses well")
 NOT_IMPLEMENTED = "second derivatives of soft-masked attention are not implemented"
 
 

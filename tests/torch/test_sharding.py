@@ -9,6 +9,7 @@ from smattn.distributed import sharded_attention
 from smattn.testing import assert_within_budget, make_case
 from tests.support.ranks import in_processes
 
+pytestmark = pytest.mark.promise("distributed")
 NAMES = ("query", "key", "value", "mask", "alpha")
 WORLDS = (2, 4)
 
