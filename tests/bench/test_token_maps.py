@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measuring import harness
 from bench.measuring import job as bench_job
+from bench.measuring import memory
 from bench.reporting import rows
 from bench.studies import token_maps
 from smattn.testing import Workload
@@ -46,7 +46,7 @@ def test_memory_of_stacked_matrices_is_seen():
     stage = token_maps.Stage(w, rows.FORWARD, "cpu", layers=8)
 
     def peak(contestant):
-        return harness.peak_beyond_results(partial(stage.call_and_warm_up, contestant), "cpu")
+        return memory.peak_beyond_results(partial(stage.call_and_warm_up, contestant), "cpu")
 
     assert peak(token_maps.stacked) > 8 * 4 * 2**20 > 4 * peak(token_maps.with_smattn)
 
