@@ -28,6 +28,9 @@ Scores scores_of(const Problem& p, const Inputs& in) {
   s.dtype = p.dtype;
   s.query = in.query.tensor(), s.key = in.key.tensor(), s.mask = in.mask.tensor();
   std::copy_n(p.mask_size, 3, s.mask_size);
+  s.mask_batch = p.mask_batch;
+  s.mask_batch.stride[0] = s.mask.stride[0] * s.mask_batch.size[1], s.mask_batch.stride[1] = s.mask.stride[0];
+  s.mask.stride[0] = 0;
   s.mask_is_logits = p.mask_is_logits;
   s.alpha = in.alpha.data();
   s.alpha_stride = in.alpha.stride(3);
