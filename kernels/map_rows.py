@@ -79,7 +79,7 @@ def _map_rows_kernel(
         mbar += tl.load(sums + 1, mask=row_ok, other=0.0)
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     if NEED_ROWS:
-        dead = (lse == float("-inf")) & (eta == 0.0)  # not a row whose live scores are all -inf: its eta is NaN
+        dead = lse == float("-inf")
         lse_log2, delta = finish_rows(lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead)
         store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
     if NEED_MBAR:

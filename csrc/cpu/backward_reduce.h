@@ -120,8 +120,10 @@ inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
     T sum = 0;
     for (int64_t b = 0; b < n.B; ++b) {
       for (int64_t split = 0; split < plan.splits; ++split) sum += parts.dalpha[split * parts.dalpha_size + b * n.H + h];
-      if (dlse == nullptr || !has_keys(t.scores, b)) continue;
-      for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) sum += t.mbar[row] * dlse[row];
+      if (dlse == nullptr) continue;
+      for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) {
+        if (t.lse[row] != -std::numeric_limits<T>::infinity()) sum += t.mbar[row] * dlse[row];
+      }
     }
     t.dalpha[h] = sum;
   }

@@ -40,9 +40,9 @@ def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
 
 
 @triton.jit
-def nan_if_infinite(lse_log2):
-    """The lse that P is rebuilt from, NaN in a row with a score of +inf: that row is NaN in plain torch, and exp(S - L) would be 0."""
-    return tl.where(lse_log2 == float("inf"), float("nan"), lse_log2)
+def lse_to_rebuild(lse_log2):
+    """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf."""
+    return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2))
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def probabilities(
     """P = exp(S - L) of a query and a key block, reference.py (2). It is exactly 0 where a key is not live, also in dead rows."""
     qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
     s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)
-    return tl.where(live[None, :], tl.exp2(s - nan_if_infinite(lse * LOG2E)[:, None]), 0.0)
+    return tl.where(live[None, :], tl.exp2(s - lse_to_rebuild(lse * LOG2E)[:, None]), 0.0)
 
 
 @triton.jit

@@ -227,7 +227,7 @@ def _summed_from(dead: Tensor, name: str, case: Case) -> Tensor:
 
 
 def _difference(actual: Tensor, exact: Tensor) -> Tensor:
-    """|actual - exact| in float64: 0 where both are the same infinity (exact's once rounded), inf where anything else is not finite."""
+    """|actual - exact| in float64: 0 where both are the same infinity (exact once rounded), inf where anything else is not finite."""
     difference = (actual.double() - exact).abs()
     overflow = actual.isinf() & (actual == exact.to(actual.dtype))
     return difference.masked_fill(overflow, 0).nan_to_num(float("inf"), float("inf"))
