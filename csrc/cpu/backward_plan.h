@@ -19,23 +19,23 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class T>
 struct BackwardTask {
   Scores scores;
-  Tensor4 value, dout;     // value.data null for the attention map
+  Tensor4 value, dout;  // value.data null for the attention map
   Dropout dropout;
-  Tensor4 dmap;            // [B, 1, Nq, Nk]
+  Tensor4 dmap;  // [B, 1, Nq, Nk]
   const T* head_weights;
-  const T* lse;            // [B, H, Nq]
-  const T* delta;          // [B, H, Nq], (5)
-  const T* mbar;           // [B, H, Nq]
+  const T* lse;  // [B, H, Nq]
+  const T* delta;  // [B, H, Nq], (5)
+  const T* mbar;  // [B, H, Nq]
   void *dquery, *dkey, *dvalue, *dmask;
-  T* dalpha;               // [H]
-  bool unrounded_out;      // held in memory beside the rounded one
+  T* dalpha;  // [H]
+  bool unrounded_out;  // held in memory beside the rounded one
 
   bool wants_ds() const { return dquery != nullptr || dkey != nullptr || dmask != nullptr || dalpha != nullptr; }
 };
 
 struct Pair {
   int64_t b, h;
-  int64_t kv;                  // which of the group's (batch, kv head) it belongs to
+  int64_t kv;  // which of the group's (batch, kv head) it belongs to
   bool first_of_kv, last_of_kv;
   bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
 };
@@ -71,16 +71,16 @@ struct BackwardPlan {
   Blocking<T> blocking;
   Sizes n;
   bool outer_keys;
-  bool wants_parts;            // the sums that items leave for each other
-  bool tile_dmask;             // dM has the queries' extent: summed over a group's pairs in a tile
-  int64_t sharers;             // of one M: how many batch elements read it
+  bool wants_parts;  // the sums that items leave for each other
+  bool tile_dmask;  // dM has the queries' extent: summed over a group's pairs in a tile
+  int64_t sharers;  // of one M: how many batch elements read it
   bool batch_inside;
-  int64_t batches, kv_heads;   // in a group
+  int64_t batches, kv_heads;  // in a group
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
-  bool pairs_innermost;        // else the inner blocks are
-  int64_t splits;              // of the outer blocks
-  int64_t dmask_rows;          // a group's rows of dM where M lacks the queries' extent
-  int64_t round;               // how many groups at a time
+  bool pairs_innermost;  // else the inner blocks are
+  int64_t splits;  // of the outer blocks
+  int64_t dmask_rows;  // a group's rows of dM where M lacks the queries' extent
+  int64_t round;  // how many groups at a time
 
   explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size) {
     const Scores& s = t.scores;

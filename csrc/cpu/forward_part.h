@@ -31,10 +31,11 @@ inline Vec<T> finite_maximum(Vec<T> m) {
   return m - m == T(0) ? m : Vec<T>{};
 }
 
-// Whether a row whose greatest score is this one, in base 2, has no key to attend to: a score below -2.3e38 counts as -inf, in every dtype.
+// Whether a row has no key to attend to, from its greatest score in base 2: one below -2.3e38 counts as -inf, in every dtype. A maximum does
+// not see NaN, but the sum does.
 template <class T>
-inline bool is_dead(T maximum) {
-  return static_cast<double>(maximum) < -2.3e38 * kLog2e;
+inline bool is_dead(T maximum, T sum) {
+  return static_cast<double>(maximum) < -2.3e38 * kLog2e && sum == sum;
 }
 
 template <class E>
@@ -104,7 +105,7 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
   const T *sums = part.row(kSum), *divisors = part.row(kStepsPerElement<E> > 1 ? kRounded : kSum);
   T inverse[kQueries];
   for (int64_t i = 0; i < q.count; ++i) {
-    const bool alive = !is_dead(part.row(kMaximum)[i]);
+    const bool alive = !is_dead(part.row(kMaximum)[i], sums[i]);
     const T mean = alive ? 1 / sums[i] : T(0);
     inverse[i] = alive ? kept / divisors[i] + (sums[i] - sums[i]) : T(0);  // NaN where the sum is infinite
     if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = alive ? part.row(kMbar)[i] * mean : T(0);

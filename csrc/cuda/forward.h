@@ -240,7 +240,8 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   }
   SMATTN_UNROLL
   for (int half = 0; half < 2; ++half)
-    if (softmax.m[half] < kLowestScore) softmax.m[half] = -infinity(), softmax.l[half] = 0.0f;
+    if (softmax.m[half] < kLowestScore && softmax.l[half] == softmax.l[half])  // a maximum does not see NaN, but the sum does
+      softmax.m[half] = -infinity(), softmax.l[half] = 0.0f;
   const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
   const int rest = static_cast<int>(size.Nq) - work.first_query - row;
   if (args.splits > 1) {

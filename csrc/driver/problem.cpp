@@ -141,8 +141,9 @@ std::string describe(const Problem& p) {
   text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq"
        << p.size.Nq << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;
   if (p.has_mask) {
-    text << (p.mask_is_logits ? " mask logits " : " mask ") << name_of(p.mask_dtype) << " (" << p.mask_batch.size[0] << ", " << p.mask_batch.size[1] << ", " << p.mask_size[1]
-         << ", " << p.mask_size[2] << ", " << p.size.Nk << ")" << kOddity[static_cast<int>(p.oddity)];
+    text << (p.mask_is_logits ? " mask logits " : " mask ") << name_of(p.mask_dtype) << " (" << p.mask_batch.size[0] << ", "
+         << p.mask_batch.size[1] << ", " << p.mask_size[1] << ", " << p.mask_size[2] << ", " << p.size.Nk << ")"
+         << kOddity[static_cast<int>(p.oddity)];
   }
   text << " padding " << kPadding[static_cast<int>(p.padding)] << " dropout " << p.dropout_p << (p.has_dlse ? " dL" : "") << " needs ";
   const auto need = [&](bool needed, const char* name) { text << (needed ? name : ""); };

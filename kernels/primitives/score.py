@@ -10,6 +10,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -31,11 +32,19 @@ def matmul(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, ALLOW_TF32: tl.constexp
 
 
 @triton.jit
+def alpha_in_base_2(alpha):
+    """alpha * log2(e). A finite alpha stays finite, so that it leaves a score where M is 0 as it is."""
+    scaled = alpha * LOG2E
+    too_large = (tl.abs(scaled) == float("inf")) & (tl.abs(alpha) != float("inf"))
+    return tl.where(too_large, tl.where(scaled < 0.0, -LARGEST, LARGEST), scaled)
+
+
+@triton.jit
 def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
     """Scores in base 2, reference.py (1), and -inf where the key is not live. m: the tile of M, unused without a mask."""
     s = qk * (scale * LOG2E)
     if MASK_KIND:
-        s += (alpha * LOG2E) * m
+        s += alpha_in_base_2(alpha) * m
     return tl.where(live, s, float("-inf"))
 
 

@@ -88,5 +88,5 @@ def attend(
             acc = dot(p_rounded, v, acc, ALLOW_TF32)
             if SAVE_OUT:
                 lost = dot(p_lost, v, lost, ALLOW_TF32)
-    dead = m_i < LOWEST_LOG2
+    dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.
     return acc, lost, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i)

@@ -3,6 +3,8 @@
 // Lanes beyond the last query hold zeros (or what makes their probabilities 0) and are never stored.
 #pragma once
 
+#include <limits>
+
 #include "cpu/simd/logarithms.h"
 #include "cpu/tiles/blocking.h"
 #include "cpu/tiles/operands.h"
@@ -12,6 +14,14 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class T>
 inline T alpha_of(const Scores& s, int64_t h) {
   return s.alpha == nullptr ? T(0) : static_cast<const T*>(s.alpha)[h * s.alpha_stride];
+}
+
+// alpha in base 2. A finite alpha stays finite, so that it leaves a score where M is 0 as it is.
+template <class T>
+inline T alpha_log2_of(const Scores& s, int64_t h) {
+  constexpr T kMost = std::numeric_limits<T>::max();
+  const T alpha = alpha_of<T>(s, h), scaled = alpha * static_cast<T>(kLog2e);
+  return scaled - scaled == T(0) || alpha - alpha != T(0) ? scaled : scaled < T(0) ? -kMost : kMost;
 }
 
 // A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows, pairs as they lie where that
@@ -123,7 +133,7 @@ struct Exponents {
   const T* mask;  // a tile, null where there is none
 
   Exponents(const Scores& s, int64_t h, const T* mask_tile)
-      : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_of<T>(s, h) * static_cast<T>(kLog2e)), mask(mask_tile) {}
+      : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_log2_of<T>(s, h)), mask(mask_tile) {}
 
   Vec<T> operator()(Vec<T> product, int64_t at) const {
     const Vec<T> x = kStepsPerElement<E> > 1 ? product * factor : product;
