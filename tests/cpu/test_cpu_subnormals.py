@@ -1,4 +1,4 @@
-"""No vector of the CPU kernels makes or takes a subnormal number that no result needs: on an Intel processor each is hundreds of cycles."""
+"""The CPU kernels make and take no subnormal number that no result needs: on an Intel processor each costs hundreds of cycles."""
 
 import ctypes
 import platform

@@ -1,4 +1,4 @@
-"""backend="cuda" seen from Python, with nothing compiled: when it is taken, and why not."""
+"""backend="cuda" from Python, with nothing compiled: when it is taken, and the reasons why not."""
 
 import importlib
 import sys

@@ -39,8 +39,8 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(trainer, tmp_path):
     weights, log = run_to_the_end(trainer(), tmp_path / "whole")
     train(trainer(), tmp_path / "parts", save_every=2, stop=4)
     with open(tmp_path / "parts" / "log.csv", "a") as file:
-        file.write("5,1,1,1,1,1\n")  # as if killed after the checkpoint
-    torch.rand(7)  # whatever else the process draws
+        file.write("5,1,1,1,1,1\n")  # as if the run was killed after the checkpoint
+    torch.rand(7)  # the process draws something else
     again, log_again = run_to_the_end(trainer(), tmp_path / "parts", resume=True)
     assert log_again == log and len(list(csv.reader(log.decode().splitlines()))) == 1 + trainer().run.config.steps
     assert all(torch.equal(weights[name], again[name]) for name in weights)

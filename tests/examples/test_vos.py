@@ -69,12 +69,12 @@ def batch(written):
 def test_the_other_view_shows_the_same_pixels_under_the_same_mask(written):
     clip = read_clips(written, "train")[0]
     mask = clip.first_mask()
-    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # a picture that is its own mask
+    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # the picture is its own mask
     views = [_other_view(flat, mask, torch.Generator().manual_seed(seed)) for seed in range(5)]
     for view, seen in views:
         assert seen.shape == mask.shape and set(seen.unique().tolist()) == {0, 1} and seen.sum(0).max() == 1
         agree = (view[0] - seen.argmax(0) / 4).abs() < 1e-3
-        assert agree.float().mean() > 0.85  # all but the interpolated borders
+        assert agree.float().mean() > 0.85  # the interpolated borders differ
     assert len({seen.sum().item() for _, seen in views}) == 5
 
 
@@ -105,7 +105,7 @@ def test_the_labels_of_a_pasted_picture_are_known_on_what_was_pasted_and_away_fr
 
 
 def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
-    """Whether the loss at the end of a path reaches the masks predicted in between."""
+    """True where the loss at the end of a path reaches the masks predicted on the way."""
     torch.manual_seed(0)
     model = VOS(dataclasses.replace(TINY, dropout=0.0), masking)
     between = []
@@ -154,7 +154,7 @@ def test_every_parameter_learns(batch):
 
 
 class FakeTimm(torch.nn.Module):
-    """As timm's features_only models are: chosen ones of the maps at strides 2 to 32, or at 16 alone, channels last, and what they are."""
+    """A stand-in for timm's features_only models: chosen maps at strides 2 to 32, or only at 16, channels last, and their description."""
 
     output_fmt = "NHWC"
 
@@ -227,7 +227,7 @@ def test_frames_are_resized_for_the_network_and_labels_are_as_large_as_the_clip(
 
 
 def test_the_papers_sizes_are_a_configuration():
-    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not a need
+    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not required
     model = VOS(paper)
     assert len(model.encoder) == len(model.decoder) == 5
     assert model.encoder[0].cross_attention.scaling_factors.tolist() == [32, 32, 16, 16, 8, 8, 4, 4]

@@ -23,7 +23,7 @@ TINY, written = vos_clips.TINY, vos_clips.written
 
 @pytest.fixture
 def data(written, tmp_path):
-    """A copy to break."""
+    """A copy that a test may break."""
     return Path(shutil.copytree(written, tmp_path / "data"))
 
 

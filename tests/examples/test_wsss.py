@@ -1,4 +1,4 @@
-"""examples/wsss: masking and gates as they are meant, maps from smattn, resuming bit for bit."""
+"""examples/wsss: masking and gates do what the paper says, maps come from smattn, and a run resumes bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backends that this machine must have are there, and say what they are."""
+"""The backends that this machine must have are there, and they do what the table says."""
 
 import warnings
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.promise("backends")
 
 
 def test_the_expected_backends_run_and_no_other():
-    problem = make_case(1, 1, 1, 1, 32, device=DEVICE).problem()  # beside a GPU, "cpu" runs as well, on another device
+    problem = make_case(1, 1, 1, 1, 32, device=DEVICE).problem()  # on a machine with a GPU "cpu" runs as well, but on another device
     assert {row.name for row in TABLE if not row.unsupported_reasons(problem, "forward")} == set(BACKENDS)
     assert set(BACKENDS) <= {name for name, status in smattn.backends().items() if status.available}
 

@@ -1,4 +1,4 @@
-"""gradcheck: float64 gradients against finite differences, and the explicit backward against autograd through the formulas."""
+"""gradcheck: gradients in float64 agree with finite differences, and the explicit backward with autograd through the formulas."""
 
 from dataclasses import replace
 

@@ -9,7 +9,7 @@ from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 from tests.support.expected import BACKENDS
 
-# M's batch axis, heads where it has that axis, and whether it has the queries'
+# M's batch size, its heads (None: no such axis) and whether it has a row for each query
 SHAPES = [(2, True), (1, True), (2, False), (1, False), (2, 2, True), (1, 2, True), (2, 2, False)]
 LENGTHS = [*((shape, 5) for shape in SHAPES), *((shape, 131) for shape in SHAPES if shape in [(2, True), (1, False), (1, 2, True)])]
 
@@ -20,7 +20,7 @@ def a_case(shape, Nq, Nk=35, **kw):
 
 
 def poisoned(case):
-    """NaN in the logits of every key that is padding wherever it is used."""
+    """A case with NaN in the logits of every key that is padding for all who use it."""
     logits, padding = case.mask_logits.clone(), case.key_padding_mask
     unseen = padding if logits.shape[0] > 1 else padding.all(0, keepdim=True)
     logits.masked_fill_(unseen.view(len(unseen), *[1] * (logits.dim() - 2), -1), float("nan"))
@@ -68,7 +68,7 @@ def test_logits_far_out_have_no_gradient_and_the_others_that_of_a_mask(backend, 
 
 @pytest.mark.promise("exact")
 def test_a_gradient_keeps_its_digits_where_m_is_near_1(backend, device):
-    """1 - M of a logit of 12 has half of float32's digits left, exp(-|x|) / (1 + exp(-|x|))^2 all of them."""
+    """At a logit of 12, 1 - M keeps half of float32's digits and exp(-|x|) / (1 + exp(-|x|))^2 keeps all."""
     case = a_case((2, True), 5, device=device)
     case = replace(case, mask_logits=torch.full_like(case.mask_logits, 12.0))
     single, double = (run(c, name)["dmask_logits"] for c, name in ((case, backend), (doubled(case), "reference")))

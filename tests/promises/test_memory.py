@@ -1,4 +1,4 @@
-"""Small: extra memory <= 0.25 * (inputs + outputs + gradients) + 16 MiB on the fused backends; a mask is never copied."""
+"""Small: on the fused backends extra memory <= 0.25 * (inputs + outputs + gradients) + 16 MiB, and no mask is copied."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from tests.support.zero_calls import CALLS, LAYOUTS, MANY_THREADS, WITH_LOGITS, 
 pytestmark = pytest.mark.promise("small")
 SCORES = 8 * 1024 * 16384 * 4  # bytes of one score tensor of the first call
 SLOW = [name for name in CALLS if name != "hodor_infer"]
-ON_A_GPU = (pytest.mark.slow, pytest.mark.gpu)  # where they take no time
+ON_A_GPU = (pytest.mark.slow, pytest.mark.gpu)  # where they take next to no time
 ARCHS = (80, 90)
 
 
 def extras(backend, call):
-    """[(extra, ceiling)] by the meter that fits the backend and device."""
+    """[(extra, ceiling)], read by the meter that fits the backend and the device."""
     if DEVICE == "cuda":
         return [extra_on_cuda(call, backend)]
     if backend == "triton":

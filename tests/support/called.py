@@ -1,4 +1,4 @@
-"""Which operations of smattn run."""
+"""A record of the operations of smattn that run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Called(TorchDispatchMode):
-    """The names of the operations of smattn that run inside."""
+    """Collects the names of the operations of smattn that run inside the block."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Peak memory of a call, beyond what was there before it: three meters, one for each way a backend can be watched."""
+"""The peak of memory during a call, beyond what was there before: three meters, one for each way to watch a backend."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def extra_on_cuda(call: ZeroCall, backend: str) -> tuple[float, float]:
 
 
 def peak_allocated(function: Callable[[], Any]) -> tuple[int, Any]:
-    """The most bytes that torch's CPU allocator had handed out at once inside function, and what function returned."""
+    """The most bytes that torch's CPU allocator had handed out at once while `function` ran, and what it returned."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -46,9 +46,9 @@ def peak_allocated(function: Callable[[], Any]) -> tuple[int, Any]:
 
 @contextmanager
 def launches_recorded(arch: int):
-    """Triton kernels of this chip's tiles are recorded and not run: what remains is what the launchers allocate, at any size.
+    """Inside the block Triton's launches, with this chip's tiles, are recorded and not run. What remains is what the launchers allocate.
 
-    No arguments are kept: the buffers among them are freed where the launchers free them. Registers and shared memory are not in it.
+    The record keeps no arguments, so that buffers are freed where the launchers free them. It knows nothing of registers and shared memory.
     """
     from smattn.kernels import launch
 
@@ -65,7 +65,7 @@ def launches_recorded(arch: int):
 
 
 def extra_of_launchers(call: ZeroCall, arch: int) -> tuple[float, float]:
-    """(peak - results, ceiling) of the buffers that the triton launchers allocate."""
+    """(peak - results, ceiling) of the buffers that Triton's launchers allocate."""
     case = call.case()
     with launches_recorded(arch) as recorder:
         peak, results = peak_allocated(lambda: run(case, "triton", call.needs))
@@ -74,7 +74,7 @@ def extra_of_launchers(call: ZeroCall, arch: int) -> tuple[float, float]:
 
 
 def run_plainly(case: Case, needs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """plain() and its gradients: what the meters must find too large."""
+    """plain() and its gradients, which the meters must find too large."""
     leaves = {name: t.detach().requires_grad_(name in needs) for name, t in case.inputs().items()}
     out = plain(leaves["query"], leaves["key"], leaves["value"], leaves["mask"][:, None], leaves["alpha"])[0]
     grads = torch.autograd.grad(out, [leaves[name] for name in needs], case.dout)
@@ -82,7 +82,7 @@ def run_plainly(case: Case, needs: tuple[str, ...]) -> dict[str, torch.Tensor]:
 
 
 def run_sigmoid_first(case: Case, needs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """A case of logits on the CPU's kernels as one would without mask_logits: M and its gradient are held."""
+    """A case of logits on the CPU kernels without mask_logits, which holds M and its gradient."""
     leaves = {name: t.detach().requires_grad_(name in needs) for name, t in case.inputs().items()}
     mask = torch.sigmoid(leaves["mask_logits"])
     out = soft_masked_attention(leaves["query"], leaves["key"], leaves["value"], mask, leaves["alpha"], backend="cpu")

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in numpy, which the dropout bits of every backend are compared with."""
+"""Philox4x32-10 in numpy. The dropout bits of every backend are compared with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def philox(counter: tuple, key: tuple[int, int]) -> list[np.ndarray]:
-    """Philox4x32-10 of four broadcastable uint64 arrays holding 32-bit words."""
+    """The four words of Philox4x32-10. The counter is four arrays of 32-bit words, broadcast against one another."""
     low = np.uint64(0xFFFFFFFF)
     x = [np.asarray(word, dtype=np.uint64) for word in counter]
     k0, k1 = key

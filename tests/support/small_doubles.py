@@ -18,5 +18,5 @@ def a_case(shape, **kw):
 
 def leaves(case):
     tensors = [case.query, case.key] + ([] if case.is_map else [case.value])
-    tensors += [] if case.mask is None else [case.mask, case.alpha / 8]  # finite differences want a softmax that is not saturated
+    tensors += [] if case.mask is None else [case.mask, case.alpha / 8]  # finite differences need a softmax that is not saturated
     return [t.clone().requires_grad_() for t in tensors]

@@ -1,4 +1,4 @@
-"""The calls whose memory is watched: a table of them, and any of 32 to 512 MB."""
+"""The calls whose memory is watched: a table of them, and random ones of 32 to 512 MB."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from smattn.testing import Case
 
 @dataclass(frozen=True)
 class ZeroCall:
-    """A forward and backward, of soft_masked_attention or of its map: sizes, dtype name, the gradients wanted, how the mask lies in memory.
+    """The sizes and options of a forward and backward of soft_masked_attention, or of its map, over tensors of zeros.
 
-    Hkv: H unless given. mask: which of M's axes (batch, head, query) it has, the others being of size 1; None: no mask.
-    threads: of the CPU, None: torch's choice.
+    mask says for each of the axes batch, head and query whether M has it or is of size 1 there; None means no mask. layout says how M
+    lies in memory. Hkv is H unless given. threads is the number of CPU threads; None leaves it to torch.
     """
 
     B: int
@@ -34,10 +34,10 @@ class ZeroCall:
     mask: tuple[bool, bool, bool] | None = (True, False, True)
     threads: int | None = None
     as_map: bool = False
-    logits: bool = False  # in place of the mask
+    logits: bool = False  # mask_logits in place of the mask
 
     def case(self, device: str = "cpu") -> Case:
-        """Zeros, never written where the system commits memory lazily."""
+        """The call's tensors. They are never written, so that a system that commits memory lazily commits none for them."""
         dtype, Hkv = getattr(torch, self.dtype), self.Hkv or self.H
 
         def zeros(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -138,7 +138,7 @@ MANY_THREADS = {
 
 @st.composite
 def calls(draw: st.DrawFn) -> ZeroCall:
-    """Of 32 to 512 MB, with what all shapes have in common but little: sizes by their order of magnitude, heads of 16 and more."""
+    """A call of 32 to 512 MB. The sizes are drawn by their order of magnitude, and heads have 16 elements or more."""
     size = st.floats(0, 18).map(lambda exponent: round(2**exponent))
     Hkv, group, dtype = draw(st.integers(1, 16)), draw(st.sampled_from([1, 1, 2, 8, 32])), draw(st.sampled_from(["float16", "float32"]))
     mask = draw(st.sampled_from([None, *product((False, True), repeat=3)]))

@@ -40,7 +40,7 @@ def worker(rank, folder, backend):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
     module = nn.parallel.DistributedDataParallel(Tiny(backend).to(DEVICE))
-    for _ in range(2):  # the second iteration uses rebuilt buckets
+    for _ in range(2):  # DDP has rebuilt its buckets for the second iteration
         module.zero_grad()
         module(*(t.chunk(WORLD)[rank] for t in batch())).backward()
     torch.save({name: p.grad for name, p in module.module.named_parameters()}, os.path.join(folder, f"{rank}.pt"))

@@ -1,4 +1,4 @@
-"""The registered ops: schema, fake and implementation agree (torch.library.opcheck), and only what is asked for is computed."""
+"""The registered ops: schema, fake and implementation agree by torch.library.opcheck, and only what is asked for is computed."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_opcheck_maps(map_backend, device, options):
 
 
 class Calls(TorchDispatchMode):
-    """Every call of an op of smattn: its name, arguments and results."""
+    """Collects every call of an op of smattn: its name, arguments and results."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Composes with what people put around a model: FLOP counters, selective checkpointing, the profiler, export, per-sample gradients."""
+"""Composes with the tools around a model: FLOP counters, selective checkpointing, the profiler, export, per-sample gradients."""
 
 import functools
 
@@ -47,7 +47,7 @@ def test_flops_of_a_map_are_those_of_its_products(device):
     case = make_case(2, 3, 5, 11, 4, as_map=True, device=device)
     q, k, mask, alpha, weights = inputs = leaves(case, ("query", "key", "mask", "alpha", "head_weights"), ("query", "mask"))
     fused = flops(lambda: attention_map(*inputs[:4], head_weights=weights).sum().backward())
-    assert fused == 3 * flops(lambda: q.detach() @ k.detach().mT)  # the scores, the scores again, dQ
+    assert fused == 3 * flops(lambda: q.detach() @ k.detach().mT)  # the scores, the scores again in backward, and dQ
 
 
 def test_selective_checkpointing_keeps_what_the_operation_returned(device):

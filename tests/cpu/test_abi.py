@@ -1,4 +1,4 @@
-"""The compiled extension: which symbols it takes from torch, and the dropout bits, checked against Philox in numpy."""
+"""The compiled extension: the symbols that it takes from torch, and the dropout bits, compared with Philox in numpy."""
 
 import re
 import subprocess
@@ -93,7 +93,7 @@ def test_only_the_stable_abi_of_torch_is_imported():
     names = [line.split(maxsplit=1)[1] for line in imported.splitlines()]
     assert [name for name in names if re.search(r"\b(at|c10|torch|caffe2)::", name)] == []
     assert [name for name in names if "torch" in name and not re.fullmatch(r"(aoti_)?torch_\w+", name)] == []
-    assert "torch_parallel_for" in names and "aoti_torch_library_def" in names  # nm did read the table
+    assert "torch_parallel_for" in names and "aoti_torch_library_def" in names  # nm has read the table indeed
 
 
 @pytest.mark.promise("CPU kernels")
