@@ -93,8 +93,11 @@ class Forward {
     if (p_.out == nullptr) return;
     if (keep != nullptr) weights_.drop(q, k, keep);
     if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    add_values(weights_.by_key(q), q, k, rescale, next_keys, part.out, part.stride);
-    if (wants_rest<E>(p_)) add_values(weights_.rests_by_key(q), q, k, rescale, Prefetch{}, part.rest(), part.stride);
+    product(weights_.by_key(q), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
+            [out = part.out, stride = part.stride, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
+              T* to = out + i * stride + c * kLanes<T>;
+              for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * factor[i] + sums[v]);
+            });
   }
 
   // dP (6), to be averaged.
@@ -102,16 +105,6 @@ class Forward {
     dot_products(value_, dout, q, k.count, n_.Dv, ahead, dmap_.get());
     const int64_t size = keep == nullptr ? 0 : k.count * q.lanes;
     for (int64_t at = 0; at < size; at += kLanes<T>) store(dmap_ + at, load(dmap_ + at) * load(keep + at));
-  }
-
-  // out[query] = out[query] * rescale[query] + the sum over the keys of weight[key][query] * value[key]
-  void add_values(ColumnMajor<E> weights, const QueryBlock& q, const KeyBlock& k, const T* rescale, const Prefetch& ahead, T* out,
-                  int64_t stride) {
-    product(weights, value_steps_, q.count, stride / kLanes<T>, packed<E>(k.count), ahead,
-            [out, stride, rescale]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
-              T* to = out + i * stride + c * kLanes<T>;
-              for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * rescale[i] + sums[v]);
-            });
   }
 
   const ForwardTask<T>& t_;

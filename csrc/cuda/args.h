@@ -43,7 +43,7 @@ struct alignas(16) RowState {
 
 struct RowsArgs {
   Call call;
-  Tensor4 dout = {}, out = {};  // float32; data null where sums takes their place
+  Tensor4 dout = {}, out = {};  // out in float32; data null where sums takes their place
   const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
   const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
   const float* head_weights = nullptr;  // of attention_map

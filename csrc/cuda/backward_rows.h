@@ -10,14 +10,12 @@ constexpr int kRowsThreads = 128;
 
 // <dO, O>; any: whether O is anything but 0.
 SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i, bool& any) {
-  const auto row = [&](const Tensor4& x) {
-    return static_cast<const float*>(x.data) + at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2];
-  };
-  const float *dout = row(args.dout), *out = row(args.out);
+  const auto row = [&](const Tensor4& x) { return at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2]; };
+  const int64_t dout = row(args.dout), out = row(args.out);
   float sum = 0.0f, square = 0.0f;
   for (int64_t col = lane_index(); col < args.call.scores.size.Dv; col += kWarp) {
-    const float o = out[col * args.out.stride[3]];
-    sum = fmaf(dout[col * args.dout.stride[3]], o, sum);
+    const float o = load_element(args.out, out + col * args.out.stride[3]);
+    sum = fmaf(load_element(args.dout, dout + col * args.dout.stride[3]), o, sum);
     square = fmaf(o, o, square);
   }
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {

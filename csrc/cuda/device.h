@@ -29,8 +29,7 @@ SMATTN_DEVICE double load_constant(const double* p) { return __ldg(p); }
 SMATTN_DEVICE Half load_constant(const Half* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 SMATTN_DEVICE BFloat16 load_constant(const BFloat16* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 
-// The same value, of whose making the compiler knows nothing: it will not compute what follows from it ahead of a loop, and keep all
-// that in registers.
+// Identity that the optimiser cannot see through: it stops address arithmetic from being hoisted out of a loop into registers.
 template <class T>
 SMATTN_DEVICE T* opaque(T* p) {
   asm volatile("" : "+l"(p));

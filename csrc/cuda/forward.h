@@ -25,6 +25,7 @@ SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f :
 template <int D>
 struct Softmax {
   float m[2] = {-infinity(), -infinity()}, l[2] = {0.0f, 0.0f}, average[2][2] = {};
+  float rounded[2] = {0.0f, 0.0f};  // the lane's part of l's sum, of the weights as V is multiplied by them: of 16-bit types alone
   Tile<D> out;
 
   // s becomes exp2(s - m), what is summed already is rescaled.
@@ -46,9 +47,31 @@ struct Softmax {
     out.scale_rows(rescale);
   }
 
+  // Before V is multiplied by p.
+  template <class T, int COLS>
+  SMATTN_DEVICE void add_weights(Tile<COLS>& p) {
+    if constexpr (sizeof(T) == 2) p.for_each([&](float& x, int half, int) { rounded[half] += to_float(smattn::cuda::rounded<T>(x)); });
+  }
+
+  // After the last key: out is a mean of V, weighted by the rounded weights, times l. So it is a mean wherever l divides it, and delta (5), made
+  // of it, cancels a dP that is the same for all keys.
+  template <class T>
+  SMATTN_DEVICE void settle() {
+    if constexpr (sizeof(T) == 2) {
+      float factor[2];
+      SMATTN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float sum = row_sum(rounded[half]);
+        factor[half] = sum == 0.0f ? 1.0f : l[half] / sum;
+      }
+      out.scale_rows(factor);
+    }
+  }
+
   // The factor that takes sums from the old largest score to a new one; rows' averages are multiplied by it.
   SMATTN_DEVICE float rescale_to(int half, float top, float& factor) {
     factor = exp2_fast(m[half] - finite(top));
+    rounded[half] *= factor;
     average[0][half] *= factor;
     average[1][half] *= factor;
     return top;
@@ -169,6 +192,7 @@ SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at,
     softmax.add_average(1, s, m);
   }
   if (args.out == nullptr) return;
+  softmax.template add_weights<typename Math::Element>(s);
   drop(s, args.call, at, 1.0f, place);
   Math::multiply_tile(softmax.out, s, v);
 }
@@ -209,6 +233,7 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
     attend<Math, D>(args, softmax, work.at, place, q.from_row(row), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
   live = any_in_block(live);
+  if (args.out != nullptr) softmax.template settle<T>();
   if constexpr (FEW) {
     merge_warps<Shape::kWarps>(softmax, reinterpret_cast<float*>(shared));
     if (warp_index() > 0) return;

@@ -82,7 +82,7 @@ inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
   return strip;
 }
 
-// False where every key is padding: then, and only then, out and all gradients are 0.
+// False where every key is padding: then out and all gradients are 0.
 inline bool has_keys(const Scores& s, int64_t b) {
   for (int64_t j = 0; j < s.size.Nk; ++j) {
     if (s.padding == nullptr || !s.padding[b * s.padding_stride[0] + j * s.padding_stride[1]]) return true;

@@ -94,7 +94,7 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   select_attended(q, k, tile);
 }
 
-// What becomes of a product that is a tile itself.
+// Product sink that stores the result as a tile.
 template <class T>
 struct StoreTile {
   T* tile;
@@ -114,7 +114,7 @@ inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
 }
 
-// Of such products, of queries times scale * log2(e) unless of pairs: scale * <q, k> + alpha * M in units of log2(e), the exponents of 2.
+// From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). Queries come multiplied by scale * log2(e), but pairs as they are.
 template <class E>
 struct Exponents {
   using T = typename SumOf<E>::type;
