@@ -20,8 +20,7 @@ class Forward {
         douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
         parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0), rows_(kQueries * kKeys),
-        keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        value_steps_memory_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * round_up(n_.Dv, kLanes<T>) : 0) {}
+        keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)), value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {}
 
   int64_t bytes() const {
     return bytes_in(queries_, douts_, query_rows_, parts_, weights_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_);
@@ -93,7 +92,7 @@ class Forward {
     if (p_.out == nullptr) return;
     if (keep != nullptr) weights_.drop(q, k, keep);
     if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    product(weights_.by_key(q), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
+    product(weights_.by_key(q, k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
             [out = part.out, stride = part.stride, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
               T* to = out + i * stride + c * kLanes<T>;
               for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * factor[i] + sums[v]);

@@ -51,8 +51,9 @@ def test_the_kernels_offered_are_those_of_the_processor_the_fastest_first():
         flags = set(info["flags"].split())
         avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
         needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
+        needed["amx"] = {*needed["avx512bf16"], "amx_tile", "amx_bf16"}
         slow_dot = (info["vendor_id"], int(info["cpu family"]), int(info["model"])) in SLOW_BFLOAT16_DOT
-        order = ["avx512", "avx512bf16", "avx2"] if slow_dot else ["avx512bf16", "avx512", "avx2"]
+        order = ["amx", *(["avx512", "avx512bf16"] if slow_dot else ["avx512bf16", "avx512"]), "avx2"]
         expected = [name for name in order if needed[name] <= flags] + expected
     assert expected == KERNELS
 
@@ -163,8 +164,10 @@ def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
     assert differing(run(case, "cpu"), run(other, "cpu")) == []
 
 
-def test_several_python_threads_at_once():
-    cases = [make_case(**shape) for shape in SHAPES.values() if "dropout_p" not in shape]  # torch's generator belongs to all threads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_python_threads_at_once(dtype):
+    shapes = [shape for shape in SHAPES.values() if "dropout_p" not in shape]  # torch's generator belongs to all threads
+    cases = [make_case(**shape, dtype=dtype) for shape in shapes]
     alone = [run(case, "cpu") for case in cases]
     start, wrong = threading.Barrier(len(cases)), []
 
@@ -187,7 +190,7 @@ FORK = """
 import os, sys, torch
 from smattn.testing import make_case, run
 torch.set_num_threads(2)
-case = make_case(1, 4, 13, 3001, 32, with_lse=True, padded=0.2)
+case = make_case(1, 4, 13, 3001, 32, dtype=torch.{dtype}, with_lse=True, padded=0.2)
 before = run(case, "cpu")  # torch's threads now exist, and will not in the child
 child = os.fork()
 if child == 0:
@@ -222,8 +225,9 @@ def test_a_large_gradient_is_faulted_in_by_huge_pages():
     assert faults < size / 4096 / 4
 
 
-def test_a_forked_child_with_one_thread():
-    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forked_child_with_one_thread(dtype):
+    result = subprocess.run([sys.executable, "-c", FORK.replace("{dtype}", dtype)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 

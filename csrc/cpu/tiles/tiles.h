@@ -42,7 +42,9 @@ template <class E>
 inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy,
                              int64_t unit = kStepsPerElement<E>) {
   const Strided rows = rows_of(t, b, g, k.first);
-  const bool whole = t.stride[3] == 1 && size % unit == 0 && rows.row_stride % kStepsPerElement<E> == 0 && k.attended == k.count;
+  unit = larger_of(unit, kStepsPerElement<E> * kStepUnit<E>);
+  const bool whole = t.stride[3] == 1 && size % unit == 0 && k.count % kRowUnit<E> == 0 && rows.row_stride % kStepsPerElement<E> == 0 &&
+                     k.attended == k.count;
   if (whole && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
     return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)),
             rows.row_stride / kStepsPerElement<E>};
@@ -52,6 +54,7 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   for (int64_t j = 0; j < k.count; ++j) {
     if (k.padded[j]) fill<E>(copy + j * stride, stride, E(0));
   }
+  fill<E>(copy + k.count * stride, (round_up(k.count, kRowUnit<E>) - k.count) * stride, E(0));
   return {copy, stride};
 }
 
@@ -100,10 +103,11 @@ struct StoreTile {
   T* tile;
   int64_t lanes;
 
+  T* place(int64_t j, int64_t c) const { return tile + j * lanes + c * kLanes<T>; }
   template <int N>
   void operator()(int64_t j, int64_t c, const Vec<T> (&x)[N]) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(tile + j * lanes + (c + i) * kLanes<T>, x[i]);
+    for (int i = 0; i < N; ++i) store(place(j, c + i), x[i]);
   }
 };
 
