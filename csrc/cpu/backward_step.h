@@ -126,10 +126,7 @@ class BackwardStep {
     }
     if (sums.dquery != nullptr) {
       product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), ahead.next_douts,
-              [dquery = sums.dquery, stride]<int N>(int64_t i, int64_t c, const Vec<T>(&added)[N]) {
-                T* to = dquery + i * stride + c * kLanes<T>;
-                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) + added[v]);
-              });
+              AddTo<T>{sums.dquery, stride, false});
     }
   }
 

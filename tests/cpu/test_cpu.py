@@ -99,6 +99,17 @@ def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
             assert_within_budget(run(case, "cpu"), case)
 
 
+@pytest.mark.parametrize("slope", [128, -128, 4096])
+@pytest.mark.parametrize("name", KERNELS)
+def test_scores_that_grow_from_key_to_key(name, slope):
+    """By more than float32 holds as exponents, while the kernels go from one block of keys to the next."""
+    case = make_case(1, 2, 40, 700, 32, dtype=torch.bfloat16, mask_dtype=torch.float32)
+    ramp = torch.linspace(0, slope, 700) + case.mask
+    case = replace(case, mask=ramp, alpha=torch.ones(2))
+    with forced(name):
+        assert_within_budget(run(case, "cpu"), case)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_infinite_score_is_nan_though_its_key_is_dropped(name, dtype):

@@ -15,7 +15,6 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <int R, int C>
 inline void sum_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int64_t steps, int64_t lines, Prefetch& ahead) {
   constexpr int64_t kBytes = sizeof(BFloat16Pair);
-  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
   for (int64_t k = 0; k < steps; k += kTileRows) {
     const BFloat16Pair *row = a.data + k, *step = b.data + k * b.stride;
     Tiles::load<6>(step, b.stride * kBytes);
@@ -26,6 +25,27 @@ inline void sum_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int6
     if constexpr (R == 2 && C == 2) Tiles::multiply_add<3, 5, 7>();
     ahead.lines(lines);
   }
+}
+
+// What the sums begin with: 0, or what a `done` that adds to memory finds there.
+template <int R, int C, class Done>
+inline void begin_sums(int64_t, int64_t, const Done&) {
+  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+}
+template <class Done>
+concept HasPlace = requires(const Done& done) { done.place(0, 0); };
+template <int R, int C, HasPlace Done>
+inline void begin_sums(int64_t row, int64_t first, const Done& done) {
+  if (done.is_new) {
+    Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+    return;
+  }
+  const float* from = done.place(row, first);
+  const int64_t bytes = done.stride * static_cast<int64_t>(sizeof(float));
+  Tiles::load<0>(from, bytes);
+  if constexpr (C == 2) Tiles::load<1>(from + kLanes<float>, bytes);
+  if constexpr (R == 2) Tiles::load<2>(from + kTileRows * done.stride, bytes);
+  if constexpr (R == 2 && C == 2) Tiles::load<3>(from + kTileRows * done.stride + kLanes<float>, bytes);
 }
 
 // R tiles of `rows` rows in all to `done`, C vectors at a time, by way of memory.
@@ -44,16 +64,15 @@ inline void hand_over(int64_t row, int64_t rows, int64_t first, const Done& done
   }
 }
 
-// The same to a `done` that only stores them, and has room for whole tiles.
-template <int R, int C, class Done>
-  requires requires(const Done& done) { done.place(0, 0); }
+// The same to their place in memory, which has room for whole tiles.
+template <int R, int C, HasPlace Done>
 inline void hand_over(int64_t row, int64_t, int64_t first, const Done& done) {
   float* to = done.place(row, first);
-  const int64_t stride = done.place(row + 1, first) - to, bytes = stride * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = done.stride * static_cast<int64_t>(sizeof(float));
   Tiles::store<0>(to, bytes);
   if constexpr (C == 2) Tiles::store<1>(to + kLanes<float>, bytes);
-  if constexpr (R == 2) Tiles::store<2>(to + kTileRows * stride, bytes);
-  if constexpr (R == 2 && C == 2) Tiles::store<3>(to + kTileRows * stride + kLanes<float>, bytes);
+  if constexpr (R == 2) Tiles::store<2>(to + kTileRows * done.stride, bytes);
+  if constexpr (R == 2 && C == 2) Tiles::store<3>(to + kTileRows * done.stride + kLanes<float>, bytes);
 }
 
 template <int C, class Done>
@@ -61,9 +80,11 @@ inline void product_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, 
                              Prefetch& ahead, const Done& done) {
   for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
     if (rows - row > kTileRows) {
+      begin_sums<2, C>(row, first, done);
       sum_in_tiles<2, C>(a.from_row(row), b, steps, lines, ahead);
       hand_over<2, C>(row, smaller_of<int64_t>(rows - row, 2 * kTileRows), first, done);
     } else {
+      begin_sums<1, C>(row, first, done);
       sum_in_tiles<1, C>(a.from_row(row), b, steps, lines, ahead);
       hand_over<1, C>(row, rows - row, first, done);
     }

@@ -6,7 +6,7 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-constexpr int64_t kQueries = 64;  // at most, in a block
+constexpr int64_t kQueries = 128;
 #if defined(SMATTN_TILES)
 constexpr int64_t kKeys = 128, kKeyUnit = 32, kStripUnit = 32;  // at most in a block; blocks and strips are multiples of so many
 #else

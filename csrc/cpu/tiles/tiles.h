@@ -97,17 +97,18 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   select_attended(q, k, tile);
 }
 
-// Product sink that stores the result as a tile.
+// Product sink that adds the result to the sums in memory, or stores it where there are none yet. Products in matrix tiles begin and end there.
 template <class T>
-struct StoreTile {
-  T* tile;
-  int64_t lanes;
+struct AddTo {
+  T* sums;
+  int64_t stride;
+  bool is_new;
 
-  T* place(int64_t j, int64_t c) const { return tile + j * lanes + c * kLanes<T>; }
+  T* place(int64_t row, int64_t c) const { return sums + row * stride + c * kLanes<T>; }
   template <int N>
-  void operator()(int64_t j, int64_t c, const Vec<T> (&x)[N]) const {
+  void operator()(int64_t row, int64_t c, const Vec<T> (&x)[N]) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(place(j, c + i), x[i]);
+    for (int i = 0; i < N; ++i) store(place(row, c + i), is_new ? x[i] : load(place(row, c + i)) + x[i]);
   }
 };
 
@@ -115,7 +116,7 @@ struct StoreTile {
 template <class E, class T>
 inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
                          T* tile) {
-  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
+  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, AddTo<T>{tile, q.lanes, true});
 }
 
 // From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). Queries come multiplied by scale * log2(e), but pairs as they are.
