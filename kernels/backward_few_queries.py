@@ -8,7 +8,6 @@ works out delta. A last kernel adds up dQ and dalpha in a fixed order: two launc
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ..call import Call, Gradients, Needs, Problem
+from ..memory import partial_dqueries
 from . import backward_dq, plan
-from .launch import Inputs, Rows, launch, strides
+from .launch import launch
+from .operands import Rows, accumulator, gradient_arguments, strides, tile_of
 from .primitives import (
     SOFT,
     dot,
@@ -41,13 +42,11 @@ from .primitives import (
 from .tiles import Tile, cdiv
 
 REDUCE = Tile(block_m=1, block_n=256, warps=4, stages=1)
-Needs = tuple[bool, bool, bool, bool]  # of the gradients of query, key, value and mask
 
 
-def needs_of(*gradients: Tensor | None) -> Needs:
-    """Which of the four are to be filled."""
-    a, b, c, d = (gradient is not None for gradient in gradients)
-    return a, b, c, d
+def which_are_given(grads: Gradients) -> Needs:
+    """Which gradients are to be filled."""
+    return Needs(*(grad is not None for grad in grads))
 
 
 @lru_cache
@@ -55,10 +54,9 @@ def serves(t: Problem, needs: Needs) -> bool:
     """Few queries, but for two cases: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch, and
     queries that outweigh everything else leave no memory for dQ in float32.
     """
-    need_dq, *_, need_dmask = needs
-    if not plan.one_tile(t) or (need_dq and _affordable(t, needs) == 0):
+    if not plan.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
         return False
-    return not (need_dmask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
+    return not (needs.mask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -268,41 +266,32 @@ def _reduce_dalpha(
     tl.store(dalpha_ptr + h, dalpha)
 
 
-def folds_delta(inputs: Inputs, dquery: Tensor | None) -> bool:
+def folds_delta(call: Call, needs: Needs) -> bool:
     """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
-    return plan.holds_dq(inputs.problem) or dquery is not None
+    return plan.holds_dq(call.problem) or needs.query
 
 
-def run(
-    inputs: Inputs,
-    dout: Tensor,
-    rows: Rows,
-    mbar: Tensor | None,
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-    dmask: Tensor | None,
-    dalpha: Tensor | None,
-) -> None:
+def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:
     """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha (H,) float32."""
-    t, tile = inputs.problem, inputs.tile("few")
-    cut = _cut(t, tile, needs_of(dquery, dkey, dvalue, dmask), dalpha is not None)
+    t, tile = call.problem, tile_of(call, "few")
+    dquery, dkey, dvalue, dmask, dalpha, _ = grads
+    cut = _cut(t, tile, which_are_given(grads))
     parts = None
     if dquery is not None and cut.flags["NEED_DQ"]:
-        parts = inputs.accumulator(cut.n_splits, *dquery.shape)
+        parts = accumulator(call, cut.n_splits, *dquery.shape)
     elif dquery is not None:
-        parts = backward_dq.run_split(inputs, dout, rows, cut.dq_splits)
+        parts = backward_dq.run_split(call, dout, rows, cut.dq_splits)
         rows = rows._replace(out=None)
-    tiles = inputs.accumulator(cut.blocks, t.B, t.H) if dalpha is not None else None
+    tiles = accumulator(call, cut.blocks, t.B, t.H) if dalpha is not None else None
     if cut.programs:
-        arguments = inputs.gradient_arguments(tile, dout, rows)
+        arguments = gradient_arguments(call, tile, dout, rows)
         arguments.update(
             mbar_ptr=mbar, dq_ptr=parts if cut.flags["NEED_DQ"] else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
             B=t.B, n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
         )  # fmt: skip
         launch(_few_queries_kernel, cut.programs, arguments, tile)
     if dquery is not None or dalpha is not None:
-        reduce(inputs, rows, mbar, parts, dquery, tiles, dalpha)
+        reduce(call, rows, mbar, parts, dquery, tiles, dalpha)
 
 
 class _Cut(NamedTuple):
@@ -317,30 +306,29 @@ class _Cut(NamedTuple):
 
 
 @lru_cache
-def _cut(t: Problem, tile: Tile, needs: Needs, need_dalpha: bool) -> _Cut:
-    need_dq, need_dk, need_dv, need_dmask = needs
+def _cut(t: Problem, tile: Tile, needs: Needs) -> _Cut:
     mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
-    owners, inside = t.B * t.Hkv, need_dq and plan.holds_dq(t)
-    if need_dmask:
+    owners, inside = t.B * t.Hkv, needs.query and plan.holds_dq(t)
+    if needs.mask:
         owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
     blocks = cdiv(t.Nk, tile.block_n)
     split_blocks = cdiv(blocks, splits(t, needs, owners)) if inside else 1
     flags = dict(
         SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
-        NEED_DQ=inside, NEED_DK=need_dk, NEED_DV=need_dv, NEED_DMASK=need_dmask, NEED_DALPHA=need_dalpha,
+        NEED_DQ=inside, NEED_DK=needs.key, NEED_DV=needs.value, NEED_DMASK=needs.mask, NEED_DALPHA=needs.alpha,
     )  # fmt: skip
     n_splits = cdiv(blocks, split_blocks)
-    programs = owners * n_splits if inside or need_dk or need_dv or need_dmask or need_dalpha else 0
-    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if need_dq else 0, flags)
+    programs = owners * n_splits if inside or needs.key or needs.value or needs.mask or needs.alpha else 0
+    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if needs.query else 0, flags)
 
 
 def splits(t: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(_affordable(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
+    return min(partial_dqueries(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
 
 
 def reduce(
-    inputs: Inputs,
+    call: Call,
     rows: Rows,
     mbar: Tensor | None,
     parts: Tensor | None,
@@ -349,7 +337,7 @@ def reduce(
     dalpha: Tensor | None,
 ) -> None:
     """Fill, where given, dquery from its parts and dalpha from its tiles, (key blocks, B, H)."""
-    t, n_elements = inputs.problem, 0 if dquery is None else dquery.numel()
+    t, n_elements = call.problem, 0 if dquery is None else dquery.numel()
     programs = cdiv(n_elements, REDUCE.block_n) + (t.H if dalpha is not None else 0)
     arguments = strides("dl", "bhm", rows.dlse) | dict(
         parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,
@@ -358,12 +346,3 @@ def reduce(
         NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None, HAS_DLSE=rows.dlse is not None, BLOCK=REDUCE.block_n,
     )  # fmt: skip
     launch(_reduce_kernel, programs, arguments, REDUCE)
-
-
-@lru_cache
-def _affordable(t: Problem, needs: Needs) -> int:
-    """How many dQ in float32 fit in a fifth of inputs and gradients and 6 MiB, beside what forward kept."""
-    keys, mask = t.B * t.Hkv * t.Nk, (t.mask_dtype or t.dtype).itemsize * math.prod(t.mask_shape or (0,))
-    sizes = (t.B * t.H * t.Nq * t.D * t.dtype.itemsize, keys * t.D * t.dtype.itemsize, keys * t.Dv * t.dtype.itemsize, mask)
-    held = t.bytes_of_inputs() + sum(size for size, needed in zip(sizes, needs, strict=True) if needed)
-    return max(0, held // 5 + (6 << 20) - t.bytes_kept()) // (4 * t.B * t.H * t.Nq * t.D)

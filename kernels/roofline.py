@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..problem import Problem, queries_kept_unrounded
+from ..call import Problem
+from ..memory import queries_kept_unrounded
 from ..testing import WORKLOADS, Workload
 from .plan import holds_dq, one_tile
 from .tiles import tile

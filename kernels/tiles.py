@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..problem import Problem
+from ..call import Problem
 from .chip import INTERPRETER, generation
 
 FEW_QUERIES = 128  # the most queries that one tile can hold

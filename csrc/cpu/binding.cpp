@@ -1,4 +1,4 @@
-// The door from torch to the CPU kernels: the raw ops torch.ops.smattn_cpu.*, which write into tensors that smattn/native.py made.
+// The door from torch to the CPU kernels: the raw ops torch.ops.smattn_cpu.*, which write into tensors that smattn/cpu.py made.
 #include "binding.h"
 
 #include <string>

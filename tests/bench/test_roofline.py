@@ -8,6 +8,7 @@ from smattn.kernels import primitives, roofline
 from smattn.kernels.roofline import CHIPS, Estimate, estimate, main, passes
 from smattn.testing import WORKLOADS
 
+pytestmark = pytest.mark.promise("benchmarks")
 H200 = next(chip for chip in CHIPS if chip.name == "H200")
 
 

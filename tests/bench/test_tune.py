@@ -17,6 +17,7 @@ from bench.gpu import tune
 from smattn.kernels import tiles
 from smattn.kernels.tiles import TABLE, Key, Tile
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 LINES = tune.CSV.read_text()
 T = Tile

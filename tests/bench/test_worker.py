@@ -10,6 +10,8 @@ import torch
 
 from bench.measuring import worker
 
+pytestmark = pytest.mark.promise("benchmarks")
+
 
 def double(n):
     return 2 * n

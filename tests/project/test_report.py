@@ -1,4 +1,4 @@
-"""`python -m smattn`, the first lines of a bug report, says what there is and why the rest is not, whatever is missing."""
+"""`python -m smattn` prints the first lines of a bug report: what there is, and why the rest is missing."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ import smattn
 from smattn import __main__ as report
 from smattn.backends import TABLE
 
+pytestmark = pytest.mark.promise("installs")
 RUN = "import runpy; runpy.run_module('smattn', run_name='__main__')"
 
 
@@ -24,12 +25,14 @@ def printed(*arguments: str) -> str:
 
 def test_the_report_has_every_version_and_every_backend_with_its_reasons():
     said = printed("-m", "smattn")
+    smattn.backends()  # which loads the library here as well
     for version in (smattn.__version__, torch.__version__, ".".join(map(str, sys.version_info[:3]))):
         assert version in said
     for row in TABLE:
         assert f"backend    {row.name}: " in said
     assert "backend    reference: available" in said
-    assert ("- kernels: " in said) == ("backend    cpu: available" in said)
+    if "backend    cpu: available" in said:
+        assert f"- kernels {torch.ops.smattn_cpu.cpu_kernels_reason()}; it also runs" in said
 
 
 def test_without_triton_and_without_the_extension_the_report_says_why():

@@ -1,4 +1,4 @@
-"""gradcheck: float64 gradients against finite differences, and the explicit backward against autograd through the formulas."""
+"""gradcheck: gradients in float64 agree with finite differences, and the explicit backward with autograd through the formulas."""
 
 from dataclasses import replace
 
@@ -6,26 +6,13 @@ import pytest
 import torch
 
 from smattn import attention_map, reference, soft_masked_attention
-from smattn.testing import make_case, run
-from smattn.testing.cases import four_axes, per_head
+from smattn.testing import run
 from tests.support.expected import BACKENDS
+from tests.support.small_doubles import NK, SHAPES, B, a_case, leaves
 
+pytestmark = pytest.mark.promise("gradcheck")
 DOUBLE = [name for name, b in BACKENDS.items() if torch.float64 in b.dtypes]
 DOUBLE_MAPS = [name for name in DOUBLE if BACKENDS[name].attention_map]
-SHAPES = [None, (2, 3, 5), (1, 1, 5), (2, 1, 5), (2, 4, 3, 5), (1, 4, 1, 5), (1, 1, 3, 5)]
-B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 3, 2
-
-
-def a_case(shape, **kw):
-    mask = None if shape is None else "uniform"
-    double = dict(dtype=torch.float64, mask_dtype=torch.float64)
-    return make_case(B, H, NQ, NK, D, Dv=DV, Hkv=HKV, mask=mask, mask_shape=shape, rng=1, **double, **kw)
-
-
-def leaves(case):
-    tensors = [case.query, case.key] + ([] if case.is_map else [case.value])
-    tensors += [] if case.mask is None else [case.mask, case.alpha / 8]  # finite differences want a softmax that is not saturated
-    return [t.clone().requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize("padded", [0.0, 0.4])
@@ -81,12 +68,11 @@ def through_the_formulas(case):
     """Outputs and gradients by autograd through reference.forward or reference.attention_map."""
     tensors = {name: t.detach().clone().requires_grad_() for name, t in case.inputs().items()}
     c = case.with_inputs(tensors)
-    rest = (four_axes(c.mask), per_head(c))
     if c.is_map:
-        outputs = reference.attention_map(c.problem(), c.query, c.key, *rest, c.head_weights, c.key_padding_mask)[:1]
+        outputs = reference.attention_map(c.call())[:1]
     else:
-        inputs = (c.query, c.key, c.value, *rest, c.key_padding_mask, c.seed())
-        outputs = reference.forward(c.problem(), *inputs, save_out=False, save_mbar=False)[:2]
+        out, saved = reference.forward(c.call(), save_out=False, save_mbar=False)
+        outputs = (out, saved.lse)
     incoming = [c.dout] if c.is_map else [c.dout, c.dlse]
     grads = torch.autograd.grad(outputs, list(tensors.values()), incoming)
     return {f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}

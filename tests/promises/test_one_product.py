@@ -9,6 +9,7 @@ from smattn import reference
 from smattn.testing import assert_within_budget, errors, make_case, run
 from smattn.testing.cases import per_head
 
+pytestmark = pytest.mark.promise("exact")
 HALF = [torch.float16, torch.bfloat16]
 CALLS = 40
 NEEDS = ["query", "key", "mask"]  # the gradients that are made of dS
@@ -49,17 +50,20 @@ def calls_caught(of, dtype, **design):
     return sum(not all(row.within for row in errors(by_design(case, **design), case)) for case in cases)
 
 
+@pytest.mark.promise("the budget can fail")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("of", [with_equal_values, with_large_values])
 def test_a_design_that_divides_by_the_rounded_sum_and_keeps_float32_always_passes(of, dtype):
     assert calls_caught(of, dtype, divided_by_rounded=True, kept_in_float32=True) == 0
 
 
+@pytest.mark.promise("the budget can fail")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_values_that_are_all_alike_catch_a_division_by_the_unrounded_sum(dtype):
     assert calls_caught(with_equal_values, dtype, divided_by_rounded=False, kept_in_float32=True) > CALLS / 2
 
 
+@pytest.mark.promise("the budget can fail")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_large_values_catch_an_output_that_is_kept_in_16_bits(dtype):
     assert calls_caught(with_large_values, dtype, divided_by_rounded=True, kept_in_float32=False) > CALLS / 2

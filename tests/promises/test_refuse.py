@@ -1,4 +1,4 @@
-"""Refuses well: every refusal names the argument, what was expected and what came, before anything runs."""
+"""Refuses well: before anything runs, an error names the argument, what was expected and what was given."""
 
 import importlib
 import re
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from smattn import attention_map, problem, soft_masked_attention
-from smattn.problem import Problem
+from smattn import attention_map, soft_masked_attention, validate
+from smattn.call import Problem
 from tests.support.expected import BACKENDS, DEVICE
 
+pytestmark = pytest.mark.promise("refuses well")
 B, H, NQ, NK, D = 2, 4, 3, 5, 8
 META = "meta"
 
@@ -31,7 +32,7 @@ def z(*shape, **kw):
     return torch.zeros(*shape, **kw)
 
 
-# what is changed in a good call, the exception, its whole message
+# what is changed in a good call, the exception, and its whole message
 REFUSED = [
     (dict(query=[1.0]), TypeError, "query: expected a torch.Tensor, got list"),
     (dict(key=None), TypeError, "key: expected a torch.Tensor, got NoneType"),
@@ -137,7 +138,7 @@ def a_map(**changes):
 
 
 def matches(message, pattern):
-    """Word for word; a * stands for what a shape may be."""
+    """The message is this, word for word; a * stands for any shape."""
     return re.fullmatch(re.escape(pattern).replace(r"\*", ".+"), message)
 
 
@@ -164,8 +165,8 @@ def test_a_mask_is_refused_with_the_two_shapes_it_may_have():
 
 
 def test_every_refusal_of_the_source_is_in_the_table():
-    """Each line of problem.py that refuses is reached by some row."""
-    path = Path(problem.__file__)
+    """Each line of validate.py that refuses is reached by some row."""
+    path = Path(validate.__file__)
     refusing = re.compile(r"^\s+(_refuse|_wrong_type|raise NotImplementedError)\(")
     in_source = {number for number, line in enumerate(path.read_text().splitlines(), 1) if refusing.match(line)}
     reached = set()
@@ -242,7 +243,7 @@ def test_none_on_a_device_without_backends_lists_them():
 
 @pytest.fixture
 def only_the_reference(monkeypatch):
-    """A machine on which every other backend has a reason."""
+    """A machine where every other backend has a reason not to run."""
     backends = table()
     original = backends.Backend.unsupported_reasons
     monkeypatch.setattr(
