@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: time in turn, memory exactly, every failure reported."""
+"""The benchmark times contestants in turn, measures memory exactly and reports every failure."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_contestants_are_called_in_turn_until_their_budget_is_used():
 
     samples = clock.time_interleaved({"slow": call("slow", 0.02), "fast": call("fast", 0.005)}, "cpu", 0.1)
     both = min(len(samples["slow"]), len(samples["fast"]))
-    assert order[: 4 * both] == ["slow", "slow", "fast", "fast"] * both  # each with the caches that its own call left
+    assert order[: 4 * both] == ["slow", "slow", "fast", "fast"] * both  # each finds the caches that its own call left
     assert set(order[4 * both :]) <= {"fast"}
     assert len(samples["slow"]) >= clock.SLOW_REPS and sum(samples["fast"]) >= 50
     assert min(samples["slow"]) >= 20 and 5 <= min(samples["fast"]) < 20
@@ -99,7 +99,7 @@ def test_cold_caches_are_emptied_before_each_call_and_outside_its_time():
 
     samples = clock.time_interleaved({"call": lambda: order.append("call")}, "cpu", 0.1, before)["call"]
     assert order == ["flush", "call"] * len(samples)
-    assert clock.MIN_REPS <= len(samples) <= 6  # what emptying takes is part of the budget
+    assert clock.MIN_REPS <= len(samples) <= 6  # the time of emptying the caches counts
     assert max(samples) < 20
 
 

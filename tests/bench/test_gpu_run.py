@@ -1,4 +1,4 @@
-"""A run of the benchmark on a GPU, tried without one: its timer, its rows, and the report made of them."""
+"""A run of the benchmark on a GPU, tried without one: its timer, its rows, and the report of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ tiny, a_run = bench_runs.tiny_self, bench_runs.a_run
 
 
 class Clock:
-    """A device of which each call takes the time it says, and on which nothing happens before it is asked for."""
+    """A device whose calls take a given time each, and which does nothing before it is asked."""
 
     def __init__(self, monkeypatch):
         self.now, self.log = 0.0, []
@@ -68,7 +68,7 @@ def test_a_warm_call_on_a_gpu_finds_it_idle(monkeypatch):
     fake = Clock(monkeypatch)
     samples = clock.time_interleaved({"call": fake.call("call", 2.0)}, "cuda", 1e-9)["call"]
     assert samples == [2.0] * clock.SLOW_REPS
-    assert fake.log == ["record", "call", "record", "wait"] * 4 * clock.SLOW_REPS  # 3 of them untimed: WARM_MS
+    assert fake.log == ["record", "call", "record", "wait"] * 4 * clock.SLOW_REPS  # three of them are untimed, by WARM_MS
 
 
 def test_a_graph_holds_several_calls_after_one_outside_it(monkeypatch):
@@ -105,7 +105,7 @@ def test_a_call_in_a_graph_is_one_of_those_captured(monkeypatch):
 
 
 def chosen() -> list[Cell]:
-    """The cells of `python -m bench.run --device cuda`."""
+    """The cells that `python -m bench.run --device cuda` measures."""
     args = argparse.Namespace(full=False, device="cuda", workloads=None, dtypes=None)
     return bench_run.chosen_cells(args, on_a_gpu=True)
 
@@ -182,7 +182,7 @@ def test_what_no_time_was_left_for_is_a_row_that_says_so():
 
 
 class Inside:
-    """A Worker whose calls run here."""
+    """A Worker whose calls run in this process."""
 
     def __init__(self, silence=0.0):
         pass

@@ -1,4 +1,4 @@
-"""bench/studies/token_maps.py: its contestants compute the same, its memory is of the call, its rows become a table."""
+"""bench/studies/token_maps.py: contestants compute the same, memory is that of the call, and rows become a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smattn.testing import Workload
 
 pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
-TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # under a known name, so that what looks it up finds it
+TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # it has a known name, so that look-ups find it
 STAGE = token_maps.Stage(TINY, rows.BOTH, "cpu", layers=2)
 CONTESTANTS = {"smattn/cpu": token_maps.with_smattn} | token_maps.PEERS
 

@@ -1,4 +1,4 @@
-"""The table of tiles: what it says is found, nothing in it is said twice, and every kernel that may be launched has a tile."""
+"""The table of tiles: every row is found, none repeats another, and every kernel that may be launched has a tile."""
 
 from itertools import product
 
@@ -27,7 +27,7 @@ def test_the_table_holds_tiles_that_can_be():
 
 
 def everything():
-    """What every call of every kernel finds."""
+    """The tile that every call of every kernel finds."""
     find.cache_clear()
     calls = product(sorted(KERNELS), ("plain", "extras", "map", "wide mask"), (80, 86, 90, 100), (2, 4), HEAD_SIZES, (False, True))
     return {call: find(*call) for call in calls}
