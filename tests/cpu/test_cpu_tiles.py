@@ -55,12 +55,12 @@ class Stack(ctypes.Structure):
     _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 memory = ctypes.create_string_buffer(8192)  # for signals: too small for the tiles, so that Linux refuses them
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, len(memory))), None) == 0
-import torch
+import smattn, torch
 from smattn.testing import assert_within_budget, make_case, run
 case = make_case(1, 2, 13, 300, 32, dtype=torch.bfloat16)
 assert_within_budget(run(case, "cpu"), case)
 print(torch.ops.smattn_cpu.cpu_kernels())
-print(torch.ops.smattn_cpu.cpu_kernels_reason())
+print(*smattn.backends()["cpu"].notes)
 """
 
 
@@ -70,6 +70,6 @@ def test_where_the_system_refuses_tiles_the_next_set_runs_and_says_why():
         pytest.skip("built with SMATTN_AMX=EMULATED")
     result = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    kernels, reason = result.stdout.splitlines()
+    kernels, note = result.stdout.splitlines()
     assert kernels.split() == KERNELS[1:]
-    assert reason.startswith(f"{KERNELS[1]}: ") and "arch_prctl" in reason
+    assert note.startswith(f"kernels {KERNELS[1]}: ") and "arch_prctl" in note
