@@ -8,6 +8,7 @@ import torch
 
 from tests.support.cpu_kernels import KERNELS
 
+pytestmark = pytest.mark.promise("CPU kernels")
 needs_pairs = pytest.mark.skipif("avx512bf16" not in KERNELS, reason="this processor has no instructions for bfloat16")
 needs_tiles = pytest.mark.skipif("amx" not in KERNELS, reason="this processor has no matrix tiles")
 
