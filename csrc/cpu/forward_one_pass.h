@@ -52,7 +52,7 @@ class OnePass {
 
  private:
   static constexpr int64_t kStrip = kStripUnit, kGroup = 64;  // keys and lanes together: their scores stay in the first-level cache
-  static constexpr T kLargest = 0x1p60;
+  static constexpr T kLargest = 0x1p20;  // of a block's sum: far below where products with V could overflow that do not otherwise
   static constexpr int kSums = 3;  // of the weights, of them as rounded, of their products with M
   static constexpr int64_t strip_size() { return kStrip * kGroup; }
 
@@ -67,7 +67,7 @@ class OnePass {
   // A strip's weights of one vector of queries, turned.
   void weigh(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t first, int64_t lane, int64_t keys,
              Vec<T> subtracted, bool wants_mbar, T (&sums)[3][kQueries]) {
-    const T* mask = exponent.mask + first * q.lanes + lane;
+    const T* mask = wants_mbar ? exponent.mask + first * q.lanes + lane : nullptr;
     Vec<T> sum = load(sums[0] + lane), rounded = load(sums[1] + lane), mbar = load(sums[2] + lane);
     Vec<E> pairs[kStrip / 2];
     for (int64_t j = 0; j < kStrip; j += kExpAtOnce) {
@@ -77,7 +77,7 @@ class OnePass {
       exp2_of_weights<T, kExpAtOnce>(p);
       sum += sum_of(p);
 #pragma GCC unroll 8
-      for (int i = 0; wants_mbar && i < kExpAtOnce; ++i) mbar += p[i] * load(mask + (j + i) * q.lanes);
+      for (int i = 0; mask != nullptr && i < kExpAtOnce; ++i) mbar += p[i] * load(mask + (j + i) * q.lanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kExpAtOnce; i += 2) {
         const Vec<E> pair = paired(p[i], p[i + 1]);
