@@ -225,7 +225,7 @@ def _summed_from(dead: Tensor, name: str, case: Case) -> Tensor:
 
 
 def _difference(actual: Tensor, exact: Tensor) -> Tensor:
-    """|actual - exact| in float64: 0 where both are the same infinity (exact's once rounded), inf where anything else is not finite."""
+    """|actual - exact| in float64: 0 where both are the same infinity (exact once rounded), inf where anything else is not finite."""
     difference = (actual.double() - exact).abs()
     overflow = actual.isinf() & (actual == exact.to(actual.dtype))
     return difference.masked_fill(overflow, 0).nan_to_num(float("inf"), float("inf"))
@@ -245,7 +245,7 @@ def _as_given(results: _Named, case: Case) -> Results:
         if tensor is None or name.startswith("d") and name[1:] not in inputs:
             continue
         argument = inputs.get(name[1:])
-        given[name] = (
-            tensor if argument is None else tensor.sum_to_size(argument.shape) if argument.dim() < 2 else tensor.view(argument.shape)
-        )
+        if argument is not None:
+            tensor = tensor.sum_to_size(argument.shape) if argument.dim() < 2 else tensor.view(argument.shape)
+        given[name] = tensor
     return given

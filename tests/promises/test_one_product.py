@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from smattn import reference
+from smattn.call import Needs
 from smattn.testing import assert_within_budget, errors, make_case, run
-from smattn.testing.cases import per_head
 
 pytestmark = pytest.mark.promise("exact")
 HALF = [torch.float16, torch.bfloat16]
@@ -33,16 +33,17 @@ def with_large_values(case):
 
 def by_design(case, *, divided_by_rounded, kept_in_float32):
     """Gradients by a kernel of such a design: what divides P rounded @ V, and in what dtype O is kept for delta."""
-    problem = case.problem()
-    t = reference.softmax(problem, case.query, case.key, case.mask_or_logits(), per_head(case), case.key_padding_mask)
+    call = case.call()
+    t = reference.softmax(call)
     p = (t.s - t.s.amax(-1, keepdim=True)).exp()
     rounded = p.to(case.query.dtype).float()
     value, dout = case.value.float(), case.dout.float()
     out = rounded @ value / (rounded if divided_by_rounded else p).sum(-1, keepdim=True)
     kept = out if kept_in_float32 else out.to(case.query.dtype).float()
     ds = t.p * (dout @ value.mT - (dout * kept).sum(-1, keepdim=True))
-    grads = reference.score_gradients(problem, t, ds, torch.zeros_like(t.lse), case.mask_or_logits(), None, (True, True, True, False))
-    return {name: grad.view(case.inputs()[name[1:]].shape) for name, grad in zip(("dquery", "dkey", "dmask"), grads, strict=False)}
+    grads = reference.score_gradients(call, t, ds, torch.zeros_like(t.lse), Needs(True, True, False, True, False))
+    named = {"dquery": grads.query, "dkey": grads.key, "dmask": grads.mask}
+    return {name: grad.view(case.inputs()[name[1:]].shape) for name, grad in named.items()}
 
 
 def calls_caught(of, dtype, **design):
