@@ -6,11 +6,11 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-constexpr int64_t kQueries = 128;
+// At most so many queries and keys in a block; blocks of keys, and strips of them, are multiples of so many.
 #if defined(SMATTN_TILES)
-constexpr int64_t kKeys = 128, kKeyUnit = 32, kStripUnit = 32;  // at most in a block; blocks and strips are multiples of so many
+constexpr int64_t kQueries = 128, kKeys = 128, kKeyUnit = 32, kStripUnit = 32;
 #else
-constexpr int64_t kKeys = 144, kKeyUnit = 8, kStripUnit = 1;
+constexpr int64_t kQueries = 64, kKeys = 144, kKeyUnit = 8, kStripUnit = 1;
 #endif
 
 // Nq and Nk cut into blocks of nearly equal size: fixed by the shape alone, so that every sum has one order.
