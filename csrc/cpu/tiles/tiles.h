@@ -52,7 +52,9 @@ template <class E>
 inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy,
                              int64_t unit = kStepsPerElement<E>) {
   const Strided rows = rows_of(t, b, g, k.first);
-  const bool whole = t.stride[3] == 1 && size % unit == 0 && rows.row_stride % kStepsPerElement<E> == 0 && k.attended == k.count;
+  unit = larger_of(unit, kStepsPerElement<E> * kStepUnit<E>);
+  const bool whole = t.stride[3] == 1 && size % unit == 0 && k.count % kRowUnit<E> == 0 && rows.row_stride % kStepsPerElement<E> == 0 &&
+                     k.attended == k.count;
   if (whole && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
     return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)),
             rows.row_stride / kStepsPerElement<E>};
@@ -62,6 +64,7 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   for (int64_t j = 0; j < k.count; ++j) {
     if (k.padded[j]) fill<E>(copy + j * stride, stride, E(0));
   }
+  fill<E>(copy + k.count * stride, (round_up(k.count, kRowUnit<E>) - k.count) * stride, E(0));
   return {copy, stride};
 }
 
@@ -104,16 +107,18 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   select_attended(q, k, tile);
 }
 
-// Product sink that stores the result as a tile.
+// Product sink that adds the result to the sums in memory, or stores it where there are none yet. Products in matrix tiles begin and end there.
 template <class T>
-struct StoreTile {
-  T* tile;
-  int64_t lanes;
+struct AddTo {
+  T* sums;
+  int64_t stride;
+  bool is_new;
 
+  T* place(int64_t row, int64_t c) const { return sums + row * stride + c * kLanes<T>; }
   template <int N>
-  void operator()(int64_t j, int64_t c, const Vec<T> (&x)[N]) const {
+  void operator()(int64_t row, int64_t c, const Vec<T> (&x)[N]) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(tile + j * lanes + (c + i) * kLanes<T>, x[i]);
+    for (int i = 0; i < N; ++i) store(place(row, c + i), is_new ? x[i] : load(place(row, c + i)) + x[i]);
   }
 };
 
@@ -121,7 +126,7 @@ struct StoreTile {
 template <class E, class T>
 inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
                          T* tile) {
-  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
+  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, AddTo<T>{tile, q.lanes, true});
 }
 
 // From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). Queries come multiplied by scale * log2(e), but pairs as they are.
