@@ -12,18 +12,18 @@ from torch import Tensor
 from ..call import Call, Gradients, Needs, Problem, Saved
 from ..memory import new_gradients
 from . import (
-    attention_map_forward,
-    attention_map_rows,
     backward_delta,
     backward_delta_sweep,
     backward_dq,
     backward_few_queries,
     backward_passes,
     forward_split,
+    map_rows,
     plan,
     soft_mask,
 )
 from . import forward as forward_full
+from . import map as map_pass
 from .operands import Rows, accumulator
 from .tiles import FEW_QUERIES
 
@@ -107,7 +107,7 @@ def attention_map(call: Call) -> tuple[Tensor, Tensor]:
     _, saved = forward(call, save_out=False, save_mbar=False)
     amap = accumulator(call, t.B, t.Nq, t.Nk)
     if not t.is_empty:
-        attention_map_forward.run(call, saved.lse, amap)
+        map_pass.run(call, saved.lse, amap)
     return amap, saved.lse
 
 
@@ -123,7 +123,7 @@ def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) 
     mbar = accumulator(call, *lse.shape) if to_fill.alpha else None
     eta = accumulator(call, *lse.shape) if to_fill.head_weights else None
     dout, call_with_mask = dmap[:, None], soft_mask.soften(call, _buffer_of_m(grads.mask))
-    attention_map_rows.run(call_with_mask, dout, lse, rows, mbar, eta)
+    map_rows.run(call_with_mask, dout, lse, rows, mbar, eta)
     if rows is not None:
         backward_passes.run(call, call_with_mask, dout, Rows(rows), mbar, grads)
     if grads.head_weights is not None and eta is not None:

@@ -6,7 +6,8 @@ During forward and backward a fused backend holds, besides inputs, outputs and g
 
 Forward leaves rows to backward, and the unrounded output only as far as `queries_kept_unrounded` says. Where Triton's kernels split the
 keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of query beside what
-forward left. These shares are the same on every chip, because the number of splits decides the order of the sums.
+forward left, or `partial_dmasks` of the mask. These shares are the same on every chip, because the number of splits decides the order
+of the sums.
 
 The C++ backends plan in C++ and cannot import this file. csrc/memory.h has the promise as two constants, which their plans share out.
 """
@@ -26,6 +27,7 @@ PARTIAL_OUTPUTS = 9 * PROMISED_BYTES // 16  # forward's outputs of splits of the
 KEPT_BYTES = PROMISED_BYTES // 4  # what forward keeps: a promised share of the inputs, and these bytes
 DQUERY_BYTES = 3 * PROMISED_BYTES // 8  # backward's partial gradients of query, with what forward kept: these bytes
 DQUERY_SHARE = 5  # and inputs, outputs and gradients divided by this, which leaves some of the promise to the other buffers
+DMASK_BYTES = 5 * PROMISED_BYTES // 8  # backward's partial gradients of the mask and their sum: a promised share of the mask, and these
 
 
 def bytes_of_inputs(problem: Problem) -> int:
@@ -66,6 +68,12 @@ def partial_dqueries(problem: Problem, needs: Needs) -> int:
     )
     share = held // DQUERY_SHARE + DQUERY_BYTES - bytes_kept(p)
     return max(0, share) // (4 * queries * p.D)
+
+
+def partial_dmasks(problem: Problem) -> int:
+    """How many float32 gradients of the mask backward may hold beside their sum, where it has no partial gradient of query."""
+    elements = math.prod(problem.mask_shape or (0,))
+    return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
 
 
 def new_gradients(call: Call, needs: Needs) -> Gradients:
