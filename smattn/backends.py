@@ -99,7 +99,7 @@ def backends() -> dict[str, Status]:
         reasons = {device: row.unsupported_reasons(_probe(device), "forward") for device in devices}
         available = not all(reasons.values())
         why_not = () if available else tuple(dict.fromkeys(sum(reasons.values(), [])))
-        notes = getattr(row.load(), "notes", tuple)() if available else ()
+        notes: tuple[str, ...] = getattr(row.load(), "notes", tuple)() if available else ()
         table[row.name] = Status(available, why_not, notes)
     return table
 
