@@ -8,38 +8,19 @@ works out delta. A last kernel adds up dQ and dalpha in a fixed order: two launc
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Gradients, Needs, Problem
-from ..memory import partial_dqueries
-from . import backward_dq, backward_reduce, plan
+from ..call import Call, Gradients, Needs
+from . import plan
 from .launch import launch
 from .operands import Rows, accumulator, gradient_arguments, sharing_arguments, tile_of
 from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset, unless_padding
 from .primitives.rows import first_rows, load_rows
 from .primitives.score import dot, matmul, score_gradient
 from .primitives.store import store_dalpha, store_key_gradients, store_mask_tile, store_tile
-from .tiles import Tile, cdiv
-
-
-def which_are_given(grads: Gradients) -> Needs:
-    """Which gradients are to be filled."""
-    return Needs(*(grad is not None for grad in grads))
-
-
-@lru_cache
-def serves(t: Problem, needs: Needs) -> bool:
-    """Few queries, but for two cases: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch, and
-    queries that outweigh everything else leave no memory for dQ in float32.
-    """
-    if not plan.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
-        return False
-    return not (needs.mask and t.mask_shape is not None and t.sharing.sharers > 1 and t.mask_shape[2] > 1 and t.H > t.Hkv)
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -199,62 +180,24 @@ def _add_tile(ptr, tile, rows, cols, n_cols, row_started, row_ok, col_ok):
     tl.store(ptr + offsets, tile, mask=row_ok[:, None] & col_ok[None, :])
 
 
-def folds_delta(call: Call, needs: Needs) -> bool:
-    """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
-    return plan.holds_dq(call.problem) or needs.query
+def partials(call: Call) -> int:
+    """How many rows of dalpha partials `run` fills."""
+    return cdiv(call.problem.Nk, tile_of(call, "few").block_n)
 
 
-def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:
-    """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha (H,) float32."""
+def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients, dalpha_tiles: Tensor | None) -> Tensor | None:
+    """Fill dkey, dvalue and dmask where they are given, contiguous, in their own shapes and dtypes, and dalpha_tiles (partials, B, H).
+
+    Returns the parts of dQ / scale, float32 (splits, B, H, Nq, D), where this pass computes it.
+    """
     t, tile = call.problem, tile_of(call, "few")
-    dquery, dkey, dvalue, dmask, dalpha, _ = grads
-    cut = _cut(t, tile, which_are_given(grads))
-    parts = None
-    if dquery is not None and cut.flags["NEED_DQ"]:
-        parts = accumulator(call, cut.n_splits, *dquery.shape)
-    elif dquery is not None:
-        parts = backward_dq.run_split(call, dout, rows, cut.dq_splits)
-        rows = rows._replace(out=None)
-    tiles = accumulator(call, cut.blocks, t.B, t.H) if dalpha is not None else None
-    if cut.programs:
-        arguments = gradient_arguments(call, tile, dout, rows)
-        arguments.update(
-            mbar_ptr=mbar, dq_ptr=parts if cut.flags["NEED_DQ"] else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
-            B=t.B, **sharing_arguments(t), n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
-        )  # fmt: skip
-        launch(_few_queries_kernel, cut.programs, arguments, tile)
-    if dquery is not None or dalpha is not None:
-        backward_reduce.run(call, rows, mbar, parts, dquery, tiles, dalpha)
-
-
-class _Cut(NamedTuple):
-    """How the work falls to programs, each of which goes over some key blocks, and over all heads or batch elements that share dM."""
-
-    programs: int  # 0: dQ alone is wanted, and has a pass of its own
-    blocks: int
-    split_blocks: int
-    n_splits: int
-    dq_splits: int  # of dQ's own pass
-    flags: dict[str, bool]
-
-
-@lru_cache
-def _cut(t: Problem, tile: Tile, needs: Needs) -> _Cut:
-    sharing, (mask_heads, mask_queries) = t.sharing, (t.mask_shape[2:4] if t.mask_shape else (t.H, t.Nq))
-    owners, inside = t.B * t.Hkv, needs.query and plan.holds_dq(t)
-    if needs.mask:
-        owners = sharing.masks * (1 if mask_heads == 1 else t.Hkv)
-    blocks = cdiv(t.Nk, tile.block_n)
-    split_blocks = cdiv(blocks, splits(t, needs, owners)) if inside else 1
-    flags = dict(
-        SHARED_B=sharing.sharers > 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
-        NEED_DQ=inside, NEED_DK=needs.key, NEED_DV=needs.value, NEED_DMASK=needs.mask, NEED_DALPHA=needs.alpha,
+    needs = Needs(*(grad is not None for grad in grads))
+    cut = plan.cut_of_few_queries(t, needs, tile.block_n)
+    parts = accumulator(call, cut.n_splits, t.B, t.H, t.Nq, t.D) if cut.flags["NEED_DQ"] else None
+    arguments = gradient_arguments(call, tile, dout, rows)
+    arguments.update(
+        mbar_ptr=mbar, dq_ptr=parts, dk_ptr=grads.key, dv_ptr=grads.value, dmask_ptr=grads.mask, dalpha_ptr=dalpha_tiles,
+        B=t.B, **sharing_arguments(t), n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
     )  # fmt: skip
-    n_splits = cdiv(blocks, split_blocks)
-    programs = owners * n_splits if inside or needs.key or needs.value or needs.mask or needs.alpha else 0
-    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if needs.query else 0, flags)
-
-
-def splits(t: Problem, needs: Needs, owners: int) -> int:
-    """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(partial_dqueries(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
+    launch(_few_queries_kernel, cut.programs, arguments, tile)
+    return parts

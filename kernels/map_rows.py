@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from .forward_split import splits_of
+from .forward_split import cut_of
 from .launch import launch
 from .operands import accumulator, score_arguments, strides, tile_of
 from .primitives.load import live_keys, live_span, load_alpha, load_mask, load_tile, mask_offset, query_program
@@ -91,7 +91,7 @@ def _map_rows_kernel(
 def run(call: Call, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
     """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk)."""
     t, tile = call.problem, tile_of(call, "split")
-    splits, split_blocks = splits_of(call)
+    splits, split_blocks = cut_of(call)
     n_rows = t.B * t.H * t.Nq
     sums = accumulator(call, splits, n_rows, 2)
     means = score_arguments(call, tile) | strides("do", "bhmd", dout) | dict(
