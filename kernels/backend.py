@@ -11,18 +11,18 @@ from torch import Tensor
 
 from ..problem import Grads, Problem, new_gradients
 from . import (
-    attention_map_forward,
-    attention_map_rows,
     backward_delta,
     backward_delta_sweep,
     backward_dq,
     backward_few_queries,
     backward_passes,
     forward_split,
+    map_rows,
     plan,
     soft_mask,
 )
 from . import forward as forward_full
+from . import map as map_pass
 from .launch import Inputs, Rows
 from .tiles import FEW_QUERIES
 
@@ -145,7 +145,7 @@ def attention_map(
     _, lse, *_ = forward(t, query, key, value, inputs.mask, alpha, key_padding_mask, None, save_out=False, save_mbar=False)
     amap = inputs.accumulator(t.B, t.Nq, t.Nk)
     if not inputs.empty:
-        attention_map_forward.run(inputs, lse, amap)
+        map_pass.run(inputs, lse, amap)
     return amap, lse
 
 
@@ -172,7 +172,7 @@ def attention_map_backward(
         for last, wanted in (((2,), any(needs[:4])), ((), dalpha is not None), ((), dweights is not None))
     )
     dout, soft = dmap[:, None], soft_mask.soften(inputs, _buffer_of_m(dmask))
-    attention_map_rows.run(soft, dout, lse, rows, mbar, eta)
+    map_rows.run(soft, dout, lse, rows, mbar, eta)
     if rows is not None:
         backward_passes.run(inputs, soft, dout, Rows(rows), mbar, dquery, dkey, None, dmask, dalpha)
     if dweights is not None and eta is not None:

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, strides
-from .primitives import load_dlse, load_tile, rows_of, store_rows
+from .primitives.load import load_tile
+from .primitives.rows import load_dlse, rows_of, store_rows
 from .tiles import Tile, block_of, cdiv
 
 TILE = Tile(block_m=16, block_n=1, warps=4, stages=1)  # 16 rows a program

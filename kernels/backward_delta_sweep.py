@@ -13,21 +13,9 @@ from torch import Tensor
 from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
 from .launch import Inputs, launch, strides
-from .primitives import (
-    LOG2E,
-    finish_rows,
-    head_of,
-    live_keys,
-    live_span,
-    load_alpha,
-    load_block,
-    load_dlse,
-    load_mask,
-    load_tile,
-    query_program,
-    score_gradient,
-    store_rows,
-)
+from .primitives.load import head_of, live_keys, live_span, load_alpha, load_block, load_mask, load_tile, query_program
+from .primitives.rows import finish_rows, load_dlse, store_rows
+from .primitives.score import LOG2E, score_gradient
 from .tiles import cdiv
 
 

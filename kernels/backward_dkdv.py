@@ -12,19 +12,10 @@ from torch import Tensor
 
 from . import descriptors
 from .launch import Inputs, Rows, launch
-from .primitives import (
-    dot,
-    head_of,
-    live_keys,
-    load_alpha,
-    load_map_gradient,
-    load_mask,
-    load_queries,
-    load_rows,
-    load_tile,
-    score_gradient,
-    store_key_gradients,
-)
+from .primitives.load import head_of, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile
+from .primitives.rows import load_rows
+from .primitives.score import dot, score_gradient
+from .primitives.store import store_key_gradients
 from .tiles import cdiv
 
 

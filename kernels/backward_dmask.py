@@ -12,20 +12,10 @@ from torch import Tensor
 
 from . import descriptors
 from .launch import Inputs, Rows, launch
-from .primitives import (
-    head_of,
-    live_keys,
-    load_alpha,
-    load_block,
-    load_map_gradient,
-    load_mask,
-    load_queries,
-    load_rows,
-    score_gradient,
-    store_dalpha,
-    store_mask_tile,
-    unless_padding,
-)
+from .primitives.load import head_of, live_keys, load_alpha, load_block, load_map_gradient, load_mask, load_queries, unless_padding
+from .primitives.rows import load_rows
+from .primitives.score import score_gradient
+from .primitives.store import store_dalpha, store_mask_tile
 from .tiles import Tile, cdiv
 
 

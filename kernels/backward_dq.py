@@ -13,9 +13,7 @@ from torch import Tensor
 
 from . import descriptors
 from .launch import Inputs, Rows, launch
-from .primitives import (
-    dot,
-    first_rows,
+from .primitives.load import (
     head_of,
     live_keys,
     live_span,
@@ -24,12 +22,11 @@ from .primitives import (
     load_map_gradient,
     load_mask,
     load_queries,
-    load_rows,
     query_program,
-    score_gradient,
-    store_rows,
-    store_tile,
 )
+from .primitives.rows import first_rows, load_rows, store_rows
+from .primitives.score import dot, score_gradient
+from .primitives.store import store_tile
 from .tiles import Tile, cdiv
 
 

@@ -17,30 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Problem
-from . import backward_dq, plan
-from .launch import Inputs, Rows, launch, strides
-from .primitives import (
-    SOFT,
-    dot,
-    first_rows,
-    live_keys,
-    load_alpha,
-    load_map_gradient,
-    load_mask,
-    load_queries,
-    load_rows,
-    load_tile,
-    matmul,
-    score_gradient,
-    store_dalpha,
-    store_key_gradients,
-    store_mask_tile,
-    store_tile,
-    unless_padding,
-)
+from . import backward_dq, backward_reduce, plan
+from .launch import Inputs, Rows, launch
+from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, unless_padding
+from .primitives.rows import first_rows, load_rows
+from .primitives.score import dot, matmul, score_gradient
+from .primitives.store import store_dalpha, store_key_gradients, store_mask_tile, store_tile
 from .tiles import Tile, cdiv
 
-REDUCE = Tile(block_m=1, block_n=256, warps=4, stages=1)
 Needs = tuple[bool, bool, bool, bool]  # of the gradients of query, key, value and mask
 
 
@@ -217,57 +201,6 @@ def _add_tile(ptr, tile, rows, cols, n_cols, row_started, row_ok, col_ok):
     tl.store(ptr + offsets, tile, mask=row_ok[:, None] & col_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["Nq", "n_splits", "n_tiles"])
-def _reduce_kernel(
-    parts_ptr, dq_ptr, tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm,
-    B, H, Nq, n_splits, n_elements, n_tiles, scale,
-    NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dQ = scale * sum of the splits' parts, and dalpha, a program a head, of the key blocks' and the batch's; in order."""
-    pid = tl.program_id(0)
-    heads = H if NEED_DALPHA else 0
-    if NEED_DALPHA:
-        if pid < H:
-            _reduce_dalpha(
-                tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, pid,
-                B, H, Nq, n_tiles, HAS_DLSE, BLOCK,
-            )  # fmt: skip
-    if NEED_DQ:
-        if pid >= heads:
-            offs = (pid - heads).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            ok = offs < n_elements
-            total = tl.zeros([BLOCK], tl.float32)
-            for split in range(0, n_splits):
-                total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n_elements + offs, mask=ok, other=0.0)
-            tl.store(dq_ptr + offs, (total * scale).to(dq_ptr.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _reduce_dalpha(
-    tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, h, B, H, Nq, n_tiles,
-    HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dalpha of a head, reference.py (8). The row term is a sum of its own: a dL of zeros must give the bits of none."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_tiles * B, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        total += tl.load(tiles_ptr + offs.to(tl.int64) * H + h, mask=offs < n_tiles * B, other=0.0)
-    dalpha = tl.sum(total, 0)
-    if HAS_DLSE:
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, B * Nq, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            ok = offs < B * Nq
-            b, m = (offs // Nq).to(tl.int64), offs % Nq
-            row = (b * H + h) * Nq + m
-            mbar = tl.load(mbar_ptr + row, mask=ok, other=0.0)
-            dead = (tl.load(lse_ptr + row, mask=ok, other=0.0) == float("-inf")) & (mbar == 0.0)
-            dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + m * stride_dlm, mask=ok, other=0.0)
-            total += tl.where(dead, 0.0, mbar * dl)
-        dalpha += tl.sum(total, 0)
-    tl.store(dalpha_ptr + h, dalpha)
-
-
 def folds_delta(inputs: Inputs, dquery: Tensor | None) -> bool:
     """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
     return plan.holds_dq(inputs.problem) or dquery is not None
@@ -302,7 +235,7 @@ def run(
         )  # fmt: skip
         launch(_few_queries_kernel, cut.programs, arguments, tile)
     if dquery is not None or dalpha is not None:
-        reduce(inputs, rows, mbar, parts, dquery, tiles, dalpha)
+        backward_reduce.run(inputs, rows, mbar, parts, dquery, tiles, dalpha)
 
 
 class _Cut(NamedTuple):
@@ -337,27 +270,6 @@ def _cut(t: Problem, tile: Tile, needs: Needs, need_dalpha: bool) -> _Cut:
 def splits(t: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
     return min(_affordable(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
-
-
-def reduce(
-    inputs: Inputs,
-    rows: Rows,
-    mbar: Tensor | None,
-    parts: Tensor | None,
-    dquery: Tensor | None,
-    tiles: Tensor | None,
-    dalpha: Tensor | None,
-) -> None:
-    """Fill, where given, dquery from its parts and dalpha from its tiles, (key blocks, B, H)."""
-    t, n_elements = inputs.problem, 0 if dquery is None else dquery.numel()
-    programs = cdiv(n_elements, REDUCE.block_n) + (t.H if dalpha is not None else 0)
-    arguments = strides("dl", "bhm", rows.dlse) | dict(
-        parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,
-        B=t.B, H=t.H, Nq=t.Nq, n_splits=0 if parts is None else parts.shape[0], n_elements=n_elements,
-        n_tiles=0 if tiles is None else tiles.shape[0], scale=t.scale,
-        NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None, HAS_DLSE=rows.dlse is not None, BLOCK=REDUCE.block_n,
-    )  # fmt: skip
-    launch(_reduce_kernel, programs, arguments, REDUCE)
 
 
 @lru_cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries
+from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries, backward_reduce
 from .backward_few_queries import Needs
 from .launch import Inputs, Rows
 from .tiles import FEW_QUERIES
@@ -53,7 +53,7 @@ def run(
     if dmask is not None and dmask_pass:
         backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
     if splits:
-        backward_few_queries.reduce(inputs, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
+        backward_reduce.run(inputs, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
     elif dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)
 

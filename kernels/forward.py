@@ -11,7 +11,9 @@ from torch import Tensor
 
 from . import descriptors
 from .launch import Inputs, launch
-from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives.load import head_of, load_alpha, load_tile, query_program
+from .primitives.softmax import attend, softmax_finish
+from .primitives.store import store_tile
 from .tiles import cdiv
 
 

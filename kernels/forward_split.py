@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .launch import Inputs, launch
 from .plan import SPLIT_PROGRAMS
-from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives.load import head_of, load_alpha, load_tile, query_program
+from .primitives.softmax import attend, softmax_finish
+from .primitives.store import store_tile
 from .tiles import Tile, block_of, cdiv
 
 PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import chip, tiles
-from .primitives import LOGITS, ROUNDED_LOGITS, SOFT
+from .primitives.load import LOGITS, ROUNDED_LOGITS, SOFT
 from .tiles import FEW_QUERIES, Tile, block_of
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides

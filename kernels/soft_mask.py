@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Inputs, launch, mask_kind, strides
-from .primitives import ROUNDED_LOGITS, sigmoid
+from .primitives.load import ROUNDED_LOGITS, sigmoid
 from .tiles import Tile, cdiv
 
 ROW = Tile(block_m=1, block_n=1024, warps=4, stages=1)

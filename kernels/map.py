@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Inputs, launch
-from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile, unless_padding
+from .primitives.load import live_keys, load_alpha, load_mask, load_tile, unless_padding
+from .primitives.score import probabilities
+from .primitives.store import store_tile
 from .tiles import cdiv
 
 

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from .forward_split import splits_of
 from .launch import Inputs, launch, strides
-from .primitives import (
-    LOG2E,
-    finish_rows,
-    live_keys,
-    live_span,
-    load_alpha,
-    load_mask,
-    load_tile,
-    probabilities,
-    query_program,
-    store_rows,
-)
+from .primitives.load import live_keys, live_span, load_alpha, load_mask, load_tile, query_program
+from .primitives.rows import finish_rows, store_rows
+from .primitives.score import LOG2E, probabilities
 from .tiles import Tile, cdiv
 
 FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
