@@ -22,9 +22,11 @@ struct BFloat16 {
 
 SMATTN_HOST_DEVICE float widen(BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 SMATTN_HOST_DEVICE float widen(Half x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = (x.bits & 0x7fffu) << 13;
-  const float magnitude = __builtin_bit_cast(float, rest) * 0x1p112f;  // moves the exponent's bias, subnormals included
-  const uint32_t bits = rest >= 0x0f800000u ? rest | 0x7f800000u : __builtin_bit_cast(uint32_t, magnitude);  // infinity, NaN
+  const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  // Of subnormals there are 1023, in steps of 2^-24: counted, because a float that is subnormal itself is slow to multiply.
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f);
+  const uint32_t normal = (rest << 13) + 0x38000000u, not_finite = (rest << 13) | 0x7f800000u;
+  const uint32_t bits = rest < 0x0400u ? subnormal : rest < 0x7c00u ? normal : not_finite;
   return __builtin_bit_cast(float, bits | sign);
 }
 

@@ -1,22 +1,22 @@
 """A mask that nobody drew: learned from image labels alone, through the gradient that soft-masked attention has for its mask.
 
-A picture is a mosaic of cells. Every cell has a colour and a grating; one of them, the object, has a colour between red and green, and its
-grating is the picture's label. A mask head sees colour only, and so can never know the label; the values that attention reads hold texture
-only, and so never know where the object is. The one loss is cross-entropy of the label. So the label is found only if the mask is, and the
-mask only if a gradient comes through the attention. The inverted mask gains nothing: the other gratings are drawn independently of the
-object's (were they to exclude it, what is absent would tell the label), and alpha starts above 0. The same network is trained
+A picture is a mosaic of cells. Every cell has a colour and a grating. One cell, the object, has a colour between red and green, and its
+grating is the picture's label. The mask head sees colour alone, so it can never know the label. The values that the attention reads hold
+texture alone, so they never know where the object is. The one loss is the cross-entropy of the label. So the label is found only if the
+mask is, and the mask is found only if a gradient comes through the attention. The inverted mask gains nothing: the other gratings are drawn
+independently of the object's (if they excluded it, what is absent would tell the label), and alpha starts above 0. The same network is
+trained in three ways:
 
-    soft        by smattn.nn.SoftMaskedAttention, mask with its gradient
-    detached    the same, without that gradient
-    hard        by smattn.nn.HardMaskedAttention, as masks are mostly used: thresholded
+    soft        smattn.nn.SoftMaskedAttention, the mask with its gradient
+    detached    the same without that gradient
+    hard        smattn.nn.HardMaskedAttention, which thresholds the mask, as most models do
 
-    python examples/learn_mask.py           # 7 seeds of each: examples/results/learn_mask.csv and .png
+    python -m examples.learn_mask           # trains 7 seeds of each and writes examples/results/learn_mask.csv and .png
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 from pathlib import Path
@@ -26,27 +26,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.shared.rows import RESULTS, write
 from smattn.nn import HardMaskedAttention, SoftMaskedAttention, parameter_groups
 
-RESULTS = Path(__file__).parent / "results"
 MASKINGS = ("soft", "detached", "hard")
 CLASSES, CELLS, SIDE = 6, 16, 32
 
 
 class Pictures(NamedTuple):
     image: Tensor  # (B, 3, SIDE, SIDE)
-    inside: Tensor  # bool (B, SIDE * SIDE): where the object is; no loss sees it
+    inside: Tensor  # bool (B, SIDE * SIDE): where the object is, which no loss sees
     label: Tensor  # int64 (B,): the object's grating
 
 
 def draw(count: int, g: torch.Generator) -> Pictures:
-    """Mosaics of CELLS cells; cell 0 is the object."""
+    """Draw `count` mosaics of CELLS cells, of which cell 0 is the object."""
     row, column = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     pixels = torch.stack([row, column], -1).view(1, -1, 2).float()  # (1, pixels, 2)
     cell = torch.cdist(pixels, torch.rand(count, CELLS, 2, generator=g) * SIDE).argmin(-1)  # (B, pixels)
 
-    hue = (torch.rand(count, CELLS, generator=g) * 2 + 1) * (2 * math.pi / 3)  # two thirds of the circle for the others,
-    hue[:, 0] = torch.rand(count, generator=g) * (2 * math.pi / 3)  # the third between red and green for the object
+    hue = (torch.rand(count, CELLS, generator=g) * 2 + 1) * (2 * math.pi / 3)  # The others have two thirds of the circle,
+    hue[:, 0] = torch.rand(count, generator=g) * (2 * math.pi / 3)  # and the object the third between red and green.
     shift = torch.tensor([0.0, 2, 4]) * (math.pi / 3)
     colour = torch.cos(hue.gather(1, cell)[..., None] - shift) * 0.25  # (B, pixels, 3): the three channels sum to 0
     colour = colour + 0.05 * torch.randn(colour.shape, generator=g)
@@ -62,7 +62,7 @@ def draw(count: int, g: torch.Generator) -> Pictures:
 
 
 class Network(nn.Module):
-    """Colour -> mask; texture -> what one query reads under that mask -> label."""
+    """Colour gives the mask, and what one query reads of the texture under that mask gives the label."""
 
     def __init__(self, masking: str, width: int = 32, heads: int = 4) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class Network(nn.Module):
         self.classify = nn.Linear(width, CLASSES)
 
     def mask(self, image: Tensor) -> Tensor:
-        """(B, 1, SIDE * SIDE) in [0, 1] from differences of channels, in which the gratings, equal in all, cancel."""
+        """The mask (B, 1, SIDE * SIDE) in [0, 1]. It sees differences of channels, in which the gratings, equal in all, cancel."""
         red, green, blue = image.flatten(2).unbind(1)
         return self.mask_head(torch.stack([red - green, blue - green], -1) * 4).sigmoid().mT
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, CLASSES) and the mask."""
         mask = self.mask(image)
-        lightness = image.mean(1, keepdim=True) - 0.5  # in which the colours, that sum to 0, cancel
+        lightness = image.mean(1, keepdim=True) - 0.5  # The colours cancel here, for their channels sum to 0.
         features = self.texture(4 * lightness).flatten(2).mT  # (B, SIDE * SIDE, width)
         query = self.query.expand(len(image), -1, -1)
         read = self.attention(query, features, features, mask.detach() if self.masking == "detached" else mask)
@@ -89,7 +89,7 @@ class Network(nn.Module):
 
 
 def overlap(mask: Tensor, inside: Tensor) -> float:
-    """Intersection over union of mask > 0.5 and object, over all pictures."""
+    """Intersection over union of mask > 0.5 and the object, over all pictures together."""
     chosen = mask[:, 0] > 0.5
     return ((chosen & inside).sum() / (chosen | inside).sum()).item()
 
@@ -111,7 +111,7 @@ def evaluate(network: Network, pictures: Pictures, seed: int, step: int) -> Row:
 
 
 def train(masking: str, seed: int, steps: int = 600, batch: int = 32, every: int = 50, quiet: bool = False) -> tuple[Network, list[Row]]:
-    """A network of its own seed on pictures of its own seed, and its course on pictures it never saw."""
+    """Train one network; returns it and its rows on pictures that it never saw. The seed decides weights and pictures."""
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     unseen = draw(128, torch.Generator().manual_seed(10_000 + seed))
@@ -131,7 +131,7 @@ def train(masking: str, seed: int, steps: int = 600, batch: int = 32, every: int
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: median over seeds at the last step, lowest and highest in brackets."""
+    """The Markdown table: medians over seeds at the last step, with the lowest and highest in brackets."""
     last = max(row.step for row in rows)
     lines = ["| masking | seeds | mask IoU | IoU of the inverted mask | seeds that end inverted | accuracy |", "| --- " * 6 + "|"]
     for masking in dict.fromkeys(row.masking for row in rows):
@@ -145,14 +145,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[Row]:
-    with open(path, newline="") as file:
-        lines = list(csv.reader(file))[1:]
-    return [Row(line[0], int(line[1]), int(line[2]), *map(float, line[3:])) for line in lines]
-
-
 def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
-    """IoU over steps, every seed; beside it pictures that no network saw, and their masks."""
+    """Plot the IoU of every seed over the steps, and beside it pictures that no network saw and their masks."""
     import matplotlib.pyplot as plt
 
     pictures = draw(4, torch.Generator().manual_seed(10_000))
@@ -166,7 +160,7 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
         for course in courses:
             axes["iou"].plot(steps, [row.mask_iou for row in course], f"C{colour}", alpha=0.3, linewidth=0.8)
         median = [statistics.median(row.mask_iou for row in at) for at in zip(*courses, strict=True)]
-        line = "--" if colour == 2 else "-"  # detached and hard may lie on one another
+        line = "--" if colour == 2 else "-"  # The lines of detached and hard may coincide.
         axes["iou"].plot(steps, median, f"C{colour}{line}", label=f"{masking}, median of {len(courses)} seeds", linewidth=2)
     axes["iou"].set(xlabel="step", ylabel="mask IoU on unseen pictures", ylim=(0, 1))
     axes["iou"].legend(loc="center right")
@@ -196,11 +190,7 @@ def main() -> None:
             network, course = train(masking, seed, arguments.steps)
             rows += course
             networks.setdefault(masking, network)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "learn_mask.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([*row[:3], *(f"{value:.4f}" for value in row[3:])] for row in rows)
+    write(arguments.out / "learn_mask.csv", rows, decimals=4)
     plot(rows, networks, arguments.out / "learn_mask.png")
     print(table(rows))
 

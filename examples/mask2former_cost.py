@@ -1,16 +1,15 @@
-"""Time and peak memory of a training step of a Mask2Former, its decoder alone and the whole model, before and after its masks became soft.
+"""What a training step of a Mask2Former costs, its decoder alone and the whole model, before and after its masks became soft.
 
     pip install ".[mask2former]"
-    python examples/mask2former_cost.py     # writes examples/results/mask2former_cost.csv
+    python -m examples.mask2former_cost     # writes examples/results/mask2former_cost.csv
 
-The model is Hugging Face's with a tiny Swin and random weights: 100 queries, 9 decoder layers, a 512 x 512 picture. Times are of steps
-taken in turn in one process, on one thread, so that what disturbs one disturbs the other; memory is of a process of its own each. Linux.
+The model is Hugging Face's with a tiny Swin and random weights: 100 queries, 9 decoder layers, a 512 x 512 picture. The steps are timed in
+turn in one process and on one thread, so that a disturbance meets both. Memory is measured in a process of its own for each. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from examples.shared.rows import RESULTS, write
 from smattn.integrations import soften_mask2former
 
 SIDE, OBJECTS, ROUNDS = 512, 3, 7
@@ -31,11 +31,11 @@ MASKS = ("hard, detached", "soft")
 class Cost(NamedTuple):
     part: str
     masks: str
-    seconds: float  # of processor time a step, median
-    ratio: float  # to the hard step of the same round: the median,
-    lowest: float  # and the range
+    seconds: float  # processor time of a step, the median
+    ratio: float  # to the hard step of the same round: the median, and below the range
+    lowest: float
     highest: float
-    peak_mib: float  # of the process, less what it had before the first step
+    peak_mib: int  # of the process, less what it had before the first step
 
 
 def config_of_a_tiny_swin() -> Any:
@@ -45,7 +45,7 @@ def config_of_a_tiny_swin() -> Any:
 
 
 def decoder_step(soften: Callable[[Any], Any]) -> Callable[[], Tensor]:
-    """The transformer decoder on random features."""
+    """A step of the transformer decoder on random features."""
     from transformers import Mask2FormerModel
 
     model = soften(Mask2FormerModel(config_of_a_tiny_swin()).train())
@@ -56,7 +56,7 @@ def decoder_step(soften: Callable[[Any], Any]) -> Callable[[], Tensor]:
 
 
 def whole_step(soften: Callable[[Any], Any]) -> Callable[[], Tensor]:
-    """From pixels to the loss of Mask2Former, matching included."""
+    """A step from pixels to the loss of Mask2Former, matching included."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     model = soften(Mask2FormerForUniversalSegmentation(config_of_a_tiny_swin()).train())
@@ -82,28 +82,28 @@ def seconds_of(step: Callable[[], Tensor]) -> float:
 
 
 def times(part: str) -> list[tuple[float, ...]]:
-    """The seconds of each of MASKS, taken in turn, ROUNDS times; the first step of each is not counted."""
+    """ROUNDS rounds of the seconds of each of MASKS, taken in turn. The first step of each does not count."""
     steps = [step_of(part, masks) for masks in MASKS]
     return [tuple(seconds_of(step) for step in steps) for _ in range(1 + ROUNDS)][1:]
 
 
 def resident(name: str) -> int:
-    """What this process has in memory, VmRSS, or had at most, VmHWM, in KiB; getrusage's maximum is also that of what started it."""
+    """KiB that this process has in memory, "VmRSS", or had at most, "VmHWM". getrusage's maximum would count its parent's too."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1])
 
 
 def peak(part: str, masks: str) -> float:
-    """In this process, which does nothing else: its resident set is the answer."""
+    """MiB of a step, measured in this process, which does nothing else."""
     step = step_of(part, masks)
     before = resident("VmRSS")
-    for _ in range(2):  # the second has the gradients of the first beside it
+    for _ in range(2):  # The second step has the gradients of the first beside it.
         step().backward()
     return (resident("VmHWM") - before) / 1024
 
 
 def peak_of_its_own(part: str, masks: str) -> float:
-    command = [sys.executable, __file__, "--peak", part, masks]
+    command = [sys.executable, "-m", "examples.mask2former_cost", "--peak", part, masks]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -113,26 +113,21 @@ def measure(part: str) -> list[Cost]:
     for i, masks in enumerate(MASKS):
         ratios = [seconds[i] / seconds[0] for seconds in rounds]
         median = statistics.median(seconds[i] for seconds in rounds)
-        costs.append(Cost(part, masks, median, statistics.median(ratios), min(ratios), max(ratios), peak_of_its_own(part, masks)))
+        costs.append(Cost(part, masks, median, statistics.median(ratios), min(ratios), max(ratios), round(peak_of_its_own(part, masks))))
     return costs
-
-
-def read(path: Path) -> list[Cost]:
-    with open(path, newline="") as file:
-        return [Cost(part, masks, *map(float, numbers)) for part, masks, *numbers in list(csv.reader(file))[1:]]
 
 
 def table(costs: list[Cost]) -> str:
     lines = ["| part | masks | processor seconds a step | of the hard one's | memory of the step, MiB |", "| --- " * 5 + "|"]
     for c in costs:
         ratio = "1" if c.masks == MASKS[0] else f"{c.ratio:.2f} [{c.lowest:.2f}, {c.highest:.2f}]"
-        lines.append(f"| {c.part} | {c.masks} | {c.seconds:.2f} | {ratio} | {c.peak_mib:.0f} |")
+        lines.append(f"| {c.part} | {c.masks} | {c.seconds:.2f} | {ratio} | {c.peak_mib} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mask2former_cost.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "mask2former_cost.csv")
     parser.add_argument("--peak", nargs=2, metavar=("PART", "MASKS"), help="print the memory of these alone")
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -140,10 +135,7 @@ def main() -> None:
         print(peak(*a.peak))
         return
     costs = [cost for part in PARTS for cost in measure(part)]
-    with open(a.out, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Cost._fields)
-        writer.writerows([c.part, c.masks, *(f"{x:.3f}" for x in c[2:6]), f"{c.peak_mib:.0f}"] for c in costs)
+    write(a.out, costs, decimals=3)
     print(table(costs))
 
 

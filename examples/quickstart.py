@@ -1,10 +1,11 @@
 """A soft mask that learns what it covers through nothing but the attention it steers.
 
 A photograph is to be redrawn from two descriptors. Each is what one query reads from the picture by soft-masked attention: the first
-under a mask M, the second under 1 - M. A small network predicts M from each pixel's colour and position. No loss ever sees M: the loss sees
-the two descriptors, and the gradient reaches M through the attention alone. The one hint is a click, whose pixel is the first query.
+query reads under a mask M, the second under 1 - M. A small network predicts M from each pixel's colour and position. No loss ever sees M:
+the loss sees the two descriptors, and the gradient reaches M through the attention alone. The one hint is a click: its pixel is the first
+query.
 
-    pip install scikit-learn matplotlib     # the one ships the photograph, the other saves the picture
+    pip install scikit-learn matplotlib     # the first ships the photograph, the second saves the picture
     python examples/quickstart.py           # writes quickstart.png: photograph, first mask, learned mask
 """
 
@@ -17,7 +18,7 @@ import smattn
 
 
 def features(photo: Tensor) -> tuple[Tensor, Tensor]:
-    """Per pixel of (height, width, 3): normalised colour, and position in [-1, 1]; (Nk, 3) and (Nk, 2)."""
+    """Normalised colour (Nk, 3) and position in [-1, 1] (Nk, 2) of each pixel of a photograph (height, width, 3)."""
     height, width, _ = photo.shape
     colour = (photo - photo.mean((0, 1))) / photo.std()
     position = torch.cartesian_prod(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width))
@@ -25,13 +26,16 @@ def features(photo: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def learn_mask(photo: Tensor, click: tuple[int, int], steps: int = 300) -> tuple[Tensor, Tensor]:
-    """The mask before and after learning, (height, width), for a photograph (height, width, 3) in [0, 1] and a pixel (row, column)."""
+    """Learn a mask of what was clicked; returns the mask before and after learning, each (height, width).
+
+    photo (height, width, 3) in [0, 1]; click is a pixel, (row, column).
+    """
     torch.manual_seed(0)
     colour, position = features(photo)
     pixels = torch.cat([colour, position], -1)[None, None]  # (B, H, Nk, D) = (1, 1, Nk, 5): the keys
-    values = torch.cat([colour, 0.3 * position], -1)[None, None]  # what a descriptor reads: mostly colour
+    values = torch.cat([colour, 0.3 * position], -1)[None, None]  # A descriptor reads mostly colour.
     clicked = pixels[:, :, click[0] * photo.shape[1] + click[1]]
-    query = torch.stack([0.3 * clicked, torch.zeros_like(clicked)], 2)  # (1, 1, Nq = 2, 5): a weak hint, the mask does the rest
+    query = torch.stack([0.3 * clicked, torch.zeros_like(clicked)], 2)  # (1, 1, Nq = 2, 5): the click is a weak hint.
     head = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 1), nn.Sigmoid())
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     masks = []
@@ -40,7 +44,7 @@ def learn_mask(photo: Tensor, click: tuple[int, int], steps: int = 300) -> tuple
         masks.append(m.detach().view(photo.shape[:2]))
         mask = torch.stack([m, 1 - m], 1)  # (1, Nq, Nk)
         descriptors = smattn.soft_masked_attention(query, pixels, values, mask, alpha=2.0)
-        # every pixel is drawn by the descriptors it resembles
+        # Every pixel is drawn by the descriptors that it resembles.
         nearest = torch.softmax(-10 * torch.cdist(values, descriptors).square(), -1)  # (1, 1, Nk, Nq)
         loss = (nearest @ descriptors - values).square().mean()
         optimizer.zero_grad()

@@ -1,18 +1,16 @@
-"""Write the tables of the examples' READMEs from the committed CSV files.
-
-    python examples/readme_figures.py
-"""
+"""Write the tables of the examples' READMEs from the committed CSV files: `python -m examples.readme_figures`"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import learn_mask
-import mask2former_cost
-import wsss.study
-from vos import cost, search, study
+from examples import learn_mask, mask2former_cost
+from examples.shared.rows import RESULTS, read
+from examples.vos import cost, search
+from examples.vos import study as vos_study
+from examples.wsss import study as wsss_study
 
-HERE = Path(__file__).resolve().parent
+EXAMPLES = Path(__file__).resolve().parent
 
 
 def put(readme: Path, name: str, content: str) -> None:
@@ -24,19 +22,30 @@ def put(readme: Path, name: str, content: str) -> None:
     readme.write_text(text[: text.index(begin) + len(begin)] + content + "\n" + text[text.index(end) :])
 
 
+def tables() -> dict[str, str]:
+    """Every table by its name, which is that of its CSV file and of its place in a README."""
+    vos_rows = {name: read(RESULTS / f"{name}.csv", vos_study.Row) for name in ("vos_synthetic", "vos_figures", "vos_clip")}
+    found = {name: read(RESULTS / f"{name}.csv", search.Found) for name in ("vos_search", "vos_tried")}
+    return {
+        "learn_mask": learn_mask.table(read(RESULTS / "learn_mask.csv", learn_mask.Row)),
+        "mask2former_cost": mask2former_cost.table(read(RESULTS / "mask2former_cost.csv", mask2former_cost.Cost)),
+        **{name: vos_study.table(rows) for name, rows in vos_rows.items()},
+        "vos_cost": cost.table(read(RESULTS / "vos_cost.csv", cost.Cost)),
+        "vos_search": search.table(search.unchanged(vos_rows["vos_synthetic"]) + found["vos_search"]),
+        "vos_tried": search.table(found["vos_tried"], "frame0"),
+        "wsss_synthetic": wsss_study.table(read(RESULTS / "wsss_synthetic.csv", wsss_study.Row)),
+    }
+
+
+def readme_of(name: str) -> Path:
+    """The README that shows this table: that of the folder which the name begins with."""
+    folder = EXAMPLES / name.partition("_")[0]
+    return (folder if folder.is_dir() else EXAMPLES) / "README.md"
+
+
 def main() -> None:
-    results = HERE / "results"
-    put(HERE / "README.md", "learn_mask", learn_mask.table(learn_mask.read(results / "learn_mask.csv")))
-    put(HERE / "README.md", "mask2former_cost", mask2former_cost.table(mask2former_cost.read(results / "mask2former_cost.csv")))
-    for name, module in (("vos_synthetic", study), ("vos_figures", study), ("vos_clip", study), ("vos_cost", cost)):
-        put(HERE / "vos" / "README.md", name, module.table(module.read(results / f"{name}.csv")))
-    put(HERE / "vos" / "README.md", "vos_search", search_table(results))
-    put(HERE / "vos" / "README.md", "vos_tried", search.table(study.read(results / "vos_tried.csv", search.Found), "frame0"))
-    put(HERE / "wsss" / "README.md", "wsss_synthetic", wsss.study.table(wsss.study.read(results / "wsss_synthetic.csv")))
-
-
-def search_table(results: Path) -> str:
-    return search.table(search.unchanged(study.read(results / "vos_synthetic.csv")) + study.read(results / "vos_search.csv", search.Found))
+    for name, table in tables().items():
+        put(readme_of(name), name, table)
 
 
 if __name__ == "__main__":

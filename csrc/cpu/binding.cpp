@@ -64,6 +64,9 @@ std::string cpu_kernels() {
   return names;
 }
 
+// Which of them runs unless another is selected, and why.
+std::string cpu_kernels_reason() { return smattn::cpu::why_first(); }
+
 // The version of the torch whose headers this was built with; any from 2.11 on may load it.
 std::string built_with_torch() { return SMATTN_TORCH; }
 
@@ -109,6 +112,7 @@ STABLE_TORCH_LIBRARY(smattn_cpu, library) {
   library.def(SMATTN_ATTENTION_MAP_BACKWARD(""));
   library.def("built_with_torch() -> str");
   library.def("cpu_kernels() -> str");
+  library.def("cpu_kernels_reason() -> str");
   library.def("select_cpu_kernels(str name) -> ()");
   library.def("exp2(Tensor x, Tensor(a!) y) -> ()");
   library.def("dropout_keep(Tensor seed, int B, int H, int Nq, int Nk, float p) -> Tensor");
@@ -126,5 +130,6 @@ STABLE_TORCH_LIBRARY_IMPL(smattn_cpu, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(smattn_cpu, CompositeExplicitAutograd, library) {
   library.impl("built_with_torch", TORCH_BOX(&built_with_torch));
   library.impl("cpu_kernels", TORCH_BOX(&cpu_kernels));
+  library.impl("cpu_kernels_reason", TORCH_BOX(&cpu_kernels_reason));
   library.impl("select_cpu_kernels", TORCH_BOX(&select_cpu_kernels));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "parallel.h"
@@ -20,7 +21,8 @@ struct Kernels {
 };
 
 const std::vector<const Kernels*>& available();  // those that this machine can run, the fastest first
-const Kernels& selected();                // the first of them, unless select() chose another
+const std::string& why_first();                // the first one's name, and why it is the first
+const Kernels& selected();                     // the first of them, unless select() chose another
 bool select(const char* name);            // for tests and measurements, whole process; false where no such set is available
 
 }  // namespace smattn::cpu

@@ -1,1 +1,1 @@
-"""Video object segmentation learned from one annotated frame a clip, through cycles of soft masks (arXiv 2206.00182, on 2112.09131)."""
+"""Video object segmentation that is learned from one annotated frame a clip, after arXiv 2206.00182 and 2112.09131."""

@@ -1,4 +1,4 @@
-"""A frame's features: a pyramid from a small convolutional network, or from timm, brought to one width at strides s and s/2."""
+"""A frame's features: a pyramid from a small convolutional network or from timm, brought to one width at strides s and s/2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .config import Config
 
 
 class SmallBackbone(nn.Module):
-    """Feature maps at strides s/2, s and 2s, s = 4 or 8; group norms, since batches are a few frames."""
+    """Gives feature maps at strides s/2, s and 2s, where s is 4 or 8. It has group norms, for a batch is only a few frames."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SmallBackbone(nn.Module):
 
 
 class TimmBackbone(nn.Module):
-    """Three such maps, at strides 4, 8 and 16, from a timm model; some of them, Swin's, come channels last."""
+    """Gives feature maps at strides 4, 8 and 16 from a timm model. Swin's maps have the channels last, and are brought into order."""
 
     def __init__(self, name: str, pretrained: bool, height: int | None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TimmBackbone(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Backbone and FPN: (B, 3, H, W) in [0, 1] -> coarse (B, C, H/s, W/s) and fine, at half that stride."""
+    """Backbone and FPN. An image (B, 3, H, W) in [0, 1] gives a coarse map (B, C, H/s, W/s) and a fine one at half that stride."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

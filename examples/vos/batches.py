@@ -1,8 +1,8 @@
-"""Training batches: three frames of a clip, the first annotated, and that first one again from another view; a function of seed and step.
+"""Training batches: three frames of a clip, of which the first is annotated, and that first frame again from another view.
 
-The other view is flipped, turned, moved, scaled and recoloured. Without it the cycles have an answer that tracks nothing: masks that stay
-in their place come back to frame 0 unharmed, whatever has moved between. Its objects pasted over the frame between are a picture too:
-frame 0 shows its objects before one ground, the other frames have more.
+A batch follows from seed and step. The other view is flipped, turned, moved, scaled and recoloured. Without it the cycles have an answer
+that tracks nothing: masks that stay in their place come back to frame 0 unharmed, whatever has moved in between. One more picture has the
+objects of the other view pasted over the frame between, because frame 0 shows its objects before one ground alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .data import Clip
 
 
 class Batch(NamedTuple):
-    images: Tensor  # (B, 5, 3, H, W) in [0, 1]: the annotated frame 0, two others in order of time, 0 in another view, its objects on 1
-    mask: Tensor  # (B, O, H, W) one-hot, of frame 0
-    mask_again: Tensor  # (B, O, H, W), of its other view, wherever it is shown
+    images: Tensor  # (B, 5, 3, H, W) in [0, 1]: frame 0, two later frames, frame 0 in another view, its objects pasted on frame 1
+    mask: Tensor  # (B, O, H, W), one-hot, of frame 0
+    mask_again: Tensor  # (B, O, H, W), of the other view of frame 0, pasted or not
     present: Tensor  # bool (B, O): which of the O objects the clip has
 
 
 def sample(clips: list[Clip], config: Config, progress: float, g: torch.Generator) -> Batch:
-    """config.batch clips; the two other frames lie within a reach that grows with progress (0 to 1) to the whole clip."""
+    """Draw config.batch clips. The two later frames lie within a reach that grows with progress, from 0 to 1, to the whole clip."""
     items = [_item(clips[_below(len(clips), g)], config, progress, g) for _ in range(config.batch)]
     height = min(images.shape[-2] for images, _ in items)
     width = min(images.shape[-1] for images, _ in items)
@@ -38,7 +38,7 @@ def sample(clips: list[Clip], config: Config, progress: float, g: torch.Generato
 
 
 def resized(images: Tensor, height: int | None) -> Tensor:
-    """Frames (N, 3, H, W) at the given height, both sides to the nearest multiples of 8."""
+    """Resize frames (N, 3, H, W) to the given height, with both sides the nearest multiples of 8."""
     H, W = images.shape[-2:]
     scale = 1 if height is None else height / H
     size = [max(8, round(side * scale / 8) * 8) for side in (H, W)]
@@ -46,12 +46,12 @@ def resized(images: Tensor, height: int | None) -> Tensor:
 
 
 def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """One-hot masks (O, H, W), by the nearest pixel."""
+    """Resize one-hot masks (O, H, W) by the nearest pixel."""
     return mask if mask.shape[-2:] == size else F.interpolate(mask[None], size, mode="nearest-exact")[0]
 
 
 def _item(clip: Clip, config: Config, progress: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (5, 3, H, W) and the two masks (2, O, H, W)."""
+    """The images (5, 3, H, W) and the two masks (2, O, H, W) of one clip."""
     reach = min(len(clip) - 1, 2 + int(progress * len(clip)))
     last = 1 + _below(reach, g) if len(clip) > 1 else 0
     between = 1 + _below(last, g) if last else 0
@@ -72,7 +72,7 @@ def _recoloured(images: Tensor, by: float, g: torch.Generator) -> Tensor:
 
 
 def _other_view(image: Tensor, mask: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and mask (O, H, W) under one random similarity; what lies outside is mirrored."""
+    """Image (3, H, W) and mask (O, H, W) under one random similarity. What lies outside the picture is mirrored."""
     H, W = image.shape[-2:]
     angle, scale, down, right = (2 * torch.rand(4, generator=g) - 1).tolist()
     cos, sin = (f(0.3 * angle) * math.exp(0.25 * scale) for f in (math.cos, math.sin))

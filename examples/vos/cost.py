@@ -1,6 +1,6 @@
 """Time and peak memory of a training step, with the backend that smattn takes and with the reference, each in a process of its own.
 
-    python -m vos.cost     # from the folder examples/; writes results/vos_cost.csv
+    python -m examples.vos.cost     # writes examples/results/vos_cost.csv
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 import smattn
+from examples.shared.rows import RESULTS, write
 from smattn import nn as smattn_nn
 
 from .batches import Batch
@@ -34,12 +35,12 @@ OBJECTS, STEPS = 3, 5
 class Cost(NamedTuple):
     size: str
     backend: str
-    seconds: float  # of a step, median
-    peak_mib: float  # of the process
+    seconds: float  # of a step, the median
+    peak_mib: int  # of the process
 
 
 def measure(size: str, backend: str) -> Cost:
-    """In this process, which does nothing else: its resident set is the answer."""
+    """Measure in this process, which does nothing else, so that its resident set is the answer."""
     if backend != "default":
         fixed = functools.partial(smattn.soft_masked_attention, backend=backend)
         smattn.soft_masked_attention = smattn_nn.soft_masked_attention = fixed
@@ -56,22 +57,18 @@ def measure(size: str, backend: str) -> Cost:
         sum(sum(loss(end.logits, batch.mask_again, batch.present)) for end in run(model, batch, (SELF, HISTORY))).backward()
         model.zero_grad()
         seconds.append(time.perf_counter() - began)
-    return Cost(size, backend, statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
-def read(path: Path) -> list[Cost]:
-    with open(path, newline="") as file:
-        return [Cost(line[0], line[1], float(line[2]), float(line[3])) for line in list(csv.reader(file))[1:]]
+    return Cost(size, backend, statistics.median(seconds), round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def table(costs: list[Cost]) -> str:
+    """The Markdown table."""
     lines = ["| frames | attention | seconds a step | peak of the process, MiB |", "| --- " * 4 + "|"]
-    return "\n".join(lines + [f"| {c.size} | {c.backend} | {c.seconds:.2f} | {c.peak_mib:.0f} |" for c in costs])
+    return "\n".join(lines + [f"| {c.size} | {c.backend} | {c.seconds:.2f} | {c.peak_mib} |" for c in costs])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/vos_cost.csv"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "vos_cost.csv")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "BACKEND"), help="measure this one here, and print it")
     a = parser.parse_args()
     if a.one:
@@ -80,13 +77,10 @@ def main() -> None:
     costs = []
     for size in SIZES:
         for backend in ("default", "reference"):
-            command = [sys.executable, "-m", "vos.cost", "--one", size, backend]
+            command = [sys.executable, "-m", "examples.vos.cost", "--one", size, backend]
             (line,) = csv.reader([subprocess.run(command, check=True, capture_output=True, text=True).stdout])
-            costs.append(Cost(size, backend, float(line[2]), float(line[3])))
-    with open(a.out, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Cost._fields)
-        writer.writerows([*cost[:2], f"{cost.seconds:.3f}", f"{cost.peak_mib:.0f}"] for cost in costs)
+            costs.append(Cost(size, backend, float(line[2]), int(line[3])))
+    write(a.out, costs, decimals=3)
     print(table(costs))
 
 

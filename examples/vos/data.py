@@ -1,45 +1,28 @@
-"""Clips in DAVIS layout on disk, and what can be wrong with them.
+"""Clips in DAVIS layout on disk, and everything that can be wrong with them.
 
     JPEGImages/480p/<clip>/00000.jpg    Annotations/480p/<clip>/00000.png (palette, index = object)    ImageSets/2017/{train,val}.txt
 
-Training reads the first annotation of a clip and no other: `first_mask` is the one way in.
+Training reads the first annotation of a clip and no other, and only through `first_mask`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from examples.shared.images import DataError, decoded, read_index, shape_of
 
 RESOLUTION, YEAR = "480p", "2017"
 
 
-class DataError(ValueError):
-    """Something is wrong with the data; the message begins with the file."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-
-
-@contextmanager
-def said_in_one_line() -> Iterator[None]:
-    """For commands: what is wrong with the data ends them with that line instead of a traceback."""
-    try:
-        yield
-    except DataError as error:
-        raise SystemExit(str(error)) from None
-
-
 @dataclass(frozen=True)
 class Clip:
-    """One clip on disk, checked: every frame has a file, the first has an annotation with at least one object and none left out."""
+    """One clip on disk that has been checked: the first frame's annotation has at least one object, and no number is left out."""
 
     name: str
     frames: tuple[Path, ...]
@@ -50,15 +33,15 @@ class Clip:
         return len(self.frames)
 
     def image(self, t: int) -> Tensor:
-        """(3, height, width) in [0, 1]."""
+        """Frame t, (3, height, width) in [0, 1]."""
         return torch.from_numpy(_read_image(self.frames[t])).movedim(-1, 0).float() / 255
 
     def first_mask(self) -> Tensor:
-        """One-hot (objects, height, width) of frame 0."""
+        """The annotation of frame 0, one-hot (objects, height, width)."""
         return self._one_hot(0)
 
     def mask(self, t: int) -> Tensor:
-        """One-hot (objects, height, width) of any frame: for evaluation."""
+        """The annotation of any frame, one-hot (objects, height, width). It is for evaluation."""
         return self._one_hot(t)
 
     def annotated(self) -> list[int]:
@@ -73,7 +56,7 @@ class Clip:
         index = read_annotation(path)
         if index.max() > self.objects:
             raise DataError(path, f"palette index {index.max()}, but the first frame has {self.objects} objects")
-        height, width = _size(self.frames[t])
+        height, width = shape_of(self.frames[t])
         if index.shape != (height, width):
             raise DataError(path, f"is {index.shape[1]}x{index.shape[0]}, its frame {width}x{height}")
         return torch.from_numpy(index[None] == np.arange(1, self.objects + 1)[:, None, None]).float()
@@ -105,9 +88,9 @@ def read_clip(root: Path, name: str) -> Clip:
         raise DataError(first, f"object {empty[0]} of {objects} is empty in the first frame")
     clip = Clip(name, frames, annotations, objects)
     clip.first_mask()
-    height, width = _size(frames[0])
+    height, width = shape_of(frames[0])
     for frame in frames[1:]:
-        if (size := _size(frame)) != (height, width):
+        if (size := shape_of(frame)) != (height, width):
             raise DataError(frame, f"is {size[1]}x{size[0]}, the first frame {width}x{height}")
     return clip
 
@@ -116,30 +99,9 @@ def read_annotation(path: Path) -> np.ndarray:
     """The object of each pixel, uint8 (height, width), 0 = background."""
     if not path.exists():
         raise DataError(path, "no annotation")
-    image = _decoded(path)
-    if image.mode not in ("P", "L"):
-        raise DataError(path, f"expected a palette PNG, got mode {image.mode}")
-    return np.array(image)
+    return read_index(path)
 
 
 @lru_cache(maxsize=512)
 def _read_image(path: Path) -> np.ndarray:
-    return np.array(_decoded(path).convert("RGB"))
-
-
-def _decoded(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()  # where a truncated file shows
-    except (OSError, SyntaxError) as error:
-        raise DataError(path, f"cannot be read: {error}") from error
-    return image
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """(height, width), from the file's header alone."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except OSError as error:
-        raise DataError(path, f"cannot be read: {error}") from error
+    return np.array(decoded(path).convert("RGB"))

@@ -1,8 +1,8 @@
-"""Clips by rule that are more like real video: a figure of parts that swing, before a long ground that the camera passes; light and blur.
+"""Clips by rule that are more like real video: a figure of swinging parts before a long ground that the camera passes, with light and blur.
 
-    python -m vos.figures --out figures     # from the folder examples/
+    python -m examples.vos.figures --out build/figures
 
-What comes into view later, some of it in the figure's own colours, is what the first frame cannot teach.
+Some of what comes into view later has the figure's own colours. That is what the first frame cannot teach.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from .synthetic import Thing, ground, thing, write_clips
 
 PARTS, PATCHES = 6, 14
-EXPOSURE = (0.0, 0.25, 0.5)  # of a frame; the label is of the middle
+EXPOSURE = (0.0, 0.25, 0.5)  # The times within a frame that are averaged; the label is of the middle one.
 
 
 def figure(rng: np.random.Generator, frames: int, height: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pictures (H, W, 3) uint8 and labels (H, W) uint8, 1 = the figure."""
+    """The pictures, uint8 (H, W, 3), and labels, uint8 (H, W) with 1 = the figure, of one clip."""
     parts = [_part(i, rng) for i in range(PARTS)]
     world = _world(rng, height, 3 * width, np.stack([part.colours for part in parts]))
     begin, pan = rng.uniform(0, 0.5) * width, rng.uniform(0.02, 0.04) * width
     light, growth = rng.uniform(-0.25, 0.25), rng.uniform(-0.008, 0.008)
     centre, wander, pace = np.array([0.5, 0.5 * width / height]), rng.uniform(0.02, 0.1, 2), rng.uniform(0.05, 0.25, 2)
-    radius = np.append(0, rng.uniform(0.13, 0.24, PARTS - 1))  # the first part is the trunk
+    radius = np.append(0, rng.uniform(0.13, 0.24, PARTS - 1))  # The first part is the trunk.
     base, swing, rate = rng.uniform(0, 2 * np.pi, PARTS), rng.uniform(0.2, 1.0, PARTS), rng.uniform(0.1, 0.4, PARTS)
     pictures, labels = [], []
     for t in range(frames):
@@ -35,7 +35,7 @@ def figure(rng: np.random.Generator, frames: int, height: int, width: int) -> tu
             picture = np.roll(world, -int(begin + pan * time), 1)[:, :width].copy()
             shown = np.zeros((height, width), bool)
             angle, scale = base + swing * np.sin(rate * time + np.arange(PARTS)), 1 + growth * time
-            for i in (1, 2, 3, 0, 4, 5):  # three behind the trunk, two before it
+            for i in (1, 2, 3, 0, 4, 5):  # Three parts lie behind the trunk and two before it.
                 place = centre + wander * np.sin(pace * time) + scale * radius[i] * np.array([np.sin(angle[i]), np.cos(angle[i])])
                 shown |= replace(parts[i], place=place, size=scale * parts[i].size).draw(picture, time)
             exposed.append((picture, shown))
@@ -51,7 +51,7 @@ def _part(i: int, rng: np.random.Generator) -> Thing:
 
 
 def _world(rng: np.random.Generator, height: int, width: int, colours: np.ndarray) -> np.ndarray:
-    """A ground with striped patches on it, (H, W, 3); two in five are near one of the colours (PARTS, 2, 3) of the figure."""
+    """A ground with striped patches, (H, W, 3). Two patches in five are near one of the figure's colours, which are (PARTS, 2, 3)."""
     world, (y, x) = ground(rng, height, width), np.mgrid[:height, :width]
     for _ in range(PATCHES):
         tall, wide = rng.uniform(0.1, 0.5) * height, rng.uniform(0.02, 0.2) * width

@@ -1,12 +1,11 @@
-"""Propagate the first annotation through a clip, score it, and paint it.
+"""Propagate the first annotation through a clip, score the result, and paint it.
 
-    python -m vos.infer --data clips --checkpoint runs/soft/checkpoint.pt --out shown     # from the folder examples/
+    python -m examples.vos.infer --data build/clips --checkpoint build/runs/soft/checkpoint.pt --out build/shown
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
@@ -14,10 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from examples.shared.images import said_in_one_line
+from examples.shared.rows import write
+
 from .batches import resized, resized_mask
 from .config import Config
 from .cycle import soft_masks
-from .data import Clip, read_clips, said_in_one_line
+from .data import Clip, read_clips
 from .metrics import Score, frame_scores, mean_scores
 from .model import VOS
 from .pictures import save_pictures, save_sheet
@@ -25,9 +27,9 @@ from .pictures import save_pictures, save_sheet
 
 @torch.no_grad()
 def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
-    """The label of each pixel of each frame, int64 (H, W), 0 = background; frame 0 is as annotated.
+    """The label of each pixel of each frame, int64 (H, W), 0 = background; that of frame 0 is its annotation.
 
-    Frames are read by the annotated frame and the config.history frames before them.
+    A frame's masks come from the annotated frame and the config.history frames before it.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -49,12 +51,13 @@ def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
 
 
 def score(clip: Clip, labels: list[Tensor]) -> list[Score]:
-    """Every annotated frame but the first, which was given, and, as DAVIS has it, the last."""
+    """The scores of the annotated frames. As in DAVIS, the first frame, which was given, and the last do not count."""
     frames = [t for t in clip.annotated() if 0 < t < len(clip) - 1]
     return [one for t in frames for one in frame_scores(clip.name, t, labels[t], clip.mask(t))]
 
 
 def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
+    """The model of a checkpoint, and its configuration."""
     saved = torch.load(checkpoint, map_location=device, weights_only=True)
     config = Config(**saved["run"]["config"])
     model = VOS(config, saved["run"]["masking"]).to(device)
@@ -77,11 +80,8 @@ def main() -> None:
         labels = propagate(model, clip, config)
         scores += score(clip, labels)
         save_pictures(a.out, clip.name, [clip.image(t) for t in range(len(clip))], labels)
-    with open(a.out / "scores.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Score._fields)
-        writer.writerows([*one[:3], f"{one.J:.4f}", f"{one.F:.4f}"] for one in scores)
     if scores:
+        write(a.out / "scores.csv", scores, decimals=4)
         of_clips = {name: mean_scores([one for one in scores if one.clip == name])[0] for name in {one.clip: None for one in scores}}
         ranked = sorted(of_clips, key=of_clips.__getitem__, reverse=True)
         shown = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]

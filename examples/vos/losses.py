@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 def loss(logits: Tensor, mask: Tensor, present: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Dice and cross-entropy, each a scalar: logits (B, 1 + O, h, w) brought to the size of mask, one-hot (B, O, H, W).
+    """Dice and cross-entropy, two scalars, of logits (B, 1 + O, h, w) resized to mask, one-hot (B, O, H, W).
 
-    Pixels that are not `known`, bool (B, H, W), count for nothing. An object that this frame does not show, though the clip has it, is the
-    cross-entropy's alone.
+    Pixels that are not `known`, bool (B, H, W), count for nothing. An object of the clip that this frame does not show counts in the
+    cross-entropy alone.
     """
     logits = F.interpolate(logits, mask.shape[-2:], mode="bilinear")
     index = torch.cat([1 - mask.sum(1, keepdim=True), mask], 1).argmax(1)
@@ -23,9 +23,9 @@ def loss(logits: Tensor, mask: Tensor, present: Tensor, known: Tensor | None = N
 
 
 def dice(probability: Tensor, mask: Tensor, present: Tensor) -> Tensor:
-    """1 - Dice, mean over the objects that are there (present, bool (B, O)); the background has none.
+    """1 - Dice, averaged over the objects that are present, bool (B, O). The background does not count.
 
-    An object missed entirely costs the full 1, whatever else is right, and its gradient is not 0: only the union is smoothed.
+    An object missed entirely costs the full 1, whatever else is right, and its gradient is not 0, because only the union is smoothed.
     """
     both = (probability * mask).sum((-2, -1))
     either = (probability + mask).sum((-2, -1))

@@ -1,4 +1,4 @@
-"""J, F and J&F as the DAVIS benchmark defines them (Perazzi et al. 2016, Pont-Tuset et al. 2017): region overlap and boundary agreement."""
+"""Region overlap J, boundary agreement F, and J&F, as the DAVIS benchmark defines them (Perazzi et al. 2016, Pont-Tuset et al. 2017)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BOUND = 0.008  # boundaries agree within this share of the picture's diagonal
+BOUND = 0.008  # Boundaries agree within this share of the picture's diagonal.
 
 
 def region(predicted: Tensor, true: Tensor) -> float:
-    """J: intersection over union of bool masks (H, W); 1 where both are empty."""
+    """J, the intersection over union of bool masks (H, W). It is 1 where both are empty."""
     union = (predicted | true).sum().item()
     return (predicted & true).sum().item() / union if union else 1.0
 
 
 def boundary(predicted: Tensor, true: Tensor, bound: float = BOUND) -> float:
-    """F: harmonic mean of the shares of each boundary that lie within a tolerance of the other, bool masks (H, W)."""
+    """F, the harmonic mean of the shares of each boundary that lie within a tolerance of the other's. Both are bool masks (H, W)."""
     radius = math.ceil(bound * math.hypot(*true.shape))
     edge, true_edge = edges(predicted), edges(true)
     if not edge.any() and not true_edge.any():
         return 1.0
     if not edge.any() or not true_edge.any():
-        return 0.0  # either precision or recall is 0
+        return 0.0  # Either precision or recall is 0.
     precision = (edge & dilated(true_edge, radius)).sum().item() / edge.sum().item()
     recall = (true_edge & dilated(edge, radius)).sum().item() / true_edge.sum().item()
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def edges(mask: Tensor) -> Tensor:
-    """Pixels that differ from their neighbour to the right, below, or both; bool (H, W). The last row and column repeat."""
+    """The pixels that differ from a neighbour to the right, below or diagonally below, bool (H, W). The last row and column repeat."""
     padded = F.pad(mask[None].float(), (0, 1, 0, 1), mode="replicate")[0].bool()
     east, south, south_east = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     return (mask ^ east) | (mask ^ south) | (mask ^ south_east)
 
 
 def dilated(mask: Tensor, radius: int) -> Tensor:
-    """Pixels within `radius` of the mask, bool (H, W)."""
+    """The pixels within `radius` of the mask, bool (H, W)."""
     offsets = torch.arange(-radius, radius + 1)
     disk = (offsets[:, None].square() + offsets.square() <= radius * radius).float()
     return F.conv2d(mask[None, None].float(), disk[None, None], padding=radius)[0, 0] > 0.5
@@ -54,14 +54,14 @@ class Score(NamedTuple):
 
 
 def frame_scores(clip: str, frame: int, predicted: Tensor, true: Tensor) -> list[Score]:
-    """For every object: predicted is the label of each pixel (H, W), true one-hot (O, H, W)."""
+    """The score of every object. predicted has the label of each pixel (H, W), true is one-hot (O, H, W)."""
     return [
         Score(clip, frame, o, region(predicted == o, mask.bool()), boundary(predicted == o, mask.bool())) for o, mask in enumerate(true, 1)
     ]
 
 
 def mean_scores(scores: list[Score]) -> tuple[float, float, float]:
-    """J&F, J and F in percent: mean over each object's frames, then over objects of all clips."""
+    """J&F, J and F in percent, averaged over each object's frames and then over the objects of all clips."""
     objects: dict[tuple[str, int], list[Score]] = {}
     for score in scores:
         objects.setdefault((score.clip, score.object), []).append(score)

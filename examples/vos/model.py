@@ -1,6 +1,7 @@
-"""The network: a frame and its masks become descriptors under soft masks; descriptors of past frames become the masks of another.
+"""The network. A frame and its soft masks become descriptors, and the descriptors of past frames become the masks of another frame.
 
-Objects are numbered alike in all frames; clips of a batch that have fewer are filled up, and `present` (B, O) tells which there are.
+An object has the same number in all frames. Clips of a batch that have fewer objects are filled up, and `present`, (B, O), tells which
+objects there are.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from smattn.nn import Masking, SoftMaskedTransformerLayer
 from .backbone import FeaturePyramid
 from .config import Config
 
-GRID = 3  # the background has a descriptor for each cell of a GRID x GRID grid
+GRID = 3  # The background has a descriptor for each cell of a GRID x GRID grid.
 CELLS = GRID * GRID
 
 
 class Frame(NamedTuple):
-    coarse: Tensor  # (B, C, H/s, W/s), s the configuration's stride
+    coarse: Tensor  # (B, C, H/s, W/s), where s is the configuration's stride
     fine: Tensor  # (B, C, 2H/s, 2W/s)
 
 
 class VOS(nn.Module):
+    """The whole network. masking: how the encoder's attention takes the masks."""
+
     def __init__(self, config: Config, masking: Masking = "soft") -> None:
         super().__init__()
         C = config.width
         self.pyramid = FeaturePyramid(config)
-        self.kind = nn.Parameter(torch.randn(CELLS + 1, C) * C**-0.5)  # nine of background, one of every object
+        self.kind = nn.Parameter(torch.randn(CELLS + 1, C) * C**-0.5)  # nine for the background, one that all objects share
         self.encoder = nn.ModuleList(
             SoftMaskedTransformerLayer(C, config.heads, dropout=config.dropout, alpha_init=config.alpha_init, masking=masking)
             for _ in range(config.encoder_layers)
@@ -40,11 +43,11 @@ class VOS(nn.Module):
         self.fuse = nn.Sequential(nn.Conv2d(C, C, 3, padding=1), nn.GroupNorm(8, C), nn.ReLU(), nn.Conv2d(C, C, 3, padding=1))
         self.norm = nn.LayerNorm(C)
         self.classifier = nn.Linear(C, C)
-        nn.init.eye_(self.classifier.weight)  # descriptors begin as means of features: similarity is where matching starts
-        self.elsewhere = nn.Parameter(torch.randn(C) * C**-0.5)  # the catch-all background channel
+        nn.init.eye_(self.classifier.weight)  # Descriptors begin as means of features, so matching starts from similarity.
+        self.elsewhere = nn.Parameter(torch.randn(C) * C**-0.5)  # the background's catch-all channel
 
     def features(self, image: Tensor) -> Frame:
-        """(B, 3, H, W) in [0, 1]."""
+        """The feature maps of images (B, 3, H, W) in [0, 1]."""
         return Frame(*self.pyramid(image))
 
     def encode(self, frame: Frame, masks: Tensor, present: Tensor) -> Tensor:
@@ -77,11 +80,11 @@ class VOS(nn.Module):
         return torch.cat([background, objects], 1)
 
 
-NEVER = -1e4  # a logit that wins nothing, and is finite
+NEVER = -1e4  # a finite logit that never wins
 
 
 class DecoderLayer(nn.Module):
-    """Pixels: a residual convolution, attention to the descriptors, feed-forward; post-norm."""
+    """A post-norm layer for pixels: a residual convolution, attention to the descriptors, feed-forward."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x: Tensor, descriptors: Tensor, is_object: Tensor, padding: Tensor) -> Tensor:
-        """x (B, C, h, w), descriptors (B, K, C), is_object bool (K,), padding bool (B, K)."""
+        """x (B, C, h, w), descriptors (B, K, C), is_object bool (K,) and padding bool (B, K) give a new x."""
         pixels = (x + self.convolution(x)).flatten(2).mT  # (B, N, C)
         kv = torch.where(is_object[:, None], self.kv_object(descriptors), self.kv_background(descriptors))
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q_proj(pixels), *kv.chunk(2, -1)))
@@ -105,9 +108,10 @@ class DecoderLayer(nn.Module):
 
 
 def mean_inside(features: Tensor, masks: Tensor) -> Tensor:
-    """Mean of the features (B, N, C) where the masks (B, K, N) exceed 0.5; where none does, under the mask itself, or of all.
+    """The mean (B, K, C) of the features (B, N, C) where the masks (B, K, N) exceed 0.5.
 
-    No gradient reaches the masks here, whatever the masking: it comes through the attention or not at all.
+    Where a mask nowhere exceeds 0.5 it is the mean weighted by the mask, and where that is 0 the mean of all. No gradient reaches the masks
+    here: it comes through the attention or not at all.
     """
     masks = masks.detach()
     inside = (masks > 0.5).to(masks.dtype)
@@ -116,7 +120,7 @@ def mean_inside(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def grid_cells(masks: Tensor) -> Tensor:
-    """Which of the 9 cells a pixel is in, (9, h, w)."""
+    """Which of the 9 cells each pixel is in, one-hot (9, h, w)."""
     h, w = masks.shape[-2:]
     row, column = (torch.arange(side, device=masks.device) * GRID // side for side in (h, w))
     cell = row[:, None] * GRID + column
@@ -124,5 +128,5 @@ def grid_cells(masks: Tensor) -> Tensor:
 
 
 def absent(present: Tensor) -> Tensor:
-    """Descriptors that stand for no object: bool (B, 9 + O), True where the object is not there."""
+    """Which descriptors stand for no object, bool (B, 9 + O): those of objects that are not present."""
     return F.pad(~present, (CELLS, 0), value=False)

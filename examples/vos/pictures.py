@@ -1,4 +1,4 @@
-"""Predictions to look at: the frame under a tint of each object with its outline, as PNG and as one animated GIF; labels as palette PNG."""
+"""Predictions to look at: each frame with its objects tinted and outlined, as PNG and as one animated GIF, and labels as palette PNG."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from examples.shared.images import save_index
+
 from .metrics import edges
 from .synthetic import PALETTE
 
 
 def overlay(image: Tensor, label: Tensor) -> Image.Image:
-    """image (3, H, W) in [0, 1], label int (H, W), 0 = background; tiny pictures come out larger."""
+    """Tint the objects of image (3, H, W) in [0, 1] by label, int (H, W) with 0 = background. Tiny pictures are enlarged."""
     pixels = (image.movedim(0, -1).numpy() * 255).astype(np.uint8)
     colours = PALETTE[1 + (label.numpy() - 1) % (len(PALETTE) - 1)]
     tinted = np.where((label > 0).numpy()[..., None], pixels // 2 + colours // 2, pixels)
@@ -25,20 +27,18 @@ def overlay(image: Tensor, label: Tensor) -> Image.Image:
 
 
 def save_pictures(folder: Path, name: str, images: list[Tensor], labels: list[Tensor]) -> None:
-    """folder/name/00000.png ..., folder/name.gif and the labels under folder/labels/name."""
+    """Write folder/name/00000.png and so on, folder/name.gif, and the labels under folder/labels/name."""
     overlays = [overlay(image, label) for image, label in zip(images, labels, strict=True)]
     for kind in (folder / name, folder / "labels" / name):
         kind.mkdir(parents=True, exist_ok=True)
     for t, (picture, label) in enumerate(zip(overlays, labels, strict=True)):
         picture.save(folder / name / f"{t:05}.png")
-        index = Image.fromarray(label.numpy().astype(np.uint8)).convert("P")
-        index.putpalette(PALETTE.ravel().tolist())
-        index.save(folder / "labels" / name / f"{t:05}.png")
+        save_index(label.numpy().astype(np.uint8), folder / "labels" / name / f"{t:05}.png", PALETTE)
     overlays[0].save(folder / f"{name}.gif", save_all=True, append_images=overlays[1:], duration=120, loop=0)
 
 
 def save_sheet(folder: Path, names: list[str], columns: int = 5) -> None:
-    """folder/sheet.png: a row for each clip, of frames from its first overlay to its last."""
+    """Write folder/sheet.png, with a row for each clip: frames from its first overlay to its last."""
     rows = []
     for name in names:
         overlays = sorted((folder / name).glob("*.png"))

@@ -1,8 +1,8 @@
 """Where does the gradient through the masks pay? `soft` beside `detached`, one thing changed at a time from what the comparison uses.
 
-    python -m vos.search --data clips     # from the folder examples/; writes results/vos_search.csv
+    python -m examples.vos.search --data build/clips     # writes examples/results/vos_search.csv
 
-Runs that the CSV already has are not repeated: a search that was stopped goes on.
+Runs that the CSV file already has are not repeated, so a search that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from resumable import train
+from examples.shared.images import said_in_one_line
+from examples.shared.resumable import train
+from examples.shared.rows import RESULTS, read, write
 
 from . import study
 from .config import Config
-from .data import Clip, read_clips, said_in_one_line
+from .data import Clip, read_clips
 from .infer import propagate, score
 from .metrics import mean_scores
 from .synthetic import clip, write_clips
 from .train import Run, Trainer
 
-SMALL = 0.6  # size of the objects, beside the usual one
-SETTINGS = {  # configuration, cycles, size of the objects
+SMALL = 0.6  # the size of the objects, as a share of the usual one
+SETTINGS = {  # name -> configuration, cycles and size of the objects
     "alpha starts at 4 in every head": (Config(alpha_init=4.0), "all", 1),
     "alpha learns at 0.3, not 0.01": (Config(alpha_lr=0.3), "all", 1),
     "cycles of four steps alone": (Config(), "long", 1),
@@ -43,6 +45,7 @@ class Found(NamedTuple):
 
 
 def contest(setting: str, masking: str, seed: int, clips: list[Clip], judged: list[Clip], runs: Path) -> Found:
+    """Train one masking in one setting on `clips` and score it on `judged`."""
     config, cycles, _ = SETTINGS[setting]
     trainer = Trainer(Run(config, masking, cycles, seed), clips)
     train(trainer, runs / f"{setting.replace(' ', '-')}-{masking}-{seed}", resume=True)
@@ -51,12 +54,12 @@ def contest(setting: str, masking: str, seed: int, clips: list[Clip], judged: li
 
 
 def unchanged(rows: list[study.Row]) -> list[Found]:
-    """The comparison's own runs, to stand beside."""
+    """The comparison's own runs, which the search stands beside."""
     return [Found("nothing", row.contestant, row.seed, row.JF, row.J, row.F) for row in rows if row.frame < 0]
 
 
 def table(found: list[Found], other: str = "detached") -> str:
-    """Markdown; differences are of runs with the same seed, of which every batch is the same."""
+    """The Markdown table. Differences are between runs of the same seed, which see the same batches."""
     lines = [f"| changed | seeds | soft | {other} | soft - {other}, mean ± std | each seed |", "| --- " * 6 + "|"]
     for setting in dict.fromkeys(one.setting for one in found):
         JF = {(one.masking, one.seed): one.JF for one in found if one.setting == setting}
@@ -73,12 +76,12 @@ def table(found: list[Found], other: str = "detached") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout; small objects get one beside the runs")
-    parser.add_argument("--out", type=Path, default=Path("results/vos_search.csv"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/search"), help="where checkpoints and logs go")
+    parser.add_argument("--out", type=Path, default=RESULTS / "vos_search.csv")
+    parser.add_argument("--runs", type=Path, default=Path("build/runs/search"), help="where checkpoints and logs go")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     a = parser.parse_args()
-    found = study.read(a.out, Found)
+    found = read(a.out, Found)
     done = {one[:3] for one in found}
     for setting in a.settings:
         root = a.data
@@ -91,7 +94,7 @@ def main() -> None:
             for masking in ("soft", "detached"):
                 if (setting, masking, seed) not in done:
                     found.append(contest(setting, masking, seed, clips, judged, a.runs))
-                    study.write(a.out, found)
+                    write(a.out, found)
     print(table(found))
 
 

@@ -1,42 +1,42 @@
-"""Contestants on one data set: every one trained with every seed, the same steps, batches and inference; scores as CSV, table and plot.
+"""Contestants on one data set. Each is trained with each seed, with the same steps, batches and inference for all.
 
-    python -m vos.study --data clips --out results/vos_synthetic                                                # from the folder examples/
-    python -m vos.study --data clip --out results/vos_clip --config clip --contestants soft frame0 ground copy --seeds 3
-    python -m vos.study --data figures --out results/vos_figures --config figure --contestants ground frame0 --seeds 6 --alone
+    python -m examples.vos.study --data build/clips --out examples/results/vos_synthetic
 
-Runs that the CSV already has are not repeated: a study that was stopped goes on.
+The scores become a CSV file, a table and a plot. Runs that the CSV file already has are not repeated, so a study that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
-from resumable import train
 from torch import Tensor
 
+from examples.shared.images import said_in_one_line
+from examples.shared.resumable import train
+from examples.shared.rows import read, write
+
 from .config import CONFIGS, Config
-from .data import Clip, read_clips, said_in_one_line
+from .data import Clip, read_clips
 from .infer import propagate, score
 from .metrics import Score, mean_scores
 from .train import Run, Trainer
 
-CONTESTANTS = {  # masking, cycles
+CONTESTANTS = {  # name -> masking and cycles
     "soft": ("soft", "all"),
     "hard": ("hard", "all"),
     "detached": ("detached", "all"),
     "none": ("none", "all"),
-    "ground": ("soft", "ground"),  # cycles that end on the ground of another frame
+    "ground": ("soft", "ground"),  # Its cycles end on the ground of another frame.
     "ground-detached": ("detached", "ground"),
-    "frame0": ("soft", "frame0"),  # sees the annotated frame alone
-    "oracle": ("soft", "frame0"),  # the same with every annotation that the clips have, to know what could be won
-    "copy": None,  # the first mask in every frame, no network
+    "frame0": ("soft", "frame0"),  # It sees the annotated frame alone.
+    "oracle": ("soft", "frame0"),  # The same with every annotation that the clips have shows what could be won.
+    "copy": None,  # The first mask stands in every frame, without a network.
 }
 
 
@@ -44,19 +44,21 @@ class Row(NamedTuple):
     contestant: str
     seed: int
     steps: int
-    frame: int  # -1: over all frames and objects, as DAVIS averages
+    frame: int  # -1 stands for all frames and objects, averaged as DAVIS does
     JF: float
     J: float
     F: float
 
 
 def rows_of(contestant: str, seed: int, steps: int, scores: list[Score]) -> Iterable[Row]:
+    """The row over all frames, and then one for each frame."""
     yield Row(contestant, seed, steps, -1, *mean_scores(scores))
     for t in sorted({one.frame for one in scores}):
         yield Row(contestant, seed, steps, t, *mean_scores([one for one in scores if one.frame == t]))
 
 
 def contest(name: str, seed: int, config: Config, clips: list[Clip], judged: list[Clip], runs: Path, start: Any) -> list[Row]:
+    """Train one contestant on `clips` and score it on `judged`. start: the weights to begin with, or None."""
     if CONTESTANTS[name] is None:
         return list(rows_of(name, seed, 0, [one for clip in judged for one in score(clip, [copied(clip)] * len(clip))]))
     masking, cycles = CONTESTANTS[name]
@@ -68,29 +70,13 @@ def contest(name: str, seed: int, config: Config, clips: list[Clip], judged: lis
 
 
 def copied(clip: Clip) -> Tensor:
+    """The label of each pixel of the first frame, int64 (H, W), 0 = background."""
     first = clip.first_mask()
     return torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)
 
 
-def read(path: Path, kind: type[Any] = Row) -> list[Any]:
-    """The rows of that kind, a NamedTuple, that `write` wrote; none where there is no file."""
-    if not path.exists():
-        return []
-    kinds = get_type_hints(kind).values()
-    with open(path, newline="") as file:
-        return [kind(*(of(value) for of, value in zip(kinds, line, strict=True))) for line in list(csv.reader(file))[1:]]
-
-
-def write(path: Path, rows: list[Any]) -> None:
-    """As CSV: the names of the fields, and a line a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(rows[0]._fields)
-        writer.writerows([f"{value:.2f}" if isinstance(value, float) else value for value in row] for row in rows)
-
-
 def table(rows: list[Row]) -> str:
+    """The Markdown table: a line for each contestant, over its seeds."""
     lines = ["| contestant | seeds | steps | J&F median | mean ± std | lowest to highest | J | F |", "| --- " * 8 + "|"]
     for name in dict.fromkeys(row.contestant for row in rows):
         runs = [row for row in rows if row.contestant == name and row.frame < 0]
@@ -102,7 +88,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Every seed's J&F and their median; beside it J&F over the frames, mean of the seeds."""
+    """Plot every seed's J&F and the median, and beside it J&F over the frames as the mean of the seeds."""
     import matplotlib.pyplot as plt
 
     figure, (dots, course) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, 1.4])
@@ -114,7 +100,7 @@ def plot(rows: list[Row], path: Path) -> None:
         dots.plot([i - 0.25, i + 0.25], [statistics.median(JF)] * 2, color=f"C{i}")
         frames = sorted({row.frame for row in own if row.frame >= 0})
         JF = [statistics.mean(row.JF for row in own if row.frame == t) for t in frames]
-        course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # two may lie on one another
+        course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # Two lines may coincide.
     dots.set(xticks=range(len(names)), xticklabels=names, ylabel="J&F, each seed and the median")
     course.set(xlabel="frame", ylabel="J&F, mean of the seeds")
     course.legend()
@@ -126,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
     parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints and logs go")
+    parser.add_argument("--runs", type=Path, default=Path("build/runs"), help="where checkpoints and logs go")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["soft", "hard", "detached", "none", "copy"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--config", choices=CONFIGS, default="small")
@@ -136,7 +122,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights every contestant begins with")
     a = parser.parse_args()
     config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
-    clips, rows = read_clips(a.data, "train"), read(a.out.with_suffix(".csv"))
+    clips, rows = read_clips(a.data, "train"), read(a.out.with_suffix(".csv"), Row)
     judged = clips if a.alone else read_clips(a.data, a.split)
     start = torch.load(a.start, weights_only=True)["model"] if a.start else None
     done = {(row.contestant, row.seed) for row in rows}

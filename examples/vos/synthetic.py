@@ -1,6 +1,6 @@
 """A clip set made by rule, in DAVIS layout: textured objects that move, turn and grow, look-alikes that are not annotated, bars in front.
 
-    python -m vos.synthetic --out clips     # from the folder examples/
+    python -m examples.vos.synthetic --out build/clips
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from examples.shared.images import save_index
+
 from .data import RESOLUTION, YEAR
 
 PALETTE = np.array([[0, 0, 0], [200, 40, 40], [40, 160, 60], [210, 180, 40], [40, 80, 200]], np.uint8)
@@ -22,10 +24,10 @@ PALETTE = np.array([[0, 0, 0], [200, 40, 40], [40, 160, 60], [210, 180, 40], [40
 
 @dataclass
 class Thing:
-    """A blob with a texture of its own, on a path of its own. Positions and sizes in units of the picture's height."""
+    """A blob with its own texture on its own path. Positions and sizes are in units of the picture's height."""
 
-    waves: np.ndarray  # of the outline: (3,) amplitudes and (3,) phases
-    colours: np.ndarray  # (2, 3), between which the texture goes
+    waves: np.ndarray  # (2, 3): amplitudes and phases of the outline
+    colours: np.ndarray  # (2, 3): the texture goes between them
     pitch: float
     tilt: float
     place: np.ndarray  # (2,)
@@ -35,22 +37,23 @@ class Thing:
     growth: float  # a frame
 
     def draw(self, picture: np.ndarray, t: int) -> np.ndarray:
-        """Paints itself into (H, W, 3) as of frame t; returns where."""
+        """Paint the thing into a picture (H, W, 3) as it is at frame t; returns where it is, bool (H, W)."""
         H, W = picture.shape[:2]
         room = np.array([1.0, W / H])
-        place = np.abs((self.place + t * self.speed + room) % (2 * room) - room)  # bounces off the walls
+        place = np.abs((self.place + t * self.speed + room) % (2 * room) - room)  # It bounces off the walls.
         y, x = (np.mgrid[:H, :W] + 0.5) / H - place[:, None, None]
         angle = np.arctan2(y, x) - t * self.turn
         outline = 1 + sum(a * np.sin((k + 2) * angle + phase) for k, (a, phase) in enumerate(self.waves.T))
         distance = np.hypot(y, x)
         inside = distance < self.size * (1 + self.growth * t) * outline
-        own = distance * np.sin(angle - self.tilt)  # the texture turns with it
+        own = distance * np.sin(angle - self.tilt)  # The texture turns with it.
         mix = (0.5 + 0.5 * np.sin(self.pitch * own))[..., None]
         picture[inside] = (mix * self.colours[0] + (1 - mix) * self.colours[1])[inside]
         return inside
 
 
 def thing(rng: np.random.Generator, width: float, size: float) -> Thing:
+    """Draw a thing at random. width: of the picture, in units of its height; size: a factor on the usual size."""
     return Thing(
         waves=np.stack([rng.uniform(0, 0.18, 3), rng.uniform(0, 2 * np.pi, 3)]),
         colours=rng.uniform(0, 1, (2, 3)),
@@ -65,7 +68,7 @@ def thing(rng: np.random.Generator, width: float, size: float) -> Thing:
 
 
 def look_alike(of: Thing, rng: np.random.Generator, width: float) -> Thing:
-    """The texture and size of another, in colours a little off, on its own path."""
+    """A thing with the texture and size of another one and nearly its colours, on its own path."""
     other = thing(rng, width, 1)
     other.colours = np.clip(of.colours + rng.normal(0, 0.15, (1, 3)), 0, 1)
     other.pitch, other.tilt, other.size = of.pitch, of.tilt, of.size
@@ -73,7 +76,10 @@ def look_alike(of: Thing, rng: np.random.Generator, width: float) -> Thing:
 
 
 def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: float = 1) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pictures (H, W, 3) uint8 and labels (H, W) uint8, 0 = background. Each object shows in the first frame; `size` scales all."""
+    """The pictures, uint8 (H, W, 3), and labels, uint8 (H, W) with 0 = background, of a clip whose first frame shows each object.
+
+    size: a factor on the size of all things.
+    """
     while True:
         aspect = width / height
         objects = [thing(rng, aspect, size) for _ in range(rng.integers(1, 4))]
@@ -98,13 +104,13 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: f
             return pictures, labels
 
 
-Make = Callable[[np.random.Generator, int, int, int], tuple[list[np.ndarray], list[np.ndarray]]]  # frames, height, width
+Make = Callable[[np.random.Generator, int, int, int], tuple[list[np.ndarray], list[np.ndarray]]]  # called with frames, height, width
 
 
 def write_clips(
     out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, make: Make = clip
 ) -> None:
-    """Clips of their own seeds, in DAVIS layout under `out`. Training clips have all their annotations too: training does not read them."""
+    """Write clips, each with a seed of its own, in DAVIS layout under `out`. All frames are annotated; training does not read those."""
     names = {split: [f"{split}-{i:03}" for i in range(count)] for split, count in (("train", train), ("val", val))}
     sets = out / "ImageSets" / YEAR
     sets.mkdir(parents=True, exist_ok=True)
@@ -117,13 +123,11 @@ def write_clips(
             folder.mkdir(parents=True, exist_ok=True)
         for t, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
             Image.fromarray(picture).save(folders[0] / f"{t:05}.jpg", quality=95)
-            annotation = Image.fromarray(label).convert("P")
-            annotation.putpalette(PALETTE.ravel().tolist())
-            annotation.save(folders[1] / f"{t:05}.png")
+            save_index(label, folders[1] / f"{t:05}.png", PALETTE)
 
 
 def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth noise that repeats to the right, (H, W, 3): a few waves in each channel."""
+    """A ground (H, W, 3) of a few waves in each channel, which repeats to the right."""
     y, x = np.mgrid[:height, :width]
     ground = np.full((height, width, 3), rng.uniform(0.3, 0.7, 3))
     for _ in range(6):
@@ -137,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     for name, default in (("train", 60), ("val", 20), ("frames", 12), ("height", 64), ("width", 96), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--size", type=float, default=1, help="of the objects, beside the usual one")
+    parser.add_argument("--size", type=float, default=1, help="a factor on the usual size of the objects")
     options = vars(parser.parse_args())
     write_clips(make=partial(clip, size=options.pop("size")), **options)
 

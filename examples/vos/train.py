@@ -1,6 +1,8 @@
-"""Train from the first annotation of each clip. A step depends on seed and number alone: a resumed run repeats an unbroken one bit for bit.
+"""Train from the first annotation of each clip.
 
-    python -m vos.train --data clips --out runs/soft     # from the folder examples/
+    python -m examples.vos.train --data build/clips --out build/runs/soft
+
+A step depends on the seed and its own number alone, so a resumed run repeats an unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -12,21 +14,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from resumable import Resumable, train, warmup_and_cosine
 
+from examples.shared.images import said_in_one_line
+from examples.shared.resumable import Resumable, train, warmup_and_cosine
 from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 
 from .batches import sample
 from .config import CONFIGS, Config
 from .cycle import CYCLES, run
-from .data import Clip, read_clips, said_in_one_line
+from .data import Clip, read_clips
 from .losses import loss
 from .model import VOS
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is: the same Run on the same clips gives the same weights."""
+    """All that decides a run: the same Run on the same clips gives the same weights."""
 
     config: Config
     masking: Masking = "soft"
@@ -35,13 +38,15 @@ class Run:
 
 
 class Trainer(Resumable):
+    """Trains a VOS on clips. start: weights of another run to begin with."""
+
     LOG = ("step", "loss", "dice", "cross_entropy", "alpha_lowest", "alpha_highest")
 
     def __init__(self, run: Run, clips: list[Clip], device: str = "cpu", start: dict[str, Any] | None = None) -> None:
         torch.manual_seed(run.seed)
         self.run, self.clips, self.device, self.step = run, clips, device, 0
         self.model = VOS(run.config, run.masking).to(device)
-        if start is not None:  # weights of another run to begin with
+        if start is not None:
             self.model.load_state_dict(start)
         config = run.config
         groups = parameter_groups(self.model, alpha_lr=config.alpha_lr)
@@ -49,10 +54,10 @@ class Trainer(Resumable):
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_and_cosine(step, config))
 
     def advance(self) -> tuple[float, ...]:
-        """One step; the row of the log."""
+        """Take one step; returns its row of the log."""
         config = self.run.config
         g = torch.Generator().manual_seed(1_000_003 * self.run.seed + self.step)
-        torch.manual_seed(g.initial_seed())  # dropout's
+        torch.manual_seed(g.initial_seed())  # Dropout draws from the global generator.
         progress = self.step / config.steps
         batch = sample(self.clips, config, progress, g)
         batch = type(batch)(*(tensor.to(self.device) for tensor in batch))
@@ -69,6 +74,7 @@ class Trainer(Resumable):
 
 
 def alpha_range(model: VOS) -> tuple[float, float]:
+    """The lowest and the highest alpha; NaN where nothing is masked."""
     alphas = [m.scaling_factors for m in model.modules() if isinstance(m, SoftMaskedAttention)]
     return (torch.cat(alphas).min().item(), torch.cat(alphas).max().item()) if alphas else (math.nan, math.nan)
 

@@ -1,4 +1,4 @@
-"""Sizes and strengths, from one core and minutes to the paper's: values, not other code."""
+"""Sizes and strengths, from those for one core and minutes to the paper's. They differ in values alone."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ class Config:
     width: int = 96
     depth: int = 3
     heads: int = 6
-    mlp: int = 2  # the hidden width, in widths
-    register: bool = True  # one more token, which belongs to no class
-    timm: str | None = None  # the name of a timm ViT of the same width, depth and patch whose weights to begin with
+    mlp: int = 2  # the hidden width as a multiple of the width
+    register: bool = True  # one more token that belongs to no class
+    timm: str | None = None  # a timm ViT of the same width, depth and patch whose weights to begin with
     masking_rate: float = 0.5  # of the tokens of absent classes, in training
     gates: bool = True  # a Hard-Concrete gate on every head
     sparsity: float = 0.01  # weight of the expected number of open heads
-    gate_init: float = 1.0  # log_a of every gate at the start: open when above 0
-    gate_lr: float = 10.0  # times lr
+    gate_init: float = 1.0  # log_a of every gate at the start; a gate is open when it is above 0
+    gate_lr: float = 10.0  # as a multiple of lr
     diversity: float = 0.1  # weight of the loss that keeps the maps of two classes apart
     batch: int = 32
     steps: int = 700
     lr: float = 1e-3
     weight_decay: float = 0.05
-    warmup: int = 30  # steps of linear warm-up; cosine decay to 0 after
+    warmup: int = 30  # steps of linear warm-up, after which a cosine decays to 0
 
     def __post_init__(self) -> None:
         if self.size % self.patch:
@@ -37,7 +37,7 @@ class Config:
 
     @property
     def grid(self) -> int:
-        """Patches on a side."""
+        """The number of patches on a side."""
         return self.size // self.patch
 
 

@@ -1,9 +1,9 @@
-"""Images in VOC layout on disk, and what can be wrong with them.
+"""Images in VOC layout on disk, and everything that can be wrong with them.
 
     JPEGImages/<name>.jpg    Annotations/<name>.xml (the classes of the image)    ImageSets/Segmentation/{train,val}.txt
     SegmentationClass/<name>.png (palette, 0 = background, index = class, 255 = ignore)    classes.txt (unless the classes are VOC's)
 
-Training reads image and Annotations alone: `Scene.mask` is for evaluation.
+Training reads images and Annotations alone. `Scene.mask` is for evaluation.
 """
 
 from __future__ import annotations
@@ -18,18 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from examples.shared.images import DataError, decoded, read_index, shape_of
+
 IGNORE = 255
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-
-
-class DataError(ValueError):
-    """Something is wrong with the data; the message begins with the file."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -39,32 +34,31 @@ class Scene:
     name: str
     path: Path
     mask_path: Path
-    classes: int  # C, of the whole set
-    labels: tuple[int, ...]  # 0 .. C-1, at least one
+    classes: int  # C, the number in the whole set
+    labels: tuple[int, ...]  # at least one of 0 .. C-1
 
     def image(self, size: int) -> Tensor:
-        """uint8 (3, size, size)."""
+        """The image, uint8 (3, size, size)."""
         return torch.from_numpy(_pixels(self.path, size))
 
     def present(self) -> Tensor:
-        """bool (C,)."""
+        """Which classes the image shows, bool (C,)."""
         present = torch.zeros(self.classes, dtype=torch.bool)
         present[list(self.labels)] = True
         return present
 
     def shape(self) -> tuple[int, int]:
-        """(H, W), from the file's header alone."""
-        with _opened(self.path) as image:
-            return image.height, image.width
+        """(H, W), from the file's header."""
+        return shape_of(self.path)
 
     def mask(self) -> Tensor:
-        """int64 (H, W) of the image's own size: 0 = background, 1 + class, IGNORE."""
-        return read_index(self.mask_path, self.classes, self.shape())
+        """The true mask at the image's own size, int64 (H, W): 0 = background, 1 + class, or IGNORE."""
+        return read_mask(self.mask_path, self.classes, self.shape())
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A split: its images, and the names of the classes, background not among them."""
+    """The images of a split, and the names of the classes without the background."""
 
     classes: tuple[str, ...]
     scenes: tuple[Scene, ...]
@@ -86,7 +80,7 @@ def read_scenes(root: Path, split: str) -> Scenes:
 
 
 def read_classes(root: Path) -> tuple[str, ...]:
-    """Those that classes.txt names, one a line; VOC's twenty where there is none."""
+    """The classes that classes.txt names, one a line; where there is no such file, VOC's twenty."""
     path = root / "classes.txt"
     classes = tuple(path.read_text().split()) if path.exists() else VOC_CLASSES
     if not classes:
@@ -94,12 +88,9 @@ def read_classes(root: Path) -> tuple[str, ...]:
     return classes
 
 
-def read_index(path: Path, classes: int, shape: tuple[int, int]) -> Tensor:
-    """A palette PNG of that shape: int64 (H, W), 0 = background, 1 + class, IGNORE."""
-    image = _decoded(path)
-    if image.mode not in ("P", "L"):
-        raise DataError(path, f"expected a palette PNG, got mode {image.mode}")
-    index = np.array(image).astype(np.int64)
+def read_mask(path: Path, classes: int, shape: tuple[int, int]) -> Tensor:
+    """Read a mask of that shape from a palette PNG: int64 (H, W), 0 = background, 1 + class, or IGNORE."""
+    index = read_index(path).astype(np.int64)
     beyond = index[(index > classes) & (index != IGNORE)]
     if beyond.size:
         raise DataError(path, f"class index {beyond.max()}, but there are {classes} classes")
@@ -130,24 +121,7 @@ def _labels(path: Path, classes: tuple[str, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _pixels(path: Path, size: int) -> np.ndarray:
-    image = _decoded(path).convert("RGB")
+    image = decoded(path).convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
-
-
-def _decoded(path: Path) -> Image.Image:
-    image = _opened(path)
-    try:
-        image.load()  # where a truncated file shows
-    except (OSError, SyntaxError) as error:
-        raise DataError(path, f"cannot be read: {error}") from error
-    return image
-
-
-def _opened(path: Path) -> Image.Image:
-    """The header alone."""
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError) as error:
-        raise DataError(path, f"cannot be read: {error}") from error

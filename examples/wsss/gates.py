@@ -1,4 +1,4 @@
-"""Hard-Concrete gates: one on each attention head, and the expected number of them that are open as a loss (L0, arXiv 1712.01312)."""
+"""Hard-Concrete gates (arXiv 1712.01312): each attention head has one, and the expected number of open gates is an L0 loss."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import math
 import torch
 from torch import Tensor, nn
 
-TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1  # and the interval that the concrete variable is stretched to
+TEMPERATURE = 0.33
+LOW, HIGH = -0.1, 1.1  # the interval that the concrete variable is stretched to
 
 
 class HardConcrete(nn.Module):
-    """`count` gates, each 0 or 1: drawn in training, with the gradient of the stretched variable; open in evaluation where log_a > 0."""
+    """`count` gates, each 0 or 1. In training they are drawn and have the gradient of the stretched variable; in evaluation a gate is open
+    where its log_a > 0.
+    """
 
     def __init__(self, count: int, log_a: float) -> None:
         super().__init__()
         self.log_a = nn.Parameter(torch.full((count,), log_a))
 
     def forward(self) -> Tensor:
-        """(count,) of zeros and ones."""
+        """The gates, (count,) zeros and ones."""
         if not self.training:
             return self.open().to(self.log_a.dtype)
         uniform = torch.rand_like(self.log_a).clamp(1e-6, 1 - 1e-6)
@@ -28,9 +31,9 @@ class HardConcrete(nn.Module):
         return hard + soft - soft.detach()
 
     def open(self) -> Tensor:
-        """bool (count,)."""
+        """Which gates are open in evaluation, bool (count,)."""
         return self.log_a > 0
 
     def expected_open(self) -> Tensor:
-        """The sum of the probabilities of not being exactly 0."""
+        """The expected number of gates that are not exactly 0."""
         return torch.sigmoid(self.log_a - TEMPERATURE * math.log(-LOW / HIGH)).sum()

@@ -1,4 +1,4 @@
-"""What there is to see of an image: the image, each present class's map, the pseudo-mask and the truth, side by side."""
+"""A sheet of pictures: the image, the map of each present class, the masks and the truth, side by side."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SIDE, GAP, TITLE = 128, 4, 14
 
 
 def save_sheet(path: Path, shown: list[tuple[Scene, Tensor, list[Tensor]]], classes: tuple[str, ...], titles: list[str]) -> None:
-    """A row for each (scene, maps (C, side, side), masks (H, W)): image, maps of its classes, masks, truth.
+    """Save a sheet. Each (scene, maps (C, side, side), masks (H, W)) has a row: image, maps of its classes, masks, truth.
 
-    A map is bright where it is high, from its least to its greatest value; `titles` name the masks.
+    A map is drawn from its least value, dark, to its greatest, bright. `titles` name the masks.
     """
     most = max(len(scene.labels) for scene, _, _ in shown)
     columns = 2 + most + len(titles)
@@ -35,7 +35,7 @@ def save_sheet(path: Path, shown: list[tuple[Scene, Tensor, list[Tensor]]], clas
 
 
 def heat(values: Tensor) -> Image.Image:
-    """(h, w) from black through red and yellow to white."""
+    """Draw values (h, w), from black through red and yellow to white."""
     low, high = values.min(), values.max()
     level = ((values - low) / (high - low).clamp_min(1e-12)).numpy()[..., None]
     return Image.fromarray((np.clip(3 * level - np.arange(3), 0, 1) * 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""timm's weights for a ViT with class tokens: the layers as they are, the class token as the start of all, positions resized."""
+"""timm's weights for a ViT with class tokens: its layers load as they are, its class token starts all of ours, positions are resized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
-    """ImportError without timm; ValueError where the width, the patch or the depth is another."""
+    """Load the weights of a timm model. Raises ImportError without timm, and ValueError where width, patch or depth differ."""
     try:
         import timm
     except ImportError as error:
@@ -28,8 +28,8 @@ def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
         raise ValueError(f"{name}: not a ViT of width {c.width}, patch {c.patch} and depth {c.depth}: {wrong[0]}")
     model.load_state_dict(theirs, strict=False)
     side = int(len(positions) ** 0.5)
-    prefix = len(positions) - side**2  # the class token's
+    prefix = len(positions) - side**2  # The class token's position comes first.
     of_patches = positions[prefix:].mT.unflatten(-1, (side, side))[None]
     grid = model.config.grid
     model.pos_embed.copy_(F.interpolate(of_patches, (grid, grid), mode="bicubic").flatten(2)[0].mT)
-    model.extra_tokens.add_(class_token + positions[:prefix].sum(0))  # their own small random parts tell them apart
+    model.extra_tokens.add_(class_token + positions[:prefix].sum(0))  # The small random parts that they had tell them apart.

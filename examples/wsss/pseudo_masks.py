@@ -1,6 +1,6 @@
-"""Class-token maps to pseudo-masks, for images whose labels are known.
+"""Make pseudo-masks of class-token maps, for images whose labels are known.
 
-    python -m wsss.pseudo_masks --data scenes --split train --checkpoint runs/full/checkpoint.pt --out runs/full/train  # from examples/
+    python -m examples.wsss.pseudo_masks --data build/scenes --checkpoint build/runs/full/checkpoint.pt --out build/runs/full/train
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import DataError, Scenes, read_scenes
+from examples.shared.images import DataError, said_in_one_line, save_index
+
+from .data import Scenes, read_scenes
 from .evaluate import score
 from .model import ViT
-from .synthetic import save_index
+from .synthetic import voc_palette
 from .train import load
 
 UNDECIDED = -1
 
 
 class Thresholds(NamedTuple):
-    """On a map divided by its own mean over the image."""
+    """Thresholds on a map that was divided by its own mean over the image."""
 
-    low: float  # where every present class is below: background
-    high: float  # where a class is above: that class
+    low: float  # A pixel at which all present classes are below is background.
+    high: float  # A pixel at which a class is above belongs to it.
 
 
 CHOICES = tuple(Thresholds(share * high, high) for high in (1.0, 1.4, 1.8, 2.2, 2.6, 3.0) for share in (0.7, 0.85, 1.0))
-CHOSEN_ON = 100  # training images
+CHOSEN_ON = 100  # the number of training images that decide
 
 
 class Seen(NamedTuple):
-    """What the model says of each image of a split."""
+    """What the model says of each of the I images of a split."""
 
     maps: Tensor  # (I, C, side, side)
     probability: Tensor  # (I, C)
@@ -43,7 +45,7 @@ class Seen(NamedTuple):
 
 @torch.no_grad()
 def see(model: ViT, data: Scenes, all_heads: bool = False, batch: int = 32) -> Seen:
-    """In evaluation: no masking, gates open or closed; all_heads: maps with the closed heads in."""
+    """Run the model in evaluation mode, where nothing is masked. all_heads: the maps have the closed heads in them too."""
     model.eval()
     device, parts = next(model.parameters()).device, []
     for start in tqdm(range(0, len(data), batch), desc="maps", leave=False):
@@ -54,14 +56,15 @@ def see(model: ViT, data: Scenes, all_heads: bool = False, batch: int = 32) -> S
 
 
 def enlarged(maps: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Maps (C, side, side) at the image's size."""
+    """Resize maps (C, side, side) to the image's shape."""
     return F.interpolate(maps[None], shape, mode="bilinear")[0]
 
 
 def pseudo_mask(maps: Tensor, probability: Tensor, present: Tensor, thresholds: Thresholds) -> Tensor:
-    """int64 (H, W), 0 = background, from maps (C, H, W), probability (C,) and present bool (C,).
+    """The mask int64 (H, W), 0 = background, of maps (C, H, W), probability (C,) and present bool (C,).
 
-    A class is painted where its map is above `high`, the likelier over the less likely; between `low` and `high` the nearest label decides.
+    A class is painted where its map is above `high`, a likelier class over a less likely one. Between `low` and `high` the nearest label
+    decides.
     """
     ratio = maps / maps.mean((1, 2), keepdim=True).clamp_min(1e-12)
     label = torch.full(maps.shape[1:], UNDECIDED)
@@ -72,9 +75,9 @@ def pseudo_mask(maps: Tensor, probability: Tensor, present: Tensor, thresholds: 
 
 
 def filled(label: Tensor) -> Tensor:
-    """UNDECIDED pixels of (H, W) take the label of the nearest that is decided; all background where none is.
+    """Give each UNDECIDED pixel of (H, W) the label of the nearest decided one; where none is decided, all become background.
 
-    Exact in two passes: the nearest decided pixel of each column, then the nearest of those along the row.
+    Two passes are exact: the first finds the nearest decided pixel in each column, the second the nearest of those along the row.
     """
     H, W = label.shape
     decided = label != UNDECIDED
@@ -83,14 +86,15 @@ def filled(label: Tensor) -> Tensor:
     row, far = torch.arange(H)[:, None], 4 * (H + W)
     above = torch.where(decided, row, -far).cummax(0).values
     below = torch.where(decided, row, far).flip(0).cummin(0).values.flip(0)
-    nearest = torch.where(row - above <= below - row, above, below)  # (H, W): a row of the same column, or far off
+    nearest = torch.where(row - above <= below - row, above, below)  # (H, W): a row of the same column, far off where it has none
     column = torch.arange(W)
-    squared = (nearest - row).square()[:, None, :] + (column[:, None] - column).square()  # (H, W, W): to the columns of the last axis
+    squared = (nearest - row).square()[:, None, :] + (column[:, None] - column).square()  # (H, W, W), to the columns of the last axis
     there = squared.argmin(-1)
     return torch.where(decided, label, label[nearest.gather(1, there), there])
 
 
 def pseudo_masks(seen: Seen, data: Scenes, thresholds: Thresholds) -> list[Tensor]:
+    """The mask of each image, at its own size."""
     masks = []
     for scene, maps, probability in zip(data.scenes, seen.maps, seen.probability, strict=True):
         masks.append(pseudo_mask(enlarged(maps, scene.shape()), probability, scene.present(), thresholds))
@@ -98,7 +102,7 @@ def pseudo_masks(seen: Seen, data: Scenes, thresholds: Thresholds) -> list[Tenso
 
 
 def choose(seen: Seen, data: Scenes) -> Thresholds:
-    """The best by mIoU on CHOSEN_ON images, whose masks it reads: give it training images."""
+    """The choice with the best mIoU on the first CHOSEN_ON images. It reads their masks, so give it training images."""
     few = Scenes(data.classes, data.scenes[:CHOSEN_ON])
     truth = [scene.mask() for scene in few.scenes]
     first = Seen(seen.maps[:CHOSEN_ON], seen.probability[:CHOSEN_ON])
@@ -110,12 +114,13 @@ def choose(seen: Seen, data: Scenes) -> Thresholds:
 
 
 def save_masks(masks: list[Tensor], data: Scenes, out: Path) -> None:
-    """out/<name>.png with VOC's palette."""
+    """Write out/<name>.png for each image, with VOC's palette."""
     out.mkdir(parents=True, exist_ok=True)
     for scene, mask in zip(data.scenes, masks, strict=True):
-        save_index(mask.to(torch.uint8).numpy(), out / f"{scene.name}.png")
+        save_index(mask.to(torch.uint8).numpy(), out / f"{scene.name}.png", voc_palette())
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")

@@ -1,6 +1,6 @@
-"""What the pseudo-masks are for: a segmentation network in plain torch that learns from them and then needs no labels.
+"""What the pseudo-masks are for: a segmentation network in plain torch learns from them, and then needs no labels.
 
-    python -m wsss.segment --data scenes --masks runs/full/train --out runs/full/segmentation     # from the folder examples/
+    python -m examples.wsss.segment --data build/scenes --masks build/runs/full/train --out build/runs/full/segmentation
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import IGNORE, Scenes, read_index, read_scenes
+from examples.shared.images import said_in_one_line
+
+from .data import IGNORE, Scenes, read_mask, read_scenes
 from .evaluate import score
 from .pseudo_masks import save_masks
 from .train import batch_of
@@ -22,7 +24,7 @@ WIDTH, BATCH, STEPS, LR = 16, 16, 200, 1e-2
 
 
 class Network(nn.Module):
-    """Three scales down and up again, with a connection across at each."""
+    """Goes down three scales and up again, with a connection across at each."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class Network(nn.Module):
         self.head = nn.Conv2d(WIDTH, classes + 1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to logits (B, 1 + C, H, W), background first."""
+        """Logits (B, 1 + C, H, W), background first, of images (B, 3, H, W) in [0, 1]."""
         x, across = 2 * image - 1, []
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.max_pool2d(x, 2))
@@ -50,7 +52,7 @@ def _two_convolutions(width: int, to: int) -> nn.Sequential:
 
 
 def fit(data: Scenes, masks: list[Tensor], size: int, seed: int = 0, device: str = "cpu", steps: int = STEPS) -> Network:
-    """Cross-entropy against masks (H, W) of the images, IGNORE left out; both at `size`."""
+    """Train a network against masks (H, W) of the images, both resized to `size`. Pixels that are IGNORE do not count."""
     torch.manual_seed(seed)
     network = Network(len(data.classes)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=1e-4)
@@ -72,7 +74,7 @@ def fit(data: Scenes, masks: list[Tensor], size: int, seed: int = 0, device: str
 
 @torch.no_grad()
 def predict(network: Network, data: Scenes, size: int) -> list[Tensor]:
-    """int64 (H, W) of each image's own size, 0 = background."""
+    """The mask of each image at its own size, int64 (H, W), 0 = background."""
     network.eval()
     device, masks = next(network.parameters()).device, []
     for scene in data.scenes:
@@ -82,10 +84,11 @@ def predict(network: Network, data: Scenes, size: int) -> list[Tensor]:
 
 
 def resized(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """int64 (H, W) to another shape, by the nearest."""
+    """Resize a mask, int64 (H, W), by the nearest pixel."""
     return F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     data, val = read_scenes(a.data, "train"), read_scenes(a.data, "val")
-    masks = [read_index(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in data.scenes]
+    masks = [read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in data.scenes]
     predictions = predict(fit(data, masks, a.size, a.seed, a.device, a.steps), val, a.size)
     save_masks(predictions, val, a.out)
     print(f"mIoU {score(predictions, [scene.mask() for scene in val.scenes], len(val.classes)).miou():.1f}")

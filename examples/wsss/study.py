@@ -1,22 +1,25 @@
-"""The ablation: every variant trained with every seed, the same steps and images; scores as CSV, table and plot.
+"""The ablation. Each variant is trained with each seed, with the same steps and images for all.
 
-    python -m wsss.study --data scenes --out results/wsss_synthetic     # from the folder examples/
+    python -m examples.wsss.study --data build/scenes --out examples/results/wsss_synthetic
 
-Rows that the CSV already has are not computed again: a study that was stopped goes on. Each run has its thresholds from training images;
-all scores are of the val split.
+The scores become a CSV file, a table and a plot. Rows that the CSV file already has are not computed again, so a study that was stopped
+goes on. Each run takes its thresholds from training images, and all scores are of the val split.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
-from resumable import train
+from torch import Tensor
+
+from examples.shared.images import said_in_one_line
+from examples.shared.resumable import train
+from examples.shared.rows import read, write
 
 from .config import CONFIGS, Config
 from .data import Scenes, read_scenes
@@ -26,7 +29,7 @@ from .pseudo_masks import CHOSEN_ON, Seen, Thresholds, choose, enlarged, pseudo_
 from .segment import fit, predict
 from .train import Run, Trainer
 
-VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the configuration
+VARIANTS: dict[str, dict[str, Any]] = {  # name -> what differs from the configuration
     "full": {},
     "masking 0": {"masking_rate": 0.0},
     "masking 1": {"masking_rate": 1.0},
@@ -34,20 +37,20 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the configuration
     "no register": {"register": False},
     "no diversity": {"diversity": 0.0},
 }
-SEGMENTED = ("full",)  # the variants whose pseudo-masks a segmentation network learns from
+SEGMENTED = ("full",)  # A segmentation network learns from the pseudo-masks of these variants.
 SCORES = ("token_accuracy", "pseudo", "pseudo_all_heads", "segmentation", "labels_right")
-SHOWN = 6  # val images on the sheet
+SHOWN = 6  # images of val on the sheet
 
 
 class Row(NamedTuple):
     variant: str
     seed: int
     steps: int
-    token_accuracy: float  # percent, as the four after
+    token_accuracy: float  # percent, as the next four are
     pseudo: float  # mIoU of the pseudo-masks
-    pseudo_all_heads: float  # with the closed heads in the maps, thresholds chosen again
-    segmentation: float  # mIoU of the network that learned from the pseudo-masks; NaN where there is none
-    labels_right: float  # share of the (image, class) pairs that the classifier tells right
+    pseudo_all_heads: float  # the same with the closed heads in the maps and thresholds chosen again
+    segmentation: float  # mIoU of the network that learned from the pseudo-masks, NaN where there is none
+    labels_right: float  # share of the (image, class) pairs that the classifier gets right
     open_heads: int
     heads: int
     low: float
@@ -55,6 +58,7 @@ class Row(NamedTuple):
 
 
 def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Scenes, runs: Path) -> Row:
+    """Train one variant with one seed and score it on val."""
     out = runs / f"{variant.replace(' ', '-')}-{seed}"
     trainer = Trainer(Run(dataclasses.replace(config, **VARIANTS[variant]), train_data.classes, seed), train_data)
     train(trainer, out, resume=True)
@@ -72,7 +76,7 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
     right, shown = map(sum, zip(*counts, strict=True))
     present = torch.stack([scene.present() for scene in val.scenes])
     told = ((seen.probability > 0.5) == present).float().mean().item()
-    segmentation, predictions = float("nan"), []
+    segmentation, predictions = float("nan"), list[Tensor]()
     if variant in SEGMENTED:
         network = fit(train_data, pseudo_masks(see(model, train_data), train_data, thresholds), config.size, seed)
         predictions = predict(network, val, config.size)
@@ -84,31 +88,16 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
     )  # fmt: skip
 
 
-def _save_sheet(path: Path, val: Scenes, seen: Seen, thresholds: Thresholds, predictions: list) -> None:
+def _save_sheet(path: Path, val: Scenes, seen: Seen, thresholds: Thresholds, predictions: list[Tensor]) -> None:
+    """Save the first images of val with their maps, pseudo-masks and predictions."""
     few, maps = Scenes(val.classes, val.scenes[:SHOWN]), Seen(seen.maps[:SHOWN], seen.probability[:SHOWN])
     kinds = [pseudo_masks(maps, few, thresholds)] + ([predictions[:SHOWN]] if predictions else [])
     shown = list(zip(few.scenes, maps.maps, map(list, zip(*kinds, strict=True)), strict=True))
     save_sheet(path, shown, val.classes, ["pseudo-mask", "segmentation"][: len(kinds)])
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        lines = list(csv.reader(file))[1:]
-    types = get_type_hints(Row).values()
-    return [Row(*(kind(field) for kind, field in zip(types, line, strict=True))) for line in lines]
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([f"{value:.2f}" if isinstance(value, float) else value for value in row] for row in rows)
-
-
 def table(rows: list[Row]) -> str:
+    """The Markdown table: a line for each variant, over its seeds."""
     scores = ["token accuracy", "pseudo-mask mIoU", "with closed heads in", "segmentation mIoU", "labels right"]
     header = ["variant", "seeds", *scores, "open heads"]
     lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
@@ -121,14 +110,14 @@ def table(rows: list[Row]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean [lowest, highest]."""
+    """The mean with [lowest, highest], or a dash where a value is NaN."""
     if any(value != value for value in values):
         return "–"
     return f"{statistics.mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]"
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Token accuracy and mIoU of every run, and their means."""
+    """Plot token accuracy and mIoU of every run, and their means."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row.variant for row in rows))
@@ -145,16 +134,17 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
     parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints, logs and sheets go")
+    parser.add_argument("--runs", type=Path, default=Path("build/runs"), help="where checkpoints, logs and sheets go")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--config", choices=CONFIGS, default="small")
     a = parser.parse_args()
-    data, val, rows = read_scenes(a.data, "train"), read_scenes(a.data, "val"), read(a.out.with_suffix(".csv"))
+    data, val, rows = read_scenes(a.data, "train"), read_scenes(a.data, "val"), read(a.out.with_suffix(".csv"), Row)
     for variant in a.variants:
         for seed in range(a.seeds):
             if all((row.variant, row.seed) != (variant, seed) for row in rows):

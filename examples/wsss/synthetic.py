@@ -1,9 +1,9 @@
-"""Scenes made by rule, in VOC layout: textured blobs of six classes that occur in pairs, borders to be ignored.
+"""Scenes made by rule, in VOC layout: textured blobs of six classes that occur in pairs, with borders to be ignored.
 
-    python -m wsss.synthetic --out scenes     # from the folder examples/
+    python -m examples.wsss.synthetic --out build/scenes
 
-The two classes of a pair are next in hue and occur together as often as not: which of them is where, only the scenes tell that show one
-without the other.
+The two classes of a pair are next in hue and occur together as often as not. Only the scenes that show one without the other tell which of
+them is where.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from examples.shared.images import save_index
+
 from .data import IGNORE
 
-CLASSES = ("stripes", "checks", "rings", "dots", "waves", "grain")  # pairs: 0 and 1, 2 and 3, 4 and 5
+CLASSES = ("stripes", "checks", "rings", "dots", "waves", "grain")  # The pairs are 0 and 1, 2 and 3, 4 and 5.
 PAIRS = len(CLASSES) // 2
-TOGETHER = 0.5  # the probability that a pair that occurs does so with both its classes
+TOGETHER = 0.5  # the probability that a pair shows both its classes
 
 
 def voc_palette() -> np.ndarray:
-    """VOC's colours, uint8 (256, 3): the bits of an index, three at a time, go to the high bits of red, green and blue."""
+    """VOC's colours, uint8 (256, 3). The bits of an index, three at a time, become the high bits of red, green and blue."""
     index = np.arange(256)
     channels = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
     return np.stack(channels, -1).astype(np.uint8)
 
 
 def scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Picture uint8 (side, side, 3), index uint8 (side, side) with borders, and the classes, each of which shows."""
+    """A picture uint8 (side, side, 3), its index uint8 (side, side) with borders, and its classes, each of which shows."""
     while True:
         labels = _choose(rng)
         picture, index = _ground(rng, side), np.zeros((side, side), np.uint8)
@@ -50,6 +52,7 @@ def scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _choose(rng: np.random.Generator) -> list[int]:
+    """The classes of a scene, of one pair or two."""
     labels: list[int] = []
     for pair in rng.choice(PAIRS, rng.integers(1, 3), replace=False):
         both = [2 * int(pair), 2 * int(pair) + 1]
@@ -58,7 +61,7 @@ def _choose(rng: np.random.Generator) -> list[int]:
 
 
 def _blob(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where it is, bool, and coordinates in pixels from its middle, turned, all (side, side)."""
+    """Where a blob is, bool, and turned coordinates in pixels from its middle, all (side, side)."""
     y, x = np.mgrid[:side, :side] + 0.5 - (rng.uniform(0.2, 0.8, 2) * side)[:, None, None]
     angle = np.arctan2(y, x)
     outline = 1 + sum(rng.uniform(0, 0.15) * np.sin((k + 2) * angle + rng.uniform(0, 2 * np.pi)) for k in range(3))
@@ -68,7 +71,7 @@ def _blob(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """In [0, 1]; periods of 5 to 8 pixels."""
+    """The texture of a class in [0, 1], with a period of 5 to 8 pixels."""
     k = 2 * np.pi / rng.uniform(5, 8)
     waves = {
         "stripes": lambda: np.sin(k * u),
@@ -82,13 +85,14 @@ def _texture(label: int, u: np.ndarray, v: np.ndarray, rng: np.random.Generator)
 
 
 def _colours(rng: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """A light and a dark colour of the class's hue."""
     hue = label / len(CLASSES) + rng.normal(0, 0.025)
     light, dark = (colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 0.9), value) for value in (rng.uniform(0.8, 1), rng.uniform(0.2, 0.4)))
     return np.array(light), np.array(dark)
 
 
 def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A few broad waves in each channel, (side, side, 3)."""
+    """A ground of a few broad waves in each channel, (side, side, 3)."""
     y, x = np.mgrid[:side, :side] / side
     ground = np.full((side, side, 3), rng.uniform(0.3, 0.7, 3))
     for _ in range(5):
@@ -98,7 +102,7 @@ def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _borders(index: np.ndarray) -> np.ndarray:
-    """Pixels with a neighbour, above, below, left or right, of another class."""
+    """The pixels of which one of the four neighbours has another class."""
     border = np.zeros(index.shape, bool)
     for axis in (0, 1):
         differs = np.diff(index.astype(int), axis=axis) != 0
@@ -110,7 +114,7 @@ def _borders(index: np.ndarray) -> np.ndarray:
 
 
 def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, seed: int = 0) -> None:
-    """Scenes of their own seeds, in VOC layout under `out`."""
+    """Write scenes, each with a seed of its own, in VOC layout under `out`."""
     folders = {kind: out / kind for kind in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,18 +125,11 @@ def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, s
     for i, name in enumerate(tqdm(names["train"] + names["val"], desc="scenes")):
         picture, index, labels = scene(np.random.default_rng([seed, i]), side)
         Image.fromarray(picture).save(folders["JPEGImages"] / f"{name}.jpg", quality=95)
-        save_index(index, folders["SegmentationClass"] / f"{name}.png")
+        save_index(index, folders["SegmentationClass"] / f"{name}.png", voc_palette())
         annotation = ElementTree.Element("annotation")
         for label in labels:
             ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "name").text = CLASSES[label]
         ElementTree.ElementTree(annotation).write(folders["Annotations"] / f"{name}.xml")
-
-
-def save_index(index: np.ndarray, path: Path) -> None:
-    """uint8 (H, W) as a PNG with VOC's palette."""
-    image = Image.fromarray(index).convert("P")
-    image.putpalette(voc_palette().ravel().tolist())
-    image.save(path)
 
 
 def main() -> None:

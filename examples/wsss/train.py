@@ -1,6 +1,8 @@
-"""Train on image labels alone. A step depends on seed and number alone: a resumed run repeats an unbroken one bit for bit.
+"""Train on image labels alone.
 
-    python -m wsss.train --data scenes --out runs/full     # from the folder examples/
+    python -m examples.wsss.train --data build/scenes --out build/runs/full
+
+A step depends on the seed and its own number alone, so a resumed run repeats an unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resumable import Resumable, train, warmup_and_cosine
 from torch import Tensor
+
+from examples.shared.images import said_in_one_line
+from examples.shared.resumable import Resumable, train, warmup_and_cosine
 
 from . import losses
 from .config import CONFIGS, Config
@@ -24,7 +28,7 @@ from .pretrained import load_timm
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is: the same Run on the same images gives the same weights."""
+    """All that decides a run: the same Run on the same images gives the same weights."""
 
     config: Config
     classes: tuple[str, ...]
@@ -32,6 +36,8 @@ class Run:
 
 
 class Trainer(Resumable):
+    """Trains a ViT on scenes."""
+
     LOG = ("step", "loss", "classification", "diversity", "expected_open", "open_heads")
 
     def __init__(self, run: Run, data: Scenes, device: str = "cpu") -> None:
@@ -46,13 +52,13 @@ class Trainer(Resumable):
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: warmup_and_cosine(step, config))
 
     def advance(self) -> tuple[float, ...]:
-        """One step; the row of the log."""
+        """Take one step; returns its row of the log."""
         config = self.run.config
         g = torch.Generator().manual_seed(1_000_003 * self.run.seed + self.step)
         images, chosen, _ = batch_of(self.data, config.batch, config.size, g)
         present = torch.stack([self.data.scenes[i].present() for i in chosen.tolist()])
         images, present = images.to(self.device), present.to(self.device)
-        torch.manual_seed(int(torch.randint(2**62, (), generator=g)))  # what the model draws: gates and masking
+        torch.manual_seed(int(torch.randint(2**62, (), generator=g)))  # Gates and masking draw from the global generator.
         self.model.train()
         logits, maps = self.model(images, present, with_maps=config.diversity > 0)
         told, expected_open = losses.classification(logits, present), self.model.expected_open()
@@ -71,15 +77,15 @@ class Trainer(Resumable):
 
 
 def batch_of(data: Scenes, count: int, size: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (count, 3, size, size) in [0, 1], which of the set they are (count,), and which are mirrored, bool (count,)."""
+    """Draw images (count, 3, size, size) in [0, 1]; returns them, their numbers (count,) in the set, and which are mirrored, bool."""
     chosen = torch.randint(len(data), (count,), generator=g)
     mirror = torch.rand(count, generator=g) < 0.5
     images = torch.stack([data.scenes[i].image(size) for i in chosen.tolist()]).float() / 255
     return torch.where(mirror[:, None, None, None], images.flip(-1), images), chosen, mirror
 
 
-def parameter_groups(model: ViT) -> list[dict]:
-    """Gates learn faster than the rest, and neither they nor norms, biases and tokens decay."""
+def parameter_groups(model: ViT) -> list[dict[str, Any]]:
+    """Groups for the optimizer: gates learn faster than the rest, and gates, norms, biases and tokens do not decay."""
     config = model.config
     gates = [gate.log_a for gate in model.modules() if isinstance(gate, HardConcrete)]
     rest = [p for p in model.parameters() if all(p is not gate for gate in gates)]
@@ -93,13 +99,14 @@ def parameter_groups(model: ViT) -> list[dict]:
 
 
 def load(checkpoint: Path, device: str = "cpu") -> tuple[ViT, tuple[str, ...]]:
-    """The model of a checkpoint, in evaluation, and the names of its classes."""
+    """The model of a checkpoint, in evaluation mode, and the names of its classes."""
     saved = torch.load(checkpoint, map_location=device, weights_only=True)
     model = ViT(Config(**saved["run"]["config"]), len(saved["run"]["classes"])).to(device)
     model.load_state_dict(saved["model"])
     return model.eval(), tuple(saved["run"]["classes"])
 
 
+@said_in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")

@@ -34,14 +34,31 @@ def differing(a, b):
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def test_the_kernels_offered_are_those_of_the_processor():
+# Vendor, family and model of processors whose bfloat16 dot product is slower than float products (csrc/cpu/isa/processor.cpp).
+SLOW_BFLOAT16_DOT = {("GenuineIntel", 6, 0x8F), ("GenuineIntel", 6, 0xCF)}
+
+
+def cpu_info():
+    """The first processor's lines of /proc/cpuinfo."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, value in (line.split(":", 1) for line in lines)}
+
+
+def test_the_kernels_offered_are_those_of_the_processor_the_fastest_first():
     expected = ["baseline"]
     if platform.machine() == "x86_64":
-        flags = set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
+        info = cpu_info()
+        flags = set(info["flags"].split())
         avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
         needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
-        expected = [name for name in ("avx512bf16", "avx512", "avx2") if needed[name] <= flags] + expected
+        slow_dot = (info["vendor_id"], int(info["cpu family"]), int(info["model"])) in SLOW_BFLOAT16_DOT
+        order = ["avx512", "avx512bf16", "avx2"] if slow_dot else ["avx512bf16", "avx512", "avx2"]
+        expected = [name for name in order if needed[name] <= flags] + expected
     assert expected == KERNELS
+
+
+def test_the_reason_names_the_first_set():
+    assert torch.ops.smattn_cpu.cpu_kernels_reason().startswith(f"{KERNELS[0]}: ")
 
 
 def test_a_set_that_is_not_there_is_refused():

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import smattn
+from examples import learn_mask, quickstart, readme_figures
+from examples.shared.rows import RESULTS, read
+from examples.vos import search
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def quickstart():
-    return load("quickstart")
-
-
-@pytest.fixture
-def learn_mask():
-    return load("learn_mask")
 
 
 def disc() -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,41 +31,41 @@ def overlap(mask: torch.Tensor, inside: torch.Tensor) -> float:
     return (torch.minimum(mask, inside.float()).sum() / torch.maximum(mask, inside.float()).sum()).item()
 
 
-def test_quickstart_mask_learns_to_cover_the_object(quickstart):
+def test_quickstart_mask_learns_to_cover_the_object():
     photo, inside = disc()
     first, last = quickstart.learn_mask(photo, click=(14, 22), steps=150)
     assert overlap(first, inside) < 0.3
     assert overlap(last, inside) > 0.9
 
 
-def test_quickstart_mask_learns_through_the_attention_alone(quickstart, monkeypatch):
+def test_quickstart_mask_learns_through_the_attention_alone(monkeypatch):
     attention = smattn.soft_masked_attention
     monkeypatch.setattr(smattn, "soft_masked_attention", lambda q, k, v, mask, alpha: attention(q, k, v, mask.detach(), alpha))
     with pytest.raises(RuntimeError, match="does not require grad"):
         quickstart.learn_mask(disc()[0], click=(14, 22), steps=1)
 
 
-def test_quickstart_is_deterministic(quickstart):
+def test_quickstart_is_deterministic():
     photo, _ = disc()
     one, two = (quickstart.learn_mask(photo, click=(14, 22), steps=10)[1] for _ in range(2))
     assert torch.equal(one, two)
 
 
-def test_a_mask_is_learned_from_labels_through_the_gradient_of_the_soft_mask(learn_mask):
+def test_a_mask_is_learned_from_labels_through_the_gradient_of_the_soft_mask():
     network, course = learn_mask.train("soft", seed=0, steps=120, every=120, quiet=True)
     assert course[0].mask_iou < 0.15
     assert course[-1].mask_iou > 0.6 and course[-1].inverted_iou < 0.1
 
 
 @pytest.mark.parametrize("masking", ["detached", "hard"])
-def test_without_that_gradient_the_mask_learns_nothing(learn_mask, masking):
+def test_without_that_gradient_the_mask_learns_nothing(masking):
     network, course = learn_mask.train(masking, seed=0, steps=10, every=10, quiet=True)
     assert course[0].mask_iou == course[-1].mask_iou < 0.15
     assert all(parameter.grad is None for parameter in network.mask_head.parameters())
     assert network.classify.weight.grad.any()
 
 
-def test_the_mask_head_sees_no_texture_and_the_values_no_colour(learn_mask):
+def test_the_mask_head_sees_no_texture_and_the_values_no_colour():
     network = learn_mask.Network("soft")
     image = torch.rand(2, 3, learn_mask.SIDE, learn_mask.SIDE)
     grating = torch.rand(2, 1, learn_mask.SIDE, learn_mask.SIDE)
@@ -89,6 +76,22 @@ def test_the_mask_head_sees_no_texture_and_the_values_no_colour(learn_mask):
     torch.testing.assert_close(network(image + colour)[0], network(image)[0], rtol=0, atol=1e-5)
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_rows(learn_mask):
-    table = learn_mask.table(learn_mask.read(ROOT / "examples" / "results" / "learn_mask.csv"))
-    assert table in (ROOT / "examples" / "README.md").read_text() and "| soft | 7 |" in table
+TABLES = readme_figures.tables()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_the_readmes_are_those_of_the_committed_rows(name):
+    assert TABLES[name].count("\n") > 1, "a table has at least a row"
+    begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+    assert begin + TABLES[name] + end in readme_figures.readme_of(name).read_text()
+
+
+def test_every_file_of_rows_is_shown():
+    assert {path.stem for path in RESULTS.glob("*.csv")} == set(TABLES)
+    assert {row.setting for row in read(RESULTS / "vos_search.csv", search.Found)} <= search.SETTINGS.keys()
+
+
+@pytest.mark.parametrize("module", ["examples.vos.train", "examples.wsss.study", "examples.learn_mask", "examples.mask2former_cost"])
+def test_an_example_runs_as_a_module_from_the_root(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--out" in done.stdout, done.stderr

@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from vos import cost, cycle, infer, losses, search, study, train
-from vos.batches import Batch, _other_view, sample
-from vos.config import CONFIGS
-from vos.data import read_clips
-from vos.model import VOS, grid_cells, mean_inside
 
+from examples.shared.rows import read, write
+from examples.vos import cycle, infer, losses, search, study, train
+from examples.vos.batches import Batch, _other_view, sample
+from examples.vos.config import CONFIGS
+from examples.vos.data import read_clips
+from examples.vos.model import VOS, grid_cells, mean_inside
 from tests.support import vos_clips
 
 TINY, written = vos_clips.TINY, vos_clips.written
@@ -268,11 +268,11 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
         return capsys.readouterr().out
 
     say(1)
-    before = study.read(tmp_path / "out" / "found.csv")
+    before = read(tmp_path / "out" / "found.csv", study.Row)
     trained = []
     monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.append(out.name))
     assert "| soft | 2 | 1 |" in (said := say(2)) and "| copy | 1 | 0 |" in said
-    rows = study.read(tmp_path / "out" / "found.csv")
+    rows = read(tmp_path / "out" / "found.csv", study.Row)
     assert trained == ["soft-1"] and rows[: len(before)] == before and len(rows) == len(before) + 1 + 3
     assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
 
@@ -289,7 +289,7 @@ def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path
     assert len(trained["oracle-0"]) == len(clips[0]) and trained["oracle-0"][0] == clips[0]
     for t, turned in enumerate(trained["oracle-0"]):
         assert torch.equal(turned.first_mask(), clips[0].mask(t)) and torch.equal(turned.image(0), clips[0].image(t))
-    rows = study.read(tmp_path / "alone.csv")
+    rows = read(tmp_path / "alone.csv", study.Row)
     assert {(row.contestant, row.seed) for row in rows} == {(name, seed) for name in ("frame0", "oracle", "copy") for seed in range(2)}
 
 
@@ -299,9 +299,9 @@ def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written,
     arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
     monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
     earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
-    study.write(out, earlier)
+    write(out, earlier)
     search.main()
-    found = study.read(out, search.Found)
+    found = read(out, search.Found)
     assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
     gain = found[2].JF - found[3].JF
     assert capsys.readouterr().out.strip().endswith(f"| +10.0, {gain:+.1f} |")
@@ -313,24 +313,3 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
     (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
-
-
-@pytest.mark.parametrize("name, module", [("vos_synthetic", study), ("vos_figures", study), ("vos_clip", study), ("vos_cost", cost)])
-def test_the_tables_of_the_readme_are_those_of_the_committed_rows(name, module):
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    rows = module.read(examples / "results" / f"{name}.csv")
-    assert rows and module.table(rows) in (examples / "vos" / "README.md").read_text()
-
-
-def test_the_table_of_what_was_tried_is_that_of_the_committed_rows():
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    tried = study.read(examples / "results" / "vos_tried.csv", search.Found)
-    assert tried and search.table(tried, "frame0") in (examples / "vos" / "README.md").read_text()
-
-
-def test_the_table_of_the_search_begins_with_the_comparison():
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    results = examples / "results"
-    nothing, found = search.unchanged(study.read(results / "vos_synthetic.csv")), study.read(results / "vos_search.csv", search.Found)
-    assert {one.setting for one in found} <= search.SETTINGS.keys()
-    assert search.table(nothing + found) in (examples / "vos" / "README.md").read_text()

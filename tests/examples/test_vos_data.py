@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vos import figures, infer, study, synthetic, train
-from vos.data import DataError, read_clip, read_clips
 
+from examples.shared.images import DataError
+from examples.vos import figures, infer, study, synthetic, train
+from examples.vos.data import read_clip, read_clips
 from tests.support import vos_clips
 
 TINY, written = vos_clips.TINY, vos_clips.written

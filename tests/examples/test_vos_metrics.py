@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vos import metrics
+
+from examples.vos import metrics
 
 
 def square(top, left, side, size=40):

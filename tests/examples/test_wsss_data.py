@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 from PIL import Image
-from wsss import synthetic
-from wsss.data import IGNORE, VOC_CLASSES, DataError, read_scenes
 
+from examples.shared.images import DataError
+from examples.wsss import synthetic
+from examples.wsss.data import IGNORE, VOC_CLASSES, read_scenes
 from tests.support import wsss_scenes
 
 TINY, data, written = wsss_scenes.TINY, wsss_scenes.data, wsss_scenes.written

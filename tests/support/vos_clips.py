@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from vos import synthetic
-from vos.config import Config
+
+from examples.vos import synthetic
+from examples.vos.config import Config
 
 TINY = Config(width=16, heads=2, encoder_layers=1, decoder_layers=1, batch=2, steps=6, warmup=2, dropout=0.1)
 

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from wsss import synthetic
-from wsss.config import Config
+
+from examples.wsss import synthetic
+from examples.wsss.config import Config
 
 TINY = Config(size=32, width=24, depth=2, heads=3, batch=4, steps=6, warmup=2)
 

@@ -2,7 +2,7 @@
 // The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
 // so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
 // the bound derived, in tests/test_cpu_exp2.py.
-// Results below the smallest normal number may be 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
+// Results below the smallest normal number are 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -18,6 +18,8 @@ struct Exp2<float> {
       1.545315363e-4f, 1.339086331e-3f, 9.618083015e-3f, 5.550356954e-2f, 2.402265072e-1f, 6.9314718246e-1f, 1.0f};
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
   static constexpr int kBias = 127, kMantissa = 23;
+  static constexpr float kLowest = 1 - kBias;  // 2 to a lower power is no normal number
+  static constexpr float kHighest = 2 + kBias;  // 2 to this power overflows
 };
 
 template <>
@@ -27,6 +29,7 @@ struct Exp2<double> {
                                              5.55041086648216e-2,    2.4022650695910097e-1, 6.931471805599453e-1,  1.0};
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kBias = 1023, kMantissa = 52;
+  static constexpr double kLowest = 1 - kBias, kHighest = 2 + kBias;
 };
 
 // So many vectors step by step together keep the multipliers busy: one alone would wait for each of its operations.
@@ -46,16 +49,23 @@ inline Vec<double> bounded(Vec<double> x) {
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
 inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
-inline Vec<float> times_exp2(Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
-inline Vec<double> times_exp2(Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(0xff, x, n); }
+// The lanes whose 2^x is no subnormal number, or NaN.
+inline __mmask16 in_range(Vec<float> x) { return _mm512_cmp_ps_mask(x, _mm512_set1_ps(Exp2<float>::kLowest), _CMP_NLT_UQ); }
+inline __mmask8 in_range(Vec<double> x) { return _mm512_cmp_pd_mask(x, _mm512_set1_pd(Exp2<double>::kLowest), _CMP_NLT_UQ); }
+// x * 2^n, 0 in the other lanes: a subnormal result would cost an Intel processor hundreds of cycles.
+inline Vec<float> times_exp2(__mmask16 lanes, Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(lanes, x, n); }
+inline Vec<double> times_exp2(__mmask8 lanes, Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(lanes, x, n); }
 
 template <class T, int N>
 inline void exp2_each(Vec<T> (&x)[N]) {
   Vec<T> n[N], p[N];
+  decltype(in_range(x[0])) normal[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] = bounded(x[i]);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) n[i] = nearest_whole(x[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) normal[i] = in_range(x[i]);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] -= n[i], p[i] = broadcast(Exp2<T>::kCoefficients[0]);
 #pragma GCC unroll 16
@@ -64,7 +74,7 @@ inline void exp2_each(Vec<T> (&x)[N]) {
     for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + Exp2<T>::kCoefficients[k];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = times_exp2(p[i], n[i]);
+  for (int i = 0; i < N; ++i) x[i] = times_exp2(normal[i], p[i], n[i]);
 }
 
 template <class T>
@@ -84,17 +94,20 @@ inline Vec<T> exp2_fraction(Vec<T> f) {
 }
 
 template <class T>
-inline Vec<T> exp2(Vec<T> x) {
+inline Vec<T> exp2(Vec<T> unbounded) {
   using E = Exp2<T>;
   typedef Bits<T> Whole __attribute__((vector_size(kVectorBytes)));
+  // Bounded so that no lane makes a subnormal number, which would cost an Intel processor hundreds of cycles; NaN stays NaN.
+  const auto too_low = unbounded < E::kLowest;
+  Vec<T> x = too_low ? broadcast(E::kLowest) : unbounded;
+  x = x > E::kHighest ? broadcast(E::kHighest) : x;
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> p = exp2_fraction<T>(x - (shifted - E::kRound));
-  // 2^n in two factors, so that n = kBias + 1, just before the overflow, is still a number.
+  // 2^n in two factors, so that n = kBias + 1, just before the overflow, is still a number, and n = kBias + 2 overflows.
   const Whole n = (Whole)shifted - (Whole)broadcast(E::kRound);
   const Whole half = n >> 1;
-  Vec<T> y = p * (Vec<T>)((half + E::kBias) << E::kMantissa) * (Vec<T>)((n - half + E::kBias) << E::kMantissa);
-  y = x < static_cast<T>(1 - E::kBias) ? Vec<T>{} : y;
-  return x >= static_cast<T>(1 + E::kBias) ? broadcast(static_cast<T>(__builtin_inf())) : y;
+  const Vec<T> y = p * (Vec<T>)((half + E::kBias) << E::kMantissa) * (Vec<T>)((n - half + E::kBias) << E::kMantissa);
+  return too_low ? Vec<T>{} : y;
 }
 
 template <class T, int N>

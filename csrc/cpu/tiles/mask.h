@@ -23,7 +23,9 @@ template <class T>
 inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   read_tile<T>(s.mask, b, h, q, k, rows, tile);
   if (!s.mask_is_logits) return;
-  for (int64_t at = 0; at < k.count * q.lanes; at += kSigmoids<T>) {
+  const int64_t size = k.count * q.lanes, whole = round_up(size, kSigmoids<T>);
+  fill<T>(tile + size, whole - size, T(0));
+  for (int64_t at = 0; at < whole; at += kSigmoids<T>) {
     exp2_of<T>(tile + at, [](Vec<T> x) { return x * static_cast<T>(-kLog2e); }, [](Vec<T> e) { return T(1) / (T(1) + e); });
   }
   select_attended(q, k, tile);

@@ -1,4 +1,4 @@
-"""Training that resumes bit for bit, for examples whose every step depends on seed and number alone."""
+"""Training that resumes bit for bit. It is for examples in which each step depends on nothing but the seed and the step's number."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 
 class Resumable:
-    """A model, its optimizer and the step they are at. A subclass sets these attributes and has `advance`."""
+    """A model, its optimizer and the step that they have reached. A subclass sets these attributes and defines `advance`."""
 
     LOG: tuple[str, ...]  # the columns of the log
-    run: Any  # a dataclass, what the run is; run.config has `steps`
+    run: Any  # a dataclass that says what the run is; run.config has `steps`
     step: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -26,15 +26,15 @@ class Resumable:
     device: str
 
     def advance(self) -> tuple[float, ...]:
-        """One step; the row of the log: step, loss, and what else LOG names."""
+        """Take one step; returns its row of the log: step, loss, and what else LOG names."""
         raise NotImplementedError
 
     def shown(self, row: tuple[float, ...]) -> dict[str, Any]:
-        """What the progress bar says of a row."""
+        """What the progress bar shows of a row."""
         return {"loss": f"{row[1]:.3f}"}
 
     def save(self, path: Path) -> None:
-        """Written beside and renamed: a run that is killed leaves the checkpoint before."""
+        """Write the checkpoint beside and rename it, so that a run that is killed leaves the one before."""
         saved = {
             "run": dataclasses.asdict(self.run),
             "step": self.step,
@@ -56,19 +56,19 @@ class Resumable:
 
 
 def warmup_and_cosine(step: int, config: Any) -> float:
-    """The factor on the learning rates; config has `steps` and `warmup`."""
+    """The factor on the learning rates. config has `steps` and `warmup`."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     return 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(1, config.steps - config.warmup)))
 
 
 def train(trainer: Resumable, out: Path, resume: bool = False, save_every: int = 100, stop: int | None = None) -> None:
-    """To the last step (or to `stop`), with out/log.csv and out/checkpoint.pt."""
+    """Train to the last step, or to `stop`. Writes out/log.csv and out/checkpoint.pt."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log, kept = out / "checkpoint.pt", out / "log.csv", []
     if resume and checkpoint.exists():
         trainer.restore(checkpoint)
-        with open(log, newline="") as file:  # rows after the checkpoint are of steps that will be repeated
+        with open(log, newline="") as file:  # The steps after the checkpoint will be repeated.
             kept = [row for row in csv.reader(file)][1 : 1 + trainer.step]
     steps = trainer.run.config.steps if stop is None else stop
     with open(log, "w", newline="") as file, tqdm(total=steps, initial=trainer.step, desc=out.name) as bar:

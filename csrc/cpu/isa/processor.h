@@ -1,0 +1,19 @@
+// What is known of the processor at hand beyond the instructions that it has.
+#pragma once
+
+#include <string>
+
+namespace smattn::cpu {
+
+struct Processor {
+  std::string vendor;  // as cpuid says it: "GenuineIntel", "AuthenticAMD"
+  int family = 0, model = 0;
+};
+
+Processor processor();  // empty where there is no cpuid
+
+// Whether its bfloat16 dot product is slower than the float multiplications that it replaces. It is a table and not a measurement, because the
+// ranks of one job must choose alike and bits must repeat.
+bool has_slow_bfloat16_dot(const Processor& p);
+
+}  // namespace smattn::cpu

@@ -1,0 +1,1 @@
+"""What the examples share: reading pictures, rows of results, training that resumes."""
