@@ -95,5 +95,5 @@ $(VENV)/torch.stamp:
 $(INSTALLED): $(VENV)/torch.stamp $(BUILD_FILES)
 	$(BIN)/pip install "setuptools>=77" "cmake>=3.24" ninja
 	$(BIN)/pip install --no-build-isolation --editable ".[dev]"
-	@$(BIN)/python -c 'import smattn.native as n; print("\n".join(["C++ extension:", *(n.reasons() or ["built and loaded"])]))'
+	@$(BIN)/python -c 'import smattn.cpu as n; print("\n".join(["C++ extension:", *(n.reasons() or ["built and loaded"])]))'
 	test ! -e smattn/_cpu.so || touch $@  # without it, the next make tries again: a compiler may have come

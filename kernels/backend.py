@@ -1,6 +1,6 @@
-"""The one door from smattn to the Triton kernels: allocates, picks the regime, launches the passes.
+"""backend="triton", the one door from smattn to the Triton kernels: it allocates, picks the regime and launches the passes.
 
-Tensors are canonical (see smattn/ops.py). No call synchronises with the device, and every sum is taken in an order that the shape decides.
+No call synchronises with the device, and every sum is taken in an order that the shape decides.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..problem import Grads, Problem, new_gradients
+from ..call import Call, Gradients, Needs, Problem, Saved
+from ..memory import new_gradients
 from . import (
     backward_delta,
     backward_delta_sweep,
@@ -23,7 +24,7 @@ from . import (
 )
 from . import forward as forward_full
 from . import map as map_pass
-from .launch import Inputs, Rows
+from .operands import Rows, accumulator
 from .tiles import FEW_QUERIES
 
 LARGEST_HEAD = 256
@@ -47,153 +48,94 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def forward(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    *,
-    save_out: bool,
-    save_mbar: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(1)-(4): out (B, H, Nq, Dv), lse (B, H, Nq), the unrounded out if asked for, mbar (B, H, Nq) if asked for."""
-    t, inputs = problem, soft_mask.soften(Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed))
-    out = torch.empty((t.B, t.H, t.Nq, t.Dv), dtype=t.dtype, device=query.device)
-    lse = inputs.accumulator(t.B, t.H, t.Nq)
-    out_acc = inputs.accumulator(*out.shape) if save_out and t.dtype != torch.float32 else None
-    mbar = inputs.accumulator(*lse.shape) if save_mbar and mask is not None else None
+def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
+    """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
+    t, call = call.problem, soft_mask.soften(call)
+    out = torch.empty((t.B, t.H, t.Nq, t.Dv), dtype=t.dtype, device=call.query.device)
+    lse = accumulator(call, t.B, t.H, t.Nq)
+    is_rounded = t.dtype != torch.float32
+    out_acc = accumulator(call, *out.shape) if save_out and is_rounded else None
+    mbar = accumulator(call, *lse.shape) if save_mbar and call.mask is not None else None
     if t.Nk == 0:
         for tensor in (out, out_acc, mbar):
             if tensor is not None:
                 tensor.zero_()
         lse.fill_(float("-inf"))
-    elif lse.numel() > 0:
-        splits, split_blocks = forward_split.splits_of(inputs) if t.Nq <= FEW_QUERIES else (1, 0)
+    elif not t.is_empty:
+        splits, split_blocks = forward_split.splits_of(call) if t.Nq <= FEW_QUERIES else (1, 0)
         if splits > 1:
-            forward_split.run(inputs, splits, split_blocks, out, lse, out_acc, mbar)
+            forward_split.run(call, splits, split_blocks, out, lse, out_acc, mbar)
         else:
-            forward_full.run(inputs, out, lse, out_acc, mbar)
-    return out, lse, inputs.accumulator(0) if out_acc is None else out_acc, inputs.accumulator(0) if mbar is None else mbar
+            forward_full.run(call, out, lse, out_acc, mbar)
+    return out, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
 
 
-def backward(
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
-    mbar: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Grads:
-    """(5)-(8), P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried. None where not needed.
-
-    out: unrounded; without it delta is summed as P*dP.
-    """
-    inputs = Inputs(problem, query, key, value, mask, alpha, key_padding_mask, seed)
-    grads = new_gradients(problem, (query, key, value, mask, alpha), needs)
-    if inputs.empty or not any(needs):
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
+    """Equations (5)-(8), with P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried."""
+    problem, grads = call.problem, new_gradients(call, needs)
+    to_fill = backward_few_queries.which_are_given(grads)
+    if problem.is_empty or not any(to_fill):
         return grads
-    to_fill = backward_few_queries.needs_of(*grads[:4])
+    out, lse, mbar = saved
     few = backward_few_queries.serves(problem, to_fill)
-    dquery, dalpha, dalpha_rows = grads[0], grads[4], None
-    reduced = few or backward_passes.dq_splits(problem, to_fill, dalpha is not None) > 0  # its last pass adds dL's term to dalpha
-    if reduced and out is not None and (not few or backward_few_queries.folds_delta(inputs, dquery)):
+    reduced = few or backward_passes.dq_splits(problem, to_fill) > 0  # its last pass adds dL's term to dalpha
+    if reduced and out is not None and (not few or backward_few_queries.folds_delta(call, to_fill)):
         held = few and plan.holds_dq(problem)
-        rows = Rows(None if held else inputs.accumulator(*lse.shape, 2), out, lse, dlse)
-        backward_passes.run(inputs, inputs, dout, rows, mbar, *grads)
+        rows = Rows(None if held else accumulator(call, *lse.shape, 2), out, lse, dlse)
+        backward_passes.run(call, call, dout, rows, mbar, grads)
         return grads
-    soft = soft_mask.soften(inputs, _buffer_of_m(grads[3]))
-    values = inputs.accumulator(*lse.shape, 2)
-    rows = Rows(values, None, lse, dlse)
-    if dalpha is not None and dlse is not None and not reduced:
-        partials = backward_dq.partials(inputs) if out is None else backward_delta.partials(problem.Nq)
-        dalpha_rows = inputs.accumulator(partials, problem.B, problem.H)
+    call_with_mask = soft_mask.soften(call, _buffer_of_m(grads.mask))
+    values, dalpha_rows = accumulator(call, *lse.shape, 2), None
+    if grads.alpha is not None and dlse is not None and not reduced:
+        partials = backward_dq.partials(call) if out is None else backward_delta.partials(problem.Nq)
+        dalpha_rows = accumulator(call, partials, problem.B, problem.H)
     if out is None:
-        backward_delta_sweep.run(soft, dout, lse, dlse, mbar, values, dalpha_rows)
+        backward_delta_sweep.run(call_with_mask, dout, lse, dlse, mbar, values, dalpha_rows)
     else:
         backward_delta.run(out, dout, lse, dlse, mbar, values, dalpha_rows)
-    backward_passes.run(inputs, soft, dout, rows, mbar, *grads)
-    if dalpha is not None and dalpha_rows is not None:
-        # apart: more terms in the sum over tiles would reorder it, and a dlse of zeros must give the bits of none (torch.compile passes it)
-        dalpha += dalpha_rows.sum((0, 1))
+    backward_passes.run(call, call_with_mask, dout, Rows(values, None, lse, dlse), mbar, grads)
+    if grads.alpha is not None and dalpha_rows is not None:
+        # Added separately: inside the sum over tiles it would change the order, and dlse = 0, which torch.compile passes, must give
+        # the same bits as dlse = None.
+        grads.alpha.add_(dalpha_rows.sum((0, 1)))
     return grads
 
 
-def attention_map(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(9): the map (B, Nq, Nk) and lse (B, H, Nq), float32; head_weights (H,) float32. lse is that of a value without columns."""
-    inputs = soft_mask.soften(_map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask))
-    value, t = inputs.value, inputs.problem
-    _, lse, *_ = forward(t, query, key, value, inputs.mask, alpha, key_padding_mask, None, save_out=False, save_mbar=False)
-    amap = inputs.accumulator(t.B, t.Nq, t.Nk)
-    if not inputs.empty:
-        map_pass.run(inputs, lse, amap)
-    return amap, lse
+def attention_map(call: Call) -> tuple[Tensor, Tensor]:
+    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both float32. lse is that of a value without columns."""
+    call, t = soft_mask.soften(_with_empty_value(call)), call.problem
+    _, saved = forward(call, save_out=False, save_mbar=False)
+    amap = accumulator(call, t.B, t.Nq, t.Nk)
+    if not t.is_empty:
+        map_pass.run(call, saved.lse, amap)
+    return amap, saved.lse
 
 
-def attention_map_backward(
-    problem: Problem,
-    dmap: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-    lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Grads:
-    """(10): gradients of query, key, mask, alpha and head_weights. None where not needed."""
-    inputs = _map_inputs(problem, query, key, mask, alpha, head_weights, key_padding_mask)
-    grads = new_gradients(problem, (query, key, mask, alpha, head_weights), needs)
-    if inputs.empty or not any(needs):
+def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+    """Equation (10): gradients of query, key, mask, alpha and head weights."""
+    call = _with_empty_value(call)
+    grads = new_gradients(call, needs)
+    to_fill = backward_few_queries.which_are_given(grads)
+    if call.problem.is_empty or not any(to_fill):
         return grads
-    dquery, dkey, dmask, dalpha, dweights = grads
-    rows, mbar, eta = (
-        inputs.accumulator(*lse.shape, *last) if wanted else None
-        for last, wanted in (((2,), any(needs[:4])), ((), dalpha is not None), ((), dweights is not None))
-    )
-    dout, soft = dmap[:, None], soft_mask.soften(inputs, _buffer_of_m(dmask))
-    map_rows.run(soft, dout, lse, rows, mbar, eta)
+    needs_passes = to_fill.query or to_fill.key or to_fill.mask or to_fill.alpha
+    rows = accumulator(call, *lse.shape, 2) if needs_passes else None
+    mbar = accumulator(call, *lse.shape) if to_fill.alpha else None
+    eta = accumulator(call, *lse.shape) if to_fill.head_weights else None
+    dout, call_with_mask = dmap[:, None], soft_mask.soften(call, _buffer_of_m(grads.mask))
+    map_rows.run(call_with_mask, dout, lse, rows, mbar, eta)
     if rows is not None:
-        backward_passes.run(inputs, soft, dout, Rows(rows), mbar, dquery, dkey, None, dmask, dalpha)
-    if dweights is not None and eta is not None:
-        torch.sum(eta, (0, 2), out=dweights)
+        backward_passes.run(call, call_with_mask, dout, Rows(rows), mbar, grads)
+    if grads.head_weights is not None and eta is not None:
+        torch.sum(eta, (0, 2), out=grads.head_weights)
     return grads
 
 
-def _map_inputs(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-) -> Inputs:
-    """A map's inputs: those of attention to a value without columns."""
-    problem = problem._replace(Dv=0)
-    return Inputs(problem, query, key, key[..., :0], mask, alpha, key_padding_mask, head_weights=head_weights.contiguous())
+def _with_empty_value(call: Call) -> Call:
+    """A map's call as attention to a value without columns."""
+    return call._replace(value=call.key[..., :0])
 
 
 def _buffer_of_m(dmask: Tensor | None) -> Tensor | None:
-    """Where M of logits may lie until its gradient is stored; a key-only one's is stored too early."""
+    """Where M of logits may lie until its gradient is stored. The gradient of a key-only mask is stored too early for that."""
     return dmask if dmask is not None and dmask.shape[2] > 1 else None

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, strides
+from .launch import launch
+from .operands import strides
 from .primitives.load import load_tile
 from .primitives.rows import load_dlse, rows_of, store_rows
 from .tiles import Tile, block_of, cdiv

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
-from .launch import Inputs, launch, strides
+from .launch import launch
+from .operands import attention_arguments, strides
 from .primitives.load import head_of, live_keys, live_span, load_alpha, load_block, load_mask, load_tile, query_program
 from .primitives.rows import finish_rows, load_dlse, store_rows
 from .primitives.score import LOG2E, score_gradient
@@ -71,11 +73,11 @@ def _delta_sweep_kernel(
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
-def run(inputs: Inputs, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
-    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(inputs), B, H): zeros without dlse."""
-    t, tile = inputs.problem, backward_dq.tile_of(inputs)
-    arguments = inputs.arguments(tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
-        **descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value),
+def run(call: Call, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(call), B, H): zeros without dlse."""
+    t, tile = call.problem, backward_dq.tile_of(call)
+    arguments = attention_arguments(call, tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
+        **descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value),
         do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip

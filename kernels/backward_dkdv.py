@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from . import descriptors
-from .launch import Inputs, Rows, launch
+from .launch import launch
+from .operands import Rows, gradient_arguments
 from .primitives.load import head_of, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile
 from .primitives.rows import load_rows
 from .primitives.score import dot, score_gradient
@@ -84,10 +86,10 @@ def _dkdv_kernel(
     store_key_gradients(dk_ptr, dv_ptr, dk, dv, bg, offs_n, live, Nk, scale, keep_scale, NEED_DK, NEED_DV, D, DV, BLOCK_D, BLOCK_DV)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
+def run(call: Call, dout: Tensor, rows: Rows, dkey: Tensor | None, dvalue: Tensor | None, dmask: Tensor | None) -> None:
     """Fill, where given, dkey (B, Hkv, Nk, D), dvalue (B, Hkv, Nk, Dv) and a key-only mask's dmask (B, H|Hkv, 1, Nk), any dtype."""
-    t, tile = inputs.problem, descriptors.tile(inputs, "dkdv", inputs.query, dout, takes_padding=True)
-    arguments = inputs.gradient_arguments(tile, dout, rows) | descriptors.blocks(tile, q_ptr=inputs.query, do_ptr=dout) | dict(
+    t, tile = call.problem, descriptors.tile(call, "dkdv", call.query, dout, takes_padding=True)
+    arguments = gradient_arguments(call, tile, dout, rows) | descriptors.blocks(tile, q_ptr=call.query, do_ptr=dout) | dict(
         dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask,
         NEED_DK=dkey is not None, NEED_DV=dvalue is not None, NEED_DMASK=dmask is not None,
         MASK_PER_HEAD=dmask is not None and dmask.shape[1] == t.H,

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from . import descriptors
-from .launch import Inputs, Rows, launch
+from .launch import launch
+from .operands import Rows, gradient_arguments
 from .primitives.load import head_of, live_keys, load_alpha, load_block, load_map_gradient, load_mask, load_queries, unless_padding
 from .primitives.rows import load_rows
 from .primitives.score import score_gradient
@@ -94,22 +96,22 @@ def _dmask_kernel(
     store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
 
 
-def _tile(inputs: Inputs, dout: Tensor) -> Tile:
-    return descriptors.tile(inputs, "dmask", inputs.query, dout, inputs.key, inputs.value, takes_padding=True)
+def _tile(call: Call, dout: Tensor) -> Tile:
+    return descriptors.tile(call, "dmask", call.query, dout, call.key, call.value, takes_padding=True)
 
 
-def partials(inputs: Inputs, dout: Tensor) -> int:
+def partials(call: Call, dout: Tensor) -> int:
     """How many rows of dalpha partials `run` fills."""
-    tile = _tile(inputs, dout)
-    return cdiv(inputs.problem.Nq, tile.block_m) * cdiv(inputs.problem.Nk, tile.block_n)
+    tile = _tile(call, dout)
+    return cdiv(call.problem.Nq, tile.block_m) * cdiv(call.problem.Nk, tile.block_n)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
-    """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(inputs), B, H)."""
-    t, tile = inputs.problem, _tile(inputs, dout)
+def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
+    """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(call), B, H)."""
+    t, tile = call.problem, _tile(call, dout)
     mask_batches, mask_heads, mask_queries, _ = dmask.shape
-    arguments = inputs.gradient_arguments(tile, dout, rows)
-    arguments |= descriptors.blocks(tile, q_ptr=inputs.query, do_ptr=dout, k_ptr=inputs.key, v_ptr=inputs.value)
+    arguments = gradient_arguments(call, tile, dout, rows)
+    arguments |= descriptors.blocks(tile, q_ptr=call.query, do_ptr=dout, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
         mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
         B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,

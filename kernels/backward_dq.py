@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from . import descriptors
-from .launch import Inputs, Rows, launch
+from .launch import launch
+from .operands import Rows, accumulator, gradient_arguments
 from .primitives.load import (
     head_of,
     live_keys,
@@ -96,38 +98,38 @@ def _dq_kernel(
         tl.store(dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh, tl.sum(dalpha, 0))
 
 
-def tile_of(inputs: Inputs, kernel: str = "dq") -> Tile:
-    return descriptors.tile(inputs, kernel, inputs.key, inputs.value, takes_padding=False)
+def tile_of(call: Call, kernel: str = "dq") -> Tile:
+    return descriptors.tile(call, kernel, call.key, call.value, takes_padding=False)
 
 
-def partials(inputs: Inputs) -> int:
+def partials(call: Call) -> int:
     """How many rows of dalpha partials `run` fills."""
-    return cdiv(inputs.problem.Nq, tile_of(inputs).block_m)
+    return cdiv(call.problem.Nq, tile_of(call).block_m)
 
 
-def run(inputs: Inputs, dout: Tensor, rows: Rows, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
-    """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(inputs), B, H)."""
-    t, tile = inputs.problem, tile_of(inputs)
-    _launch(inputs, tile, dout, rows, 1, cdiv(t.Nk, tile.block_n), t.scale, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha)
+def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, dquery: Tensor | None, dalpha: Tensor | None) -> None:
+    """Fill, where given, dquery (B, H, Nq, D) and the dalpha partials (partials(call), B, H)."""
+    t, tile = call.problem, tile_of(call)
+    _launch(call, tile, dout, rows, 1, cdiv(t.Nk, tile.block_n), t.scale, mbar_ptr=mbar, dq_ptr=dquery, dalpha_ptr=dalpha)
 
 
-def run_split(inputs: Inputs, dout: Tensor, rows: Rows, splits: int) -> Tensor:
+def run_split(call: Call, dout: Tensor, rows: Rows, splits: int) -> Tensor:
     """dQ / scale in parts, float32 (at most `splits`, B, H, Nq, D). Fills rows.values where they are to be worked out."""
-    t, tile = inputs.problem, tile_of(inputs, "split_dq")
+    t, tile = call.problem, tile_of(call, "split_dq")
     blocks = cdiv(t.Nk, tile.block_n)
     split_blocks = cdiv(blocks, splits)
-    parts = inputs.accumulator(cdiv(blocks, split_blocks), t.B, t.H, t.Nq, t.D)
-    _launch(inputs, tile, dout, rows, parts.shape[0], split_blocks, 1.0, mbar_ptr=None, dq_ptr=parts, dalpha_ptr=None)
+    parts = accumulator(call, cdiv(blocks, split_blocks), t.B, t.H, t.Nq, t.D)
+    _launch(call, tile, dout, rows, parts.shape[0], split_blocks, 1.0, mbar_ptr=None, dq_ptr=parts, dalpha_ptr=None)
     return parts
 
 
 def _launch(
-    inputs: Inputs, tile: Tile, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
+    call: Call, tile: Tile, dout: Tensor, rows: Rows, splits: int, split_blocks: int, dq_scale: float, **pointers: Tensor | None
 ) -> None:
-    t = inputs.problem
-    arguments = inputs.gradient_arguments(tile, dout, rows)
+    t = call.problem
+    arguments = gradient_arguments(call, tile, dout, rows)
     arguments.update(
-        **descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value), **rows.arguments(), **pointers,
+        **descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value), **rows.arguments(), **pointers,
         B=t.B, n_splits=splits, split_blocks=split_blocks, dq_scale=dq_scale,
         NEED_DQ=pointers["dq_ptr"] is not None, NEED_DALPHA=pointers["dalpha_ptr"] is not None,
     )  # fmt: skip

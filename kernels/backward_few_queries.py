@@ -8,7 +8,6 @@ works out delta. A last kernel adds up dQ and dalpha in a fixed order: two launc
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,22 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Problem
+from ..call import Call, Gradients, Needs, Problem
+from ..memory import partial_dqueries
 from . import backward_dq, backward_reduce, plan
-from .launch import Inputs, Rows, launch
+from .launch import launch
+from .operands import Rows, accumulator, gradient_arguments, tile_of
 from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, unless_padding
 from .primitives.rows import first_rows, load_rows
 from .primitives.score import dot, matmul, score_gradient
 from .primitives.store import store_dalpha, store_key_gradients, store_mask_tile, store_tile
 from .tiles import Tile, cdiv
 
-Needs = tuple[bool, bool, bool, bool]  # of the gradients of query, key, value and mask
 
-
-def needs_of(*gradients: Tensor | None) -> Needs:
-    """Which of the four are to be filled."""
-    a, b, c, d = (gradient is not None for gradient in gradients)
-    return a, b, c, d
+def which_are_given(grads: Gradients) -> Needs:
+    """Which gradients are to be filled."""
+    return Needs(*(grad is not None for grad in grads))
 
 
 @lru_cache
@@ -39,10 +37,9 @@ def serves(t: Problem, needs: Needs) -> bool:
     """Few queries, but for two cases: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch, and
     queries that outweigh everything else leave no memory for dQ in float32.
     """
-    need_dq, *_, need_dmask = needs
-    if not plan.one_tile(t) or (need_dq and _affordable(t, needs) == 0):
+    if not plan.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
         return False
-    return not (need_dmask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
+    return not (needs.mask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -201,41 +198,32 @@ def _add_tile(ptr, tile, rows, cols, n_cols, row_started, row_ok, col_ok):
     tl.store(ptr + offsets, tile, mask=row_ok[:, None] & col_ok[None, :])
 
 
-def folds_delta(inputs: Inputs, dquery: Tensor | None) -> bool:
+def folds_delta(call: Call, needs: Needs) -> bool:
     """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
-    return plan.holds_dq(inputs.problem) or dquery is not None
+    return plan.holds_dq(call.problem) or needs.query
 
 
-def run(
-    inputs: Inputs,
-    dout: Tensor,
-    rows: Rows,
-    mbar: Tensor | None,
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-    dmask: Tensor | None,
-    dalpha: Tensor | None,
-) -> None:
+def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:
     """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha (H,) float32."""
-    t, tile = inputs.problem, inputs.tile("few")
-    cut = _cut(t, tile, needs_of(dquery, dkey, dvalue, dmask), dalpha is not None)
+    t, tile = call.problem, tile_of(call, "few")
+    dquery, dkey, dvalue, dmask, dalpha, _ = grads
+    cut = _cut(t, tile, which_are_given(grads))
     parts = None
     if dquery is not None and cut.flags["NEED_DQ"]:
-        parts = inputs.accumulator(cut.n_splits, *dquery.shape)
+        parts = accumulator(call, cut.n_splits, *dquery.shape)
     elif dquery is not None:
-        parts = backward_dq.run_split(inputs, dout, rows, cut.dq_splits)
+        parts = backward_dq.run_split(call, dout, rows, cut.dq_splits)
         rows = rows._replace(out=None)
-    tiles = inputs.accumulator(cut.blocks, t.B, t.H) if dalpha is not None else None
+    tiles = accumulator(call, cut.blocks, t.B, t.H) if dalpha is not None else None
     if cut.programs:
-        arguments = inputs.gradient_arguments(tile, dout, rows)
+        arguments = gradient_arguments(call, tile, dout, rows)
         arguments.update(
             mbar_ptr=mbar, dq_ptr=parts if cut.flags["NEED_DQ"] else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
             B=t.B, n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
         )  # fmt: skip
         launch(_few_queries_kernel, cut.programs, arguments, tile)
     if dquery is not None or dalpha is not None:
-        backward_reduce.run(inputs, rows, mbar, parts, dquery, tiles, dalpha)
+        backward_reduce.run(call, rows, mbar, parts, dquery, tiles, dalpha)
 
 
 class _Cut(NamedTuple):
@@ -250,32 +238,22 @@ class _Cut(NamedTuple):
 
 
 @lru_cache
-def _cut(t: Problem, tile: Tile, needs: Needs, need_dalpha: bool) -> _Cut:
-    need_dq, need_dk, need_dv, need_dmask = needs
+def _cut(t: Problem, tile: Tile, needs: Needs) -> _Cut:
     mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
-    owners, inside = t.B * t.Hkv, need_dq and plan.holds_dq(t)
-    if need_dmask:
+    owners, inside = t.B * t.Hkv, needs.query and plan.holds_dq(t)
+    if needs.mask:
         owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
     blocks = cdiv(t.Nk, tile.block_n)
     split_blocks = cdiv(blocks, splits(t, needs, owners)) if inside else 1
     flags = dict(
         SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
-        NEED_DQ=inside, NEED_DK=need_dk, NEED_DV=need_dv, NEED_DMASK=need_dmask, NEED_DALPHA=need_dalpha,
+        NEED_DQ=inside, NEED_DK=needs.key, NEED_DV=needs.value, NEED_DMASK=needs.mask, NEED_DALPHA=needs.alpha,
     )  # fmt: skip
     n_splits = cdiv(blocks, split_blocks)
-    programs = owners * n_splits if inside or need_dk or need_dv or need_dmask or need_dalpha else 0
-    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if need_dq else 0, flags)
+    programs = owners * n_splits if inside or needs.key or needs.value or needs.mask or needs.alpha else 0
+    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if needs.query else 0, flags)
 
 
 def splits(t: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(_affordable(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
-
-
-@lru_cache
-def _affordable(t: Problem, needs: Needs) -> int:
-    """How many dQ in float32 fit in a fifth of inputs and gradients and 6 MiB, beside what forward kept."""
-    keys, mask = t.B * t.Hkv * t.Nk, (t.mask_dtype or t.dtype).itemsize * math.prod(t.mask_shape or (0,))
-    sizes = (t.B * t.H * t.Nq * t.D * t.dtype.itemsize, keys * t.D * t.dtype.itemsize, keys * t.Dv * t.dtype.itemsize, mask)
-    held = t.bytes_of_inputs() + sum(size for size, needed in zip(sizes, needs, strict=True) if needed)
-    return max(0, held // 5 + (6 << 20) - t.bytes_kept()) // (4 * t.B * t.H * t.Nq * t.D)
+    return min(partial_dqueries(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))

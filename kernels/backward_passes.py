@@ -7,70 +7,59 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..call import Call, Gradients, Needs, Problem
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries, backward_reduce
-from .backward_few_queries import Needs
-from .launch import Inputs, Rows
+from .operands import Rows, accumulator
 from .tiles import FEW_QUERIES
 
 
-def run(
-    inputs: Inputs,
-    soft: Inputs,
-    dout: Tensor,
-    rows: Rows,
-    mbar: Tensor | None,
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-    dvalue: Tensor | None,
-    dmask: Tensor | None,
-    dalpha: Tensor | None,
-) -> None:
+def run(call: Call, call_with_mask: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:
     """Fill the gradients that are given, contiguous, in their own shapes and dtypes. mbar: (B, H, Nq) for dalpha.
 
-    soft: those of soft_mask.soften; M may lie in dmask, whose pass is therefore the last.
+    call_with_mask: as soft_mask.soften returns it; M may lie in dmask, whose pass is therefore the last.
     """
-    needs = backward_few_queries.needs_of(dquery, dkey, dvalue, dmask)
-    if backward_few_queries.serves(inputs.problem, needs):
-        return backward_few_queries.run(inputs, dout, rows, mbar, dquery, dkey, dvalue, dmask, dalpha)
-    key_only = _key_only(inputs.problem, needs)  # a by-product of dK and dV
+    needs = backward_few_queries.which_are_given(grads)
+    if backward_few_queries.serves(call.problem, needs):
+        return backward_few_queries.run(call, dout, rows, mbar, grads)
+    dquery, dkey, dvalue, dmask, dalpha, _ = grads
+    key_only = _key_only(call.problem, needs)  # a by-product of dK and dV
     dmask_pass = dmask is not None and not key_only
     dalpha_tiles = None
     if dalpha is not None:
-        partials = backward_dmask.partials(inputs, dout) if dmask_pass else backward_dq.partials(inputs)
-        dalpha_tiles = inputs.accumulator(partials, inputs.problem.B, inputs.problem.H)
-    dmask_rows = _dmask_rows(inputs, dmask) if dmask is not None and key_only else None
-    splits, parts = dq_splits(inputs.problem, needs, dalpha is not None), None
+        partials = backward_dmask.partials(call, dout) if dmask_pass else backward_dq.partials(call)
+        dalpha_tiles = accumulator(call, partials, call.problem.B, call.problem.H)
+    dmask_rows = _dmask_rows(call, dmask) if dmask is not None and key_only else None
+    splits, parts = dq_splits(call.problem, needs), None
     if splits:  # before the others: it works out delta
-        parts = backward_dq.run_split(soft, dout, rows, splits)
+        parts = backward_dq.run_split(call_with_mask, dout, rows, splits)
         rows = rows._replace(out=None)
     if dkey is not None or dvalue is not None or key_only:
-        backward_dkdv.run(soft, dout, rows, dkey, dvalue, dmask_rows)
+        backward_dkdv.run(call_with_mask, dout, rows, dkey, dvalue, dmask_rows)
     if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
-        dmask.copy_(_of_rows(inputs, dmask_rows.sum_to_size(dmask.shape)))
+        dmask.copy_(_of_rows(call, dmask_rows.sum_to_size(dmask.shape)))
     if not splits and (dquery is not None or (dalpha_tiles is not None and not dmask_pass)):
-        backward_dq.run(soft, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
+        backward_dq.run(call_with_mask, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
     if dmask is not None and dmask_pass:
-        backward_dmask.run(inputs, dout, rows, mbar, dmask, dalpha_tiles)
+        backward_dmask.run(call, dout, rows, mbar, dmask, dalpha_tiles)
     if splits:
-        backward_reduce.run(inputs, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
+        backward_reduce.run(call, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
     elif dalpha is not None and dalpha_tiles is not None:
         torch.sum(dalpha_tiles, (0, 1), out=dalpha)
 
 
 @lru_cache
-def dq_splits(t: Problem, needs: Needs, need_dalpha: bool) -> int:
+def dq_splits(t: Problem, needs: Needs) -> int:
     """In how many parts of the keys dQ is summed, few queries of wide heads: its pass is the first, and the last adds up dQ and dalpha,
     dL's term included. 0: in one piece, as with many queries, or where dalpha is a by-product of it.
     """
-    if not needs[0] or t.Nq > FEW_QUERIES or (need_dalpha and (not needs[3] or _key_only(t, needs))):
+    if not needs.query or t.Nq > FEW_QUERIES or (needs.alpha and (not needs.mask or _key_only(t, needs))):
         return 0
     splits = backward_few_queries.splits(t, needs, t.B * t.H)
     return splits if splits > 1 else 0
 
 
 def _key_only(t: Problem, needs: Needs) -> bool:
-    return needs[3] and t.mask_shape is not None and t.mask_shape[2] == 1 and not _each_head_over_the_batch(t)
+    return needs.mask and t.mask_shape is not None and t.mask_shape[2] == 1 and not _each_head_over_the_batch(t)
 
 
 def _each_head_over_the_batch(problem: Problem) -> bool:
@@ -78,16 +67,16 @@ def _each_head_over_the_batch(problem: Problem) -> bool:
     return problem.mask_shape is not None and problem.mask_shape[0] < problem.B and problem.mask_shape[1] > problem.Hkv
 
 
-def _dmask_rows(inputs: Inputs, dmask: Tensor) -> Tensor:
+def _dmask_rows(call: Call, dmask: Tensor) -> Tensor:
     """Where dK and dV's pass leaves a key-only mask's gradient: dM itself (B, H|1, 1, Nk) where nothing follows, else in float32."""
-    t = inputs.problem
+    t = call.problem
     shape = (t.B, t.H if dmask.shape[1] > 1 else t.Hkv, 1, t.Nk)
-    return dmask if dmask.shape == shape and not t.mask_is_logits else inputs.accumulator(*shape)
+    return dmask if dmask.shape == shape and not t.mask_is_logits else accumulator(call, *shape)
 
 
-def _of_rows(inputs: Inputs, dmask: Tensor) -> Tensor:
+def _of_rows(call: Call, dmask: Tensor) -> Tensor:
     """dM, or the logits' gradient of it, (8), as primitives.through_sigmoid has it, for the few elements of a key-only mask."""
-    if inputs.mask is None or not inputs.problem.mask_is_logits:
+    if call.mask is None or not call.problem.mask_is_logits:
         return dmask
-    logits = inputs.mask.float()
+    logits = call.mask.float()
     return torch.where(dmask == 0, 0, dmask * torch.sigmoid(logits) * torch.sigmoid(-logits))

@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, Rows, launch, strides
+from ..call import Call
+from .launch import launch
+from .operands import Rows, strides
 from .tiles import Tile, cdiv
 
 TILE = Tile(block_m=1, block_n=256, warps=4, stages=1)  # 256 elements a program
@@ -64,7 +66,7 @@ def _reduce_dalpha(
 
 
 def run(
-    inputs: Inputs,
+    call: Call,
     rows: Rows,
     mbar: Tensor | None,
     parts: Tensor | None,
@@ -73,7 +75,7 @@ def run(
     dalpha: Tensor | None,
 ) -> None:
     """Fill dquery (B, H, Nq, D) from its parts and dalpha (H,) from its tiles, (key blocks, B, H), where they are given."""
-    t, n_elements = inputs.problem, 0 if dquery is None else dquery.numel()
+    t, n_elements = call.problem, 0 if dquery is None else dquery.numel()
     programs = cdiv(n_elements, TILE.block_n) + (t.H if dalpha is not None else 0)
     arguments = strides("dl", "bhm", rows.dlse) | dict(
         parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Inputs
+from ..call import Call
+from .operands import tile_of
 from .tiles import FEW_QUERIES, Tile, block_of
 
 ALIGNMENT = 16  # bytes, of the base and of every stride
@@ -17,17 +18,17 @@ LARGEST_REACH = 2**31  # bytes: Triton's driver counts them in 32 bits
 OF_QUERIES = ("q_ptr", "do_ptr")  # arguments whose rows are queries; those of the others are keys
 
 
-def tile(inputs: Inputs, kernel: str, *operands: Tensor, takes_padding: bool) -> Tile:
+def tile(call: Call, kernel: str, *operands: Tensor, takes_padding: bool) -> Tile:
     """The tile of a pass over these operands, whose tma says for this call whether descriptors load them; else pointers do.
 
     Pointers serve few queries, which would wait for the host to make descriptors, and operands that are not all `readable`, a map's among
     them. takes_padding: the pass never multiplies by what it loads of a padded key, which may be NaN. Where it does, padding has to be
     selected out, for which what is in shared memory would go through registers after all.
     """
-    own = inputs.tile(kernel)
-    few = inputs.problem.Nq <= FEW_QUERIES
-    if own.tma and (few or (inputs.key_padding_mask is not None and not takes_padding) or not all(map(readable, operands))):
-        return inputs.tile(kernel, pointers=True)
+    own = tile_of(call, kernel)
+    few = call.problem.Nq <= FEW_QUERIES
+    if own.tma and (few or (call.key_padding_mask is not None and not takes_padding) or not all(map(readable, operands))):
+        return tile_of(call, kernel, pointers=True)
     return own
 
 

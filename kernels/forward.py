@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from . import descriptors
-from .launch import Inputs, launch
+from .launch import launch
+from .operands import attention_arguments
 from .primitives.load import head_of, load_alpha, load_tile, query_program
 from .primitives.softmax import attend, softmax_finish
 from .primitives.store import store_tile
@@ -60,10 +62,10 @@ def _forward_kernel(
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
 
 
-def run(inputs: Inputs, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+def run(call: Call, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
     """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
-    t, tile = inputs.problem, descriptors.tile(inputs, "forward", inputs.key, inputs.value, takes_padding=False)
-    arguments = inputs.arguments(tile) | descriptors.blocks(tile, k_ptr=inputs.key, v_ptr=inputs.value)
+    t, tile = call.problem, descriptors.tile(call, "forward", call.key, call.value, takes_padding=False)
+    arguments = attention_arguments(call, tile) | descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
         out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
     )

@@ -10,26 +10,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch
+from ..call import Call
+from ..memory import PARTIAL_OUTPUTS
+from .launch import launch
+from .operands import accumulator, attention_arguments, tile_of
 from .plan import SPLIT_PROGRAMS
 from .primitives.load import head_of, load_alpha, load_tile, query_program
 from .primitives.softmax import attend, softmax_finish
 from .primitives.store import store_tile
 from .tiles import Tile, block_of, cdiv
 
-PARTIALS_BYTES = 9 << 20  # the partial outputs never take more, whatever the shape
 MERGE = Tile(block_m=4, block_n=1, warps=4, stages=1)  # 4 rows a program
 
 
-def splits_of(inputs: Inputs) -> tuple[int, int]:
+def splits_of(call: Call) -> tuple[int, int]:
     """How many parts the keys are cut into, and the key blocks of each; 1: not worth it. The same whether or not the unrounded output
     is wanted: so are the bits.
     """
-    t, tile = inputs.problem, inputs.tile("split")
+    t, tile = call.problem, tile_of(call, "split")
     rows = t.B * t.H * t.Nq
     wanted = SPLIT_PROGRAMS // (t.B * t.H * cdiv(t.Nq, tile.block_m))
     outputs = 1 if t.dtype == t.acc_dtype else 2  # with what rounding P to 16 bits lost
-    affordable = PARTIALS_BYTES // (4 * rows * (outputs * t.Dv + 3))
+    affordable = PARTIAL_OUTPUTS // (4 * rows * (outputs * t.Dv + 3))
     most = cdiv(t.Nk, 2 * tile.block_n)
     blocks = cdiv(t.Nk, tile.block_n)
     split_blocks = cdiv(blocks, max(1, min(wanted, affordable, most)))
@@ -116,14 +118,14 @@ def _merge_kernel(
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(inputs: Inputs, splits: int, split_blocks: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+def run(call: Call, splits: int, split_blocks: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
     """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous. splits: splits_of."""
-    t, tile = inputs.problem, inputs.tile("split")
+    t, tile = call.problem, tile_of(call, "split")
     n_rows = t.B * t.H * t.Nq
-    acc = inputs.accumulator(splits, n_rows, t.Dv)
+    acc = accumulator(call, splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
-    rows = inputs.accumulator(splits, n_rows, 3)  # m_i, l_i, mbar
-    partial = inputs.arguments(tile)
+    rows = accumulator(call, splits, n_rows, 3)  # m_i, l_i, mbar
+    partial = attention_arguments(call, tile)
     partial.update(
         acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
         SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,

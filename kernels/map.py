@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch
+from ..call import Call
+from .launch import launch
+from .operands import score_arguments, tile_of
 from .primitives.load import live_keys, load_alpha, load_mask, load_tile, unless_padding
 from .primitives.score import probabilities
 from .primitives.store import store_tile
@@ -50,10 +52,10 @@ def _map_kernel(
     store_tile(map_ptr + b * Nq * Nk, total, offs_m, offs_n, Nk, row_ok, offs_n < Nk)
 
 
-def run(inputs: Inputs, lse: Tensor, amap: Tensor) -> None:
+def run(call: Call, lse: Tensor, amap: Tensor) -> None:
     """Fill amap (B, Nq, Nk), contiguous, from lse (B, H, Nq)."""
-    t, tile = inputs.problem, inputs.tile("split")
-    arguments = inputs.score_arguments(tile) | dict(
-        weights_ptr=inputs.head_weights, lse_ptr=lse, map_ptr=amap, MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[1] > 1
+    t, tile = call.problem, tile_of(call, "split")
+    arguments = score_arguments(call, tile) | dict(
+        weights_ptr=call.head_weights, lse_ptr=lse, map_ptr=amap, MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[1] > 1
     )
     launch(_map_kernel, t.B * cdiv(t.Nq, tile.block_m) * cdiv(t.Nk, tile.block_n), arguments, tile)

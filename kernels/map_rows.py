@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import Call
 from .forward_split import splits_of
-from .launch import Inputs, launch, strides
+from .launch import launch
+from .operands import accumulator, score_arguments, strides, tile_of
 from .primitives.load import live_keys, live_span, load_alpha, load_mask, load_tile, query_program
 from .primitives.rows import finish_rows, store_rows
 from .primitives.score import LOG2E, probabilities
@@ -86,18 +88,18 @@ def _map_rows_kernel(
         tl.store(eta_ptr + bh * Nq + offs_m, eta, mask=row_ok)
 
 
-def run(inputs: Inputs, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
+def run(call: Call, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
     """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk)."""
-    t, tile = inputs.problem, inputs.tile("split")
-    splits, split_blocks = splits_of(inputs)
+    t, tile = call.problem, tile_of(call, "split")
+    splits, split_blocks = splits_of(call)
     n_rows = t.B * t.H * t.Nq
-    sums = inputs.accumulator(splits, n_rows, 2)
-    means = inputs.score_arguments(tile) | strides("do", "bhmd", dout) | dict(
+    sums = accumulator(call, splits, n_rows, 2)
+    means = score_arguments(call, tile) | strides("do", "bhmd", dout) | dict(
         do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows, NEED_MBAR=mbar is not None
     )  # fmt: skip
     launch(_map_means_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, means, tile)
     finish = dict(
-        sums_ptr=sums, lse_ptr=lse, weights_ptr=inputs.head_weights, rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
+        sums_ptr=sums, lse_ptr=lse, weights_ptr=call.head_weights, rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
         H=t.H, Nq=t.Nq, n_splits=splits, n_rows=n_rows,
         NEED_ROWS=rows is not None, NEED_MBAR=mbar is not None, NEED_ETA=eta is not None, BLOCK_M=FINISH.block_m,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..problem import Problem
+from ..call import Problem
 from .tiles import FEW_QUERIES, block_of
 
 # A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.

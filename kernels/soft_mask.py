@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Inputs, launch, mask_kind, strides
+from ..call import Call
+from .launch import launch
+from .operands import mask_kind, strides
 from .primitives.load import ROUNDED_LOGITS, sigmoid
 from .tiles import Tile, cdiv
 
@@ -27,20 +27,20 @@ def _soft_mask_kernel(logits_ptr, m_ptr, stride_lb, stride_lh, stride_lm, stride
     tl.store(m_ptr + row * Nk + offs_n, sigmoid(logits.to(tl.float32)).to(m_ptr.dtype.element_ty), mask=offs_n < Nk)
 
 
-def soften(inputs: Inputs, buffer: Tensor | None = None) -> Inputs:
-    """The inputs with M, rounded to the logits' dtype, in place of logits, where queries are many; else as they are.
+def soften(call: Call, buffer: Tensor | None = None) -> Call:
+    """The call with M, rounded to the logits' dtype, in place of logits, where queries are many; else as it is.
 
     buffer: where to write M, contiguous, of the logits' shape and dtype; None: memory of its own.
     """
-    logits = inputs.mask
-    if logits is None or mask_kind(inputs.problem) != ROUNDED_LOGITS.value:
-        return inputs
+    logits = call.mask
+    if logits is None or mask_kind(call.problem) != ROUNDED_LOGITS.value:
+        return call
     shape = logits.shape
     if buffer is None:  # as large as the logits are in memory: an expanded axis stays one
         logits = logits[tuple(slice(None) if stride else slice(1) for stride in logits.stride())]
         buffer = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _fill(logits, buffer)
-    return replace(inputs, mask=buffer.expand(shape), problem=inputs.problem._replace(mask_is_logits=False))
+    return call._replace(mask=buffer.expand(shape), problem=call.problem._replace(mask_is_logits=False))
 
 
 def _fill(logits: Tensor, m: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The tile that a kernel takes, looked up in tiles.csv.
 
-A tile follows from the chip, the dtype and the shape alone, so results repeat bit for bit. `make aot` compiles every line of the table and
-reports its registers, spills and shared memory; `make tune` times tiles and writes the fastest.
+A tile follows from the chip, the dtype and the shape alone, so results repeat bit for bit. `python -m smattn.kernels.aot` compiles every
+line of the table and reports its registers, spills and shared memory; `make tune` times tiles and writes the fastest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..problem import Problem
+from ..call import Problem
 from .chip import INTERPRETER, generation
 
 FEW_QUERIES = 128  # the most queries that one tile can hold

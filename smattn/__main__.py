@@ -35,8 +35,8 @@ def report() -> Iterator[str]:
         yield f"backend    {name}: {'available' if status.available else 'not available'}"
         yield from (f"           - {reason}" for reason in status.reasons)
         if name == "cpu" and status.available:
-            sets = torch.ops.smattn_cpu.cpu_kernels().split()
-            yield f"           - kernels: {sets[0]}; this processor also runs {', '.join(sets[1:]) or 'no other'}"
+            _, *others = torch.ops.smattn_cpu.cpu_kernels().split()
+            yield f"           - kernels {torch.ops.smattn_cpu.cpu_kernels_reason()}; it also runs {', '.join(others) or 'no other'}"
 
 
 def version_of(module: str) -> str:

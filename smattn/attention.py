@@ -1,4 +1,4 @@
-"""The public functions: validate, bring the arguments into canonical form, call the operation."""
+"""The public functions: each validates its arguments, brings them into canonical form and calls its operation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import AttentionMap, SoftMaskedAttention, call, what_backward_reads
+from .autograd import AttentionMap, SoftMaskedAttention, apply, outputs_to_save
 from .backends import resolve
-from .problem import acc_dtype, describe, validate
+from .canonical import allow_tf32, autocast, draw_seed, four_axes, per_head, scale_of
+from .validate import validate
 
 
 @overload
@@ -73,22 +74,38 @@ def soft_masked_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as above (the message names it), or the backend asked for cannot run the call.
-        NotImplementedError: second derivatives but by backend="reference", forward-mode differentiation.
+        NotImplementedError: second derivatives, except with backend="reference"; forward-mode differentiation.
 
     Deterministic: the same inputs give the same bits, forward and backward. Dropout draws one int64 from torch's generator per call.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     validate(
         query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
     )  # fmt: skip
-    alpha_h = _per_head(alpha, query)
-    out, lse = call(
-        SoftMaskedAttention, query, key, value, _four_axes(mask), _four_axes(mask_logits), alpha_h, key_padding_mask,
-        _seed(query, key, value, mask, mask_logits, key_padding_mask, dropout_p, backend) if dropout_p > 0 else None,
-        query.shape[3] ** -0.5 if scale is None else float(scale), float(dropout_p),
-        _allow_tf32(query), *what_backward_reads(query, key, mask, mask_logits, alpha_h), backend or "", op=ops.forward,
-    )[:2]  # fmt: skip
+    alpha_h = per_head(alpha, query)
+    save_out, save_mbar = outputs_to_save(query, key, mask, mask_logits, alpha_h)
+    arguments = ops.ForwardArguments(
+        query=query,
+        key=key,
+        value=value,
+        mask=four_axes(mask),
+        mask_logits=four_axes(mask_logits),
+        alpha=alpha_h,
+        key_padding_mask=key_padding_mask,
+        seed=None,
+        scale=scale_of(scale, query),
+        dropout_p=float(dropout_p),
+        allow_tf32=allow_tf32(query),
+        save_out=save_out,
+        save_mbar=save_mbar,
+        backend=backend or "",
+    )
+    if dropout_p > 0:
+        if backend and not torch.compiler.is_compiling():
+            resolve(ops.attention_call(arguments).problem, backend, "forward")  # refuses before the generator has moved
+        arguments = arguments._replace(seed=draw_seed(query.device))
+    out, lse, *_ = apply(SoftMaskedAttention, ops.forward, arguments)
     return (out, lse) if return_lse else out
 
 
@@ -121,75 +138,22 @@ def attention_map(
     Raises:
         TypeError, ValueError, NotImplementedError: as soft_masked_attention.
     """
-    query, key = _autocast(query, key)
+    query, key = autocast(query, key)
     validate(
         query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend, is_map=True,
     )  # fmt: skip
-    H = query.shape[1]
-    weights = _per_head(1.0 / H if head_weights is None else head_weights, query)
-    result: Tensor = call(
-        AttentionMap, query, key, _four_axes(mask), _four_axes(mask_logits), _per_head(alpha, query), weights, key_padding_mask,
-        query.shape[3] ** -0.5 if scale is None else float(scale), _allow_tf32(query), backend or "", op=ops.attention_map,
-    )[0]  # fmt: skip
-    return result
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """One call's dropout seed, int64 (1,), from torch's generator: a tensor, so that compile, checkpointing and CUDA graphs replay it."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-def _seed(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, mask_logits: Tensor | None,
-    key_padding_mask: Tensor | None, dropout_p: float, backend: str | None,
-) -> Tensor:  # fmt: skip
-    """draw_seed, but a backend that was named and cannot run the call refuses before the generator has moved."""
-    if backend and not torch.compiler.is_compiling():
-        masks = (_four_axes(mask), _four_axes(mask_logits))
-        resolve(describe(query, key, value, *masks, key_padding_mask, 1.0, float(dropout_p), False), backend, "forward")
-    return draw_seed(query.device)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the autocast dtype of the first one's device, where autocast is on; anything that it does not cast as it is."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else ""
-    if not kind or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 and t.device.type == kind else t
-        for t in tensors
+    arguments = ops.MapArguments(
+        query=query,
+        key=key,
+        mask=four_axes(mask),
+        mask_logits=four_axes(mask_logits),
+        alpha=per_head(alpha, query),
+        head_weights=per_head(1.0 / query.shape[1] if head_weights is None else head_weights, query),
+        key_padding_mask=key_padding_mask,
+        scale=scale_of(scale, query),
+        allow_tf32=allow_tf32(query),
+        backend=backend or "",
     )
-
-
-def _four_axes(mask: Tensor | None) -> Tensor | None:
-    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
-
-
-def _per_head(scalars: float | Tensor | None, query: Tensor) -> Tensor | None:
-    """alpha or head_weights as (H,) in the accumulation dtype."""
-    if scalars is None:
-        return None
-    acc = acc_dtype(query.dtype)
-    if isinstance(scalars, Tensor) and scalars.dim() == 1 and scalars.dtype == acc:
-        return scalars  # neither view nor cast, which autograd would have to undo
-    if not isinstance(scalars, Tensor):
-        return torch.full((query.shape[1],), scalars, dtype=acc, device=query.device)
-    return scalars.to(acc).expand(query.shape[1])
-
-
-def _allow_tf32(query: Tensor) -> bool:
-    """Whether float32 products may be TF32: read once a call, backward uses forward's."""
-    return query.device.type == "cuda" and query.dtype == torch.float32 and _torch_allows_tf32()
-
-
-def _torch_allows_tf32() -> bool:
-    # not allow_tf32: that one raises once the setting was made by its newer name, fp32_precision
-    precision: str = torch.backends.cuda.matmul.fp32_precision
-    return precision == "tf32"
-
-
-# Dynamo cannot trace the getter, but guards on what it reads. The mark is what torch.compiler.assume_constant_result sets; that
-# would import Dynamo, and Triton with it, wherever smattn is imported.
-_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    result: Tensor = apply(AttentionMap, ops.attention_map, arguments)[0]
+    return result

@@ -1,7 +1,12 @@
 """The one table of backends: which exist, what each cannot do, and which one runs a call.
 
-A backend is a module of functions on canonical tensors, `forward`, `backward`, `attention_map` and `attention_map_backward` as in
-reference.py, and `unsupported_reasons(problem)`. It is imported when it is first considered.
+A backend is a module with these functions, as reference.py has them; it is imported when it is first considered:
+
+    unsupported_reasons(problem) -> list[str]
+    forward(call, *, save_out, save_mbar) -> (out, Saved)
+    backward(call, saved, dout, dlse, needs) -> Gradients
+    attention_map(call) -> (map, lse)
+    attention_map_backward(call, lse, dmap, needs) -> Gradients
 """
 
 from __future__ import annotations
@@ -15,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 
-from .problem import Problem
+from .call import Problem
 
-_import = cache(importlib.import_module)  # which takes microseconds to find what it has imported before
+_import = cache(importlib.import_module)  # importlib takes microseconds to find what it has imported before
 
 
 class Status(NamedTuple):
@@ -51,10 +56,11 @@ class Backend:
 
 TABLE = (
     Backend("triton", ("cuda", "cpu"), "smattn.kernels.backend", default_on=("cuda",)),
-    Backend("cuda", ("cuda", "cpu"), "smattn.native_cuda", default_on=("cuda",)),
-    Backend("cpu", ("cpu",), "smattn.native", default_on=("cpu",)),
+    Backend("cuda", ("cuda", "cpu"), "smattn.cuda", default_on=("cuda",)),
+    Backend("cpu", ("cpu",), "smattn.cpu", default_on=("cpu",)),
     Backend("reference", ("cuda", "cpu"), "smattn.reference", default_on=("cuda", "cpu")),
 )
+NAMES = tuple(row.name for row in TABLE)
 
 
 def resolve(problem: Problem, name: str, operation: str) -> ModuleType:

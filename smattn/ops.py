@@ -1,47 +1,112 @@
-"""The torch.library ops: one schema, one fake and one implementation for each, the backend chosen inside.
+"""The torch.library ops: a schema, a fake and an implementation for each, with the backend chosen inside.
 
-`backend` is "" for the best one on the tensors' device, so a compiled or exported program moved to another device calls what
-that device has.
-Outputs that were not asked for are empty tensors of shape (0,). Tensors are canonical: mask 4-D, alpha (H,) in the accumulation dtype.
-out_acc, the unrounded out, is (B, H, 0, Dv) where it would take too much memory; as backward's `out` that asks for delta without it.
+Only here is a call a flat list of arguments, which is what torch's dispatcher and autograd take. A named tuple gives each op's list its
+names and its order; the schema is made from it. Tensors are canonical (see canonical.py).
+
+`backend` is "" for the best one on the tensors' device, so that a program compiled or exported on one device calls, on another, what that
+device has. Results that nobody asked for are empty tensors of shape (0,), because an op cannot return None. out_acc, the unrounded out, is
+(B, H, 0, Dv) where it would take too much memory; passed to backward as `out`, that asks for delta without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .problem import acc_dtype, describe, queries_kept_unrounded
+from .backends import resolve
+from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call
+from .memory import queries_kept_unrounded
 
-_CALL = "Tensor? mask, Tensor? mask_logits, Tensor? alpha"
-library = torch.library.Library("smattn", "DEF")
-library.define(
-    f"forward(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, "
-    "bool allow_tf32, bool save_out, bool save_mbar, str backend) -> (Tensor out, Tensor lse, Tensor out_acc, Tensor mbar)"
-)
-library.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? key_padding_mask, Tensor? seed, "
-    "Tensor out, Tensor lse, Tensor mbar, float scale, float dropout_p, bool allow_tf32, bool[] needs, str backend) "
-    "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dalpha)"
-)
-library.define(
-    f"attention_map(Tensor query, Tensor key, {_CALL}, Tensor head_weights, Tensor? key_padding_mask, float scale, bool allow_tf32, "
-    "str backend) -> (Tensor map, Tensor lse)"
-)
-library.define(
-    f"attention_map_backward(Tensor dmap, Tensor query, Tensor key, {_CALL}, Tensor head_weights, Tensor? key_padding_mask, Tensor lse, "
-    "float scale, bool allow_tf32, bool[] needs, str backend) "
-    "-> (Tensor dquery, Tensor dkey, Tensor dmask, Tensor dalpha, Tensor dhead_weights)"
-)
+
+class ForwardArguments(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    mask_logits: Tensor | None
+    alpha: Tensor | None
+    key_padding_mask: Tensor | None
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
+    allow_tf32: bool
+    save_out: bool
+    save_mbar: bool
+    backend: str
+
+
+class BackwardArguments(NamedTuple):
+    dout: Tensor
+    dlse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    mask_logits: Tensor | None
+    alpha: Tensor | None
+    key_padding_mask: Tensor | None
+    seed: Tensor | None
+    out: Tensor
+    lse: Tensor
+    mbar: Tensor
+    scale: float
+    dropout_p: float
+    allow_tf32: bool
+    needs: list[bool]  # the fields of Needs
+    backend: str
+
+
+class MapArguments(NamedTuple):
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    mask_logits: Tensor | None
+    alpha: Tensor | None
+    head_weights: Tensor
+    key_padding_mask: Tensor | None
+    scale: float
+    allow_tf32: bool
+    backend: str
+
+
+class MapBackwardArguments(NamedTuple):
+    dmap: Tensor
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    mask_logits: Tensor | None
+    alpha: Tensor | None
+    head_weights: Tensor
+    key_padding_mask: Tensor | None
+    lse: Tensor
+    scale: float
+    allow_tf32: bool
+    needs: list[bool]  # the fields of Needs
+    backend: str
+
+
+def attention_call(a: ForwardArguments | BackwardArguments) -> Call:
+    is_logits = a.mask_logits is not None
+    return make_call(
+        a.query, a.key, a.value, a.mask_logits if is_logits else a.mask, a.alpha, a.key_padding_mask, a.seed,
+        scale=a.scale, dropout_p=a.dropout_p, allow_tf32=a.allow_tf32, mask_is_logits=is_logits,
+    )  # fmt: skip
+
+
+def map_call(a: MapArguments | MapBackwardArguments) -> Call:
+    is_logits = a.mask_logits is not None
+    return make_call(
+        a.query, a.key, None, a.mask_logits if is_logits else a.mask, a.alpha, a.key_padding_mask, None, a.head_weights.contiguous(),
+        scale=a.scale, allow_tf32=a.allow_tf32, mask_is_logits=is_logits,
+    )  # fmt: skip
 
 
 def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
-    """Without autocast, with the tensors' device current. Below autograd it is already: see the autograd kernels in autograd.py."""
+    """Without autocast, and with the tensors' device current. Autograd is off already: see the autograd kernels in autograd.py."""
     there: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     if not torch.is_autocast_enabled(device.type):
         return there
@@ -51,192 +116,132 @@ def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     return both
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    allow_tf32: bool,
-    save_out: bool,
-    save_mbar: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
-    chosen = backends.resolve(problem, backend, "forward")
-    inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
-    rounded = save_out and problem.acc_dtype != problem.dtype
-    kept = queries_kept_unrounded(problem) if rounded else 0
-    with inside_an_op(query.device):
-        out, lse, out_acc, mbar = chosen.forward(problem, *inputs, save_out=kept > 0, save_mbar=save_mbar)
-    if rounded and not kept:
-        out_acc = out_acc.new_empty((*out.shape[:2], 0, out.shape[3]))
-    return out, lse, out_acc, mbar
+def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = ForwardArguments(*arguments)
+    call = attention_call(a)
+    chosen = resolve(call.problem, a.backend, "forward")
+    is_rounded = a.save_out and call.problem.acc_dtype != call.problem.dtype
+    save_out = is_rounded and queries_kept_unrounded(call.problem) > 0
+    with inside_an_op(a.query.device):
+        out, saved = chosen.forward(call, save_out=save_out, save_mbar=a.save_mbar)
+    out_acc = saved.out
+    if out_acc is None:
+        B, H, _, Dv = out.shape
+        out_acc = saved.lse.new_empty((B, H, 0, Dv) if is_rounded else (0,))
+    return out, saved.lse, out_acc, _or_empty(saved.mbar, saved.lse)
 
 
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    allow_tf32: bool,
-    save_out: bool,
-    save_mbar: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    acc, rows = acc_dtype(query.dtype), query.shape[:3]
-    out = query.new_empty((*rows, value.shape[3]))
+def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = ForwardArguments(*arguments)
+    (B, H, Nq, _), Dv, acc = a.query.shape, a.value.shape[3], acc_dtype(a.query.dtype)
     kept: tuple[int, ...] = (0,)
-    if save_out and acc != query.dtype:
-        problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
-        kept = (*rows[:2], queries_kept_unrounded(problem), value.shape[3])
-    out_acc = query.new_empty(kept, dtype=acc)
-    mbar = query.new_empty(rows if save_mbar and alpha is not None else (0,), dtype=acc)
-    return out, query.new_empty(rows, dtype=acc), out_acc, mbar
-
-
-def _backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    mbar: Tensor,
-    scale: float,
-    dropout_p: float,
-    allow_tf32: bool,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    problem = describe(query, key, value, mask, mask_logits, key_padding_mask, scale, dropout_p, allow_tf32)
-    chosen = backends.resolve(problem, backend, "backward")
-    inputs = (query, key, value, _soft(mask, mask_logits), alpha, key_padding_mask, seed)
-    with inside_an_op(query.device):
-        unrounded = out if out.shape[2] == problem.Nq else None
-        return _or_empty(chosen.backward(problem, dout, dlse, *inputs, unrounded, lse, mbar, tuple(needs)), query)
-
-
-def _backward_fake(
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, needs, _backend = rest
-    return _gradients_fake((query, key, value, _soft(mask, mask_logits), alpha), needs)
-
-
-def _attention_map(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-    scale: float,
-    allow_tf32: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
-    chosen = backends.resolve(problem, backend, "attention_map")
-    with inside_an_op(query.device):
-        return chosen.attention_map(problem, query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
-
-
-def _attention_map_fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    acc, (B, _H, Nq, _D) = acc_dtype(query.dtype), query.shape
-    return query.new_empty((B, Nq, key.shape[2]), dtype=acc), query.new_empty(query.shape[:3], dtype=acc)
-
-
-def _attention_map_backward(
-    dmap: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-    lse: Tensor,
-    scale: float,
-    allow_tf32: bool,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
-    problem = describe(query, key, None, mask, mask_logits, key_padding_mask, scale, 0.0, allow_tf32)
-    chosen = backends.resolve(problem, backend, "attention_map_backward")
-    inputs = (query, key, _soft(mask, mask_logits), alpha, head_weights, key_padding_mask)
-    with inside_an_op(query.device):
-        return _or_empty(chosen.attention_map_backward(problem, dmap, *inputs, lse, tuple(needs)), query)
-
-
-def _attention_map_backward_fake(
-    dmap: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    mask_logits: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, needs, _backend = rest
-    return _gradients_fake((query, key, _soft(mask, mask_logits), alpha, head_weights), needs)
-
-
-def _soft(mask: Tensor | None, mask_logits: Tensor | None) -> Tensor | None:
-    """The one of the two that is given; problem.mask_is_logits says which."""
-    return mask if mask_logits is None else mask_logits
-
-
-def _gradients_fake(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    query = inputs[0]
-    assert query is not None
-    return tuple(
-        query.new_empty(tensor.shape, dtype=tensor.dtype) if needed and tensor is not None else query.new_empty(0)
-        for tensor, needed in zip(inputs, needs, strict=True)
+    if a.save_out and acc != a.query.dtype:
+        kept = (B, H, queries_kept_unrounded(attention_call(a).problem), Dv)
+    rows = (B, H, Nq)
+    return (
+        a.query.new_empty((*rows, Dv)),
+        a.query.new_empty(rows, dtype=acc),
+        a.query.new_empty(kept, dtype=acc),
+        a.query.new_empty(rows if a.save_mbar and a.alpha is not None else (0,), dtype=acc),
     )
 
 
-def _or_empty(grads: Sequence[Tensor | None], query: Tensor) -> tuple[Tensor, ...]:
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+def compute_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BackwardArguments(*arguments)
+    call = attention_call(a)
+    chosen = resolve(call.problem, a.backend, "backward")
+    out = a.out if a.out.shape[2] == call.problem.Nq else None
+    mbar = a.mbar if a.mbar.dim() == 3 else None
+    with inside_an_op(a.query.device):
+        grads = chosen.backward(call, Saved(out, a.lse, mbar), a.dout, a.dlse, Needs(*a.needs))
+    return _of_attention(grads, a.query)
 
 
-for _name, _implementation, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("backward", _backward, _backward_fake),
-    ("attention_map", _attention_map, _attention_map_fake),
-    ("attention_map_backward", _attention_map_backward, _attention_map_backward_fake),
-):
-    for _device_key in ("CPU", "CUDA"):
-        library.impl(_name, _implementation, _device_key)
-    torch.library.register_fake(f"smattn::{_name}", _fake, lib=library)
+def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BackwardArguments(*arguments)
+    return _of_attention(_fake_gradients(attention_call(a), Needs(*a.needs)), a.query)
 
-forward = torch.ops.smattn.forward.default
-backward = torch.ops.smattn.backward.default
-attention_map = torch.ops.smattn.attention_map.default
-attention_map_backward = torch.ops.smattn.attention_map_backward.default
+
+def compute_map(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = MapArguments(*arguments)
+    call = map_call(a)
+    chosen = resolve(call.problem, a.backend, "attention_map")
+    with inside_an_op(a.query.device):
+        return chosen.attention_map(call)
+
+
+def fake_map(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = MapArguments(*arguments)
+    (B, H, Nq, _), Nk, acc = a.query.shape, a.key.shape[2], acc_dtype(a.query.dtype)
+    return a.query.new_empty((B, Nq, Nk), dtype=acc), a.query.new_empty((B, H, Nq), dtype=acc)
+
+
+def compute_map_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = MapBackwardArguments(*arguments)
+    call = map_call(a)
+    chosen = resolve(call.problem, a.backend, "attention_map_backward")
+    with inside_an_op(a.query.device):
+        grads = chosen.attention_map_backward(call, a.lse, a.dmap, Needs(*a.needs))
+    return _of_map(grads, a.query)
+
+
+def fake_map_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = MapBackwardArguments(*arguments)
+    return _of_map(_fake_gradients(map_call(a), Needs(*a.needs)), a.query)
+
+
+def _fake_gradients(call: Call, needs: Needs) -> Gradients:
+    inputs = (getattr(call, name) for name in Gradients._fields)
+    return Gradients(*(x.new_empty(x.shape) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True)))
+
+
+def _of_attention(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
+    """What the op backward returns."""
+    five = (grads.query, grads.key, grads.value, grads.mask, grads.alpha)
+    return tuple(_or_empty(grad, query) for grad in five)
+
+
+def _of_map(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
+    """What the op attention_map_backward returns."""
+    five = (grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights)
+    return tuple(_or_empty(grad, query) for grad in five)
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", list[bool]: "bool[]", str: "str"}
+library = torch.library.Library("smattn", "DEF")
+
+
+def _register(name: str, arguments: type, returns: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an op whose schema is the fields of `arguments`, and return it."""
+    fields = (f"{SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items())
+    library.define(f"{name}({', '.join(fields)}) -> ({returns})")
+    for device_key in ("CPU", "CUDA"):
+        library.impl(name, implementation, device_key)
+    torch.library.register_fake(f"smattn::{name}", fake, lib=library)
+    return getattr(torch.ops.smattn, name).default
+
+
+forward = _register(
+    "forward", ForwardArguments,
+    "Tensor out, Tensor lse, Tensor out_acc, Tensor mbar",
+    compute_forward, fake_forward,
+)  # fmt: skip
+backward = _register(
+    "backward", BackwardArguments,
+    "Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dmask, Tensor dalpha",
+    compute_backward, fake_backward,
+)  # fmt: skip
+attention_map = _register(
+    "attention_map", MapArguments,
+    "Tensor map, Tensor lse",
+    compute_map, fake_map,
+)  # fmt: skip
+attention_map_backward = _register(
+    "attention_map_backward", MapBackwardArguments,
+    "Tensor dquery, Tensor dkey, Tensor dmask, Tensor dalpha, Tensor dhead_weights",
+    compute_map_backward, fake_map_backward,
+)  # fmt: skip

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Grads, Problem
+from .call import Call, Gradients, Needs, Problem, Saved
 
 LOWEST_SCORE = -2.3e38  # a score below counts as -inf: in base 2, which the kernels compute in, float32 ends at -2.36e38
 _LOW32 = 0xFFFFFFFF
@@ -62,149 +62,99 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def forward(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    *,
-    save_out: bool,
-    save_mbar: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(1)-(4): out (B, H, Nq, Dv), lse (B, H, Nq), the unrounded out if asked for, mbar (B, H, Nq) if asked for."""
-    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
-    weights = t.p * dropout_factor(problem, seed) if seed is not None else t.p
-    out_acc = weights @ per_query_head(attended(value, key_padding_mask), problem)  # (3)
-    out = out_acc.to(problem.dtype)
-    mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else out_acc.new_empty(0)
-    return out, t.lse, out_acc if save_out and out_acc.dtype != problem.dtype else out_acc.new_empty(0), mbar
+def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
+    """Equations (1)-(4): out (B, H, Nq, Dv), and what backward needs of it."""
+    t = softmax(call)
+    weights = t.p if call.seed is None else t.p * dropout_factor(call.problem, call.seed)
+    unrounded = weights @ query_head_values(call)  # (3)
+    out = unrounded.to(call.problem.dtype)
+    mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else None
+    return out, Saved(unrounded if save_out else None, t.lse, mbar)
 
 
-def backward(
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
-    mbar: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Grads:
-    """(5)-(8), with P rebuilt from the inputs (out, lse and mbar are what the fused backends rebuild it from)."""
-    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
-    v = per_query_head(attended(value, key_padding_mask), problem)
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
+    """Equations (5)-(8), with P rebuilt from the inputs; `saved` is what the fused backends rebuild it from."""
+    problem, padding = call.problem, call.key_padding_mask
+    t = softmax(call)
     do = dout.to(t.p.dtype).masked_fill(t.dead, 0)
     dl = torch.zeros_like(t.lse) if dlse is None else dlse.masked_fill(t.dead[..., 0], 0)
-    keep = dropout_factor(problem, seed) if seed is not None else None
-    dp = do @ v.mT  # (6)
+    dp = do @ query_head_values(call).mT  # (6)
     weights = t.p
-    if keep is not None:
+    if call.seed is not None:
+        keep = dropout_factor(problem, call.seed)
         dp, weights = dp * keep, weights * keep
     delta = (t.p * dp).sum(-1) - dl  # (5), summed as P*dP
-    ds = _at_attended(t.p * (dp - delta[..., None]), key_padding_mask)  # (6)
-    # selected out again: a NaN in dout times a weight of 0 is NaN
-    dvalue = attended(to_kv_heads(weights.mT @ do, problem), key_padding_mask).to(problem.dtype) if needs[2] else None  # (7)
-    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, dl, mask, key_padding_mask, (needs[0], needs[1], needs[3], needs[4]))
-    return dquery, dkey, dvalue, dmask, dalpha
+    ds = _at_attended(t.p * (dp - delta[..., None]), padding)  # (6)
+    grads = score_gradients(call, t, ds, dl, needs)
+    if not needs.value:
+        return grads
+    # Padding is selected out again: a NaN in dout times a weight of 0 is NaN.
+    dvalue = attended(to_kv_heads(weights.mT @ do, problem), padding).to(problem.dtype)  # (7)
+    return grads._replace(value=dvalue)
 
 
-def attention_map(
-    problem: Problem,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype; head_weights (H,) in that dtype."""
-    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
-    return (head_weights[:, None, None] * t.p).sum(1), t.lse
+def attention_map(call: Call) -> tuple[Tensor, Tensor]:
+    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype."""
+    t = softmax(call)
+    return (_head_weights(call) * t.p).sum(1), t.lse
 
 
-def attention_map_backward(
-    problem: Problem,
-    dmap: Tensor,
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    alpha: Tensor | None,
-    head_weights: Tensor,
-    key_padding_mask: Tensor | None,
-    lse: Tensor,
-    needs: tuple[bool, bool, bool, bool, bool],
-) -> Grads:
-    """(10): gradients of query, key, mask, alpha and head_weights."""
-    t = softmax(problem, query, key, mask, alpha, key_padding_mask)
+def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+    """Equation (10): gradients of query, key, mask, alpha and head weights."""
+    padding = call.key_padding_mask
+    t = softmax(call)
     da = dmap[:, None].to(t.p.dtype).masked_fill(t.dead, 0)
-    if key_padding_mask is not None:
-        da = da.masked_fill(key_padding_mask[:, None, None, :], 0)
+    if padding is not None:
+        da = da.masked_fill(padding[:, None, None, :], 0)
     eta = (da * t.p).sum(-1)
-    ds = _at_attended(head_weights[:, None, None] * t.p * (da - eta[..., None]), key_padding_mask)
-    dquery, dkey, dmask, dalpha = score_gradients(problem, t, ds, torch.zeros_like(eta), mask, key_padding_mask, needs[:4])
-    return dquery, dkey, dmask, dalpha, eta.sum((0, 2)) if needs[4] else None
+    ds = _at_attended(_head_weights(call) * t.p * (da - eta[..., None]), padding)
+    grads = score_gradients(call, t, ds, torch.zeros_like(eta), needs)
+    return grads._replace(head_weights=eta.sum((0, 2))) if needs.head_weights else grads
 
 
-def softmax(
-    problem: Problem, query: Tensor, key: Tensor, mask: Tensor | None, alpha: Tensor | None, key_padding_mask: Tensor | None
-) -> Scores:
-    """(1), (2), (4). Padded keys are selected out before any product, so that NaN or inf there reaches nothing."""
+def softmax(call: Call) -> Scores:
+    """Equations (1), (2), (4). Padded keys are selected out before any product, so that NaN or inf there reaches nothing."""
+    problem, padding = call.problem, call.key_padding_mask
     acc = problem.acc_dtype
-    q, k = query.to(acc), per_query_head(attended(key, key_padding_mask), problem)
+    q, k = call.query.to(acc), per_query_head(attended(call.key, padding), problem)
     s = (q @ k.mT) * problem.scale  # (1)
     m = a = None
-    if mask is not None and alpha is not None:
-        m, a = mask.to(acc), alpha[:, None, None]
-        if key_padding_mask is not None:
-            m = torch.where(key_padding_mask[:, None, None, :], 0, m)
+    if call.mask is not None and call.alpha is not None:
+        m, a = call.mask.to(acc), call.alpha[:, None, None]
+        if padding is not None:
+            m = torch.where(padding[:, None, None, :], 0, m)
         if problem.mask_is_logits:
             m = torch.sigmoid(m)
         s = s + a * m
     s = s.masked_fill(s < LOWEST_SCORE, float("-inf"))
-    if key_padding_mask is not None:
-        s = s.masked_fill(key_padding_mask[:, None, None, :], float("-inf"))
+    if padding is not None:
+        s = s.masked_fill(padding[:, None, None, :], float("-inf"))
     dead = (s == float("-inf")).all(-1, keepdim=True)
     s = s.masked_fill(dead, 0)  # over nothing but -inf, softmax and its gradient would be NaN
-    p = _at_attended(torch.softmax(s, -1).masked_fill(dead, 0), key_padding_mask)  # (2)
+    p = _at_attended(torch.softmax(s, -1).masked_fill(dead, 0), padding)  # (2)
     lse = torch.logsumexp(s, -1).masked_fill(dead[..., 0], float("-inf"))  # (4)
     if m is not None:
         m = m.masked_fill(p == 0, 0)  # what follows multiplies M by P and dS alone: 0 times -inf would be NaN
     return Scores(q, k, m, a, dead, s, p, lse)
 
 
-def score_gradients(
-    problem: Problem,
-    t: Scores,
-    ds: Tensor,
-    dl: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha."""
-    dquery = ((ds @ t.key) * problem.scale).to(problem.dtype) if needs[0] else None
-    dkey = attended(to_kv_heads((ds.mT @ t.query) * problem.scale, problem), key_padding_mask).to(problem.dtype) if needs[1] else None
-    dmask = dalpha = None
-    if mask is not None and t.mask is not None and t.alpha is not None:
-        if needs[2]:
-            dmask = (t.alpha * ds).sum_to_size(mask.shape)
-            if problem.mask_is_logits:
-                dmask = through_sigmoid(dmask, mask, key_padding_mask)
-            dmask = dmask.to(mask.dtype)
-        if needs[3]:
-            mbar = (t.p * t.mask).sum(-1)
-            dalpha = (ds * (t.mask - mbar[..., None])).sum((0, 2, 3)) + (mbar * dl).sum((0, 2))
-    return dquery, dkey, dmask, dalpha
+def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs) -> Gradients:
+    """Equations (7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha, which are all it fills in."""
+    problem, mask, padding = call.problem, call.mask, call.key_padding_mask
+    dquery = dkey = dmask = dalpha = None
+    if needs.query:
+        dquery = ((ds @ t.key) * problem.scale).to(problem.dtype)
+    if needs.key:
+        dkey = attended(to_kv_heads((ds.mT @ t.query) * problem.scale, problem), padding).to(problem.dtype)
+    if needs.mask and mask is not None and t.alpha is not None:
+        dmask = (t.alpha * ds).sum_to_size(mask.shape)
+        if problem.mask_is_logits:
+            dmask = through_sigmoid(dmask, mask, padding)
+        dmask = dmask.to(mask.dtype)
+    if needs.alpha and t.mask is not None:
+        mbar = (t.p * t.mask).sum(-1)
+        dalpha = (ds * (t.mask - mbar[..., None])).sum((0, 2, 3)) + (mbar * dl).sum((0, 2))
+    return Gradients(dquery, dkey, None, dmask, dalpha)
 
 
 def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -219,6 +169,18 @@ def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | No
 def attended(rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """Key or value rows (B, Hkv, Nk, D) with those of padded keys replaced by zeros."""
     return rows if key_padding_mask is None else rows.masked_fill(key_padding_mask[:, None, :, None], 0)
+
+
+def query_head_values(call: Call) -> Tensor:
+    """The value rows (B, H, Nk, Dv) that the query heads read, zeros at padded keys."""
+    assert call.value is not None
+    return per_query_head(attended(call.value, call.key_padding_mask), call.problem)
+
+
+def _head_weights(call: Call) -> Tensor:
+    """The head weights of an attention map, (H, 1, 1)."""
+    assert call.head_weights is not None
+    return call.head_weights[:, None, None]
 
 
 def _at_attended(scores: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from smattn import native
+from smattn import cpu
 from smattn.testing import errors, make_case, run
 
 NONE = 77
@@ -22,8 +22,8 @@ NONE = 77
 
 def try_out(library: Path) -> str:
     """One line about it. RuntimeError when it does not load or is wrong."""
-    native.LIBRARY = library
-    if reasons := native.reasons():
+    cpu.LIBRARY = cpu.LIBRARY._replace(path=library)
+    if reasons := cpu.reasons():
         raise RuntimeError("; ".join(reasons))
     for dtype in (torch.float32, torch.bfloat16):
         case = make_case(2, 2, 13, 203, 32, dtype=dtype, padded=0.3, dropout_p=0.2, with_lse=True)
@@ -38,9 +38,9 @@ def main(paths: list[str]) -> int:
         print(try_out(Path(paths[0]).resolve()), flush=True)
         return 0
     source = Path(__file__).resolve().parents[2] / "smattn" / "_cpu.so"
-    libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((native.LIBRARY.resolve(), source)) if path.exists()]
+    libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((cpu.LIBRARY.path.resolve(), source)) if path.exists()]
     if not libraries:
-        print("\n".join(native.reasons()))
+        print("\n".join(cpu.reasons()))
         return NONE
     return max(subprocess.run([sys.executable, "-m", __spec__.name, str(library)]).returncode for library in libraries)
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from smattn.call import Problem
 from smattn.kernels.plan import holds_dq, one_tile
 from smattn.kernels.tiles import tile
-from smattn.problem import Problem, queries_kept_unrounded
+from smattn.memory import queries_kept_unrounded
 from smattn.testing import WORKLOADS, Workload
 
 

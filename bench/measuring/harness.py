@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bench.measuring.peers import Attend, Contestant
 from bench.reporting.rows import FORWARD
-from smattn.problem import acc_dtype
+from smattn.call import acc_dtype
 from smattn.testing import Case, Workload, make_case
 
 FLUSH = 8  # times the largest cache

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import smattn
 from bench.reporting.rows import OURS, UNMASKED
-from smattn import native
+from smattn import cpu
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -92,9 +92,9 @@ def ours(name: str, kernels: str = "") -> Contestant:
 
 def cpu_kernels() -> list[str]:
     """The sets of CPU kernels that this processor can run, the one it runs unasked first."""
-    return [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
+    return [] if cpu.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
 
 
 def select_cpu_kernels(name: str) -> None:
-    native.reasons()  # loads the ops
+    cpu.reasons()  # loads the ops
     torch.ops.smattn_cpu.select_cpu_kernels(name)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...problem import Problem
+from ...call import Call, Needs, Problem
 from .. import backend, launch
 from ..tiles import Tile
 
@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     misaligned: bool = False  # rows of query, key and value an odd number of elements apart: no descriptors
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
     training: bool = True  # else forward alone, nothing of it kept
-    needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5
+    needs: Needs = Needs(True, True, True, True, True, True)
 
 
 PLAIN = Variant("mask")
@@ -59,9 +59,9 @@ OTHERS = (
     Variant("key-only mask", mask=(2, 1, 1), padding=True, dlse=True),
     Variant("key-only mask a head for the batch", mask=(1, 2, 1), group=2),
     Variant("no unrounded output", keep_out=False, dropout=True, padding=True, dlse=True),
-    Variant("mask and alpha only", needs=(False, False, False, True, True)),
-    Variant("alpha only", needs=(False, False, False, False, True)),
-    Variant("query only", needs=(True, False, False, False, False)),
+    Variant("mask and alpha only", needs=Needs(False, False, False, mask=True, alpha=True)),
+    Variant("alpha only", needs=Needs(False, False, False, False, alpha=True)),
+    Variant("query only", needs=Needs(True, False, False, False, False)),
 )
 
 
@@ -127,30 +127,33 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], Tile]]:
         axes = [n if axis > 1 else 1 for axis, n in zip(v.mask, (B, H, job.Nq), strict=True)]
         mask = tensor(*axes, Nk, dtype=v.mask_dtype)
     problem = Problem(
-        B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=job.D, dtype=job.dtype,
+        B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=0 if v.as_map else job.D, dtype=job.dtype,
         mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]
         device_type="cuda", has_padding=v.padding, scale=0.125, dropout_p=0.1 if v.dropout else 0.0, allow_tf32=v.tf32,
         mask_is_logits=v.logits,
     )  # fmt: skip
     query, key = (tensor(B, heads, n, job.D + v.misaligned)[..., : job.D] for heads, n in ((H, job.Nq), (H // v.group, Nk)))
-    alpha = None if mask is None else tensor(H, dtype=torch.float32)
-    padding = tensor(B, Nk, dtype=torch.bool) if v.padding else None
-    seed = tensor(1, dtype=torch.int64) if v.dropout else None
+    call = Call(
+        problem, query, key,
+        value=None if v.as_map else key,
+        mask=mask,
+        alpha=None if mask is None else tensor(H, dtype=torch.float32),
+        key_padding_mask=tensor(B, Nk, dtype=torch.bool) if v.padding else None,
+        seed=tensor(1, dtype=torch.int64) if v.dropout else None,
+        head_weights=tensor(H, dtype=torch.float32) if v.as_map else None,
+    )  # fmt: skip
     recorder = launch.Recorder(job.arch)
     launch.record(recorder)
     try:
         if v.as_map:
-            inputs = (query, key, mask, alpha, tensor(H, dtype=torch.float32), padding)
-            amap, lse = backend.attention_map(problem, *inputs)
-            backend.attention_map_backward(problem, amap, *inputs, lse, v.needs)
+            amap, lse = backend.attention_map(call)
+            backend.attention_map_backward(call, lse, amap, v.needs)
         else:
-            rest = (query, key, key, mask, alpha, padding, seed)
-            out, lse, out_acc, mbar = backend.forward(problem, *rest, save_out=v.keep_out and v.training, save_mbar=v.training)
+            _, saved = backend.forward(call, save_out=v.keep_out and v.training, save_mbar=v.training)
             if not v.training:
                 return recorder.launches
-            unrounded = (out_acc if out_acc.numel() else out) if v.keep_out else None
-            dlse = torch.empty_like(lse) if v.dlse else None
-            backend.backward(problem, query, dlse, *rest, unrounded, lse, mbar, v.needs)
+            dlse = torch.empty_like(saved.lse) if v.dlse else None
+            backend.backward(call, saved, query, dlse, v.needs)
     finally:
         launch.record(None)
     return recorder.launches

@@ -10,18 +10,19 @@ each rank's own keys; dK, dV and dM stay where K, V and M are, and only dQ and d
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import ops
-from ..attention import _allow_tf32, _autocast, _four_axes, _per_head
 from ..autograd import NO_SECOND
 from ..backends import resolve
-from ..problem import Problem, describe, validate
+from ..call import Call, Gradients, Needs, Problem, Saved, make_call
+from ..canonical import allow_tf32, autocast, four_axes, per_head, scale_of
+from ..ops import inside_an_op
+from ..validate import validate
 
 
 @overload
@@ -82,15 +83,18 @@ def context_parallel_attention(
     TORCH_DISTRIBUTED_DEBUG=DETAIL says which rank does not.
     """
     group = _checked(group)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     validate(
         query, key, value, mask, alpha, mask_logits=None, scale=scale, key_padding_mask=key_padding_mask, enable_gqa=enable_gqa,
         return_lse=return_lse, backend=backend,
     )  # fmt: skip
-    mask = _four_axes(mask)
-    factor = query.shape[3] ** -0.5 if scale is None else float(scale)
-    problem = describe(query, key, value, mask, None, key_padding_mask, factor, 0.0, _allow_tf32(query))
-    out, lse = _ContextParallel.apply(query, key, value, mask, _per_head(alpha, query), key_padding_mask, problem, group, backend or "")
+    call = make_call(
+        query, key, value, four_axes(mask), per_head(alpha, query), key_padding_mask,
+        scale=scale_of(scale, query), allow_tf32=allow_tf32(query),
+    )  # fmt: skip
+    out, lse = _ContextParallel.apply(
+        *_Arguments(query, key, value, call.mask, call.alpha, key_padding_mask, call.problem, group, backend or "")
+    )
     return (out, lse) if return_lse else out
 
 
@@ -105,91 +109,103 @@ def _checked(group: Any) -> dist.ProcessGroup:
     return group
 
 
+class _Arguments(NamedTuple):
+    """What _ContextParallel takes: the tensors of a call side by side, because autograd sees no tensor inside a tuple."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    alpha: Tensor | None
+    key_padding_mask: Tensor | None
+    problem: Problem
+    group: dist.ProcessGroup
+    backend: str
+
+
+class _BackwardArguments(NamedTuple):
+    """What _ContextParallelBackward takes. The first nine are what _ContextParallel saves; the rows are over the keys of all ranks."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    alpha: Tensor | None
+    key_padding_mask: Tensor | None
+    out: Tensor
+    lse: Tensor
+    mbar: Tensor | None
+    dout: Tensor | None  # None: zeros
+    dlse: Tensor | None
+    needs: Needs
+    problem: Problem
+    group: dist.ProcessGroup
+    backend: str
+
+
+def _call(a: _Arguments | _BackwardArguments) -> Call:
+    return Call(a.problem, a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask)
+
+
 class _ContextParallel(Function):
     """(out, lse) over the keys of all ranks."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        alpha: Tensor | None,
-        key_padding_mask: Tensor | None,
-        problem: Problem,
-        group: dist.ProcessGroup,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (query, key, value, mask, alpha, key_padding_mask)
-        save_mbar = ctx.needs_input_grad[4]
-        chosen = resolve(problem, backend, "forward")
-        with ops.inside_an_op(query.device):
-            rounded, lse, out, mbar = chosen.forward(problem, *inputs, None, save_out=True, save_mbar=save_mbar)
-        out = out if out.shape == rounded.shape else rounded  # nothing was rounded
-        out, lse, mbar = _merge(out, lse, mbar if save_mbar else None, group)
-        ctx.save_for_backward(*inputs, out, lse, mbar)
-        ctx.call = (problem, group, backend)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        a = _Arguments(*arguments)
+        wanted = dict(zip(a._fields, ctx.needs_input_grad, strict=True))
+        chosen = resolve(a.problem, a.backend, "forward")
+        with inside_an_op(a.query.device):
+            _, own = chosen.forward(_call(a), save_out=True, save_mbar=wanted["alpha"])
+        out, lse, mbar = _merge(own, a.group)
+        ctx.save_for_backward(a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask, out, lse, mbar)
+        ctx.options = dict(problem=a.problem, group=a.group, backend=a.backend)
         ctx.set_materialize_grads(False)
-        return out.to(problem.dtype), lse.clone()
+        return out.to(a.problem.dtype), lse.clone()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
-            return (None,) * 9
-        problem, _, _ = ctx.call
-        if dout is None:
-            query = ctx.saved_tensors[0]
-            dout = query.new_zeros(()).expand(*query.shape[:3], problem.Dv)
-        grads = _ContextParallelBackward.apply(dout, dlse, *ctx.saved_tensors, *ctx.call, ctx.needs_input_grad[:5])
-        return *grads, None, None, None, None
+            return (None,) * len(_Arguments._fields)
+        wanted = dict(zip(_Arguments._fields, ctx.needs_input_grad, strict=True))
+        needs = Needs(*(wanted[name] for name in ("query", "key", "value", "mask", "alpha")))
+        saved = dict(zip(_BackwardArguments._fields, ctx.saved_tensors, strict=False))
+        a = _BackwardArguments(**saved, dout=dout, dlse=dlse, needs=needs, **ctx.options)
+        grads = Gradients(*_ContextParallelBackward.apply(*a))
+        return tuple(getattr(grads, name, None) for name in _Arguments._fields)
 
 
 class _ContextParallelBackward(Function):
-    """Its five gradients, refusing to be differentiated."""
+    """The gradients of one call, which refuse to be differentiated."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        dout: Tensor,
-        dlse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        alpha: Tensor | None,
-        key_padding_mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        mbar: Tensor | None,
-        problem: Problem,
-        group: dist.ProcessGroup,
-        backend: str,
-        needs: tuple[bool, bool, bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        chosen = resolve(problem, backend, "backward")
-        inputs = (query, key, value, mask, alpha, key_padding_mask)
-        rows = (out, lse, lse.new_empty(0) if mbar is None else mbar)
-        with ops.inside_an_op(query.device):
-            dquery, dkey, dvalue, dmask, dalpha = chosen.backward(problem, dout, dlse, *inputs, None, *rows, needs)
-        dalpha, of_rows = _without_rows(dalpha, dlse, mbar, lse, problem, key_padding_mask)
-        dquery, dalpha = _sum_over_ranks((dquery, dalpha), lse.dtype, group)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        a = _BackwardArguments(*arguments)
+        call, saved = _call(a), Saved(a.out, a.lse, a.mbar)
+        chosen = resolve(a.problem, a.backend, "backward")
+        dout = a.query.new_zeros(()).expand_as(a.out) if a.dout is None else a.dout
+        with inside_an_op(a.query.device):
+            grads = chosen.backward(call, saved, dout, a.dlse, a.needs)
+        own_dalpha, of_rows = _without_rows(grads.alpha, a.dlse, call, saved)
+        dquery, dalpha = _sum_over_ranks((grads.query, own_dalpha), a.lse.dtype, a.group)
         if dalpha is not None:
             dalpha = dalpha + of_rows
-        return dquery, dkey, dvalue, dmask, dalpha
+        return tuple(grads._replace(query=dquery, alpha=dalpha))
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(NO_SECOND)
 
 
-def _merge(out: Tensor, lse: Tensor, mbar: Tensor | None, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
+def _merge(own: Saved, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
     """O (B, H, Nq, Dv), L and mbar (B, H, Nq) of this rank's keys -> those of all ranks' keys, in the accumulation dtype."""
+    out, lse, mbar = own
+    assert out is not None, "context parallelism asks every backend for the unrounded output"
     largest = lse.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     weight = torch.where(lse == largest, 1.0, torch.exp(lse - largest))  # 1, not NaN, where no rank has a key
     rows = weight[..., None] * (out if mbar is None else torch.cat([out, mbar[..., None]], -1))
-    # where all keys of this rank score -inf its output is NaN: that counts only if those of every rank do
+    # Where all keys of this rank score -inf its output is NaN. That counts only if the keys of every rank do.
     rows = rows.masked_fill(((lse == float("-inf")) & (weight == 0))[..., None], 0)
     total = torch.cat([rows, weight[..., None]], -1)
     dist.all_reduce(total, dist.ReduceOp.SUM, group)
@@ -198,20 +214,21 @@ def _merge(out: Tensor, lse: Tensor, mbar: Tensor | None, group: dist.ProcessGro
     return rows[..., :Dv].contiguous(), largest + weight.log(), None if mbar is None else rows[..., Dv].contiguous()
 
 
-def _without_rows(
-    dalpha: Tensor | None, dlse: Tensor | None, mbar: Tensor | None, lse: Tensor, problem: Problem, key_padding_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | float]:
+def _without_rows(dalpha: Tensor | None, dlse: Tensor | None, call: Call, saved: Saved) -> tuple[Tensor | None, Tensor | float]:
     """This rank's dalpha without the last term of (8), and that term: it is of rows, not of keys, so every rank has added it."""
-    if dalpha is None or dlse is None or mbar is None:
+    if dalpha is None or dlse is None or saved.mbar is None:
         return dalpha, 0.0
-    term = mbar * dlse
-    dead_here = torch.full((problem.B,), problem.Nk == 0, device=lse.device) if key_padding_mask is None else key_padding_mask.all(1)
+    term, problem = saved.mbar * dlse, call.problem
+    if call.key_padding_mask is None:
+        dead_here = torch.full((problem.B,), problem.Nk == 0, device=term.device)
+    else:
+        dead_here = call.key_padding_mask.all(1)
     added = term.masked_fill(dead_here[:, None, None], 0).sum((0, 2))
-    return dalpha - added, term.masked_fill(lse == float("-inf"), 0).sum((0, 2))
+    return dalpha - added, term.masked_fill(saved.lse == float("-inf"), 0).sum((0, 2))
 
 
 def _sum_over_ranks(grads: tuple[Tensor | None, ...], dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor | None]:
-    """The sums of those that there are, in one message, added in dtype."""
+    """The sums over ranks of the gradients that are given, in one message, added in dtype."""
     given = [grad for grad in grads if grad is not None]
     if not given:
         return [None] * len(grads)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import Problem
-from .cases import Case, Results, four_axes, per_head
+from ..call import Call, Gradients, Needs
+from ..canonical import four_axes
+from .cases import Case, Results
 from .plain import run_plain_and_dead
 
 
@@ -27,12 +28,12 @@ class Exact(NamedTuple):
 def run_exact(case: Case) -> Exact:
     """A case's outputs and gradients in float64 by reference.py, named as in `run`."""
     c = _in_float64(case)
-    problem, mask = c.problem(), c.mask_or_logits()
-    t = _scores(c)
+    call = c.call()
+    t = reference.softmax(call)
     largest = t.s.abs().where(t.p > 0, 0).max().item() if t.s.numel() else 0.0
     run_exactly = _exact_map if c.is_map else _exact_attention
-    values, magnitudes, ds, dl = run_exactly(c, problem, t)
-    magnitudes |= _score_magnitudes(problem, t, ds, dl, mask, c.key_padding_mask)
+    values, magnitudes, ds, dl = run_exactly(c, call, t)
+    magnitudes |= _score_magnitudes(call, t, ds, dl)
     if "lse" in values:
         magnitudes["lse"] = torch.full_like(t.lse, 1 + largest)
     return Exact(_as_given(values, case), _as_given(magnitudes, case), largest, t.dead[..., 0])
@@ -40,7 +41,7 @@ def run_exact(case: Case) -> Exact:
 
 def dead_queries(case: Case) -> Tensor:
     """The queries that have no key to attend to, because all are padding or all their scores count as -inf: (B, H, Nq) bool."""
-    return _scores(_in_float64(case)).dead[..., 0]
+    return reference.softmax(_in_float64(case).call()).dead[..., 0]
 
 
 def _in_float64(case: Case) -> Case:
@@ -48,26 +49,21 @@ def _in_float64(case: Case) -> Case:
     return replace(case.with_inputs(doubles), dout=case.dout.double())
 
 
-def _scores(c: Case) -> reference.Scores:
-    return reference.softmax(c.problem(), c.query, c.key, c.mask_or_logits(), per_head(c), c.key_padding_mask)
-
-
 _Named = dict[str, "Tensor | None"]
 
 
-def _exact_attention(c: Case, problem: Problem, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
+def _exact_attention(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of out and dvalue, and the magnitudes of dS and dL."""
-    mask, alpha, seed = c.mask_or_logits(), per_head(c), c.seed()
     dlse = None if c.dlse is None else c.dlse.double()
-    rest = (c.query, c.key, c.value, mask, alpha, c.key_padding_mask, seed)
-    out, lse, _, mbar = reference.forward(problem, *rest, save_out=True, save_mbar=True)
-    needs = (True, True, True, mask is not None, mask is not None)
-    grads = reference.backward(problem, c.dout, dlse, *rest, out, lse, mbar, needs)
-    values: _Named = {"out": out, **dict(zip(("dquery", "dkey", "dvalue", "dmask", "dalpha"), grads, strict=True))}
+    out, saved = reference.forward(call, save_out=True, save_mbar=True)
+    has_mask = call.mask is not None
+    grads = reference.backward(call, saved, c.dout, dlse, Needs(True, True, True, has_mask, has_mask))
+    values: _Named = {"out": out, **_named(grads)}
     if dlse is not None:
-        values["lse"] = lse
+        values["lse"] = saved.lse
 
-    v = reference.per_query_head(reference.attended(c.value, c.key_padding_mask), problem).abs()
+    problem, seed = call.problem, call.seed
+    v = reference.query_head_values(call).abs()
     keep = torch.ones((), dtype=v.dtype, device=v.device) if seed is None else reference.dropout_factor(problem, seed)
     do = c.dout.masked_fill(t.dead, 0).abs()
     dl = torch.zeros_like(t.lse) if dlse is None else dlse.masked_fill(t.dead[..., 0], 0).abs()
@@ -77,14 +73,13 @@ def _exact_attention(c: Case, problem: Problem, t: reference.Scores) -> tuple[_N
     return values, {"out": out_magnitude, "dvalue": dvalue}, ds, dl
 
 
-def _exact_map(c: Case, problem: Problem, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
+def _exact_map(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of map and dhead_weights, and the magnitudes of dS and dL."""
-    mask, alpha = c.mask_or_logits(), per_head(c)
     assert c.head_weights is not None
-    rest = (c.query, c.key, mask, alpha, c.head_weights, c.key_padding_mask)
-    amap, lse = reference.attention_map(problem, *rest)
-    grads = reference.attention_map_backward(problem, c.dout, *rest, lse, (True, True, mask is not None, mask is not None, True))
-    values: _Named = {"map": amap, **dict(zip(("dquery", "dkey", "dmask", "dalpha", "dhead_weights"), grads, strict=True))}
+    amap, lse = reference.attention_map(call)
+    has_mask = call.mask is not None
+    grads = reference.attention_map_backward(call, lse, c.dout, Needs(True, True, False, has_mask, has_mask, True))
+    values: _Named = {"map": amap, **_named(grads)}
 
     dmap = c.dout[:, None].masked_fill(t.p == 0, 0).abs()  # padded keys may be fed anything
     w = c.head_weights.abs()[:, None, None]
@@ -93,11 +88,16 @@ def _exact_map(c: Case, problem: Problem, t: reference.Scores) -> tuple[_Named, 
     return values, {"map": (w * t.p).sum(1), "dhead_weights": eta.sum((0, 2))}, ds, torch.zeros_like(eta)
 
 
-def _score_magnitudes(problem: Problem, t: reference.Scores, ds: Tensor, dl: Tensor, mask: Tensor | None, padding: Tensor | None) -> _Named:
+def _named(grads: Gradients) -> _Named:
+    return {f"d{name}": grad for name, grad in grads._asdict().items()}
+
+
+def _score_magnitudes(call: Call, t: reference.Scores, ds: Tensor, dl: Tensor) -> _Named:
     """A(T) of the gradients that come from dS, given the magnitudes of dS and dL."""
     positive = t._replace(query=t.query.abs(), key=t.key.abs(), alpha=None if t.alpha is None else t.alpha.abs())
-    needs = (True, True, mask is not None, False)
-    dquery, dkey, dmask, _ = reference.score_gradients(problem._replace(scale=abs(problem.scale)), positive, ds, dl, mask, padding, needs)
+    call = call._replace(problem=call.problem._replace(scale=abs(call.problem.scale)))
+    needs = Needs(query=True, key=True, value=False, mask=call.mask is not None, alpha=False)
+    dquery, dkey, _, dmask, *_ = reference.score_gradients(call, positive, ds, dl, needs)
     dalpha = None
     if t.mask is not None:
         mbar = (t.p * t.mask).sum(-1, keepdim=True)

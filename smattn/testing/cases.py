@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import attention_map, draw_seed, soft_masked_attention
-from ..problem import Problem, acc_dtype, describe
+from ..attention import attention_map, soft_masked_attention
+from ..call import Call, Problem, acc_dtype, make_call
+from ..canonical import draw_seed, four_axes, per_head, scale_of
 
 Results = dict[str, Tensor]  # "out", "lse" or "map", and "dquery", "dkey", "dvalue", "dmask", "dalpha", "dhead_weights"
 
@@ -50,9 +51,19 @@ class Case:
         return self.head_weights is not None
 
     def problem(self) -> Problem:
-        scale = self.query.shape[3] ** -0.5 if self.scale is None else self.scale
-        masks = (four_axes(self.mask), four_axes(self.mask_logits))
-        return describe(self.query, self.key, self.value, *masks, self.key_padding_mask, scale, self.dropout_p, False)
+        return self._call(None).problem
+
+    def call(self) -> Call:
+        """The case as a backend gets it."""
+        return self._call(self.seed())
+
+    def _call(self, seed: Tensor | None) -> Call:
+        acc = acc_dtype(self.query.dtype)
+        return make_call(
+            self.query, self.key, None if self.is_map else self.value, self.mask_or_logits(), per_head(self.alpha, self.query),
+            self.key_padding_mask, seed, None if self.head_weights is None else self.head_weights.to(acc).contiguous(),
+            scale=scale_of(self.scale, self.query), dropout_p=self.dropout_p, mask_is_logits=self.mask_logits is not None,
+        )  # fmt: skip
 
     def mask_or_logits(self) -> Tensor | None:
         """mask or mask_logits, whichever is given, with four axes."""
@@ -166,19 +177,6 @@ def with_gradients(outputs: Results, leaves: Results, case: Case) -> Results:
         grads = torch.autograd.grad(list(outputs.values()), list(wanted.values()), incoming, allow_unused=True)
         results |= {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
     return results
-
-
-def four_axes(mask: Tensor | None) -> Tensor | None:
-    """A mask (B|1, Nq|1, Nk), shared by the heads, as (B|1, 1, Nq|1, Nk)."""
-    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
-
-
-def per_head(case: Case) -> Tensor | None:
-    """alpha as (H,) in the accumulation dtype."""
-    if case.alpha is None:
-        return None
-    H, acc = case.query.shape[1], acc_dtype(case.query.dtype)
-    return torch.as_tensor(case.alpha, dtype=acc, device=case.query.device).expand(H)
 
 
 @contextmanager

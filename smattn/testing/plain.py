@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .cases import Case, Results, per_head, with_gradients
+from ..canonical import per_head
+from .cases import Case, Results, with_gradients
 
 
 def plain(
@@ -65,7 +66,7 @@ def run_plain_and_dead(case: Case) -> tuple[Results, Tensor]:
     k = reference.attended(c.key, padding).repeat_interleave(groups, 1)
     v = reference.attended(c.value, padding).repeat_interleave(groups, 1)
     keep = None if seed is None else reference.dropout_factor(problem, seed)
-    out, s, p = plain(c.query, k, v, _mask(c), per_head(c), scale=c.scale, key_padding_mask=padding, keep=keep)
+    out, s, p = plain(c.query, k, v, _mask(c), per_head(c.alpha, c.query), scale=c.scale, key_padding_mask=padding, keep=keep)
     dead = ~p.any(-1)
     if c.head_weights is not None:
         amap = (c.head_weights.to(problem.acc_dtype)[:, None, None] * p).sum(1)

@@ -14,7 +14,7 @@ import torch
 
 from bench.gpu import run as gpu
 from bench.gpu import sanitized
-from smattn import native
+from smattn import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 LATER = 3600.0
@@ -285,9 +285,9 @@ def test_a_sanitizer_that_is_not_there_or_does_not_work_is_not_a_failure(monkeyp
     assert [(words[2], uncached) for words, uncached in ran] == [("memcheck", "1")] * 2 + [("racecheck", None)] * 2
 
 
-@pytest.mark.skipif(bool(native.reasons()), reason="there is no compiled extension here")
+@pytest.mark.skipif(bool(cpu.reasons()), reason="there is no compiled extension here")
 def test_the_binary_says_which_torch_built_it_and_which_loads_it(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "bench.gpu.binary", native.LIBRARY], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench.gpu.binary", cpu.LIBRARY.path], capture_output=True, text=True)
     assert done.returncode == 0 and f"loaded by torch {torch.__version__}" in done.stdout, done.stderr
     assert "built with torch 2." in done.stdout
     other = tmp_path / "_cpu.so"

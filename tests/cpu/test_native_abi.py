@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from smattn import native
+from smattn import cpu
 
 # Random123's known answers for philox4x32 with 10 rounds: counter, key, block.
 KNOWN_ANSWERS = [
@@ -42,8 +42,8 @@ def words(seed: int, B: int, H: int, Nq: int, Nk: int) -> np.ndarray:
 
 @pytest.fixture(scope="module", autouse=True)
 def extension():
-    if native.reasons():
-        pytest.fail("\n".join(native.reasons()))
+    if cpu.reasons():
+        pytest.fail("\n".join(cpu.reasons()))
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_dropout_refuses(dropout_keep, seed, shape, p, message):
 
 
 def test_only_the_stable_abi_of_torch_is_imported():
-    imported = subprocess.run(["nm", "-DC", "--undefined-only", native.LIBRARY], check=True, capture_output=True, text=True).stdout
+    imported = subprocess.run(["nm", "-DC", "--undefined-only", cpu.LIBRARY.path], check=True, capture_output=True, text=True).stdout
     names = [line.split(maxsplit=1)[1] for line in imported.splitlines()]
     assert [name for name in names if re.search(r"\b(at|c10|torch|caffe2)::", name)] == []
     assert [name for name in names if "torch" in name and not re.fullmatch(r"(aoti_)?torch_\w+", name)] == []
@@ -108,5 +108,5 @@ def test_only_the_stable_abi_of_torch_is_imported():
 
 
 def test_the_extension_belongs_to_no_python_version():
-    imported = subprocess.run(["nm", "-D", "--undefined-only", native.LIBRARY], check=True, capture_output=True, text=True).stdout
+    imported = subprocess.run(["nm", "-D", "--undefined-only", cpu.LIBRARY.path], check=True, capture_output=True, text=True).stdout
     assert re.findall(r"\b_?Py[A-Z_]\w*", imported) == []

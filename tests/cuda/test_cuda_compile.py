@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smattn import native_cuda
+from smattn import cuda
+from smattn.library import why_not_loaded
 from tests.support.emulated_cuda import build
 
 ARCHS = ["sm_80", "sm_90a"]
@@ -79,10 +80,7 @@ def test_tensor_cores_multiply_and_copies_are_of_16_bytes(library):
 def test_it_loads_into_a_torch_without_cuda_and_takes_nothing_from_it_but_the_stable_abi(library, monkeypatch):
     symbols = subprocess.run(["nm", "-DC", "--undefined-only", str(library)], check=True, capture_output=True, text=True).stdout
     assert "aoti_torch_" in symbols and not re.search(r"\b(at|c10|torch)::", symbols)
-    monkeypatch.setattr(native_cuda, "LIBRARY", library)
-    native_cuda._why_not_loaded.cache_clear()
-    assert native_cuda._why_not_loaded() == () and hasattr(torch.ops.smattn_cuda, "forward")
-    native_cuda._why_not_loaded.cache_clear()
+    monkeypatch.setattr(cuda, "LIBRARY", cuda.LIBRARY._replace(path=library))
+    assert why_not_loaded(cuda.LIBRARY) == () and hasattr(torch.ops.smattn_cuda, "forward")
     if not torch.cuda.is_available():
-        assert native_cuda.machine.absence() == ("torch finds no CUDA device",)
-    native_cuda._why_not_loaded.cache_clear()
+        assert cuda.machine.absence() == ("torch finds no CUDA device",)

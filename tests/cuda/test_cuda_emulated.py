@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from smattn import native_cuda, reference
+from smattn import cuda, reference
+from smattn.call import Needs
 from smattn.testing import assert_within_budget, make_case, run
 from tests.promises.test_memory import CALLS, calls
 from tests.support import emulated_cuda
@@ -30,7 +31,7 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    monkeypatch.setattr(native_cuda, "machine", emulated_cuda.machine())
+    monkeypatch.setattr(cuda, "machine", emulated_cuda.machine())
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
@@ -88,16 +89,19 @@ def tf32(x):
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def with_tf32(case, allow_tf32):
+    call = case.call()
+    return call._replace(problem=call.problem._replace(allow_tf32=allow_tf32))
+
+
 def test_tf32_is_used_where_allowed_and_only_there():
     case = make_case(1, 2, 20, 70, 64)
     rounded = replace(case, query=tf32(case.query), key=tf32(case.key), value=tf32(case.value))
 
     def lse(case, allow_tf32):
-        problem = case.problem()._replace(allow_tf32=allow_tf32)
-        inputs = (case.query, case.key, case.value, case.mask[:, None], case.alpha, None, None)
-        return native_cuda.forward(problem, *inputs, save_out=False, save_mbar=False)[1]
+        return cuda.forward(with_tf32(case, allow_tf32), save_out=False, save_mbar=False)[1].lse
 
-    exact = reference.softmax(case.problem(), case.query, case.key, case.mask[:, None], case.alpha, None).lse
+    exact = reference.softmax(case.call()).lse
     torch.testing.assert_close(lse(case, False), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lse(case, True), lse(rounded, False), rtol=1e-6, atol=1e-6)
     assert (lse(case, True) - exact).abs().max() > 1e-5
@@ -105,12 +109,11 @@ def test_tf32_is_used_where_allowed_and_only_there():
 
 def test_a_sum_over_tf32_products_is_within_their_rounding():
     case = make_case(2, 2, 40, 90, 64)
-    problem = case.problem()._replace(allow_tf32=True)
-    inputs = (case.query, case.key, case.value, case.mask[:, None], case.alpha, None, None)
-    out, lse, _, mbar = native_cuda.forward(problem, *inputs, save_out=True, save_mbar=True)
-    grads = native_cuda.backward(problem, case.dout, None, *inputs, out, lse, mbar, (True,) * 5)
-    expected = reference.backward(problem, case.dout, None, *inputs, out, lse, mbar, (True,) * 5)
-    for got, exact in zip(grads, expected, strict=True):
+    call, needs = with_tf32(case, True), Needs(True, True, True, True, True)
+    _, saved = cuda.forward(call, save_out=True, save_mbar=True)
+    grads = cuda.backward(call, saved, case.dout, None, needs)
+    expected = reference.backward(call, saved, case.dout, None, needs)
+    for got, exact in zip(grads[:5], expected[:5], strict=True):
         assert (got - exact).norm() <= 2e-3 * exact.norm()
 
 

@@ -43,14 +43,14 @@ def test_without_triton_everything_else_works_and_the_reason_is_said():
 
 
 def test_without_the_extension_everything_else_works_and_the_reason_is_said():
-    code = "import warnings, smattn, smattn.native, pathlib; warnings.simplefilter('ignore')\n"
-    code += "smattn.native.LIBRARY = pathlib.Path('/nonexistent/_cpu.so')" + RUN
+    code = "import warnings, smattn, smattn.cpu, pathlib; warnings.simplefilter('ignore')\n"
+    code += "smattn.cpu.LIBRARY = smattn.cpu.LIBRARY._replace(path=pathlib.Path('/nonexistent/_cpu.so'))" + RUN
     said = fresh(code + "print(smattn.backends()['cpu'])")
     assert "available=False" in said and "was not built" in said and "pip install" in said
 
 
 def test_without_either_the_reference_runs_and_warns():
-    code = "import sys; sys.modules['triton'] = sys.modules['smattn.native'] = None\nimport warnings, smattn\n"
+    code = "import sys; sys.modules['triton'] = sys.modules['smattn.cpu'] = None\nimport warnings, smattn\n"
     code += "with warnings.catch_warnings(record=True) as caught:\n    warnings.simplefilter('always')"
     code += RUN.replace("\n", "\n    ") + "\nprint(*(w.message for w in caught))"
     said = fresh(code)
@@ -67,6 +67,6 @@ def test_the_public_names():
     assert all(hasattr(smattn, name) for name in smattn.__all__) and smattn.__version__ == version("smattn")
 
 
-@pytest.mark.parametrize("module", ["testing", "native", "reference", "ops", "flops", "distributed", "integrations"])
+@pytest.mark.parametrize("module", ["testing", "cpu", "cuda", "reference", "ops", "flops", "distributed", "integrations"])
 def test_a_module_imports_alone(module):
     assert fresh(f"import smattn.{module}; print('fine')") == "fine"

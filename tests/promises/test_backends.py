@@ -5,8 +5,7 @@ import warnings
 import pytest
 
 import smattn
-from smattn.backends import TABLE, resolve
-from smattn.problem import BACKENDS as NAMES
+from smattn.backends import NAMES, TABLE, resolve
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS, DEVICE, interpreter_breaks
 

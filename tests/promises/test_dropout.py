@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smattn import reference, soft_masked_attention
-from smattn.attention import draw_seed
+from smattn.canonical import draw_seed
 from tests.cpu.test_native_abi import words  # Philox in numpy
 from tests.support.cpu_kernels import KERNELS, forced
 

@@ -6,6 +6,7 @@ from torch.func import grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 from smattn import attention_map, reference, soft_masked_attention
+from smattn.call import make_call
 from smattn.testing import make_case
 from tests.promises.test_gradcheck import SHAPES, a_case, leaves
 from tests.torch.test_tools import Called
@@ -105,6 +106,7 @@ def functions(request, device):
     """A scalar of the call, the same scalar by autograd through the formulas, and their inputs."""
     as_map = request.param == "map"
     case = make_case(2, 2, 3, 7, 4, dtype=torch.float64, mask_dtype=torch.float64, as_map=as_map, device=device)
+    scale = case.problem().scale
 
     def call(*tensors):
         if as_map:
@@ -115,11 +117,12 @@ def functions(request, device):
     def formulas(*tensors):
         if as_map:
             query, key, mask, alpha, weights = tensors
-            return reference.attention_map(case.problem(), query, key, mask[:, None], alpha, weights, None)[0].square().sum()
+            call = make_call(query, key, None, mask[:, None], alpha, None, head_weights=weights, scale=scale)
+            return reference.attention_map(call)[0].square().sum()
         query, key, value, mask, alpha = tensors
-        inputs = (query, key, value, mask[:, None], alpha, None, None)
-        out, lse, *_ = reference.forward(case.problem(), *inputs, save_out=False, save_mbar=False)
-        return out.square().sum() + lse.square().sum()
+        call = make_call(query, key, value, mask[:, None], alpha, None, scale=scale)
+        out, saved = reference.forward(call, save_out=False, save_mbar=False)
+        return out.square().sum() + saved.lse.square().sum()
 
     return call, formulas, [getattr(case, name) for name in (MAP_NAMES if as_map else NAMES)]
 

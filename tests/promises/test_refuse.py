@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smattn import attention_map, problem, soft_masked_attention
-from smattn.problem import Problem
+from smattn import attention_map, soft_masked_attention, validate
+from smattn.call import Problem
 from tests.support.expected import BACKENDS, DEVICE
 
 B, H, NQ, NK, D = 2, 4, 3, 5, 8
@@ -164,8 +164,8 @@ def test_a_mask_is_refused_with_the_two_shapes_it_may_have():
 
 
 def test_every_refusal_of_the_source_is_in_the_table():
-    """Each line of problem.py that refuses is reached by some row."""
-    path = Path(problem.__file__)
+    """Each line of validate.py that refuses is reached by some row."""
+    path = Path(validate.__file__)
     refusing = re.compile(r"^\s+(_refuse|_wrong_type|raise NotImplementedError)\(")
     in_source = {number for number, line in enumerate(path.read_text().splitlines(), 1) if refusing.match(line)}
     reached = set()

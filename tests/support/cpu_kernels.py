@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from smattn import native
+from smattn import cpu
 
-KERNELS: list[str] = [] if native.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()  # the fastest, which runs by default, first
+KERNELS: list[str] = [] if cpu.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()  # the fastest, which runs by default, first
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from smattn import native_cuda
+from smattn import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,9 +41,9 @@ def build(name: str, *options: str) -> Path:
 
 
 @functools.cache
-def machine() -> native_cuda.Machine:
+def machine() -> cuda.Machine:
     torch.ops.load_library(str(build("cuda-emulated", "-DSMATTN_CUDA=EMULATED", "-DCMAKE_BUILD_TYPE=None")))
-    return native_cuda.Machine("smattn_cuda_emulated", "cpu", tuple, lambda device: 0)
+    return cuda.Machine("smattn_cuda_emulated", "cpu", tuple, lambda device: 0)
 
 
 @contextmanager
@@ -59,6 +59,6 @@ def kernels_left_out() -> Iterator[None]:
 def pytest_configure() -> None:
     from tests.support import expected
 
-    native_cuda.machine = machine()
+    cuda.machine = machine()
     expected.BACKENDS.clear()
     expected.BACKENDS["cuda"] = expected.Expected(expected.HALF_AND_SINGLE, attention_map=True, fused=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from smattn import native_cuda
+from smattn import cuda
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,7 +37,7 @@ TABLE = {
         "triton": Expected(HALF_AND_SINGLE, attention_map=True, fused=True),
     },
 }
-if native_cuda.LIBRARY.exists():  # built only where asked for; on the CPU the same kernels are tried by test_cuda_emulated.py
+if cuda.LIBRARY.path.exists():  # built only where asked for; on the CPU the same kernels are tried by test_cuda_emulated.py
     TABLE["cuda"]["cuda"] = Expected(HALF_AND_SINGLE, attention_map=True, fused=True)
 BACKENDS = TABLE[DEVICE]
 INTERPRETED = DEVICE == "cpu"  # how triton runs

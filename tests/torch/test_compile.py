@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from smattn import attention_map, ops, soft_masked_attention
-from smattn.attention import _torch_allows_tf32
+from smattn.canonical import _torch_allows_tf32
 from smattn.testing import assert_within_budget, make_case, run
 
 LENGTHS = [(5, 40), (6, 41), (9, 67), (2, 33)]
@@ -47,7 +47,7 @@ def test_forward_and_backward_in_one_graph_for_every_length(backend, device, dyn
 
 
 def kept_where_keys_are_many(problem):
-    """As problem.queries_kept_unrounded, at sizes that compile in a moment."""
+    """As memory.queries_kept_unrounded, at sizes that compile in a moment."""
     return problem.Nq * torch.sym_min(1, problem.Nk // torch.sym_max(1, problem.Nq))
 
 

@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smattn import ops
+from smattn.call import Needs
+from smattn.canonical import four_axes, per_head
 from smattn.testing import assert_within_budget, make_case, run
-from smattn.testing.cases import four_axes, per_head
 
 OPTIONS = [
     {},
@@ -22,7 +23,7 @@ MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 
 def canonical(case):
     masks = (four_axes(case.mask), four_axes(case.mask_logits))
-    return (case.query, case.key, case.value, *masks, per_head(case), case.key_padding_mask, case.seed())
+    return (case.query, case.key, case.value, *masks, per_head(case.alpha, case.query), case.key_padding_mask, case.seed())
 
 
 def call_of(case):
@@ -63,12 +64,13 @@ def test_opcheck_backward(backend, device, options, needs):
 def test_opcheck_maps(map_backend, device, options):
     case = make_case(2, 2, 3, 9, 4, as_map=True, device=device, **options)
     masks = (four_axes(case.mask), four_axes(case.mask_logits))
-    inputs = (case.query, case.key, *masks, per_head(case), case.head_weights, case.key_padding_mask)
+    inputs = (case.query, case.key, *masks, per_head(case.alpha, case.query), case.head_weights, case.key_padding_mask)
     scale = case.problem().scale
     report = torch.library.opcheck(ops.attention_map, requiring_grad((*inputs, scale, False, map_backend)))
     assert set(report.values()) == {"SUCCESS"}
     lse = ops.attention_map(*inputs, scale, False, map_backend)[1]
-    needs = [True, True, case.alpha is not None, case.alpha is not None, True]
+    has_mask = case.alpha is not None
+    needs = list(Needs(query=True, key=True, value=False, mask=has_mask, alpha=has_mask, head_weights=True))
     report = torch.library.opcheck(ops.attention_map_backward, (case.dout, *inputs, lse, scale, False, needs, map_backend))
     assert set(report.values()) == {"SUCCESS"}
 
@@ -98,7 +100,7 @@ def test_only_the_gradients_asked_for(backend, device, needs, Nq):
         some = run(case, backend, needs=needs)
     (_, args, grads) = calls.seen[-1]
     assert [name for name, *_ in calls.seen] == ["forward", "backward"]
-    assert args[-2] == [name in needs for name in GRADIENTS]
+    assert args[-2] == [name in needs for name in Needs._fields]
     assert [name for name, grad in zip(GRADIENTS, grads, strict=True) if grad.numel()] == [n for n in GRADIENTS if n in needs]
     assert set(some) == {"out", "lse"} | {f"d{name}" for name in needs}
     assert_within_budget(some, case)
@@ -110,7 +112,7 @@ def test_only_the_map_gradients_asked_for(map_backend, device, needs):
     with Calls() as calls:
         some = run(case, map_backend, needs=needs)
     (name, args, grads) = calls.seen[-1]
-    assert name == "attention_map_backward" and args[-2] == [name in needs for name in MAP_GRADIENTS]
+    assert name == "attention_map_backward" and args[-2] == [name in needs for name in Needs._fields]
     assert [name for name, grad in zip(MAP_GRADIENTS, grads, strict=True) if grad.numel()] == [n for n in MAP_GRADIENTS if n in needs]
     assert_within_budget(some, case)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smattn import native
+from smattn import cpu
 from tests.support import emulated_cuda
 
 B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
@@ -14,8 +14,8 @@ def raw_op(library, name):
     """An op, and the arguments that it takes and the other library's does not."""
     if library == "cuda":
         return getattr(getattr(torch.ops, emulated_cuda.machine().ops), name), dict(allow_tf32=False, stream=0)
-    if native.reasons():
-        pytest.fail("\n".join(native.reasons()))
+    if cpu.reasons():
+        pytest.fail("\n".join(cpu.reasons()))
     return getattr(torch.ops.smattn_cpu, name), {}
 
 

@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 import torch
 
+from smattn.call import Problem
 from smattn.kernels.chip import INTERPRETER
 from smattn.kernels.tiles import CHIPS, HEAD_SIZES, PATH, TABLE, Key, Tile, find, read, tile, write
-from smattn.problem import Problem
 
 KERNELS = {key.kernel for key in TABLE}
 CALLS = {key.call for key in TABLE}

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smattn
-from smattn.problem import Problem
+from smattn.call import Needs, make_call
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS, INTERPRETED
 from tests.support.meters import Call, launches_recorded
@@ -86,22 +86,18 @@ class Dispatched(TorchDispatchMode):
 
 
 def few_queries(device, Nq, dtype=torch.float16, options=False, D=32):
-    """(problem, the seven inputs of a backend, dO, dL): uninitialised, as the backend takes them."""
+    """(call, dO, dL): uninitialised, as a backend takes them."""
     B, H, Hkv, Nk = 2, 4, 2 if options else 4, 9504
-    problem = Problem(
-        B=B, H=H, Hkv=Hkv, Nq=Nq, Nk=Nk, D=D, Dv=D, dtype=dtype, mask_dtype=torch.float32, mask_shape=(B, 1, Nq, Nk),
-        device_type="cuda", has_padding=options, dropout_p=0.1 if options else 0.0,
-    )  # fmt: skip
 
     def tensor(*sizes, dtype=dtype):
         return torch.empty(sizes, dtype=dtype, device=device)
 
-    inputs = (
+    call = make_call(
         tensor(B, H, Nq, D), tensor(B, Hkv, Nk, D), tensor(B, Hkv, Nk, D), tensor(B, 1, Nq, Nk, dtype=torch.float32),
         tensor(H, dtype=torch.float32), tensor(B, Nk, dtype=torch.bool) if options else None,
-        tensor(1, dtype=torch.int64) if options else None,
+        tensor(1, dtype=torch.int64) if options else None, scale=1.0, dropout_p=0.1 if options else 0.0,
     )  # fmt: skip
-    return problem, inputs, tensor(B, H, Nq, D), tensor(B, H, Nq, dtype=torch.float32) if options else None
+    return call, tensor(B, H, Nq, D), tensor(B, H, Nq, dtype=torch.float32) if options else None
 
 
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "dropout padding gqa lse"])
@@ -126,13 +122,15 @@ def test_few_queries_of_wide_heads_are_four_launches_back(device, Nq, dtype, D, 
     assert operators <= ALLOCATIONS
 
 
-def launches_and_operators(call):
+ALL = Needs(True, True, True, True, True)
+
+
+def launches_and_operators(of):
     """Of a forward and backward: the kernels that it launches and the torch operators that it calls beside."""
-    problem, inputs, dout, dlse = call
+    call, dout, dlse = of
     with launches_recorded(90) as recorder, Dispatched() as dispatched:
-        out, lse, out_acc, mbar = backend.forward(problem, *inputs, save_out=True, save_mbar=True)
-        unrounded = out_acc if out_acc.numel() else out
-        backend.backward(problem, dout, dlse, *inputs, unrounded, lse, mbar, (True,) * 5)
+        _, saved = backend.forward(call, save_out=True, save_mbar=True)
+        backend.backward(call, saved, dout, dlse, ALL)
     return [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches], dispatched.names
 
 
@@ -170,12 +168,13 @@ def test_python_beside_the_launches_is_short(device, capsys):
     The kernels' side of a call with 13 queries and 100, then whole calls, of which autograd takes its part.
     """
     limits = {"forward": 40, "backward": 45, "backward, three launches": 60, "whole forward": 110, "whole backward": 150}
-    problem, inputs, dout, _ = few_queries(device, 13)
-    more, more_inputs, more_dout, _ = few_queries(device, 100)
-    query, key, value, mask, alpha = leaves = [tensor.requires_grad_() for tensor in few_queries(device, 13)[1][:5]]
+    few, dout, _ = few_queries(device, 13)
+    more, more_dout, _ = few_queries(device, 100)
+    other, _, _ = few_queries(device, 13)
+    query, key, value, mask, alpha = leaves = [x.requires_grad_() for x in (other.query, other.key, other.value, other.mask, other.alpha)]
     with launches_recorded(90) as recorder:
-        _, lse, out, mbar = backend.forward(problem, *inputs, save_out=True, save_mbar=True)
-        _, more_lse, more_out, more_mbar = backend.forward(more, *more_inputs, save_out=True, save_mbar=True)
+        _, saved = backend.forward(few, save_out=True, save_mbar=True)
+        _, more_saved = backend.forward(more, save_out=True, save_mbar=True)
 
         def whole():
             return smattn.soft_masked_attention(query, key, value, mask, alpha, backend="triton")
@@ -183,11 +182,9 @@ def test_python_beside_the_launches_is_short(device, capsys):
         graph = whole()
         calls = {
             "allocation": lambda: torch.empty(16, device=device),
-            "forward": lambda: backend.forward(problem, *inputs, save_out=True, save_mbar=True),
-            "backward": lambda: backend.backward(problem, dout, None, *inputs, out, lse, mbar, (True,) * 5),
-            "backward, three launches": lambda: backend.backward(
-                more, more_dout, None, *more_inputs, more_out, more_lse, more_mbar, (True,) * 5
-            ),
+            "forward": lambda: backend.forward(few, save_out=True, save_mbar=True),
+            "backward": lambda: backend.backward(few, saved, dout, None, ALL),
+            "backward, three launches": lambda: backend.backward(more, more_saved, more_dout, None, ALL),
             "whole forward": whole,
             "whole backward": lambda: torch.autograd.grad(graph, leaves, dout, retain_graph=True),
         }

@@ -1,0 +1,124 @@
+"""One call as one thing: what it is about, its tensors, what forward leaves to backward, and the gradients wanted and computed.
+
+Everything here is a named tuple of canonical tensors (see canonical.py), passed whole from the ops down to the kernels of every backend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, softmax, alpha, lse and every accumulation: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Problem(NamedTuple):
+    """Sizes, dtypes and flags of one call: all that a backend needs to say whether it can run the call, and how."""
+
+    B: int
+    H: int
+    Hkv: int
+    Nq: int
+    Nk: int
+    D: int
+    Dv: int  # 0 for an attention map, which has no value
+    dtype: torch.dtype
+    mask_dtype: torch.dtype | None
+    mask_shape: tuple[int, int, int, int] | None  # (B|1, H|1, Nq|1, Nk)
+    device_type: str
+    has_padding: bool = False
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    allow_tf32: bool = False
+    mask_is_logits: bool = False
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return acc_dtype(self.dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the call has no scores at all."""
+        return 0 in (self.B, self.Nq, self.Nk)
+
+
+class Call(NamedTuple):
+    """A problem and its tensors. Forward reads them all, and backward reads the same ones again."""
+
+    problem: Problem
+    query: Tensor  # (B, H, Nq, D)
+    key: Tensor  # (B, Hkv, Nk, D)
+    value: Tensor | None  # (B, Hkv, Nk, Dv); None for an attention map
+    mask: Tensor | None  # (B|1, H|1, Nq|1, Nk), any strides, any floating dtype: M, or its logits if problem.mask_is_logits
+    alpha: Tensor | None  # (H,) in the accumulation dtype, given exactly when mask is
+    key_padding_mask: Tensor | None  # (B, Nk) bool, True = padding
+    seed: Tensor | None = None  # (1,) int64, given exactly when problem.dropout_p > 0
+    head_weights: Tensor | None = None  # (H,), contiguous, in the accumulation dtype; given exactly for an attention map
+
+
+class Saved(NamedTuple):
+    """What forward leaves to backward, contiguous and in the accumulation dtype."""
+
+    out: Tensor | None  # (B, H, Nq, Dv), the output before it is rounded; without it backward sums delta as P*dP, reference.py (5)
+    lse: Tensor  # (B, H, Nq)
+    mbar: Tensor | None  # (B, H, Nq), reference.py (8), for the gradient of alpha
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted. A backend computes no other."""
+
+    query: bool
+    key: bool
+    value: bool
+    mask: bool
+    alpha: bool
+    head_weights: bool = False
+
+
+class Gradients(NamedTuple):
+    """The gradients of one call, each in its input's shape and dtype, None where none is wanted."""
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None  # of mask_logits, where the call gives those
+    alpha: Tensor | None = None
+    head_weights: Tensor | None = None
+
+
+def make_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    alpha: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    allow_tf32: bool = False,
+    mask_is_logits: bool = False,
+) -> Call:
+    """The call of canonical tensors that validate.py has accepted."""
+    B, H, Nq, D = query.shape
+    _, Hkv, Nk, _ = key.shape
+    problem = Problem(
+        B, H, Hkv, Nq, Nk, D,
+        0 if value is None else value.shape[3],
+        query.dtype,
+        None if mask is None else mask.dtype,
+        None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]  # it has four axes
+        query.device.type,
+        key_padding_mask is not None,
+        scale,
+        dropout_p,
+        allow_tf32,
+        mask_is_logits,
+    )  # fmt: skip
+    return Call(problem, query, key, value, mask, alpha, key_padding_mask, seed, head_weights)

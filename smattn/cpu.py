@@ -1,0 +1,79 @@
+"""backend="cpu": the C++ kernels of smattn/_cpu.so, as torch.ops.smattn_cpu.
+
+This door allocates the results and hands each op a flat list of canonical tensors, which is what a C++ op takes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library
+from .call import Call, Gradients, Needs, Problem, Saved
+from .memory import new_gradients
+
+LIBRARY = library.CPU
+LARGEST_HEAD = 256
+
+
+def reasons() -> list[str]:
+    """Why the compiled library cannot be used here, one sentence each; empty when its ops, `torch.ops.smattn_cpu`, are loaded."""
+    return list(library.why_not_loaded(LIBRARY))
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """Why these kernels cannot run such a call; empty when they can."""
+    why = reasons()
+    if max(problem.D, problem.Dv) > LARGEST_HEAD:
+        why.append(f"it takes head sizes up to {LARGEST_HEAD}, not D = {problem.D} with Dv = {problem.Dv}")
+    return why
+
+
+def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
+    """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
+    p, query = call.problem, call.query
+    out = query.new_empty((p.B, p.H, p.Nq, p.Dv))
+    lse = query.new_empty((p.B, p.H, p.Nq), dtype=p.acc_dtype)
+    is_rounded = lse.dtype != out.dtype
+    out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and is_rounded else None
+    mbar = torch.empty_like(lse) if save_mbar and call.mask is not None else None
+    torch.ops.smattn_cpu.forward(
+        query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
+        p.scale, p.dropout_p, out, lse, out_acc, mbar,
+    )  # fmt: skip
+    return out, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
+
+
+def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
+    """Equations (5)-(8), with P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried."""
+    p, grads = call.problem, new_gradients(call, needs)
+    mbar = saved.mbar.contiguous() if needs.alpha and saved.mbar is not None else None
+    torch.ops.smattn_cpu.backward(
+        dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
+        call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
+        saved.out, saved.lse.contiguous(), mbar, p.scale, p.dropout_p,
+        grads.query, grads.key, grads.value, grads.mask, grads.alpha,
+    )  # fmt: skip
+    return grads
+
+
+def attention_map(call: Call) -> tuple[Tensor, Tensor]:
+    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype."""
+    p = call.problem
+    amap = call.query.new_empty((p.B, p.Nq, p.Nk), dtype=p.acc_dtype)
+    lse = call.query.new_empty((p.B, p.H, p.Nq), dtype=p.acc_dtype)
+    torch.ops.smattn_cpu.attention_map(
+        call.query, call.key, call.mask, p.mask_is_logits, call.alpha, call.head_weights, call.key_padding_mask,
+        p.scale, amap, lse,
+    )  # fmt: skip
+    return amap, lse
+
+
+def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+    """Equation (10): gradients of query, key, mask, alpha and head weights."""
+    p, grads = call.problem, new_gradients(call, needs)
+    torch.ops.smattn_cpu.attention_map_backward(
+        dmap[:, None], call.query, call.key, call.mask, p.mask_is_logits, call.alpha, call.head_weights, call.key_padding_mask,
+        lse.contiguous(), p.scale, grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights,
+    )  # fmt: skip
+    return grads

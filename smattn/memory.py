@@ -1,0 +1,92 @@
+"""The promise on extra memory, and how one call shares it out. Every buffer whose size grows with the call is measured here.
+
+During forward and backward a fused backend holds, besides inputs, outputs and gradients, at most
+
+    a quarter of the bytes of all those, and 16 MiB.
+
+Forward leaves rows to backward, and the unrounded output only as far as `queries_kept_unrounded` says. Where Triton's kernels split the
+keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of query beside what
+forward left. These shares are the same on every chip, because the number of splits decides the order of the sums.
+
+The C++ backends plan in C++ and cannot import this file. csrc/memory.h has the promise as two constants, which their plans share out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .call import Call, Gradients, Needs, Problem
+
+MIB = 1 << 20
+PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients divided by this,
+PROMISED_BYTES = 16 * MIB  # and these bytes whatever the size of the call
+
+PARTIAL_OUTPUTS = 9 * MIB  # forward's outputs of splits of the keys, whatever the size of the call
+KEPT_BYTES = 4 * MIB  # what forward keeps: a promised share of the inputs, and these
+DQUERY_SHARE, DQUERY_BYTES = 5, 6 * MIB  # what backward's partial gradients of query take, together with what forward kept
+
+
+def bytes_of_inputs(problem: Problem) -> int:
+    """Bytes of query, key, value, mask, the output and its gradient: what backward's buffers are measured against."""
+    p = problem
+    rows = p.H * p.Nq * (p.D + 2 * p.Dv) + p.Hkv * p.Nk * (p.D + p.Dv)
+    return p.B * rows * p.dtype.itemsize + _bytes_of_mask(p)
+
+
+def bytes_kept(problem: Problem) -> int:
+    """Bytes that forward saves for backward if it keeps the unrounded output, and backward's own 8 bytes for each query of each head."""
+    columns = problem.Dv if problem.acc_dtype != problem.dtype else 0
+    return 4 * problem.B * problem.H * problem.Nq * (4 + columns)
+
+
+def queries_kept_unrounded(problem: Problem) -> int:
+    """For how many queries forward also leaves the unrounded output, where `out` is rounded: all, or none if that would be too much.
+
+    Without it backward sums delta as P*dP, reference.py (5). The formula has no comparison: for symbolic sizes that would be a guard, and
+    torch.export would lose its dynamic lengths. torch.compile makes one graph for each of the two cases.
+    """
+    share = bytes_of_inputs(problem) // PROMISED_SHARE + KEPT_BYTES
+    times_it_fits = share // torch.sym_max(1, bytes_kept(problem))
+    return problem.Nq * torch.sym_min(1, times_it_fits)
+
+
+def partial_dqueries(problem: Problem, needs: Needs) -> int:
+    """How many float32 gradients of query backward may hold at once, beside what forward kept."""
+    p = problem
+    keys = p.B * p.Hkv * p.Nk * p.dtype.itemsize
+    queries = p.B * p.H * p.Nq
+    held = (
+        bytes_of_inputs(p)
+        + needs.query * queries * p.D * p.dtype.itemsize
+        + needs.key * keys * p.D
+        + needs.value * keys * p.Dv
+        + needs.mask * _bytes_of_mask(p)
+    )
+    share = held // DQUERY_SHARE + DQUERY_BYTES - bytes_kept(p)
+    return max(0, share) // (4 * queries * p.D)
+
+
+def new_gradients(call: Call, needs: Needs) -> Gradients:
+    """Room for the gradients that are wanted, contiguous and uninitialised; zeros where the call has no scores."""
+    new = torch.zeros_like if call.problem.is_empty else torch.empty_like
+
+    def room(tensor: Tensor | None, needed: bool) -> Tensor | None:
+        return new(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
+
+    return Gradients(
+        room(call.query, needs.query),
+        room(call.key, needs.key),
+        room(call.value, needs.value),
+        room(call.mask, needs.mask),
+        room(call.alpha, needs.alpha),
+        room(call.head_weights, needs.head_weights),
+    )
+
+
+def _bytes_of_mask(problem: Problem) -> int:
+    if problem.mask_shape is None or problem.mask_dtype is None:
+        return 0
+    return math.prod(problem.mask_shape) * problem.mask_dtype.itemsize

@@ -1,0 +1,176 @@
+"""Every refusal of the public functions: ValueError or TypeError before anything runs, saying "argument: expected this, got that"."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .backends import NAMES
+from .call import acc_dtype
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def validate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: Tensor | None,
+    alpha: float | Tensor | None,
+    *,
+    mask_logits: Tensor | None,
+    head_weights: Tensor | None = None,
+    scale: float | None,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None,
+    enable_gqa: bool,
+    return_lse: bool = False,
+    backend: str | None,
+    is_map: bool = False,
+) -> None:
+    """Refuse a call that is not well formed, naming the argument, what was expected and what came.
+
+    Raises TypeError for a wrong type, ValueError for anything else.
+    """
+    for name, flag in (("enable_gqa", enable_gqa), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            _wrong_type(name, "a bool", flag)
+    _check_qkv(query, key, value, enable_gqa, is_map)
+    if mask is not None and mask_logits is not None:
+        _refuse("mask_logits", "None when mask is given", "both")
+    if mask_logits is not None:
+        _check_mask("mask_logits", mask_logits, alpha, query, key)
+    else:
+        _check_mask("mask", mask, alpha, query, key)
+    if head_weights is not None:
+        _check_head_weights(head_weights, query)
+    if key_padding_mask is not None:
+        _check_padding(key_padding_mask, query, key)
+    if scale is not None:
+        if not _is_number(scale):
+            _wrong_type("scale", "a float or None", scale)
+        _check_range("scale", scale, query)
+    if not _is_number(dropout_p):
+        _wrong_type("dropout_p", "a float", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        _refuse("dropout_p", "a probability in [0, 1)", str(dropout_p))
+    if backend is not None and backend not in NAMES:
+        _refuse("backend", f"None or one of {NAMES}", repr(backend))
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool, is_map: bool) -> None:
+    _check_rows("query", query, "(B, H, Nq, D)", query)
+    _check_rows("key", key, "(B, Hkv, Nk, D)", query)
+    if not is_map:
+        _check_rows("value", value, "(B, Hkv, Nk, Dv)", query)
+    B, H, _, D = query.shape
+    Hkv = key.shape[1]
+    if key.shape[0] != B or key.shape[3] != D:
+        _refuse("key", f"shape (B, Hkv, Nk, D) with B = {B} and D = {D}", _shape(key))
+    if value is not None and (value.shape[0] != B or value.shape[1] != Hkv or value.shape[2] != key.shape[2]):
+        _refuse("value", f"shape (B, Hkv, Nk, Dv) with (B, Hkv, Nk) = ({B}, {Hkv}, {key.shape[2]})", _shape(value))
+    if Hkv != H and not enable_gqa:
+        _refuse("key", f"as many heads as query, {H} (fewer need enable_gqa=True)", str(Hkv))
+    if H % Hkv != 0:
+        _refuse("key", f"a number of heads that divides query's {H}", str(Hkv))
+
+
+def _check_rows(name: str, given: Any, form: str, query: Tensor) -> None:
+    tensor = _check_tensor(name, given, query)
+    if tensor.dim() != 4:
+        _refuse(name, f"a 4-D tensor {form}", f"shape {_shape(tensor)}")
+    if tensor.dtype not in DTYPES:
+        _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
+    if tensor.dtype != query.dtype:
+        _refuse(name, f"query's dtype {query.dtype}", str(tensor.dtype))
+    if tensor.shape[1] < 1 or tensor.shape[3] < 1:
+        _refuse(name, "at least one head and a head size of at least 1", f"shape {_shape(tensor)}")
+
+
+def _check_mask(name: str, mask: Tensor | None, alpha: float | Tensor | None, query: Tensor, key: Tensor) -> None:
+    (B, H, Nq, _), Nk = query.shape, key.shape[2]
+    if mask is None:
+        if alpha is not None:
+            _refuse("alpha", "None when there is no mask", "an alpha")
+        return
+    _check_floating(name, mask, query)
+    if mask.dim() == 3:
+        fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, Nq) and mask.shape[2] == Nk
+    elif mask.dim() == 4:
+        fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, H) and mask.shape[2] in (1, Nq) and mask.shape[3] == Nk
+    else:
+        fits = False
+    if not fits:
+        sizes = f"B = {B}, H = {H}, Nq = {Nq}, Nk = {Nk}"
+        _refuse(name, f"shape (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk) with {sizes}", _shape(mask))
+    _check_alpha(alpha, query)
+
+
+def _check_alpha(alpha: float | Tensor | None, query: Tensor) -> None:
+    H = query.shape[1]
+    if alpha is None:
+        _refuse("alpha", "a float or a tensor of shape () or (H,), since a mask is given", "None")
+    if isinstance(alpha, Tensor):
+        _check_floating("alpha", alpha, query)
+        if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != H):
+            _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
+    elif not _is_number(alpha):
+        _wrong_type("alpha", "a float or a tensor", alpha)
+    else:
+        _check_range("alpha", alpha, query)
+
+
+def _check_head_weights(head_weights: Tensor, query: Tensor) -> None:
+    H = query.shape[1]
+    _check_floating("head_weights", head_weights, query)
+    if head_weights.dim() != 1 or head_weights.shape[0] != H:
+        _refuse("head_weights", f"shape (H,) = ({H},)", _shape(head_weights))
+
+
+def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    B, Nk = query.shape[0], key.shape[2]
+    _check_tensor("key_padding_mask", key_padding_mask, query)
+    if key_padding_mask.dtype != torch.bool:
+        _refuse("key_padding_mask", "dtype torch.bool, True = padding", str(key_padding_mask.dtype))
+    if key_padding_mask.dim() != 2 or key_padding_mask.shape[0] != B or key_padding_mask.shape[1] != Nk:
+        _refuse("key_padding_mask", f"shape (B, Nk) = ({B}, {Nk})", _shape(key_padding_mask))
+
+
+def _is_number(number: Any) -> bool:
+    return isinstance(number, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(number, bool)
+
+
+def _check_range(name: str, number: float, query: Tensor) -> None:
+    acc = acc_dtype(query.dtype)
+    if abs(number) > torch.finfo(acc).max:
+        _refuse(name, f"a number that {acc} can hold", str(number))
+
+
+def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        _wrong_type(name, "a torch.Tensor", tensor)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        _refuse(name, "a dense tensor", "a nested one" if tensor.is_nested else str(tensor.layout))
+    if tensor.device != query.device:
+        _refuse(name, f"query's device {query.device}", str(tensor.device))
+    return tensor
+
+
+def _check_floating(name: str, tensor: Any, query: Tensor) -> None:
+    _check_tensor(name, tensor, query)
+    if tensor.dtype not in DTYPES:
+        _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _refuse(argument: str, expected: str, got: str) -> NoReturn:
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def _wrong_type(argument: str, expected: str, got: Any) -> NoReturn:
+    raise TypeError(f"{argument}: expected {expected}, got {type(got).__name__}")
