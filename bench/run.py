@@ -1,8 +1,8 @@
-"""The main job, `make bench`: every backend of this machine checked against float64, then timed beside its peers, in one run.
+"""The main job, `make bench`: check every backend of this machine against float64, then time it beside its peers, in one run.
 
-Writes bench/results/<date>-<device>.jsonl, one row (rows.py) for each cell measured or skipped, and a report beside it (report.py).
-`--full` (make bench-full) takes every named workload, both kinds of mask, float32 and bfloat16. On a GPU every run does, in bfloat16 alone,
-and has the ceilings beside it (ceilings.py), CUDA graphs, and torch's flash attention without a mask. The rows are saved as they come.
+It writes bench/results/<date>-<device>.jsonl, with a row (rows.py) for each cell measured or skipped, and a report beside it (report.py).
+`--full` (make bench-full) takes every named workload, both kinds of mask, float32 and bfloat16. On a GPU every run does so, in bfloat16
+alone, and has the ceilings beside it (ceilings.py), CUDA graphs, and torch's flash attention without a mask. Rows are saved as they come.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from itertools import product
@@ -18,25 +19,27 @@ import torch
 
 import smattn
 from bench.measuring.ceilings import measure_ceilings
-from bench.measuring.harness import Cell
-from bench.measuring.job import ROOT, Job, available_backends
-from bench.measuring.measure import compile_ahead, measure
+from bench.measuring.cell import Cell
+from bench.measuring.compile import compile_ahead
+from bench.measuring.job import Job, available_backends
+from bench.measuring.machine import ROOT
+from bench.measuring.measure import measure
 from bench.measuring.peers import PEERS, WITHOUT_MASK, Contestant, cpu_kernels, ours
 from bench.measuring.validate import interpreted_triton
 from bench.reporting.rows import BOTH, FORWARD, OURS
 from smattn.testing import WORKLOADS
 
-SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls")  # what a CPU does in minutes
-ALSO_COLD = ("hodor_train", "hodor_infer")  # in use, a network runs between two calls: keys and values come from memory
-COLD_ON_A_GPU = (*ALSO_COLD, "queries100", "queries100_b1", "video64k")  # those bound by memory
-GRAPHS = ("hodor_train", "hodor_infer")  # where launches cost more than the work
-COMPILING = 0.4  # of the time, at most, before anything is measured
-NOT_COMPILED = ROOT / "build" / "not-compiled.json"  # from one run to one with `--compile not`
-INTERPRETED = ("hodor_train", "self1k")  # few queries and many: Triton's two regimes
+SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls")  # A CPU does these in minutes.
+ALSO_COLD = ("hodor_train", "hodor_infer")  # In use a network runs between two calls, so keys and values come from memory.
+COLD_ON_A_GPU = (*ALSO_COLD, "queries100", "queries100_b1", "video64k")  # Memory bounds these.
+GRAPHS = ("hodor_train", "hodor_infer")  # Their launches cost more than the work.
+COMPILING = 0.4  # the most of the time that may go by before anything is measured
+NOT_COMPILED = ROOT / "build" / "not-compiled.json"  # A run leaves it to one with `--compile not`.
+INTERPRETED = ("hodor_train", "self1k")  # They have few queries and many, Triton's two regimes.
 
 
 def check_interpreted(job: Job) -> None:
-    """Validate interpreted Triton at reduced sizes."""
+    """Validate interpreted Triton at reduced sizes, and add rows that say so."""
     outcome = interpreted_triton(list(INTERPRETED))
     if isinstance(outcome, str):
         print(f"{OURS}triton, interpreted: skipped: {outcome}")
@@ -48,7 +51,7 @@ def check_interpreted(job: Job) -> None:
 
 
 def chosen_cells(args: argparse.Namespace, on_a_gpu: bool) -> list[Cell]:
-    """What the command line asks for; the masks of a shape side by side, for what a peer compiles serves both."""
+    """The cells that the command line asks for. The masks of a shape stand side by side, for what a peer compiles serves both."""
     workloads = args.workloads or (list(WORKLOADS) if args.full or on_a_gpu else SHORT)
     masks = ("uniform", "blob") if args.full or on_a_gpu else ("uniform",)
     dtypes = (torch.float32, torch.bfloat16) if args.full else (torch.bfloat16,) if on_a_gpu else (torch.float32,)
@@ -60,7 +63,7 @@ def chosen_cells(args: argparse.Namespace, on_a_gpu: bool) -> list[Cell]:
 
 
 def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Contestant], began: float) -> dict[str, str]:
-    """What measure.compile_ahead found, now or in an earlier process."""
+    """What compile_ahead found, now or in an earlier process."""
     if args.compile == "not":
         found: dict[str, str] = json.loads(NOT_COMPILED.read_text()) if NOT_COMPILED.exists() else {}
         return found
@@ -71,8 +74,7 @@ def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Cont
     return found
 
 
-def main() -> None:
-    began = time.monotonic()
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every named workload, uniform and blob masks, float32 and bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -81,23 +83,34 @@ def main() -> None:
     parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, not the best")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
-    parser.add_argument("--compile", choices=("first", "only", "not"), default="first", help="on a GPU, before anything is measured")
-    args = parser.parse_args()
+    parser.add_argument("--compile", choices=("first", "only", "not"), default="first", help="what peers compile, ahead of all")
+    return parser.parse_args()
 
-    on_a_gpu = torch.device(args.device).type == "cuda"
-    cells = chosen_cells(args, on_a_gpu)
-    workloads = {cell.workload.name for cell in cells}
-    job = Job(args.device, args.seconds, " ".join(["python -m bench.run", *sys.argv[1:]]), args.kernels)
-    labels = ["full"] * args.full + ["part"] * bool(args.workloads) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
-    path = job.file = job.path(*labels)
+
+def describe(job: Job) -> None:
+    """Print where this happens: the machine, the backends, and the CPU kernels that run."""
     print(f"{job.about['device']}; {job.about['versions']}; commit {job.about['commit']}")
     for name, status in smattn.backends().items():
         print(f"{name:10} {'available' if status.available else 'not available: ' + '; '.join(status.reasons)}")
+    if kernels := job.about["kernels"]:
+        print(f"CPU kernels: {kernels}; this processor runs {', '.join(cpu_kernels())}")
+
+
+def main() -> None:
+    began = time.monotonic()
+    args = options()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))  # What peers compile is kept there.
+    on_a_gpu = torch.device(args.device).type == "cuda"
+    until = began + 60 * args.minutes
+    cells = chosen_cells(args, on_a_gpu)
+    job = Job(args.device, args.seconds, " ".join(["python -m bench.run", *sys.argv[1:]]), args.kernels)
+    labels = ["full"] * args.full + ["part"] * bool(args.workloads) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
+    job.file = job.path(*labels)
+    describe(job)
     names = ["cpu"] if args.kernels else available_backends(args.device)
-    timed = [name for name in names if name != "reference"] or names  # it is slow by design: timed only where nothing else runs
+    timed = [name for name in names if name != "reference"] or names  # The reference is slow by design, and timed only where it is alone.
     contestants = [*(ours(name, args.kernels) for name in timed), *PEERS, *[WITHOUT_MASK] * on_a_gpu]
-    if on_a_gpu:
-        job.not_compiled = compiled(args, cells, contestants, began)
+    job.not_compiled = compiled(args, cells, contestants, began)
     if args.compile == "only":
         return
     if on_a_gpu:
@@ -107,22 +120,27 @@ def main() -> None:
         check_interpreted(job)
     job.check(timed if on_a_gpu else names, cells)
     print("\n== time and peak extra memory, all contestants in turn", flush=True)
-    for name in WORKLOADS:
-        if name not in workloads:
-            print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
+    for name in sorted(WORKLOADS.keys() - {cell.workload.name for cell in cells}, key=list(WORKLOADS).index):
+        print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
     try:
-        measure(job, cells, contestants, until=began + 60 * args.minutes)
-    except KeyboardInterrupt:  # what there is becomes a report
+        measure(job, cells, contestants, until)
+    except KeyboardInterrupt:  # What there is becomes a report.
         print("\nstopped", flush=True)
+    conclude(job, began)
+    sys.exit(job.verdict())
 
-    from bench.reporting.report import summary, write_report  # matplotlib, which the memory measurement's processes need not import
 
+def conclude(job: Job, began: float) -> None:
+    """Print the summary and write the report."""
+    from bench.reporting.report import summary, write_report  # matplotlib, which the processes that measure memory need not import
+
+    assert job.file is not None
+    seconds = f"after {time.monotonic() - began:.0f} s"
     if any(row.median_ms and row.workload in WORKLOADS for row in job.rows):
         print("\n" + summary(job.rows))
-        print(f"\nwrote {path} and {write_report(path)} after {time.monotonic() - began:.0f} s")
+        print(f"\nwrote {job.file} and {write_report(job.file)} {seconds}")
     else:
-        print(f"\nno cell was measured; wrote {path} after {time.monotonic() - began:.0f} s")
-    sys.exit(job.verdict())
+        print(f"\nno cell was measured; wrote {job.file} {seconds}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One suite over every backend of expected.py, and a count of what was skipped and why."""
+"""What all tests share: which backends a test runs over, how a run is set up, and the count of skipped tests at its end."""
 
 from __future__ import annotations
 
@@ -10,28 +10,38 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: before anything of smattn runs
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, so this comes first
 
 import hypothesis
 import numpy
 
+from tests.support import promises
 from tests.support.expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
 
-# the same examples in every run, their number given by the test; not shrunk, which takes minutes where kernels are interpreted
+# Every run draws the same examples. They are not shrunk, because that takes minutes where kernels are interpreted.
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=False, phases=PHASES)
 hypothesis.settings.load_profile("suite")
 
-torch.set_num_threads(1)  # tensors are tiny
+torch.set_num_threads(1)  # the tensors are tiny
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")  # log2(0) and the like, masked out after
+    # the interpreter computes log2(0) and the like, which kernels mask out
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore:smattn runs on the reference:UserWarning")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", action="store_true", help="print which tests hold which promise of tests/README.md, and run none")
     parser.addoption("--no-skips", action="store_true", help="a skipped test is a failure, and so is a run without a test that passed")
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.getoption("--promises"):
+        return None
+    print(promises.table(), end="")
+    return 0
 
 
 ON_THE_DEVICE = {"device", "backend", "map_backend", "fused_backend"}
@@ -46,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A kernel that reads where it must not leaves its process without a GPU: xdist's worker ends, and the tests after it have another."""
+    """Ends an xdist worker that has lost its GPU, as after a kernel that read where it must not. Later tests get a new worker."""
     yield
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
@@ -85,7 +95,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _interpreter_works(request: pytest.FixtureRequest) -> None:
-    """Where Triton's interpreter is known to break, say why instead of letting each test find out."""
+    """Says why where Triton's interpreter is known to break, instead of letting each test find out."""
     callspec = getattr(request.node, "callspec", None)
     if not INTERPRETED or callspec is None or "triton" not in callspec.params.values():
         return

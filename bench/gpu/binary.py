@@ -2,8 +2,8 @@
 
 `python -m bench.gpu.binary [_cpu.so ...]`
 
-Without a path: the one of the installed package, and one that stands in the source tree, where another Python and torch may have built it.
-Each is loaded in a process of its own, for they register the same operations. Exit status 77: there is none.
+Without a path it takes the one of the installed package, and one in the source tree, which another Python and torch may have built. Each
+is loaded in a process of its own, for they register the same operations. The exit status is 77 when there is none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NONE = 77
 
 
 def try_out(library: Path) -> str:
-    """One line about it. RuntimeError when it does not load or is wrong."""
+    """One line about it. Raises RuntimeError when it does not load or computes something wrong."""
     cpu.LIBRARY = cpu.LIBRARY._replace(path=library)
     if reasons := cpu.reasons():
         raise RuntimeError("; ".join(reasons))

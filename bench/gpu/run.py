@@ -1,14 +1,14 @@
-"""Everything that only a GPU can show, `make gpu`: on a machine with an NVIDIA GPU, torch, triton and nvcc, without a network.
+"""`make gpu`: everything that only a GPU can show, on a machine with an NVIDIA GPU, torch, triton and nvcc, without a network.
 
-    python -m bench.gpu.run [PART ...] [--minutes 8.5]  # `make tune` is the part "tune", which runs only if named
+    python -m bench.gpu.run [PART ...] [--minutes 8.5]  # `make tune` is the part "tune", which runs only if it is named
 
-Installs this source tree into build/gpu for the Python that runs it, and changes nothing else of that Python. The C++ parts are built where
-CMake and a compiler are at hand, the CUDA C++ kernels where nvcc is too; where pip cannot build, the tree is linked, which is enough for
-Triton's kernels. Every part is a command of its own. Those that measure time, or keep all cores busy by themselves, run alone; the others
-side by side, for nearly all of their time goes into compilers and into starting processes.
+It installs this source tree into build/gpu for the Python that runs it, and changes nothing else of that Python. The C++ parts are built
+where CMake and a compiler are at hand, and the CUDA C++ kernels where nvcc is too. Where pip cannot build, the tree is linked, which is
+enough for Triton's kernels. Each part is a command of its own. Those that measure time, or keep all cores busy by themselves, run alone.
+The others run side by side, for nearly all of their time goes into compilers and into starting processes.
 
-Each part has a share of the time that is left when it begins, so that the whole ends in time, and what a part does not use is for those
-after it. A part is stopped when its time is up; what it had written by then stays, in build/logs too. Ends with a line a part.
+Each part has a share of the time that is left when it begins, so that the whole ends in time, and what a part does not use is left to those
+after it. A part is stopped when its time is up; what it had written by then stays, in build/logs too. A line for each part ends the output.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "bench"  # every command runs here: in the root, Python would find smattn/ without its kernels before the installed package
+FOLDER = ROOT / "bench"  # Commands run here, for in the root Python would find smattn/ without kernels before the installed package.
 SITE, LOGS = ROOT / "build" / "gpu", ROOT / "build" / "logs"
 PYTHON = sys.executable
 INSTALLATION = ("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--target", str(SITE), str(ROOT))
-PROGRAMS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])  # where nvcc may be and no shell finds it
-PATIENCE = 15  # seconds to write down what there is, once told to stop
+PROGRAMS = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])  # nvcc may be where no shell finds it.
+PATIENCE = 15  # seconds that a part has to write down what there is, once it is told to stop
 PASSED, FAILED, STOPPED, NOT_RUN = "passed", "FAILED", "STOPPED", "not run"
 QUESTION = """import torch, triton
 print(torch.cuda.get_device_name(), *torch.cuda.get_device_capability(), torch.__version__, triton.__version__, sep="\\n")"""
@@ -41,13 +41,13 @@ NOT_HERE = 77  # the exit status of a command that found nothing to do
 
 
 class Part(NamedTuple):
-    """A command; {minutes} in it is what it may use."""
+    """A command. {minutes} in it stands for what it may use."""
 
     what: str
-    minutes: float  # what it may take of MINUTES; of another time, as large a share
+    minutes: float  # what it may take of MINUTES, or as large a share of another time
     command: tuple[str, ...]
     alone: bool = False
-    modules: tuple[str, ...] = ()  # that Python must have
+    modules: tuple[str, ...] = ()  # the modules that Python must have
 
 
 class Outcome(NamedTuple):
@@ -65,10 +65,10 @@ MINUTES, INSTALLING, TOGETHER = 8.5, 1.6, 3.3
 BENCH = (PYTHON, "-m", "bench.run", "--device", "cuda", "--seconds", "0.1", "--minutes", "{minutes}", "--compile")
 SANITIZED = (PYTHON, "-m", "bench.gpu.sanitized", "--under")
 GRAPHS, FAR, RANKS = "cuda_graph", "past_2_to_the_31", "nccl or two_processes"
-ONLY_IF_NAMED = {"ceilings", "tune"}  # run.py begins with the first
-BEFORE = {"bench": "peers", "memcheck": "calls", "racecheck": "calls"}  # what fills the caches that these find full
+ONLY_IF_NAMED = {"ceilings", "tune"}  # The benchmark begins with the first.
+BEFORE = {"bench": "peers", "memcheck": "calls", "racecheck": "calls"}  # These need caches that those fill.
 ALONE = f"({GRAPHS} or {FAR} or {RANKS})"
-# Most of the suite's time is Triton's: some 1000 kernels for a chip that has none of them yet, a CPU second or two each, over all cores.
+# Most of the suite's time is Triton's: it compiles some 1000 kernels for a chip that has none yet, a CPU second or two each.
 PARTS = {
     "ceilings": Part("copying and matrix products at best", 0.5, (PYTHON, "-m", "bench.measuring.ceilings"), alone=True),
     "calls": Part("small calls of every fused backend, side by side", 0.5, (PYTHON, "-m", "bench.gpu.sanitized"), alone=True),
@@ -88,7 +88,7 @@ PARTS = {
 
 
 def stages(named: Sequence[str]) -> Iterator[list[str]]:
-    """Those that run at once: one that runs alone, or all in a row that do not. All of them when none is named."""
+    """The parts that run at once: one that runs alone, or all in a row that do not. All parts take part when none is named."""
     asked = {*named, *(BEFORE[name] for name in named if name in BEFORE)}
     stage: list[str] = []
     for name in [name for name in PARTS if name in asked or not named and name not in ONLY_IF_NAMED]:
@@ -107,12 +107,12 @@ def minutes(stage: Sequence[str]) -> float:
 def environment(**more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(SITE), str(ROOT), os.environ.get("PYTHONPATH")]))
-    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes are many, and each would start one for every core
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # There are many processes, and each would start one for every core.
     return inherited | alone | {"PATH": PROGRAMS, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
 
 
 def install(arch: str, until: float) -> Outcome:
-    """This tree into SITE, with as much C++ as can be built. arch: as nvcc has it, "90a" say."""
+    """Install this tree into SITE with as much C++ as can be built. arch: as nvcc names it, "90a" say."""
     began = time.monotonic()
     attempts = {
         "with CUDA C++": f"-DSMATTN_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES={arch}-real",
@@ -122,7 +122,7 @@ def install(arch: str, until: float) -> Outcome:
         del attempts["with CUDA C++"]
     for what, options in attempts.items():
         shutil.rmtree(SITE, ignore_errors=True)
-        share = 0.8 * (until - time.monotonic())  # what was compiled in vain is not compiled again for the next attempt
+        share = 0.8 * (until - time.monotonic())  # The next attempt need not compile again what this one compiled in vain.
         if install_once(environment(CMAKE_ARGS=options), time.monotonic() + share):
             return Outcome(PASSED, time.monotonic() - began, what)
         print(f"-- not installed {what}", flush=True)
@@ -131,7 +131,7 @@ def install(arch: str, until: float) -> Outcome:
 
 
 def link() -> None:
-    """The package in SITE as links to this tree, kernels/ as smattn.kernels: what needs neither pip nor a compiler."""
+    """Make the package in SITE of links to this tree, which needs neither pip nor a compiler."""
     shutil.rmtree(SITE, ignore_errors=True)
     (SITE / "smattn").mkdir(parents=True)
     for path in [ROOT / "kernels", *(ROOT / "smattn").iterdir()]:
@@ -161,7 +161,7 @@ class Running(NamedTuple):
 
 
 def run(parts: Mapping[str, Part], until: float, variables: dict[str, str] | None = None) -> dict[str, Outcome]:
-    """Parts side by side, begun when what they need is there, and ended in time. What one alone prints is seen as it comes."""
+    """Run parts side by side, if what they need is there, and end them in time. What a part alone prints is shown as it comes."""
     outcomes: dict[str, Outcome] = {}
     running: dict[str, Running] = {}
     for name, part in parts.items():
@@ -183,6 +183,7 @@ def run(parts: Mapping[str, Part], until: float, variables: dict[str, str] | Non
 
 
 def why_not(part: Part, until: float) -> str:
+    """Why a part cannot begin; "" when it can."""
     if until - time.monotonic() < 1:
         return "no time was left"
     absent = [name for name in part.modules if importlib.util.find_spec(name) is None]
@@ -193,7 +194,7 @@ def start(name: str, part: Part, until: float, variables: dict[str, str], shown:
     left = max(0.0, until - time.monotonic() - 2 * PATIENCE) / 60
     words = [word.format(minutes=f"{left:.2f}") if word == "{minutes}" else word for word in part.command]
     print("$ " + " ".join(words), flush=True)
-    # what a shell starts in the background ignores SIGINT, and hands that on
+    # What a shell starts in the background ignores SIGINT and hands that on, so the part is told to heed it.
     heeds_it = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     LOGS.mkdir(parents=True, exist_ok=True)
     with open(os.devnull if shown else LOGS / f"{name}.txt", "wb") as log:
@@ -205,7 +206,7 @@ def start(name: str, part: Part, until: float, variables: dict[str, str], shown:
 
 
 def end(name: str, one: Running, shown: bool) -> Outcome:
-    """Once it has ended, by itself or not: nothing of what it started is left, and what it printed is shown."""
+    """End a part, if it has not ended by itself, with all that it started, and show what it printed."""
     outcome = one.outcome()
     stop([one.process])
     if not shown:
@@ -214,7 +215,7 @@ def end(name: str, one: Running, shown: bool) -> Outcome:
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Each with all that it started: told so, and after PATIENCE killed."""
+    """Tell each process to stop, and after PATIENCE kill it with all that it started."""
     ending = time.monotonic() + PATIENCE
     for process in processes:
         if process.poll() is None:
@@ -227,7 +228,7 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         try:
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # nothing of it is left
+        except ProcessLookupError:  # Nothing of it is left.
             pass
         process.wait()
 
@@ -237,7 +238,7 @@ def find(tool: str) -> str | None:
 
 
 def describe_gpu() -> str:
-    """ "90a", say, after a line about the machine; exits where torch has no GPU."""
+    """Print a line about the machine; returns its architecture, "90a" say. Exits where torch has no GPU."""
     asked = subprocess.run([PYTHON, "-c", QUESTION], capture_output=True, text=True)
     if asked.returncode != 0:
         sys.exit(f"make gpu needs an NVIDIA GPU, torch and triton for {PYTHON}: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -264,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n== {name}: {PARTS[name].what}", flush=True)
         outcomes |= run({name: PARTS[name] for name in stage}, now() + (until - now()) * share)
     print("\n" + "\n".join(f"{name:10}{o.state:8}{o.seconds:6.0f} s  {o.why}" for name, o in outcomes.items()))
-    bad = {FAILED, STOPPED} | ({NOT_RUN} if args.parts else set())  # what was asked for by name has to run
+    bad = {FAILED, STOPPED} | ({NOT_RUN} if args.parts else set())  # What was asked for by name has to run.
     ran = [o for name, o in outcomes.items() if name != "install" and o.state == PASSED]
     return 1 if not ran or any(o.state in bad for o in outcomes.values()) else 0
 

@@ -1,8 +1,8 @@
 """A few small calls of every fused backend of this machine's device: `python -m bench.gpu.sanitized [--under memcheck]`
 
-Both regimes, every option, ragged sizes, forward and every gradient: each kernel runs, with no more work than it takes to find a bad access
-or a race. First in processes side by side, which compile what they call; then, if asked for, in one process under a tool of
-compute-sanitizer. Exit status 77: that is not installed, or does not work here.
+The calls have both regimes, every option, ragged sizes, forward and every gradient: each kernel runs, with no more work than it takes to
+find a bad access or a race. They run in processes side by side, which compile what they call; with --under they run in one process under a
+tool of compute-sanitizer. The exit status is 77 when that is not installed or does not work here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from smattn.backends import TABLE
 from smattn.testing import make_case, run
 
 DTYPES = (torch.float16, torch.float32)
-QUERIES, KEYS = (13, 150), 203  # few and many, no multiple of a tile
+QUERIES, KEYS = (13, 150), 203  # few and many, and no multiple of a tile
 PROCESSES = 16
 NOT_HERE = 77
 TRIAL = "import torch; torch.ones(1, device='cuda').sum().item()"
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"B": 1},
     "padding, dropout, lse": {"D": 48, "Hkv": 1, "dropout_p": 0.3, "padded": 0.3, "with_lse": True},
@@ -48,10 +46,10 @@ def calls(device: str) -> list[tuple[str, torch.dtype, int, str, str]]:
 
 
 def check(backend: str, dtype: torch.dtype, Nq: int, options: str, device: str) -> str:
-    """A line when all is well. RuntimeError when a result is not finite."""
+    """A line when all is well. Raises RuntimeError when a result is not finite."""
     sizes = {"B": 2, "H": 2, "Nq": Nq, "Nk": KEYS, "D": 32, "dtype": dtype, "device": device}
     results = run(make_case(**(sizes | OPTIONS[options])), backend)
-    bad = [tensor for tensor, value in results.items() if not value[value != float("-inf")].isfinite().all()]  # lse may be -inf
+    bad = [tensor for tensor, value in results.items() if not value[value != float("-inf")].isfinite().all()]  # lse may be -inf.
     if bad:
         raise RuntimeError(f"{', '.join(bad)} not finite")
     return f"{said(backend, dtype, Nq, options)}: done"
@@ -62,7 +60,7 @@ def said(backend: str, dtype: torch.dtype, Nq: int, options: str) -> str:
 
 
 def side_by_side(device: str) -> int:
-    """How many of the calls failed, each of which may take its process down."""
+    """Make each call in a process that it may take down; returns how many failed."""
 
     def one(arguments: tuple[str, torch.dtype, int, str, str]) -> int:
         try:
@@ -78,15 +76,15 @@ def side_by_side(device: str) -> int:
 
 
 def under(tool: str, find: Callable[[str], Any] = shutil.which) -> int:
-    """The exit status of this program's calls under compute-sanitizer."""
+    """Make the calls under a tool of compute-sanitizer; returns the exit status."""
     sanitizer = find("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not installed")
         return NOT_HERE
-    # without torch's cache of memory, for memcheck each tensor is an allocation
+    # Without torch's cache of memory each tensor is an allocation that memcheck knows.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
     words = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--print-limit", "10"]
-    words += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks the driver for what it may not have
+    words += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks the driver for what it may not have.
     words.append(sys.executable)
     if subprocess.run([*words, "-c", TRIAL], env=environment).returncode != 0:
         print("compute-sanitizer is installed and does not work here, as it says above")

@@ -1,10 +1,10 @@
 """The targets on an H200, and what a run on a GPU makes of them: `python -m bench.gpu.targets [bench/results/FILE.jsonl]`
 
-Of the backend that smattn takes when none is named, in bfloat16, with the mask that is worse for it. Backward is what forward and
-backward take, less what forward does: a forward whose gradients are wanted keeps more and has a third product, and that counts as backward.
-It is no figure where noise makes the whole the shorter of the two. A figure of bandwidth counts what must be moved once: by forward its
-inputs and output, by backward twice that, for inputs and output come back with their gradients. Memory is the most of the extra memory
-that smattn's promise allows.
+They are of the backend that smattn takes when none is named, in bfloat16, under the mask that is worse for it. Backward is what forward and
+backward take, less what forward takes: a forward whose gradients are wanted keeps more and has a third product, and that counts as
+backward. There is no figure where noise makes the whole the shorter of the two. A bandwidth counts what must be moved once: in forward the
+inputs and the output, in backward twice that, for inputs and output come back with their gradients. Memory is the share that was taken of
+the extra memory that smattn's promise allows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PEERS = {"flex": "FlexAttention", "sdpa": "SDPA with the bias"}
 SPEEDUP = 3.0
 BANDWIDTH, BOUND_BY_MEMORY = 0.7, ("video64k", "queries100")
 LATENCY, BOUND_BY_LAUNCHES = {FORWARD: 15.0, "backward": 30.0}, ("hodor_train", "hodor_infer")  # microseconds
-OPERATIONS, BOUND_BY_PRODUCTS = {FORWARD: 450.0, "backward": 200.0}, "self4k_d128"  # TFLOP/s, backward counted as 5 products
+OPERATIONS, BOUND_BY_PRODUCTS = {FORWARD: 450.0, "backward": 200.0}, "self4k_d128"  # TFLOP/s, where backward counts as 5 products
 ALLOWED_SHARE, ALLOWED_BYTES = 0.25, 16 * 2**20
 
 
@@ -36,11 +36,11 @@ class Target(NamedTuple):
     unit: str
     measured: float | None
     at_least: bool = True
-    reason: str = "not yet run"  # when there is no figure
-    complete: bool = True  # a figure of every mask
+    reason: str = "not yet run"  # why there is no figure
+    complete: bool = True  # whether every mask has a figure
 
     def given(self, figures: Iterable[float | None], reasons: Iterable[str | None]) -> Target:
-        """With the worst of the figures; without any, with the first reason why."""
+        """The target with the worst of the figures; without any, with the first reason why."""
         figures = list(figures)
         measured = [figure for figure in figures if figure is not None]
         reason = next((reason for reason in reasons if reason), self.reason)
@@ -63,20 +63,20 @@ class Target(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The rows of one workload, kind of cache and mask: smattn's and its peers', by direction."""
+    """The rows of one workload, kind of cache and mask by direction, smattn's and its peers'."""
 
     ours: dict[str, Row]
-    peers: dict[tuple[str, str], Row]  # by direction and name
+    peers: dict[tuple[str, str], Row]  # by direction and the peer's name
 
     def ms(self, direction: str) -> float | None:
-        """Of FORWARD, BOTH, or "backward": their difference."""
+        """Milliseconds of FORWARD, of BOTH, or of "backward", which is their difference."""
         if direction == "backward":
             both, forward = self.ms(BOTH), self.ms(FORWARD)
             return both - forward if both and forward and both > forward else None
         return self.ours[direction].median_ms if direction in self.ours else None
 
     def reason(self, direction: str) -> str | None:
-        """Why ms has nothing to say of it; None when nothing is known."""
+        """Why ms has no figure; None when nothing is known."""
         both, forward = self.ms(BOTH), self.ms(FORWARD)
         if direction == "backward" and both and forward and both <= forward:
             return f"lost in noise: {BOTH} took {1e3 * both:.3g} µs, {FORWARD} alone {1e3 * forward:.3g} µs"
@@ -85,7 +85,7 @@ class Found(NamedTuple):
 
 
 def found(rows: list[Row], workload: str, cache: str = WARM) -> list[Found]:
-    """One for each mask."""
+    """What the rows have of a workload, for each mask."""
     chosen = [row for row in rows if (row.workload, row.dtype, row.cache) == (workload, DTYPE, cache)]
     return [
         Found(
@@ -97,6 +97,7 @@ def found(rows: list[Row], workload: str, cache: str = WARM) -> list[Found]:
 
 
 def targets(rows: list[Row]) -> Iterator[Target]:
+    """Every target with its figure."""
     for workload in WORKLOADS:
         for peer, name in PEERS.items():
             yield speedup(rows, workload, peer, name)
@@ -120,6 +121,7 @@ def targets(rows: list[Row]) -> Iterator[Target]:
 
 
 def speedup(rows: list[Row], workload: str, peer: str, name: str) -> Target:
+    """The target of being SPEEDUP times as fast as a peer; name: what the table calls it."""
     cells = [cell for cell in found(rows, workload) if BOTH in cell.ours and (BOTH, peer) in cell.peers]
     pairs = [(cell.ours[BOTH], cell.peers[BOTH, peer]) for cell in cells]
     ratios = (theirs.median_ms / ours.median_ms if ours.median_ms and theirs.median_ms else None for ours, theirs in pairs)
@@ -130,19 +132,19 @@ def speedup(rows: list[Row], workload: str, peer: str, name: str) -> Target:
 def of(
     rows: list[Row], workload: str, cache: str, direction: str, goal: Target, figure: Callable[[Row, float], float | None]
 ) -> Target:  # fmt: skip
-    """The target with a figure made of forward's row and the milliseconds of a direction."""
+    """The target with figures that `figure` makes of forward's row and the milliseconds of a direction."""
     cells = [cell for cell in found(rows, workload, cache) if FORWARD in cell.ours]
     figures = (figure(cell.ours[FORWARD], ms) if (ms := cell.ms(direction)) else None for cell in cells)
     return goal.given(figures, (cell.reason(direction) for cell in cells))
 
 
 def share(row: Row) -> float | None:
-    """Percent of the allowed extra memory that was taken."""
+    """The extra memory as a percentage of what is allowed."""
     return None if row.extra_bytes is None else 100 * max(0, row.extra_bytes) / (ALLOWED_SHARE * row.io_bytes + ALLOWED_BYTES)
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown. Without rows: what is aimed at, nothing of it run."""
+    """The Markdown table. Without rows it has what is aimed at, and nothing of it run."""
     return markdown(["target", "goal", "measured", "outcome"], [target.cells() for target in targets(rows)])
 
 

@@ -32,7 +32,7 @@ import torch
 import triton
 
 import smattn
-from bench.measuring.harness import cache_flush, time_interleaved, timing, warm_up
+from bench.measuring.clock import cache_flush, time_interleaved, timing, warm_up
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
 from smattn.kernels import tiles as table
 from smattn.kernels.chip import arch_of, generation

@@ -1,6 +1,6 @@
-"""What a GPU does at best: copying, and multiplying large matrices. `python -m bench.measuring.ceilings`
+"""What a GPU does at best: copying, and multiplying large matrices. `python -m bench.measuring.ceilings` prints it.
 
-Every run of run.py on a GPU begins with these rows; alone they are printed. The numbers are random: on zeros a matrix product runs faster.
+Every benchmark on a GPU begins with these rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from bench.measuring.harness import time_interleaved, warm_up
+from bench.measuring.clock import time_interleaved, warm_up
 from bench.measuring.job import Job
 from bench.measuring.measure import matmul_call
 from bench.reporting.rows import CEILINGS, COPY, LARGE_MATMUL, Row
@@ -20,20 +20,21 @@ LARGE_SIDE = 8192
 
 
 def measure_ceilings(job: Job, dtype: torch.dtype, copy_bytes: int = COPY_BYTES, side: int = LARGE_SIDE) -> None:
-    """Add the rows: a copy of so many bytes, and torch.mm at `side`^3."""
+    """Add two rows, a copy of so many bytes and torch.mm at side^3."""
     source = torch.randn(copy_bytes // 4, device=job.device)
     target = torch.empty_like(source)
     calls = {COPY: lambda: target.copy_(source), LARGE_MATMUL: matmul_call(dtype, job.device, side)}
     for call in calls.values():
         warm_up(call, job.device)
     taken = time_interleaved(calls, job.device, job.seconds)
-    job.add_ceiling(COPY, "torch.copy_", (source.numel(),), source.dtype, taken[COPY], 2 * source.nbytes, 0)
+    shape, moved = (source.numel(),), 2 * source.nbytes
+    job.add_row("torch.copy_", taken[COPY], workload=COPY, shape=shape, dtype=source.dtype, io_bytes=moved, flops=0)
     job.add_matmul(dtype, taken[LARGE_MATMUL], LARGE_MATMUL, side)
     job.save()
 
 
 def table(rows: list[Row]) -> str:
-    """A line each: the median rate, and what the tenth and ninetieth percentile make of it."""
+    """A line for each ceiling: the median rate, and those of the tenth and ninetieth percentile."""
     return "\n".join(line(row) for row in rows if row.workload in CEILINGS and row.median_ms)
 
 
@@ -45,7 +46,7 @@ def line(row: Row) -> str:
 
 
 def rate(rows: list[Row], workload: str) -> float | None:
-    """Bytes or operations a second at best, None when it was not measured."""
+    """The best bytes or operations a second; None when it was not measured."""
     measured = [row for row in rows if row.workload == workload and row.median_ms]
     return max((1e3 * (row.flops or row.io_bytes) / row.median_ms for row in measured if row.median_ms), default=None)
 

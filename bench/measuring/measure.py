@@ -1,47 +1,34 @@
-"""Time and memory of every contestant in every cell, as rows; what was not measured is a row that says why."""
+"""Time and memory of every contestant in every cell, as rows. What was not measured is a row that says why."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bench.measuring.harness import (
-    GRAPH_CALLS,
-    Cell,
-    Step,
-    bind,
-    cache_flush,
-    extra_bytes,
-    in_graph,
-    on_a_gpu,
-    time_interleaved,
-    timing,
-    warm_up,
-)
-from bench.measuring.job import SIDE, Job, name_of
+from bench.measuring.cell import Cell, Step, bind
+from bench.measuring.clock import GRAPH_CALLS, cache_flush, in_graph, time_interleaved, timing, warm_up
+from bench.measuring.fits import free_memory, why_not
+from bench.measuring.job import SIDE, Job
+from bench.measuring.machine import name_of, on_a_gpu
+from bench.measuring.memory import extra_bytes
 from bench.measuring.peers import Contestant
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
-from bench.reporting.rows import BOTH, COLD, FORWARD, GRAPH, OURS, WARM, Row
-
-SCORE_TENSORS = {FORWARD: 4, BOTH: 7}  # what a contestant that holds them may hold at once, float32
-COMPILERS = 16  # processes
+from bench.reporting.rows import COLD, GRAPH, WARM, Row
 
 
 def measure(job: Job, cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> None:
-    """Every contestant in every cell, and torch.mm around each cell: its spread says how quiet the machine was.
+    """Measure every contestant in every cell, and torch.mm around each cell: its spread tells how quiet the machine was.
 
-    until: on time.monotonic's clock; no cell is begun after it. The rows are saved after each cell. On a GPU one process measures them all,
-    and is replaced when a contestant takes it down: the others are then measured without that one.
+    until: on time.monotonic's clock; no cell is begun after it. The rows are saved after each cell. On a GPU one process measures them all.
+    It is replaced when a contestant takes it down, and the others are then measured without that one.
     """
     calibration: dict[torch.dtype, list[float]] = {cell.dtype: [] for cell in cells}
     with Worker() as worker, tqdm(total=len(cells), desc="time and memory", file=sys.stdout, mininterval=1) as bar:
@@ -52,7 +39,7 @@ def measure(job: Job, cells: list[Cell], contestants: list[Contestant], until: f
                 calibration[cell.dtype] += cell_of(job, cell, contestants, call, until)
                 job.save()
                 bar.update()
-        finally:  # also when told to stop
+        finally:  # This also serves a run that is told to stop.
             for dtype, taken in calibration.items():
                 if taken:
                     job.add_matmul(dtype, taken)
@@ -64,7 +51,7 @@ def directly(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def cell_of(job: Job, cell: Cell, contestants: list[Contestant], call: Callable[..., Any], until: float) -> list[float]:
-    """Add the cell's rows, made by measure_cell in whatever process `call` has; the milliseconds of the calibration around it."""
+    """Add the cell's rows, which measure_cell makes in whatever process `call` has; returns milliseconds of the calibration around it."""
     why, names = "", {contestant.name for contestant in contestants}
     while time.monotonic() < until:
         try:
@@ -86,14 +73,14 @@ def cell_of(job: Job, cell: Cell, contestants: list[Contestant], call: Callable[
     return []
 
 
-@lru_cache(1)  # that is, when another follows
+@lru_cache(1)  # So it forgets when another shape follows.
 def forget_compiled(shape: tuple[int, ...], dtype: torch.dtype, direction: str) -> None:
-    """Both masks of a shape share what is compiled; a third shape would make torch.compile generalise, and then give up."""
+    """Both masks of a shape share what is compiled. A third shape would make torch.compile generalise, and then give up."""
     torch.compiler.reset()
 
 
 def measure_cell(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[list[Row], list[float]]:
-    """The cell's rows, added to the job's, and the milliseconds of the calibration around it."""
+    """Add the cell's rows to the job's; returns all of them, and milliseconds of the calibration around the cell."""
     forget_compiled(cell.shape, cell.dtype, cell.direction)
     matmul = matmul_call(cell.dtype, job.device)
     calls, refused = bound(job, cell, contestants)
@@ -120,7 +107,7 @@ def measure_cell(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[l
 
 
 def memories(job: Job, cell: Cell, contestants: list[Contestant], refused: dict[str, str]) -> list[tuple[int | None, str | None]]:
-    """Extra bytes of each, or why there is no such number."""
+    """The extra bytes of each contestant, or why there is no such number."""
 
     def memory(contestant: Contestant) -> tuple[int | None, str | None]:
         if reason := refused.get(contestant.name):
@@ -132,8 +119,8 @@ def memories(job: Job, cell: Cell, contestants: list[Contestant], refused: dict[
             still_usable(error)
             return None, f"memory not measured: {error}"
 
-    both_fit = torch.device(job.device).type == "cpu" and 2 * _score_bytes(cell) < _free_memory()
-    with ThreadPoolExecutor(2 if both_fit else 1) as pool:  # on a CPU each has a process of its own
+    both_fit = torch.device(job.device).type == "cpu" and 2 * cell.score_bytes < free_memory()
+    with ThreadPoolExecutor(2 if both_fit else 1) as pool:  # On a CPU each has a process of its own.
         return list(pool.map(memory, contestants))
 
 
@@ -148,14 +135,14 @@ def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str
             call = bind(contestant.ready(), case, cell.direction, contestant.gradients)
             warm_up(call, job.device)
             calls[contestant.name] = call
-        except Exception as error:  # a peer that cannot run the cell is reported, and the others are measured
+        except Exception as error:  # A peer that cannot run the cell is reported, and the others are measured.
             still_usable(error)
             refused[contestant.name] = in_a_line(error)
     return calls, refused
 
 
 def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds of a call in a CUDA graph of several, and why the others cannot be captured."""
+    """Milliseconds of a call in a CUDA graph of several, and why the other contestants cannot be captured."""
     graphs, refused = dict[str, Callable[[], object]](), dict[str, str]()
     for name, call in calls.items():
         at(name)
@@ -168,75 +155,9 @@ def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple
     return {name: [ms / GRAPH_CALLS for ms in taken] for name, taken in samples.items()}, refused
 
 
-def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> dict[str, str]:
-    """Run what is compiled once for each shape, in processes side by side: the measuring process then finds it on disk.
-
-    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured. Returns the peers that cannot be compiled,
-    by Job.at, and why: the measuring process would take as long to find that out, once for each mask.
-    """
-    failed: dict[str, str] = {}
-    shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}.values()
-    slow = [contestant for contestant in contestants if contestant.compiled or contestant.name.startswith(OURS)]
-    left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # the longest are taken first
-
-    def compiled() -> None:
-        with Worker() as worker:
-            while left and time.monotonic() < until:
-                contestant, cell = left.pop()
-                try:
-                    worker(_compile, contestant, cell)
-                except RuntimeError as error:
-                    print(f"{(where := Job.at(contestant.name, cell))}: {error}", flush=True)
-                    if not contestant.name.startswith(OURS) and "out of memory" not in f"{error}":  # there are many at once
-                        failed[where] = f"{error}"
-
-    processes = min(COMPILERS, os.cpu_count() or 1, len(left))
-    with ThreadPoolExecutor(max(1, processes)) as pool:
-        try:
-            for done in [pool.submit(compiled) for _ in range(processes)]:
-                done.result()
-        finally:  # also when told to stop
-            left.clear()
-    return failed
-
-
-def _compile(contestant: Contestant, cell: Cell) -> None:
-    torch.set_num_threads(1)
-    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]  # else each of the processes starts one for every core
-    if why_not(contestant, cell) is None:
-        bind(contestant.ready(), cell.blank(), cell.direction, contestant.gradients)()
-        torch.cuda.synchronize()
-
-
-def why_not(contestant: Contestant, cell: Cell) -> str | None:
-    """Why a contestant is left out of a cell, None when it is not."""
-    kind = torch.device(cell.device).type
-    if cell.direction == BOTH and kind in contestant.forward_only_on:
-        return f"has no backward on a {kind.upper()}"
-    needed = _score_bytes(cell)
-    free = _free_on_cuda() if kind == "cuda" else _free_memory()
-    if contestant.holds_scores and needed > free:
-        return f"may need {needed / 1e9:.0f} GB for its score tensors, {free / 1e9:.0f} GB are free"
-    return None
-
-
 @lru_cache(2)
 def matmul_call(dtype: torch.dtype, device: str, side: int = SIDE) -> Callable[[], object]:
+    """torch.mm of two random matrices of this side. On zeros a product would run faster."""
     a = torch.randn(side, side, device=device).to(dtype)
     out = torch.mm(a, a)
     return lambda: torch.mm(a, a, out=out)
-
-
-def _score_bytes(cell: Cell) -> int:
-    B, H, Nq, Nk, _ = cell.shape
-    return SCORE_TENSORS[cell.direction] * 4 * B * H * Nq * Nk
-
-
-def _free_on_cuda() -> int:
-    """What torch holds and does not use counts as free."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
-def _free_memory() -> int:
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

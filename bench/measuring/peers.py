@@ -1,6 +1,6 @@
-"""What one would use instead of smattn: each peer one function of (query, key, value, mask, alpha), and what makes it ready to call.
+"""What one would use instead of smattn. Each peer is one function of (query, key, value, mask, alpha), with what makes it ready to call.
 
-query (B, H, Nq, D), key and value (B, H, Nk, D), mask (B|1, 1, Nq|1, Nk) not expanded, alpha (H,). Tune a peer, and we shall be glad.
+query (B, H, Nq, D), key and value (B, H, Nk, D), mask (B|1, 1, Nq|1, Nk), not expanded, alpha (H,). If you can tune a peer, we are glad.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor
 
 @dataclass(frozen=True)
 class Contestant:
-    """One entry: a function, compiled or not. Picklable, so that a fresh process can measure its memory."""
+    """A function to measure, compiled or not. It is picklable, so that a fresh process can measure its memory."""
 
     name: str
     function: Callable[..., Tensor]
     compiled: bool = False
-    forward_only_on: tuple[str, ...] = ()  # device types
-    holds_scores: bool = True  # tensors of B*H*Nq*Nk elements
-    gradients: int = 5  # of the inputs, the first so many
-    kernels: str = ""  # the set of CPU kernels to force on the process, "avx2" say
+    forward_only_on: tuple[str, ...] = ()  # device types on which it has no backward
+    holds_scores: bool = True  # whether it holds tensors of B*H*Nq*Nk elements
+    gradients: int = 5  # It gives those of the first so many inputs.
+    kernels: str = ""  # the instruction set of the CPU kernels to force on the process, "avx2" say
 
     def ready(self) -> Attend:
-        """The function to call; call torch.compiler.reset() between shapes, or torch.compile generalises and then gives up."""
+        """The function to call. Call torch.compiler.reset() between shapes, or torch.compile generalises and then gives up."""
         if self.kernels:
             select_cpu_kernels(self.kernels)
         return torch.compile(self.function, dynamic=False) if self.compiled else self.function
@@ -71,8 +71,6 @@ PEERS = (
     Contestant("sdpa", sdpa),
     Contestant("flex", flex, compiled=True, forward_only_on=("cpu",), holds_scores=False),
 )
-
-
 WITHOUT_MASK = Contestant(UNMASKED, flash, holds_scores=False, gradients=3)
 
 
@@ -85,16 +83,24 @@ class _Backend:
 
 
 def ours(name: str, kernels: str = "") -> Contestant:
-    """A backend of smattn as a contestant, "smattn/cpu" say, or "smattn/cpu (avx2)" where a set of kernels is forced."""
+    """A backend of smattn as a contestant: "smattn/cpu", say, or "smattn/cpu (avx2)" where an instruction set is forced."""
     label = f"{OURS}{name} ({kernels})" if kernels else f"{OURS}{name}"
     return Contestant(label, _Backend(name), holds_scores=name == "reference", kernels=kernels)
 
 
 def cpu_kernels() -> list[str]:
-    """The sets of CPU kernels that this processor can run, the one it runs unasked first."""
+    """The instruction sets of CPU kernels that this processor can run, first the one that it runs unasked; none without the extension."""
     return [] if cpu.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()
 
 
+def which_cpu_kernels(forced: str = "") -> str:
+    """The instruction set of the CPU kernels that run, and why, "avx2: it was asked for" say; "" without the extension."""
+    if forced:
+        return f"{forced}: it was asked for"
+    return str(torch.ops.smattn_cpu.cpu_kernels_reason()) if cpu_kernels() else ""
+
+
 def select_cpu_kernels(name: str) -> None:
-    cpu.reasons()  # loads the ops
+    """Make this process run the CPU kernels of that instruction set."""
+    cpu.reasons()  # It loads the ops.
     torch.ops.smattn_cpu.select_cpu_kernels(name)

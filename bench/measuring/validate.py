@@ -1,7 +1,7 @@
 """Validate out and all five gradients of a backend against float64, beside plain PyTorch's errors and the budget of smattn.testing.
 
-`TRITON_INTERPRET=1 python -m bench.measuring.validate` validates interpreted Triton at reduced sizes and prints JSON,
-for bench.run on a CPU.
+`TRITON_INTERPRET=1 python -m bench.measuring.validate` validates interpreted Triton at reduced sizes and prints JSON, which bench.run on a
+CPU reads.
 """
 
 from __future__ import annotations
@@ -13,37 +13,36 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import smattn
-from smattn.testing import WORKLOADS, Case, Error, Workload, errors, make_case, run
+from bench.measuring.machine import ROOT, name_of
+from smattn.testing import WORKLOADS, Case, Error, Workload, errors, run, workload_case
 
-ROOT = Path(__file__).resolve().parents[2]
-LARGEST = {"cpu": 2**23, "cuda": 2**27}  # scores; float64 takes seconds
-BYTES = 256  # of a GPU's memory for a score: float64 takes two dozen tensors of them
-INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter's bfloat16 products are wrong
+LARGEST = {"cpu": 2**23, "cuda": 2**27}  # scores, for which float64 takes seconds
+BYTES = 256  # of a GPU's memory that a score needs: float64 takes two dozen tensors of scores
+INTERPRETED_DTYPES = (torch.float32, torch.float16)  # The interpreter's bfloat16 products are wrong.
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One backend on one workload: errors as in smattn.testing, each norm as (max, Frobenius)."""
+    """The errors of one backend on one workload, as in smattn.testing. Each norm is (max, Frobenius)."""
 
     backend: str
     workload: str
-    shape: tuple[int, ...]  # B, H, Nq, Nk, D validated: the workload's, reduced where it is too large
+    shape: tuple[int, ...]  # B, H, Nq, Nk, D as validated, which is the workload's unless that is too large
     mask: str
     dtype: str
-    tensors: dict[str, dict[str, Any]]  # "out", "dquery", ... -> error, plain, allowed, within
+    tensors: dict[str, dict[str, Any]]  # "out", "dquery" and so on -> error, plain, allowed, within
 
     @property
     def within(self) -> bool:
         return all(tensor["within"] for tensor in self.tensors.values())
 
     def share(self, name: str) -> float:
-        """The worst share of the budget that a tensor uses."""
+        """The share of its budget that a tensor uses, in the worse norm."""
         tensor = self.tensors[name]
         return max(error / allowed if error else 0.0 for error, allowed in zip(tensor["error"], tensor["allowed"], strict=True))
 
@@ -60,15 +59,15 @@ def validate(backend: str, workload: Workload, mask: str, dtype: torch.dtype, de
     return validate_case(backend, _case(workload, mask, dtype, device), workload, mask)
 
 
-@lru_cache(1)  # for one backend after the other
-def _case(w: Workload, mask: str, dtype: torch.dtype, device: str) -> Case:
-    return make_case(w.B, w.H, w.Nq, w.Nk, w.D, dtype=dtype, mask=mask, mask_dtype=dtype, device=device)
+@lru_cache(1)  # One backend after the other takes it.
+def _case(workload: Workload, mask: str, dtype: torch.dtype, device: str) -> Case:
+    return workload_case(workload, mask=mask, dtype=dtype, device=device)
 
 
 def validate_case(backend: str, case: Case, w: Workload, mask: str) -> Validation:
     rows = errors(run(case, backend=backend), case)
-    shape, name = (w.B, w.H, w.Nq, w.Nk, w.D), str(case.query.dtype).removeprefix("torch.")
-    return Validation(f"smattn/{backend}", w.name, shape, mask, name, {row.name: _as_dict(row) for row in rows})
+    shape, dtype = (w.B, w.H, w.Nq, w.Nk, w.D), name_of(case.query.dtype)
+    return Validation(f"smattn/{backend}", w.name, shape, mask, dtype, {row.name: _as_dict(row) for row in rows})
 
 
 def _as_dict(row: Error) -> dict[str, Any]:
@@ -76,25 +75,25 @@ def _as_dict(row: Error) -> dict[str, Any]:
 
 
 def largest(device: str) -> int:
-    """Scores that the float64 reference can be given."""
+    """The number of scores that the float64 reference can be given."""
     kind = torch.device(device).type
     return LARGEST[kind] if kind == "cpu" else min(LARGEST[kind], torch.cuda.mem_get_info(device)[0] // BYTES)
 
 
 def fitting(w: Workload, scores: int = LARGEST["cpu"]) -> Workload:
-    """The workload with as much of its batch, heads and queries as so many scores hold, in this order: keys and head size stay."""
+    """The workload with as much of its batch, then heads, then queries as so many scores hold. Keys and head size stay."""
     B = min(w.B, max(1, scores // (w.H * w.Nq * w.Nk)))
     H = min(w.H, max(1, scores // (B * w.Nq * w.Nk)))
     return replace(w, B=B, H=H, Nq=min(w.Nq, max(1, scores // (B * H * w.Nk))))
 
 
 def reduced(w: Workload) -> Workload:
-    """Small enough for an interpreter, and still of several blocks."""
+    """A workload small enough for an interpreter, and still of several blocks."""
     return replace(w, B=1, H=2, Nq=min(w.Nq, 150), Nk=min(w.Nk, 300))
 
 
 def interpreted_triton(names: list[str]) -> list[Validation] | str:
-    """Interpreted Triton on the named workloads, in a process of its own; or why it cannot be validated here."""
+    """Validate interpreted Triton on the named workloads, in a process of its own; or say why that is not possible here."""
     if os.name != "posix":
         return "Triton needs Linux"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,6 +1,6 @@
-"""Calls in a process that may be lost: a kernel that reads where it must not leaves its process without a GPU, and one may never end.
+"""Calls in a process that may be lost. A kernel that reads where it must not leaves its process without a GPU, and a kernel may never end.
 
-What is lost is one call. The next one begins in a new process.
+Only the one call is then lost: the next begins in a new process.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-SILENCE = 150.0  # seconds without a word: longer than any peer takes to compile
-_reports: list[Connection] = []  # to the process that asked, in a process of a Worker
+SILENCE = 150.0  # seconds without a word, longer than any peer takes to compile
+_reports: list[Connection] = []  # In a Worker's process this has the connection to the process that asked.
 
 
 class Lost(RuntimeError):
-    """The process had to be given up. `at`: what it had said last that it was at."""
+    """The process had to be given up. `at` is the last thing that it said it would do."""
 
     def __init__(self, at: str, why: str) -> None:
         super().__init__(why)
@@ -25,13 +25,13 @@ class Lost(RuntimeError):
 
 
 def at(what: str) -> None:
-    """Say what comes next, to be told should it be the last."""
+    """Say what comes next, so that the asking process knows it if the process is lost."""
     for report in _reports:
         report.send(("at", what))
 
 
 def still_usable(error: Exception) -> None:
-    """Lost, where after this error the process can do nothing more on its GPU."""
+    """Raise Unusable if, after this error, the process can do nothing more on its GPU."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -40,22 +40,23 @@ def still_usable(error: Exception) -> None:
 
 
 class Unusable(BaseException):
-    """Passes by whoever goes on after an Exception."""
+    """A BaseException, so that `except Exception` does not swallow it."""
 
 
 def in_a_line(error: BaseException) -> str:
+    """The first line of its message, or its type where there is no message."""
     return f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
 
 
 class Worker:
-    """One process, started anew after each loss."""
+    """One process, which is started anew after each loss. silence: seconds without a word after which it counts as lost."""
 
     def __init__(self, silence: float = SILENCE) -> None:
         self._silence = silence
         self._process: Any = None
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args), all picklable. RuntimeError with the message of what it raised; Lost."""
+        """function(*args), all picklable. Raises RuntimeError with the message of what the function raised, and Lost."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
@@ -82,7 +83,7 @@ class Worker:
         raise Lost(said, why)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -101,7 +102,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             function, args = connection.recv()
-        except EOFError:  # whoever asked is gone
+        except EOFError:  # The process that asked is gone.
             return
         try:
             try:

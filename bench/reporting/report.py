@@ -1,4 +1,4 @@
-"""A report from a result file: Markdown tables and two plots beside it. `python -m bench.reporting.report bench/results/FILE.jsonl`"""
+"""The report of a result file, Markdown tables and two plots beside it: `python -m bench.reporting.report bench/results/FILE.jsonl`"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smattn.testing import WORKLOADS
 
 
 def summary(rows: list[Row]) -> str:
-    """A line a cell, for the terminal."""
+    """A line for each cell, for the terminal."""
     lines = [f"{'':60}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
     for key, duel in duels(rows).items():
         peer, small = duel.fastest, duel.smallest
@@ -37,10 +37,11 @@ def write_report(path: Path) -> Path:
     plot([row for row in timed if row.cache == WARM], "memory", path.with_name(f"{path.stem}-memory.png"))
     about, names = rows[0], contestants(rows)
     versions = ", ".join(f"{name} {version}" for name, version in about.versions.items())
+    kernels = f"\nCPU kernels of smattn: {about.kernels}.\n" if about.kernels else ""
     text = f"""# {about.device}
 
 {versions}, commit {about.commit}, {about.threads} threads, by `{about.command}`. Every row is in [{path.name}]({path.name}).
-
+{kernels}
 ## Time
 
 Medians in ms, every contestant called in turn in one run; forward+backward has all five gradients. In brackets GFLOP/s, forward counted as
@@ -79,16 +80,16 @@ Workloads not in this run: {", ".join(name for name in WORKLOADS if name not in 
 
 
 def on_a_gpu(rows: list[Row]) -> str:
-    """The ceilings and the targets, of a run that has the ceilings."""
+    """The ceilings and the targets; nothing for a run without the ceilings."""
     if all(row.workload != COPY for row in rows):
         return ""
     from bench.gpu import targets
     from bench.measuring import ceilings
 
     return f"""
-On a GPU a warm call finds the device idle: what Python and the launches take counts. Cold calls are queued behind the emptying of the
-cache, and in a CUDA graph ten calls are one launch, the time of one given: there only the device's own time is left. `{UNMASKED}` is no
-peer: what the others take beyond it is the price of the mask.
+On a GPU a warm call finds the device idle, so what Python and the launches take counts. Cold calls are queued behind the emptying of the
+cache, and in a CUDA graph ten calls are one launch, of which the time of one call is given: there nothing but the device's own time is
+left. `{UNMASKED}` is no peer: what the others take beyond it is the price of the mask.
 
 ## Ceilings
 
@@ -153,7 +154,7 @@ def skipped(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], what: str, path: Path) -> None:
-    """Bars on a logarithmic axis: a group a cell, a colour a contestant, forward above forward+backward."""
+    """Plot bars on a logarithmic axis: a group for each cell, a colour for each contestant, forward above forward+backward."""
     table, names = cells(rows), contestants(rows)
     directions = list(dict.fromkeys(key.direction for key in table))
     size = (max(9, 0.4 * len(table)), 3 * len(directions))
@@ -175,7 +176,7 @@ def plot(rows: list[Row], what: str, path: Path) -> None:
 
 
 def ticks(keys: list[Key]) -> list[str]:
-    """The workload of each cell, and in what else the cells differ."""
+    """The workload of each cell, with whatever else the cells differ in."""
     several = {field: len({getattr(key, field) for key in keys}) > 1 for field in ("dtype", "mask")}
     cold = {key: {COLD: ["cold cache"], GRAPH: ["CUDA graph"]}.get(key.cache, []) for key in keys}
     return ["\n".join([key.workload, *(getattr(key, field) for field in several if several[field]), *cold[key]]) for key in keys]
@@ -184,11 +185,11 @@ def ticks(keys: list[Key]) -> list[str]:
 def _value(row: Row, what: str) -> float:
     if what == "time":
         return row.median_ms or np.nan
-    return np.nan if row.extra_bytes is None else max(row.extra_bytes / 2**20, 0.1)  # a logarithmic axis has no zero
+    return np.nan if row.extra_bytes is None else max(row.extra_bytes / 2**20, 0.1)  # A logarithmic axis has no zero.
 
 
 def colour(name: str, names: list[str]) -> str:
-    """smattn in greens, peers in greys and blues."""
+    """The colour of a contestant: greens for smattn, greys and blues for peers."""
     same = [other for other in names if other.startswith(OURS) == name.startswith(OURS)]
     palette = ("#1b7837", "#7fbf7b", "#c7e9c0") if name.startswith(OURS) else ("#555555", "#999999", "#4393c3", "#92c5de", "#d6a1c8")
     return palette[same.index(name) % len(palette)]

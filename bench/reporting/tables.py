@@ -1,13 +1,14 @@
-"""The Markdown tables of a result file, shared by the report and the README."""
+"""Tables of a result file, which the report and the published pages share."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from bench.reporting.rows import CEILINGS, COLD, GRAPH, MATMUL, UNMASKED, Row
 
-DISTURBED = 1.2
+DISTURBED = 1.2  # A cell is disturbed when torch.mm around it was so many times slower than at its best.
 HOW = {COLD: ", cold cache", GRAPH: ", CUDA graph"}
 
 
@@ -22,12 +23,12 @@ class Key(NamedTuple):
 
     @property
     def inputs(self) -> str:
-        """All but the direction, in words."""
+        """Everything but the direction, in words."""
         return f"{self.workload} {self.dtype} {self.mask}" + HOW.get(self.cache, "")
 
 
 class Duel(NamedTuple):
-    """smattn's default backend in one cell, and the fastest and the smallest of the peers there."""
+    """smattn's default backend in one cell, and the peers there that are fastest and smallest."""
 
     ours: Row
     fastest: Row | None
@@ -41,7 +42,7 @@ class Duel(NamedTuple):
 
 
 def cells(rows: Iterable[Row]) -> dict[Key, list[Row]]:
-    """The timed rows of each cell, in the order measured; the ceilings left out."""
+    """The timed rows of each cell in the order measured. The ceilings are not among them."""
     table: dict[Key, list[Row]] = {}
     for row in rows:
         if row.workload not in CEILINGS and row.median_ms is not None:
@@ -50,6 +51,7 @@ def cells(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 
 
 def duels(rows: Iterable[Row]) -> dict[Key, Duel]:
+    """The duel of each cell in which smattn's default backend was timed."""
     table = {}
     for key, group in cells(rows).items():
         ours = next((row for row in group if row.default), None)
@@ -60,10 +62,23 @@ def duels(rows: Iterable[Row]) -> dict[Key, Duel]:
 
 
 def markdown(header: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """First column to the left, the others to the right."""
+    """A Markdown table with the first column to the left and the others to the right."""
     header = list(header)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def times(duel: Duel | None) -> list[str]:
+    """Three columns: smattn's time in ms, the fastest peer's, and how many times as fast smattn is."""
+    if duel is None:
+        return ["–"] * 3
+    peer, speedup = duel.fastest, duel.speedup
+    return [ms(duel.ours.median_ms), f"{ms(peer.median_ms)} {peer.backend}" if peer else "–", f"{speedup:.2f}×" if speedup else "–"]
+
+
+def between(name: str) -> re.Pattern[str]:
+    """Finds what a page has between `<!-- name: begin -->` and `<!-- name: end -->`."""
+    return re.compile(rf"(?<=<!-- {name}: begin -->\n).*?(?=<!-- {name}: end -->)", re.DOTALL)
 
 
 def ms(value: float | None) -> str:
@@ -75,7 +90,7 @@ def mib(value: int | None) -> str:
 
 
 def disturbed(rows: list[Row]) -> set[Key]:
-    """The cells around which torch.mm was over DISTURBED times slower than at its best: something else had the machine."""
+    """The cells around which torch.mm was over DISTURBED times slower than at its best, because something else had the machine."""
     best: dict[str, float] = {}
     for row in rows:
         if quickest := row.p10 if row.workload == MATMUL else row.matmul_ms:
@@ -97,6 +112,7 @@ def calibration(rows: list[Row]) -> str:
 
 
 def contestants(rows: Iterable[Row]) -> list[str]:
+    """The names of all that were timed."""
     return list(dict.fromkeys(row.backend for group in cells(rows).values() for row in group))
 
 

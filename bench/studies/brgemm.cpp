@@ -1,6 +1,6 @@
-// The micro-kernel of csrc/cpu/simd/product.h and torch's exported brgemm (oneDNN's, made at run time) on the same tiles, for brgemm.py.
-// c[rows][columns] = a[rows][steps] * b[steps][columns], `times` over; columns a whole number of vectors. One thread.
-// What lies by step lies in elements: of bfloat16, pairs of steps that follow each other.
+// For brgemm.py: the micro-kernel of csrc/cpu/simd/product.h and torch's exported brgemm, which oneDNN makes at run time, on the same tiles.
+// Both compute c[rows][columns] = a[rows][steps] * b[steps][columns] so many times, on one thread. columns is a whole number of vectors.
+// What lies by step lies in elements: an element of bfloat16 is a pair of steps that follow each other.
 #include <ATen/native/CPUBlas.h>
 
 #if defined(__AVX512BF16__)
@@ -12,7 +12,7 @@
 
 using namespace smattn::cpu::SMATTN_UNIT;
 
-// a lies [rows][steps], or by step where it is transposed.
+// a lies as [rows][steps], or by step where it is transposed.
 template <class E>
 static void products(const E* a, const E* b, float* c, int64_t rows, int64_t columns, int64_t steps, bool transposed, int64_t times) {
   const auto keep = [&]<int N>(int64_t r, int64_t v, const Vec<float>(&sums)[N]) {

@@ -1,8 +1,8 @@
 """The micro-kernel of csrc/cpu/simd/product.h beside torch's exported brgemm, tile by tile, on one thread: `python -m bench.studies.brgemm`
 
-The yardstick is used here only: the package calls none of torch's kernels. Compiles brgemm.cpp and calls it through
-ctypes; both contestants are checked against float64 before they are timed. An x86-64 CPU with AVX-512 and Linux are needed.
-Writes bench/results/<date>-<device>-brgemm.jsonl, one row a tile and contestant, and a table beside it.
+The yardstick is used here alone: the package calls none of torch's kernels. brgemm.cpp is compiled and called through ctypes, and both
+contestants are checked against float64 before they are timed. It needs Linux and an x86-64 CPU with AVX-512. It writes
+bench/results/<date>-<device>-brgemm.jsonl, with a row for each tile and contestant, and a table beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measuring.harness import time_interleaved, timing
-from bench.measuring.job import Job, name_of
+from bench.measuring.clock import time_interleaved, timing
+from bench.measuring.job import Job
+from bench.measuring.machine import name_of
 from bench.measuring.measure import matmul_call
 from bench.measuring.peers import cpu_kernels
-from bench.reporting.rows import FORWARD, OURS, WARM, Row, read, write
+from bench.reporting.rows import OURS, read, write
 from bench.reporting.tables import calibration, disturbed, duels, markdown
 
 HERE = Path(__file__).resolve().parent
 
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c")
 PRODUCT, BRGEMM = OURS + "product.h", "brgemm"
-CALL_FLOPS = 10**8  # of the products timed together: a few milliseconds
-Call = Callable[[int], object]  # so many products, one after the other
+CALL_FLOPS = 10**8  # of the products that are timed together, a few milliseconds
+Call = Callable[[int], object]  # makes so many products, one after the other
 
 
 @dataclass(frozen=True)
 class Tile:
-    """c[rows][columns] = a[rows][steps] * b[steps][columns], as the kernels have it; transposed: they find a as [steps][rows]."""
+    """c[rows][columns] = a[rows][steps] * b[steps][columns], as the kernels have it. transposed: they find a as [steps][rows]."""
 
     name: str
     rows: int
@@ -61,12 +62,12 @@ TILES = (
 
 
 def dtypes() -> list[torch.dtype]:
-    """Those in which this processor multiplies."""
+    """The dtypes in which this processor multiplies."""
     return [torch.float32, torch.bfloat16] if "avx512bf16" in cpu_kernels() else [torch.float32]
 
 
 def build(folder: str) -> ctypes.CDLL:
-    """brgemm.cpp, compiled and loaded."""
+    """Compile brgemm.cpp in that folder, and load it."""
     torch_root, library = Path(torch.__file__).parent, f"{folder}/brgemm.so"
     paths = ("-I", f"{HERE.parents[1]}/csrc", "-isystem", f"{torch_root}/include", "-L", f"{torch_root}/lib", "-ltorch_cpu", "-lc10")
     flags = [*FLAGS, *["-mavx512bf16"] * (torch.bfloat16 in dtypes())]
@@ -75,8 +76,8 @@ def build(folder: str) -> ctypes.CDLL:
 
 
 def calls(library: Any, tile: Tile, dtype: torch.dtype) -> dict[str, Call]:
-    """Both contestants on the same numbers, checked. The peer gets `a` as it wants it: [rows][steps]."""
-    pack = 4 // dtype.itemsize  # steps in an element
+    """The calls of both contestants on the same numbers, checked. The peer gets `a` as it wants it, [rows][steps]."""
+    pack = 4 // dtype.itemsize  # the steps in an element
     steps = -(-tile.steps // pack) * pack
     a, b = torch.randn(tile.rows, steps), torch.randn(steps, tile.columns)
     a[:, tile.steps :] = b[tile.steps :] = 0
@@ -101,29 +102,28 @@ def _call(function: Callable[..., object], tensors: list[Tensor], sizes: list[An
 
 
 def by_step(x: Tensor, pack: int) -> Tensor:
-    """(steps, n) as (steps / pack, n, pack)."""
+    """Lay out (steps, n) as (steps / pack, n, pack)."""
     return x.reshape(-1, pack, x.shape[1]).transpose(1, 2).contiguous()
 
 
 def measure(job: Job, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Every tile's rows, and torch.mm before each: how quiet the machine was."""
+    """Add every tile's rows. torch.mm before each tells how quiet the machine was."""
     matmul, quiet = matmul_call(dtype, job.device), list[float]()
     for tile in TILES:
         around = time_interleaved({"mm": matmul}, job.device, job.seconds)["mm"]
         job.matmul_ms, times, quiet = timing(around).median_ms, CALL_FLOPS // tile.flops, quiet + around
         bound = {name: partial(call, times) for name, call in calls(library, tile, dtype).items()}
         for name, taken in time_interleaved(bound, job.device, job.seconds).items():
-            job.rows.append(row(job, tile, dtype, name, [ms / times for ms in taken]))
+            add(job, tile, dtype, name, [ms / times for ms in taken])
     job.add_matmul(dtype, quiet)
 
 
-def row(job: Job, tile: Tile, dtype: torch.dtype, name: str, taken: list[float]) -> Row:
+def add(job: Job, tile: Tile, dtype: torch.dtype, name: str, taken: list[float]) -> None:
+    """Add the row of one contestant; taken: milliseconds of one product."""
+    shape, default = (tile.rows, tile.columns, tile.steps), name == PRODUCT
     io_bytes = (tile.rows + tile.columns) * tile.steps * dtype.itemsize + 4 * tile.rows * tile.columns
-    return Row(
-        **asdict(timing(taken)), **job.about, workload=tile.name, shape=(tile.rows, tile.columns, tile.steps), mask="none",
-        dtype=name_of(dtype), direction=FORWARD, cache=WARM, backend=name, default=name == PRODUCT, extra_bytes=None, io_bytes=io_bytes,
-        flops=tile.flops, matmul_ms=job.matmul_ms, errors=None, skipped=None,
-    )  # fmt: skip
+    sizes = {"io_bytes": io_bytes, "flops": tile.flops}
+    job.add_row(name, taken, workload=tile.name, shape=shape, dtype=dtype, default=default, matmul_ms=job.matmul_ms, **sizes)
 
 
 def write_report(path: Path) -> Path:

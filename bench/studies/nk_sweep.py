@@ -1,6 +1,6 @@
 """Time and memory of forward+backward against the number of keys, in the shape of a HODOR decoder: `python -m bench.studies.nk_sweep`
 
-Writes bench/results/<date>-<device>-nk-sweep.jsonl, and .md and .png beside it. A peer whose score tensors do not fit is left out.
+It writes bench/results/<date>-<device>-nk-sweep.jsonl, with .md and .png beside it. A peer whose score tensors do not fit is left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measuring.harness import Cell
+from bench.measuring.cell import Cell
 from bench.measuring.job import Job, default_backend
 from bench.measuring.measure import measure
 from bench.measuring.peers import PEERS, ours
@@ -24,6 +24,7 @@ KEYS = tuple(4**n for n in range(5, 10))  # 1k to 256k
 
 
 def sweep(device: str, dtype: torch.dtype) -> list[Cell]:
+    """The cells: every number of queries with every number of keys."""
     shapes = [Workload(f"nq{Nq}_nk{Nk}", B, H, Nq, Nk, D, "a hodor shape") for Nq in QUERIES for Nk in KEYS]
     return [Cell(workload, "uniform", dtype, device, BOTH) for workload in shapes]
 
@@ -60,7 +61,10 @@ Not measured:
 
 
 def plot(rows: list[Row], names: list[str], path: Path) -> None:
-    """A line a contestant on logarithmic axes; a row of panels a number of queries. Dotted: smattn's time, were it all for each key."""
+    """Plot a line for each contestant on logarithmic axes, with a row of panels for each number of queries.
+
+    The dotted line is proportional to the keys and meets smattn's time at the most keys.
+    """
     import matplotlib.pyplot as plt
 
     from bench.reporting.report import colour

@@ -1,9 +1,10 @@
 """Class-token maps of a whole vision transformer, beside attention matrices that are kept for them: `python -m bench.studies.token_maps`
 
-LAYERS layers of attention with queries, keys and values of their own, in the shape of a named workload but for IMAGES images, and of each
-the attention of the first CLASSES tokens, mean over heads, summed over layers. Forward, and forward with the gradients that a loss on
-outputs and map sends back. Outputs and gradients are results: memory is what is needed beyond them. smattn is checked against float64
-before it is timed, and the contestants against each other. Writes bench/results/<date>-<device>-token-maps.jsonl, and a table beside it.
+There are LAYERS layers of attention, each with queries, keys and values of its own in the shape of a named workload but for IMAGES images,
+and the attention of their first CLASSES tokens, averaged over heads and summed over layers. Forward is measured, and forward with the
+gradients that a loss on outputs and map sends back. Outputs and gradients are results, and memory is what is needed beyond them. smattn is
+checked against float64 before it is timed, and the contestants against each other. It writes
+bench/results/<date>-<device>-token-maps.jsonl, and a table beside it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import smattn
-from bench.measuring.harness import Cell, Step, peak_beyond_results, time_interleaved, timing, warm_up
-from bench.measuring.job import Job, default_backend, name_of
+from bench.measuring.cell import Cell, Step
+from bench.measuring.clock import time_interleaved, timing, warm_up
+from bench.measuring.job import Job, default_backend
 from bench.measuring.measure import matmul_call
+from bench.measuring.memory import peak_beyond_results
 from bench.measuring.validate import Validation, fitting, validate_case
-from bench.reporting.rows import BOTH, FORWARD, MATMUL, OURS, WARM, Row, read, write
+from bench.reporting.rows import BOTH, FORWARD, MATMUL, OURS, Row, read, write
 from bench.reporting.tables import calibration, disturbed, markdown, mib, ms
 from smattn.testing import WORKLOADS, Workload, make_case
 
 LAYERS, CLASSES, IMAGES = 12, 20, 1
 NAMES = ("vit_cls_d48", "vit_cls")
-Layers = tuple[Tensor, Tensor, Tensor]  # query, key, value, each (LAYERS, B, H, N, D)
-Contestant = Callable[[Layers], tuple[list[Tensor], Tensor]]  # the outputs, and the map (B, CLASSES, N)
+Layers = tuple[Tensor, Tensor, Tensor]  # query, key and value, each (LAYERS, B, H, N, D)
+Contestant = Callable[[Layers], tuple[list[Tensor], Tensor]]  # gives the outputs and the map, (B, CLASSES, N)
 
 
 def stacked(layers: Layers) -> tuple[list[Tensor], Tensor]:
-    """Every layer's attention matrix is kept, as published code does; the stack itself, a copy, is spared."""
+    """Keep every layer's attention matrix, as published code does, without the copy that a stack of them would be."""
     outs, kept = [], []
     for query, key, value in zip(*layers, strict=True):
         p = torch.softmax((query @ key.mT) * query.shape[-1] ** -0.5, -1)
@@ -45,7 +48,7 @@ def stacked(layers: Layers) -> tuple[list[Tensor], Tensor]:
 
 
 def sdpa_and_rows(layers: Layers) -> tuple[list[Tensor], Tensor]:
-    """Fused attention, and beside it the probabilities of the class tokens alone."""
+    """Take fused attention, and beside it the probabilities of the class tokens alone."""
     outs, maps = [], None
     for query, key, value in zip(*layers, strict=True):
         outs.append(F.scaled_dot_product_attention(query, key, value))
@@ -104,7 +107,7 @@ class Stage:
 
     @property
     def flops(self) -> int:
-        """Two matmuls a layer, and one of the class tokens; with backward 3.5 times that."""
+        """Two matmuls a layer, and one for the class tokens; with backward 3.5 times that."""
         w = self.workload
         forward = self.layers * w.B * w.H * w.Nk * w.D * (4 * w.Nq + 2 * CLASSES)
         return forward if self.direction == FORWARD else forward * 7 // 2
@@ -117,7 +120,7 @@ class Stage:
 
 
 def check(name: str, backend: str, device: str) -> Validation:
-    """The main call without a mask and the map, forward and every gradient, against float64."""
+    """Validate the call without a mask and the map, forward and every gradient, against float64."""
     w = fitting(WORKLOADS[name])
     main = make_case(w.B, w.H, w.Nq, w.Nk, w.D, mask=None, device=device)
     rows = make_case(w.B, w.H, CLASSES, w.Nk, w.D, mask=None, as_map=True, device=device)
@@ -129,7 +132,7 @@ def check(name: str, backend: str, device: str) -> Validation:
 
 
 def agree(stage: Stage, contestants: Iterable[Contestant]) -> None:
-    """All contestants compute the same: a slip here would time something else."""
+    """Check that all contestants compute the same, or a slip would time something else."""
     small = replace(stage, workload=replace(stage.workload, B=1, Nq=64, Nk=64), layers=2)
     first, *others = (small.steps(contestant)() for contestant in contestants)
     for other in others:
@@ -138,33 +141,30 @@ def agree(stage: Stage, contestants: Iterable[Contestant]) -> None:
 
 
 def measure(job: Job, stage: Stage, contestants: dict[str, Contestant], ours: str, errors: Validation) -> list[float]:
-    """Add a row for each contestant; the milliseconds of torch.mm around them."""
+    """Add a row for each contestant; returns the milliseconds of torch.mm around them."""
     agree(stage, contestants.values())
     matmul = matmul_call(torch.float32, stage.device)
     quiet = time_interleaved({"mm": matmul}, stage.device, job.seconds / 4)["mm"]
     calls = {name: stage.steps(contestant) for name, contestant in contestants.items()}
     for call in calls.values():
         warm_up(call, stage.device)
-    samples = time_interleaved(calls, stage.device, job.seconds, before=lambda: None)  # no call is so short that caches matter
+    samples = time_interleaved(calls, stage.device, job.seconds, before=lambda: None)  # No call is so short that caches matter.
     quiet += time_interleaved({"mm": matmul}, stage.device, job.seconds / 4)["mm"]
     del calls
     w = stage.workload
     for name, contestant in contestants.items():
         extra = peak_beyond_results(partial(stage.call_and_warm_up, contestant), stage.device)
-        job.rows.append(
-            Row(
-                **asdict(timing(samples[name])), **job.about, workload=w.name, shape=(w.B, w.H, w.Nq, w.Nk, w.D), mask="none",
-                dtype=name_of(torch.float32), direction=stage.direction, cache=WARM, backend=name, default=name == ours, extra_bytes=extra,
-                io_bytes=stage.io_bytes, flops=stage.flops, matmul_ms=timing(quiet).median_ms,
-                errors=asdict(errors) if name == ours else None, skipped=None,
-            )
+        job.add_row(
+            name, samples[name], workload=w.name, shape=(w.B, w.H, w.Nq, w.Nk, w.D), dtype=torch.float32, direction=stage.direction,
+            default=name == ours, extra_bytes=extra, io_bytes=stage.io_bytes, flops=stage.flops, matmul_ms=timing(quiet).median_ms,
+            errors=asdict(errors) if name == ours else None,
         )  # fmt: skip
         print(f"{w.name} {stage.direction}: {name} {ms(job.rows[-1].median_ms)} ms, {mib(extra)} MiB", flush=True)
     return quiet
 
 
 def table(rows: list[Row]) -> str:
-    """Time, extra memory, and how many times what smattn takes; † where the machine was busy."""
+    """The Markdown table: time, extra memory, and how many times smattn's they are. † marks rows for which the machine was busy."""
     busy = {(key.workload, key.direction) for key in disturbed(rows)}
     body = []
     for ours in (row for row in rows if row.default):
@@ -195,7 +195,7 @@ probabilities beside it. Every row is in [{path.name}]({path.name}).
 
 
 def section(path: Path, folder: str) -> str:
-    """The table of a result file for a README from where `folder` has it, and where it comes from."""
+    """The table of a result file, and where it comes from, for a README that finds the file in `folder`."""
     rows = read(path)
     about, report = rows[0], path.with_suffix(".md").name
     return f"""{table(rows)}

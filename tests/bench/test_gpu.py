@@ -1,4 +1,4 @@
-"""`make gpu` on a machine without one: what it would run, what it makes of the outcomes."""
+"""`make gpu` on a machine without a GPU: what it would run, and what it makes of the outcomes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bench.gpu import run as gpu
 from bench.gpu import sanitized
 from smattn import cpu
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 LATER = 3600.0
 
@@ -98,7 +99,7 @@ def test_minutes_left_are_handed_on():
 
 def test_the_command_makes_no_environment():
     for variables, command in (("gpu PART=graphs", "graphs --minutes 8.5"), ("tune MINUTES=9", "tune --minutes 9")):
-        make = ["make", "-n", "--no-print-directory", "PYTHON=python", *variables.split()]  # this may itself run under make
+        make = ["make", "-n", "--no-print-directory", "PYTHON=python", *variables.split()]  # this test may run under make itself
         done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines() == [f"python -m bench.gpu.run {command}"], done.stderr
 
@@ -127,7 +128,7 @@ def test_the_parts_end_in_a_line_each_and_one_failure_fails_the_run(monkeypatch,
 
 
 def test_the_shares_are_of_the_time_that_is_left(monkeypatch):
-    """One part uses nothing, and the next ones have that too; whatever happens, the last one ends in time."""
+    """The time that a part does not use goes to the next ones, and whatever happens, the last one ends in time."""
     limits, now = {}, [1000.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
 
@@ -178,7 +179,7 @@ def test_an_installation_falls_back_to_less_and_needs_no_network(tmp_path, monke
 
 
 def collected(name: str) -> set[str]:
-    """The tests that a part would run, on a machine with a GPU."""
+    """The tests that a part would run on a machine with a GPU."""
     part = gpu.PARTS[name]
     words = [word for word in part.command if word not in ("-n", "logical", "--dist", "worksteal")]
     done = subprocess.run([*words, "--collect-only"], cwd=gpu.FOLDER, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A run of the benchmark on a GPU, tried without one: its timer, its rows, and the report, targets and README made of them."""
+"""A run of the benchmark on a GPU, tried without one: its timer, its rows, and the report of them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import run as bench_run
-from bench.gpu import targets
-from bench.measuring import ceilings, harness, measure, peers
+from bench.measuring import cell as bench_cell
+from bench.measuring import clock, compile, fits, measure, peers
 from bench.measuring import job as bench_job
-from bench.reporting import readme_figures, report, rows
-from smattn.testing import WORKLOADS, Workload
+from bench.measuring.cell import Cell, bind
+from bench.reporting import report, rows
+from smattn.testing import WORKLOADS
+from tests.support import bench_runs
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.promise("benchmarks")
+
+tiny, a_run = bench_runs.tiny_self, bench_runs.a_run
+
+
 class Clock:
-    """A device of which each call takes the time it says, and on which nothing happens before it is asked for."""
+    """A device whose calls take a given time each, and which does nothing before it is asked."""
 
     def __init__(self, monkeypatch):
         self.now, self.log = 0.0, []
@@ -54,53 +59,53 @@ class Clock:
 
 
 def test_a_cold_call_on_a_gpu_is_launched_behind_the_emptying_of_the_cache(monkeypatch):
-    clock = Clock(monkeypatch)
-    assert harness.once(clock.call("call", 0.25), "cuda", clock.call("flush", 7.0)) == 0.25
-    assert clock.log == ["flush", "record", "call", "record", "wait"]
+    fake = Clock(monkeypatch)
+    assert clock.once(fake.call("call", 0.25), "cuda", fake.call("flush", 7.0)) == 0.25
+    assert fake.log == ["flush", "record", "call", "record", "wait"]
 
 
 def test_a_warm_call_on_a_gpu_finds_it_idle(monkeypatch):
-    clock = Clock(monkeypatch)
-    samples = harness.time_interleaved({"call": clock.call("call", 2.0)}, "cuda", 1e-9)["call"]
-    assert samples == [2.0] * harness.SLOW_REPS
-    assert clock.log == ["record", "call", "record", "wait"] * 4 * harness.SLOW_REPS  # 3 of them untimed: WARM_MS
+    fake = Clock(monkeypatch)
+    samples = clock.time_interleaved({"call": fake.call("call", 2.0)}, "cuda", 1e-9)["call"]
+    assert samples == [2.0] * clock.SLOW_REPS
+    assert fake.log == ["record", "call", "record", "wait"] * 4 * clock.SLOW_REPS  # three of them are untimed, by WARM_MS
 
 
 def test_a_graph_holds_several_calls_after_one_outside_it(monkeypatch):
-    clock = Clock(monkeypatch)
+    fake = Clock(monkeypatch)
 
     @contextmanager
     def captured(graph):
-        clock.log.append("begin")
+        fake.log.append("begin")
         yield
-        clock.log.append("end")
+        fake.log.append("end")
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: fake.log.append("wait"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="the replay"))
     monkeypatch.setattr(torch.cuda, "graph", captured)
-    assert harness.in_graph(clock.call("call", 1.0)) == "the replay"
-    assert clock.log == ["call", "wait", "begin", *["call"] * harness.GRAPH_CALLS, "end"]
+    assert clock.in_graph(fake.call("call", 1.0)) == "the replay"
+    assert fake.log == ["call", "wait", "begin", *["call"] * clock.GRAPH_CALLS, "end"]
 
 
 def test_a_call_in_a_graph_is_one_of_those_captured(monkeypatch):
     def in_graph(call):
         if call is broken:
             raise RuntimeError("cannot be captured\nfor a reason")
-        return lambda: [call() for _ in range(harness.GRAPH_CALLS)]
+        return lambda: [call() for _ in range(clock.GRAPH_CALLS)]
 
-    clock = Clock(monkeypatch)
-    broken = clock.call("broken", 1.0)
+    fake = Clock(monkeypatch)
+    broken = fake.call("broken", 1.0)
     monkeypatch.setattr(measure, "in_graph", in_graph)
-    samples, refused = measure.time_in_graphs({"call": clock.call("call", 0.5), "broken": broken}, "cuda", 1e-9)
+    samples, refused = measure.time_in_graphs({"call": fake.call("call", 0.5), "broken": broken}, "cuda", 1e-9)
     assert set(samples) == {"call"} and set(samples["call"]) == {0.5}
     assert refused == {"broken": "cannot be captured"}
 
 
-def chosen() -> list[harness.Cell]:
-    """The cells of `python -m bench.run --device cuda`."""
+def chosen() -> list[Cell]:
+    """The cells that `python -m bench.run --device cuda` measures."""
     args = argparse.Namespace(full=False, device="cuda", workloads=None, dtypes=None)
     return bench_run.chosen_cells(args, on_a_gpu=True)
 
@@ -114,27 +119,6 @@ def test_a_run_on_a_gpu_has_every_workload_mask_and_direction():
     assert {c.workload.name for c in cells if c.also_cold} >= {"video64k", "queries100", "hodor_train"}
     shapes = [(c.shape, c.direction) for c in cells]
     assert shapes[::2] == shapes[1::2], "the masks of a shape side by side: what is compiled for one serves the other"
-
-
-TINY = Workload("self1k", 1, 2, 5, 40, 16, "tiny, under a known name")
-
-
-def tiny(direction: str, mask: str = "uniform") -> harness.Cell:
-    return harness.Cell(TINY, mask, torch.bfloat16, "cpu", direction)
-
-
-@pytest.fixture(scope="module")
-def a_run(tmp_path_factory) -> bench_job.Job:
-    """What a run on a GPU does, on this machine's CPU, the peers that must compile left out."""
-    job = bench_job.Job("cpu", 0.01, "python -m bench.run")
-    job.file = tmp_path_factory.mktemp("results") / "run.jsonl"
-    ceilings.measure_ceilings(job, torch.bfloat16, copy_bytes=2**20, side=64)
-    assert [row.workload for row in rows.read(job.file)] == [rows.COPY, rows.LARGE_MATMUL], "saved as they come"
-    eager, _, sdpa, _ = peers.PEERS
-    cells = [tiny(direction, mask) for direction in (rows.FORWARD, rows.BOTH) for mask in ("uniform", "blob")]
-    job.check(["cpu"], cells)
-    measure.measure(job, cells, [peers.ours("cpu"), eager, sdpa, peers.WITHOUT_MASK])
-    return job
 
 
 def test_the_rows_of_a_run_are_in_its_file_and_become_a_report(a_run):
@@ -153,7 +137,7 @@ def test_attention_without_a_mask_is_a_line_and_no_peer(a_run):
     for duel in report.duels(quick).values():
         assert duel.fastest is not None and duel.fastest.backend in ("eager", "sdpa")
     case = tiny(rows.BOTH).case()
-    assert len(harness.bind(peers.WITHOUT_MASK.function, case, rows.BOTH, peers.WITHOUT_MASK.gradients)()) == 1 + 3
+    assert len(bind(peers.WITHOUT_MASK.function, case, rows.BOTH, peers.WITHOUT_MASK.gradients)()) == 1 + 3
 
 
 def test_the_rows_so_far_survive_when_the_process_dies(tmp_path, monkeypatch, a_run):
@@ -183,12 +167,12 @@ def test_what_was_measured_before_a_signal_is_kept_and_calibrated(monkeypatch, t
 
 def test_memory_that_torch_holds_for_later_is_free(monkeypatch):
     cell = replace(tiny(rows.BOTH), device="cuda")
-    needed = measure._score_bytes(cell)
+    needed = cell.score_bytes
     for name, held in (("mem_get_info", (needed - 1, 0)), ("memory_reserved", 100), ("memory_allocated", 90)):
         monkeypatch.setattr(torch.cuda, name, lambda held=held: held)
-    assert measure.why_not(peers.PEERS[0], cell) is None
+    assert fits.why_not(peers.PEERS[0], cell) is None
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
-    assert "may need" in str(measure.why_not(peers.PEERS[0], cell))
+    assert "may need" in str(fits.why_not(peers.PEERS[0], cell))
 
 
 def test_what_no_time_was_left_for_is_a_row_that_says_so():
@@ -198,7 +182,7 @@ def test_what_no_time_was_left_for_is_a_row_that_says_so():
 
 
 class Inside:
-    """A Worker whose calls run here."""
+    """A Worker whose calls run in this process."""
 
     def __init__(self, silence=0.0):
         pass
@@ -213,18 +197,18 @@ class Inside:
 def test_what_is_compiled_ahead_is_run_once_a_shape(monkeypatch, capsys):
     done = []
 
-    def compiled(contestant, cell):
+    def compiled(contestant, cell, threads):
         done.append((contestant.name, cell.shape, cell.direction))
         if contestant.name == "flex":
             raise RuntimeError("no such kernel" if cell.direction == rows.BOTH else "CUDA out of memory")
         if contestant.name == "smattn/cpu":
             raise RuntimeError("broken")
 
-    monkeypatch.setattr(measure, "Worker", Inside)
-    monkeypatch.setattr(measure, "_compile", compiled)
+    monkeypatch.setattr(compile, "Worker", Inside)
+    monkeypatch.setattr(compile, "_compile", compiled)
     cells = [tiny(direction, mask) for direction in (rows.FORWARD, rows.BOTH) for mask in ("uniform", "blob")]
     contestants = [peers.ours("cpu"), *peers.PEERS, peers.WITHOUT_MASK]
-    failed = measure.compile_ahead(cells, contestants)
+    failed = compile.compile_ahead(cells, contestants)
     each = product(("smattn/cpu", "compiled", "flex"), [tiny(rows.BOTH).shape], (rows.FORWARD, rows.BOTH))
     assert sorted(done) == sorted(each) and done[0][0] in ("compiled", "flex") and done[0][2] == rows.BOTH, "the longest first"
     printed = "flex, self1k bfloat16, forward+backward: no such kernel"
@@ -232,7 +216,7 @@ def test_what_is_compiled_ahead_is_run_once_a_shape(monkeypatch, capsys):
     job = bench_job.Job("cpu", 0.01, "", not_compiled=failed)
     refused = {(peer.name, cell.direction) for peer, cell in product(contestants, cells) if job.refusal(peer.name, cell)}
     assert refused == {("flex", rows.BOTH)} and job.verdict() is None
-    measure.compile_ahead(cells, contestants, until=time.monotonic() - 1)
+    compile.compile_ahead(cells, contestants, until=time.monotonic() - 1)
     assert len(done) == 6
 
 
@@ -250,22 +234,23 @@ def test_what_cannot_be_compiled_is_known_to_the_run_that_compiles_nothing(monke
 @pytest.mark.parametrize("direction", [rows.FORWARD, rows.BOTH])
 def test_what_is_compiled_ahead_has_the_form_of_what_is_timed(direction):
     blank, case = tiny(direction).blank(), tiny(direction).case()
-    assert blank.mask.dtype == torch.bfloat16 and harness.bind(peers.eager, blank, direction)()
+    assert blank.mask.dtype == torch.bfloat16 and bind(peers.eager, blank, direction)()
     for name in ("dout", *case.inputs()):
         one, other = getattr(blank, name), getattr(case, name)
         assert (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device), name
 
 
 def test_the_tensors_of_a_shape_are_drawn_once_for_each_mask(monkeypatch):
-    drawn, make_case = [], harness.make_case
-    monkeypatch.setattr(harness, "make_case", lambda *args, **more: drawn.append(args) or make_case(*args, **more))
-    harness._case.cache_clear()
+    drawn, workload_case = [], bench_cell.workload_case
+    monkeypatch.setattr(bench_cell, "workload_case", lambda *args, **more: drawn.append(args) or workload_case(*args, **more))
+    bench_cell._case.cache_clear()
+    bench_cell._outline.cache_clear()
     job = bench_job.Job("cpu", 0.01, "")
     for direction, mask in product((rows.FORWARD, rows.BOTH), ("uniform", "blob")):
         cell = tiny(direction, mask)
         cell.case()
         job.add(cell, "smattn/cpu")
-    assert len(drawn) == 2
+    assert len(drawn) == 2 + 2, "and once more for its outline, without numbers"
 
 
 def dies(query, key, value, mask, alpha):
@@ -299,86 +284,3 @@ def test_a_cell_whose_process_is_lost_for_no_known_reason_has_rows_that_say_so()
     job = bench_job.Job("cpu", 0.01, "")
     assert measure.cell_of(job, tiny(rows.BOTH), [peers.ours("cpu"), peers.PEERS[0]], call, time.monotonic() + 100) == []
     assert [row.skipped for row in job.rows] == ["nothing was heard of it for 150 s"] * 2
-
-
-def a_row(workload: str, direction: str, backend: str, ms: float | None, cache: str = rows.WARM, **changes) -> rows.Row:
-    """Of a made-up run in which flops and bytes are round."""
-    row = rows.Row(
-        workload, (1, 1, 1, 1, 1), "uniform", "bfloat16", direction, cache, backend, backend == "smattn/triton", ms, ms, ms,
-        10 if ms else 0, 2**20, 10**8, 10**12, 1.0, None, None, "a made-up GPU", 1, {}, "none", "none",
-    )  # fmt: skip
-    return replace(row, **changes)
-
-
-def outcome(made_up: list[rows.Row], what: str) -> targets.Target:
-    (found,) = [target for target in targets.targets(made_up) if target.what == what]
-    return found
-
-
-def test_targets_of_speed_are_those_of_the_slower_mask():
-    what = "self1k forward+backward, against FlexAttention"
-    both = [a_row("self1k", rows.BOTH, "smattn/triton", 1.0), a_row("self1k", rows.BOTH, "flex", 3.3)]
-    assert outcome([], what).verdict() == "not yet run"
-    assert outcome(both, what).measured == pytest.approx(3.3) and outcome(both, what).verdict() == "reached"
-    worse = [replace(both[0], mask="blob"), replace(both[1], mask="blob", median_ms=2.4)]
-    assert outcome(both + worse, what).verdict() == "missed by 20.0%"
-    assert outcome([replace(row, dtype="float32") for row in both], what).verdict() == "not yet run"
-    broken = [both[0], a_row("self1k", rows.BOTH, "flex", None, skipped="no such kernel")]
-    assert outcome(broken, what).verdict() == "flex: no such kernel"
-    half = [*both, *(replace(row, mask="blob", median_ms=None, skipped="no time was left") for row in both)]
-    assert outcome(half, what).verdict() == "reached under one mask, the other: smattn/triton: no time was left"
-
-
-def test_targets_of_bandwidth_latency_operations_and_memory():
-    copy = a_row(rows.COPY, rows.FORWARD, "torch.copy_", 1.0, flops=0, io_bytes=2 * 10**8)  # 2e11 bytes a second
-    cold = [a_row("video64k", direction, "smattn/triton", ms, rows.COLD) for direction, ms in ((rows.FORWARD, 0.5), (rows.BOTH, 2.5))]
-    forward, backward = (f"video64k {direction}, share of copy's bandwidth, cold cache" for direction in (rows.FORWARD, "backward"))
-    assert outcome(cold, forward).verdict() == "not yet run", "without a copy beside it"
-    assert outcome([copy, *cold], forward).measured == pytest.approx(100) and outcome([copy, *cold], forward).verdict() == "reached"
-    assert outcome([copy, *cold], backward).measured == pytest.approx(50)
-    assert outcome([copy, *cold], backward).verdict() == "missed by 28.6%"
-
-    both = ((rows.FORWARD, 0.012), (rows.BOTH, 0.048))
-    graph = [a_row("hodor_infer", direction, "smattn/triton", ms, rows.GRAPH) for direction, ms in both]
-    assert outcome(graph, "hodor_infer forward, in a CUDA graph").verdict() == "reached"
-    assert outcome(graph, "hodor_infer backward, in a CUDA graph").verdict() == "missed by 20.0%"
-    captured = replace(graph[0], median_ms=None, skipped="cannot be captured")
-    assert outcome([captured], "hodor_infer forward, in a CUDA graph").verdict() == "cannot be captured"
-
-    wide = [a_row("self4k_d128", direction, "smattn/triton", ms) for direction, ms in ((rows.FORWARD, 2.0), (rows.BOTH, 14.5))]
-    assert outcome(wide, "self4k_d128 forward").measured == pytest.approx(500)
-    assert outcome(wide, "self4k_d128 backward").measured == pytest.approx(200)
-    assert outcome(wide, "self4k_d128 backward").verdict() == "reached"
-
-    noise = [a_row("self4k_d128", direction, "smattn/triton", ms) for direction, ms in ((rows.FORWARD, 2.0), (rows.BOTH, 1.9))]
-    assert outcome(noise, "self4k_d128 forward").verdict() == "reached"
-    assert outcome(noise, "self4k_d128 backward").verdict() == "lost in noise: forward+backward took 1.9e+03 µs, forward alone 2e+03 µs"
-    blob = [replace(row, mask="blob") for row in wide]
-    assert outcome(noise + blob, "self4k_d128 backward").verdict().startswith("reached under one mask, the other: lost in noise: ")
-    assert outcome(wide[:1], "self4k_d128 backward").verdict() == "not yet run"
-
-    allowed = 0.25 * 10**8 + 16 * 2**20
-    for extra, verdict in ((allowed, "reached"), (1.5 * allowed, "missed by 50.0%")):
-        row = a_row("self4k", rows.BOTH, "smattn/triton", 1.0, extra_bytes=int(extra))
-        assert outcome([row], "self4k extra memory, of what is allowed").verdict() == verdict
-
-
-def test_the_readme_has_a_line_or_the_table_of_a_run_on_a_gpu(a_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_figures, "ROOT", tmp_path)
-    readme = "<!-- gpu figures: begin -->\nstale\n<!-- gpu figures: end -->\n<!-- figures: begin -->\nof a CPU\n<!-- figures: end -->\n"
-    none = readme_figures.with_gpu_figures(readme, [])
-    assert none == readme.replace("stale\n", readme_figures.NO_GPU) and "no run" in readme_figures.NO_GPU.lower()
-    rows.write([replace(row, default=row.ours) for row in a_run.rows], tmp_path / "bench/results/one.jsonl")
-    text = readme_figures.with_gpu_figures(readme, ["bench/results/one.jsonl"])
-    assert readme_figures.is_on_a_gpu("bench/results/one.jsonl") and "\nof a CPU\n" in text and "stale" not in text
-    assert "| self1k bfloat16 blob" in text and "| not yet run |" in text
-    assert readme_figures.files_shown(text, readme_figures.GPU_BLOCK) == ["bench/results/one.jsonl"]
-    assert readme_figures.files_shown(text) == []
-    assert readme_figures.with_gpu_figures(text, ["bench/results/one.jsonl"]) == text
-
-
-def test_the_gpu_figures_of_the_readme_come_from_a_committed_result_file():
-    readme = (ROOT / "README.md").read_text()
-    files = readme_figures.files_shown(readme, readme_figures.GPU_BLOCK)
-    assert all(bench_job.committed(ROOT / file) and readme_figures.is_on_a_gpu(file) for file in files)
-    assert readme_figures.with_gpu_figures(readme, files) == readme

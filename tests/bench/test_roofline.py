@@ -1,4 +1,4 @@
-"""The estimate beside the compiler's table: by hand where that is easy."""
+"""The estimate of what bounds each kernel, checked by hand where that is easy."""
 
 import inspect
 
@@ -9,6 +9,7 @@ from bench.gpu.roofline import CHIPS, Estimate, estimate, main, passes
 from smattn.kernels.primitives import softmax
 from smattn.testing import WORKLOADS
 
+pytestmark = pytest.mark.promise("benchmarks")
 H200 = next(chip for chip in CHIPS if chip.name == "H200")
 
 
@@ -23,7 +24,7 @@ def test_backward_is_five_or_seven_products_for_few_queries_and_nine_for_many(na
 
 
 def test_few_queries_by_hand():
-    """hodor_infer: 8 heads, 13 queries, 7424 keys, head size 32."""
+    """hodor_infer has 8 heads, 13 queries, 7424 keys and head size 32."""
     w = WORKLOADS["hodor_infer"]
     forward, keeping, _ = passes(w, H200.arch)
     time = estimate(w, H200, forward)
@@ -36,7 +37,7 @@ def test_few_queries_by_hand():
 
 
 def test_the_products_of_forward_are_those_of_the_kernel():
-    """Counted in the source of the loop over keys: Q K^T, P V, and P less its rounding times V, which only a kept output has."""
+    """The loop over keys has Q K^T, P V and, only where the output is kept, the rounding error of P times V."""
     source = inspect.getsource(softmax.attend.fn)
     assert source.count("matmul(") + source.count(" dot(") == 3 and source.index("if SAVE_OUT:\n") < source.index("lost = dot(")
 

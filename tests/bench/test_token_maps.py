@@ -1,4 +1,4 @@
-"""bench/studies/token_maps.py: its contestants compute the same, its memory is of the call, its rows become a table."""
+"""bench/studies/token_maps.py: contestants compute the same, memory is that of the call, and rows become a table."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measuring import harness
 from bench.measuring import job as bench_job
+from bench.measuring import memory
 from bench.reporting import rows
 from bench.studies import token_maps
 from smattn.testing import Workload
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
-TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # under a known name, so that what looks it up finds it
+TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # it has a known name, so that look-ups find it
 STAGE = token_maps.Stage(TINY, rows.BOTH, "cpu", layers=2)
 CONTESTANTS = {"smattn/cpu": token_maps.with_smattn} | token_maps.PEERS
 
@@ -45,7 +46,7 @@ def test_memory_of_stacked_matrices_is_seen():
     stage = token_maps.Stage(w, rows.FORWARD, "cpu", layers=8)
 
     def peak(contestant):
-        return harness.peak_beyond_results(partial(stage.call_and_warm_up, contestant), "cpu")
+        return memory.peak_beyond_results(partial(stage.call_and_warm_up, contestant), "cpu")
 
     assert peak(token_maps.stacked) > 8 * 4 * 2**20 > 4 * peak(token_maps.with_smattn)
 

@@ -1,4 +1,4 @@
-"""`make tune` without a GPU: the table is rewritten as it reads, bad candidates are left out, only what is faster wins."""
+"""`make tune` without a GPU: the table keeps its form, bad candidates are left out, and only a faster tile wins."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bench.gpu import tune
 from smattn.kernels import tiles
 from smattn.kernels.tiles import TABLE, Key, Tile
 
+pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 LINES = tune.CSV.read_text()
 T = Tile
@@ -73,7 +74,7 @@ def test_the_call_of_every_cell_launches_its_tile(arch, table):
 
 @pytest.mark.parametrize("cell", CELLS, ids=tune.Cell.text)
 def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, device):
-    """What is timed is what the tile is for."""
+    """The call that is timed launches the kernel that the tile is for."""
     from smattn.testing import make_case
     from tests.support.meters import launches_recorded
 
@@ -193,7 +194,7 @@ def test_a_search_goes_on_where_the_last_one_ended(table, monkeypatch, tmp_path,
     assert asked == todo[:3] and list(notes.found()) == [cell.text() for cell in todo[:2]]
     with open(path, "a") as file:
         file.write('\n{"of": "cut sh')
-    tune.CSV.write_text(LINES)  # as on a machine that has the notes and not the table
+    tune.CSV.write_text(LINES)  # a machine may have the notes and not the table
     table.clear()
     table.update(TABLE)
     tiles.find.cache_clear()
@@ -209,7 +210,7 @@ def test_a_search_goes_on_where_the_last_one_ended(table, monkeypatch, tmp_path,
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.itemsize == 2], ids=tune.Cell.text)
 def test_what_is_compiled_ahead_is_what_is_timed(cell, monkeypatch):
-    """Argument by argument: dtypes, strides and sizes decide what Triton compiles."""
+    """Every argument is compared, because dtypes, strides and sizes decide what Triton compiles."""
     from tests.support.meters import launches_recorded
 
     monkeypatch.setattr(tune, "SHAPES", {Nq: (2, 4, 2048) for Nq in tune.SHAPES})

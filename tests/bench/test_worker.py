@@ -1,4 +1,4 @@
-"""Calls in a process that may be lost."""
+"""A worker runs calls in a process that may be lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from bench.measuring import worker
+
+pytestmark = pytest.mark.promise("benchmarks")
 
 
 def double(n):
@@ -48,7 +50,7 @@ def loses_its_gpu():
     worker.at("the bad one")
     try:
         raise RuntimeError("unspecified launch failure\nmore")
-    except Exception as error:  # as one who goes on with the next contestant
+    except Exception as error:  # a caller may go on with the next contestant
         worker.still_usable(error)
 
 

@@ -1,4 +1,4 @@
-"""backend="cpu": every set of kernels that this processor runs, any number of threads, any strides, threads and forks of the caller."""
+"""backend="cpu": every set of kernels that this processor runs, with any threads and strides, for callers with threads and forks."""
 
 import platform
 import subprocess
@@ -14,7 +14,8 @@ from smattn import soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 from tests.support.cpu_kernels import KERNELS, forced, threads
 
-# They decide how a call is cut into items: few queries split the keys, many do not, Nq > Nk turns backward inside out.
+pytestmark = pytest.mark.promise("CPU kernels")
+# Sizes decide how a call is cut into items: few queries split the keys, many do not, and Nq > Nk turns backward inside out.
 SHAPES = {
     "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),
     "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
@@ -81,7 +82,7 @@ def test_every_set_is_within_the_budget_and_repeats_its_bits(name, dtype, shape)
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("Nk", [1, 6])
 def test_rounded_probabilities_do_not_reach_delta(name, Nk, mask_dtype):
-    """With one key P is 1, and 1/(1-p) no bfloat16: delta must cancel dP all the same, as dropout scales it."""
+    """With one key P is 1, and 1/(1-p) is no bfloat16. Yet delta must cancel dP as dropout scales it."""
     case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, mask_dtype=mask_dtype, dropout_p=0.3)
     with forced(name):
         assert_within_budget(run(case, "cpu"), case)
@@ -90,7 +91,7 @@ def test_rounded_probabilities_do_not_reach_delta(name, Nk, mask_dtype):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
-    """dP is then the same for all keys, and delta must cancel it whatever rounding does to P."""
+    """dP is then the same for all keys, and delta must cancel it, however P is rounded."""
     for seed in range(40):
         case = make_case(1, 1, 1, 8, 32, dtype=torch.bfloat16, mask="uniform" if mask_dtype else None, mask_dtype=mask_dtype, rng=seed)
         case = replace(case, alpha=0.01 * case.alpha if mask_dtype else None, value=case.value[:, :, :1].expand_as(case.value).contiguous())
@@ -112,7 +113,7 @@ def test_a_forced_set_is_the_one_that_runs():
     case = make_case(1, 2, 40, 200, 32)
     results = run(case, "cpu")
     with forced(KERNELS[-1]):
-        assert differing(results, run(case, "cpu"))  # sums in vectors of another length
+        assert differing(results, run(case, "cpu"))  # it sums in vectors of another length
     assert differing(results, run(case, "cpu")) == []
 
 
@@ -135,14 +136,14 @@ def moved(t, offset):
 
 
 def every_second(t):
-    """The same values, every second element of the last axis."""
+    """The same values as every second element of a longer last axis."""
     longer = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
     longer[..., ::2] = t
     return longer[..., ::2]
 
 
 def turned(t):
-    """The same values, the last two axes swapped in memory."""
+    """The same values with the last two axes swapped in memory."""
     return t.mT.contiguous().mT if t.dim() > 1 else t
 
 
@@ -164,7 +165,7 @@ def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
 
 
 def test_several_python_threads_at_once():
-    cases = [make_case(**shape) for shape in SHAPES.values() if "dropout_p" not in shape]  # torch's generator belongs to all threads
+    cases = [make_case(**shape) for shape in SHAPES.values() if "dropout_p" not in shape]  # all threads share torch's generator
     alone = [run(case, "cpu") for case in cases]
     start, wrong = threading.Barrier(len(cases)), []
 
@@ -212,7 +213,7 @@ print(faults() - before, results["dkey"].nbytes)
 
 
 def test_a_large_gradient_is_faulted_in_by_huge_pages():
-    """Page by page that can take longer than the computation."""
+    """Faults page by page can take longer than the computation."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this system has no transparent huge pages")
@@ -227,7 +228,7 @@ def test_a_forked_child_with_one_thread():
     assert result.returncode == 0, result.stderr
 
 
-# More than backward's scratch memory holds at once: groups of batches and heads take turns, and so do the batches that share a mask.
+# Backward's scratch memory cannot hold these at once: groups of batches and heads take turns, and so do batches that share a mask.
 TURNS = {
     "one mask": dict(B=96, H=8, Nq=40, Nk=56, D=64, mask_shape=(1, 40, 56)),
     "one mask a head": dict(B=96, H=8, Nq=40, Nk=56, D=64, mask_shape=(1, 8, 40, 56)),

@@ -1,4 +1,4 @@
-"""No vector of the CPU kernels makes or takes a subnormal number that no result needs: on an Intel processor each is hundreds of cycles."""
+"""The CPU kernels make and take no subnormal number that no result needs: on an Intel processor each costs hundreds of cycles."""
 
 import ctypes
 import platform
@@ -10,9 +10,10 @@ from smattn import attention_map, soft_masked_attention
 from smattn.testing import make_case
 from tests.support.cpu_kernels import KERNELS, forced, threads
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="reads MXCSR as glibc lays it out"
-)
+pytestmark = [
+    pytest.mark.promise("CPU kernels"),
+    pytest.mark.skipif(platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="reads MXCSR as glibc lays it out"),
+]
 
 DENORMAL, UNDERFLOW = 0x02, 0x10  # what MXCSR remembers of this thread's operations
 ALL_FLAGS = 0x3F

@@ -1,4 +1,4 @@
-"""backend="cuda" seen from Python, with nothing compiled: when it is taken, and why not."""
+"""backend="cuda" from Python, with nothing compiled: when it is taken, and the reasons why not."""
 
 import importlib
 import sys
@@ -11,6 +11,7 @@ from smattn import cuda, library, soft_masked_attention
 from smattn.call import Problem
 from smattn.testing import make_case
 
+pytestmark = pytest.mark.promise("CUDA kernels")
 WORKING = cuda.Machine("none", "cuda", tuple, lambda device: 0)  # as on a CUDA machine where the kernels were built
 
 

@@ -23,14 +23,18 @@ TENSOR_CORE = {
 HEAD_SIZES = (32, 64, 128, 256)
 TILED = ("Forward", "BackwardKeys", "BackwardQueries")  # the kernels that multiply
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")]
+pytestmark = [
+    pytest.mark.promise("CUDA kernels"),
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here"),
+]
 
 
 def dump(library, option):
-    """arch -> kernel's name -> what cuobjdump says of it."""
+    """For each arch and kernel, what cuobjdump says of it."""
     tool = shutil.which("cuobjdump")
     if tool is None:
-        triton = pytest.importorskip("triton")  # its wheel ships one
+        triton = pytest.importorskip("triton")  # its wheel contains cuobjdump
         tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     text = subprocess.run([tool, option, str(library)], check=True, capture_output=True, text=True).stdout
     found = defaultdict(dict)
@@ -43,7 +47,7 @@ def dump(library, option):
 
 @pytest.fixture(scope="module")
 def library():
-    """Every kernel for both architectures, built as an installation with -DSMATTN_CUDA=ON does; minutes, once."""
+    """Every kernel for both architectures, built as an installation with -DSMATTN_CUDA=ON builds them. The first time takes minutes."""
     return build("cuda-compiled", "-DSMATTN_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{arch[3:]}-real' for arch in ARCHS)}")
 
 
@@ -69,7 +73,7 @@ def test_tensor_cores_multiply_and_copies_are_of_16_bytes(library):
         for name in tiled(kernels):
             code, (math,) = kernels[name], [math for math in TENSOR_CORE if math in name]
             assert re.search(TENSOR_CORE[math], code), (arch, name)
-            assert "LDGSTS.E.BYPASS.128" in code and "LDGDEPBAR" in code, (arch, name)  # asynchronous, and waited for by the group
+            assert "LDGSTS.E.BYPASS.128" in code and "LDGDEPBAR" in code, (arch, name)  # copies are asynchronous and waited for in groups
             assert ("LDSM.16.M88.4" in code) == (math in ("4HalfE", "8BFloat16E")), (arch, name)
             assert ("HMMA" in code) == (math != "9FloatMathE"), (arch, name)  # float32 is IEEE unless TF32 is allowed
             assert not re.search(r"(?<![.\w])(LDL|STL|RED|ATOM\w*)\b", code), (arch, name)  # no spill, no atomic

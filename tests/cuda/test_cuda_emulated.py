@@ -1,4 +1,4 @@
-"""The CUDA kernels, emulated: whole small problems through the same source that nvcc compiles, warp by warp, within the error budget."""
+"""The CUDA kernels on an emulated device: small problems, through the source that nvcc compiles, stay inside the error budget."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from smattn import cuda, reference
 from smattn.call import Needs
 from smattn.testing import assert_within_budget, make_case, run
-from tests.promises.test_memory import CALLS, calls
 from tests.support import emulated_cuda
 from tests.support.emulated_cuda import kernels_left_out
-from tests.support.meters import LAYOUTS, Call, peak_allocated, size
+from tests.support.meters import peak_allocated, size
+from tests.support.zero_calls import CALLS, LAYOUTS, ZeroCall, calls
 
-pytestmark = pytest.mark.slow  # a minute of compiling comes first
+pytestmark = [pytest.mark.promise("CUDA kernels"), pytest.mark.slow]  # compiling takes a minute first
 ROOT = Path(__file__).resolve().parents[2]
 HALF_AND_SINGLE = [torch.float16, torch.bfloat16, torch.float32]
 HEADS = [1, 32, 33, 48, 64, 96, 128, 200, 256]
@@ -46,7 +46,7 @@ def test_head_sizes_in_every_dtype(dtype, D, Nq):
 @pytest.mark.parametrize("Nq", [13, 70, 150])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_both_regimes(dtype, Nq, option):
-    """Few queries, where dM is a by-product of dK and dV, and many; tiles cut by the ends."""
+    """Few queries, where dM is a by-product of dK and dV, and many, with tiles that the ends cut."""
     case = make_case(2, 4, Nq, 101, 24, dtype=dtype, **OPTIONS[option])
     assert_within_budget(run(case, "cuda"), case)
 
@@ -54,7 +54,7 @@ def test_both_regimes(dtype, Nq, option):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("Nq", [3, 40])
 def test_keys_in_several_ranges(dtype, Nq):
-    """Long enough that forward and dQ part the keys among blocks and merge them."""
+    """There are enough keys for forward and dQ to share them out among blocks and merge the parts."""
     case = make_case(1, 2, Nq, 1100, 16, dtype=dtype, padded=0.5, with_lse=True, dropout_p=0.1)
     assert_within_budget(run(case, "cuda"), case)
 
@@ -85,7 +85,7 @@ def test_only_what_is_asked_and_it_is_the_same(D, needed):
 
 
 def tf32(x):
-    """To the 10 bits of mantissa that TF32 has, ties away from zero."""
+    """x rounded to the 10 bits of mantissa that TF32 has, ties away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -118,7 +118,7 @@ def test_a_sum_over_tf32_products_is_within_their_rounding():
 
 
 def test_bits_do_not_depend_on_what_else_is_in_memory():
-    """Uninitialised results and scratch hold what other calls left: nothing of it may show."""
+    """Uninitialised results and scratch hold what other calls left, and none of it may show."""
     case = make_case(2, 2, 20, 300, 24, dtype=torch.bfloat16, with_lse=True, padded=0.2)
     first = run(case, "cuda")
     run(make_case(2, 2, 20, 300, 24, dtype=torch.bfloat16, rng=7), "cuda")
@@ -134,7 +134,7 @@ def test_an_error_of_a_launch_names_the_call():
 
 
 def extra(call):
-    """(peak - results, ceiling) of what a call allocates: results, what backward needs, scratch."""
+    """(peak - results, ceiling) of all that a call allocates, scratch and what backward needs included."""
     case = call.case()
     with kernels_left_out():
         peak, results = peak_allocated(lambda: run(case, "cuda", call.needs))
@@ -161,7 +161,7 @@ def test_no_shape_makes_it_allocate_more():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mask_is_not_copied_whatever_its_strides(layout):
     for Nq in (13, 1024):
-        call = Call(2, 1, Nq, 2**25 // Nq, 4, dtype="float16", needs=("query", "alpha"), layout=layout)
+        call = ZeroCall(2, 1, Nq, 2**25 // Nq, 4, dtype="float16", needs=("query", "alpha"), layout=layout)
         assert extra(call)[0] < 0.5 * 2 * Nq * call.Nk * 2
 
 
@@ -174,10 +174,10 @@ SUITE = [
 
 @pytest.mark.parametrize("names", SUITE, ids="-".join)
 def test_the_suite_over_the_emulated_device(names):
-    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # not python -m pytest, which finds a bare `kernels`
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # `python -m pytest` would find a bare `kernels`
     files = [str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in names]
     command = [sys.executable, "-c", code, "-p", "tests.support.emulated_cuda", "-m", "not slow", *files]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert "where cuda must run" in result.stdout  # and it alone
+    assert "where cuda must run" in result.stdout  # and no other

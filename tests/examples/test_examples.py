@@ -1,4 +1,4 @@
-"""The examples learn what they claim to, and by the way they claim."""
+"""The examples learn what they claim, and in the way that they claim."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from examples import learn_mask, quickstart, readme_figures
 from examples.shared.rows import RESULTS, read
 from examples.vos import search
 
+pytestmark = pytest.mark.promise("examples")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def disc() -> tuple[torch.Tensor, torch.Tensor]:
-    """A noisy orange disc on a noisy dark ground, (32, 40, 3), and where it is."""
+    """A noisy orange disc on a noisy dark ground, (32, 40, 3), and the pixels of the disc."""
     row, column = torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij")
     inside = (row - 14).square() + (column - 22).square() < 81
     noise = torch.randn(32, 40, 3, generator=torch.Generator().manual_seed(0)) * 0.05
@@ -27,7 +28,7 @@ def disc() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def overlap(mask: torch.Tensor, inside: torch.Tensor) -> float:
-    """Intersection over union of soft mask and object."""
+    """Intersection over union of a soft mask and the object."""
     return (torch.minimum(mask, inside.float()).sum() / torch.maximum(mask, inside.float()).sum()).item()
 
 

@@ -18,6 +18,7 @@ from examples.vos.data import read_clips
 from examples.vos.model import VOS, grid_cells, mean_inside
 from tests.support import vos_clips
 
+pytestmark = pytest.mark.promise("examples")
 TINY, written = vos_clips.TINY, vos_clips.written
 
 
@@ -69,12 +70,12 @@ def batch(written):
 def test_the_other_view_shows_the_same_pixels_under_the_same_mask(written):
     clip = read_clips(written, "train")[0]
     mask = clip.first_mask()
-    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # a picture that is its own mask
+    flat = mask.argmax(0)[None].expand(3, -1, -1).float() / 4  # the picture is its own mask
     views = [_other_view(flat, mask, torch.Generator().manual_seed(seed)) for seed in range(5)]
     for view, seen in views:
         assert seen.shape == mask.shape and set(seen.unique().tolist()) == {0, 1} and seen.sum(0).max() == 1
         agree = (view[0] - seen.argmax(0) / 4).abs() < 1e-3
-        assert agree.float().mean() > 0.85  # all but the interpolated borders
+        assert agree.float().mean() > 0.85  # the interpolated borders differ
     assert len({seen.sum().item() for _, seen in views}) == 5
 
 
@@ -105,7 +106,7 @@ def test_the_labels_of_a_pasted_picture_are_known_on_what_was_pasted_and_away_fr
 
 
 def gradient_of_intermediate_masks(masking, batch, monkeypatch, path):
-    """Whether the loss at the end of a path reaches the masks predicted in between."""
+    """True where the loss at the end of a path reaches the masks predicted on the way."""
     torch.manual_seed(0)
     model = VOS(dataclasses.replace(TINY, dropout=0.0), masking)
     between = []
@@ -154,7 +155,7 @@ def test_every_parameter_learns(batch):
 
 
 class FakeTimm(torch.nn.Module):
-    """As timm's features_only models are: chosen ones of the maps at strides 2 to 32, or at 16 alone, channels last, and what they are."""
+    """A stand-in for timm's features_only models: chosen maps at strides 2 to 32, or only at 16, channels last, and their description."""
 
     output_fmt = "NHWC"
 
@@ -203,7 +204,7 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(written, tmp_path):
     train.train(train.Trainer(plan, clips), tmp_path / "parts", save_every=2, stop=4)
     with open(tmp_path / "parts" / "log.csv", "a") as file:
         file.write("5,1,1,1,1,1\n")  # as if killed after the checkpoint
-    torch.rand(7)  # whatever else the process draws
+    torch.rand(7)  # the process draws something else
     again, log_again = run_to_the_end(train.Trainer(plan, clips), tmp_path / "parts", resume=True)
     assert log_again == log and len(list(csv.reader(log.decode().splitlines()))) == 1 + TINY.steps
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -251,7 +252,7 @@ def test_frames_are_resized_for_the_network_and_labels_are_as_large_as_the_clip(
 
 
 def test_the_papers_sizes_are_a_configuration():
-    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not a need
+    paper = dataclasses.replace(CONFIGS["paper"], backbone="small")  # timm is not required
     model = VOS(paper)
     assert len(model.encoder) == len(model.decoder) == 5
     assert model.encoder[0].cross_attention.scaling_factors.tolist() == [32, 32, 16, 16, 8, 8, 4, 4]

@@ -17,12 +17,13 @@ from examples.vos import figures, infer, study, synthetic, train
 from examples.vos.data import read_clip, read_clips
 from tests.support import vos_clips
 
+pytestmark = pytest.mark.promise("examples")
 TINY, written = vos_clips.TINY, vos_clips.written
 
 
 @pytest.fixture
 def data(written, tmp_path):
-    """A copy to break."""
+    """A copy that a test may break."""
     return Path(shutil.copytree(written, tmp_path / "data"))
 
 

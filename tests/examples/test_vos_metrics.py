@@ -7,6 +7,8 @@ import torch
 
 from examples.vos import metrics
 
+pytestmark = pytest.mark.promise("examples")
+
 
 def square(top, left, side, size=40):
     mask = torch.zeros(size, size, dtype=torch.bool)

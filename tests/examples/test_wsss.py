@@ -1,4 +1,4 @@
-"""examples/wsss: masking and gates as they are meant, maps from smattn, resuming bit for bit."""
+"""examples/wsss: masking and gates do what the paper says, maps come from smattn, and a run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from examples.wsss.pretrained import load_timm
 from examples.wsss.pseudo_masks import UNDECIDED, Thresholds, filled, pseudo_mask
 from tests.support import wsss_scenes
 
+pytestmark = pytest.mark.promise("examples")
 TINY, data, written = wsss_scenes.TINY, wsss_scenes.data, wsss_scenes.written
 
 
@@ -234,7 +235,7 @@ def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(written, tmp_path):
     train.train(train.Trainer(plan, data), tmp_path / "parts", save_every=2, stop=4)
     with open(tmp_path / "parts" / "log.csv", "a") as file:
         file.write("5,1,1,1,1,1\n")  # as if killed after the checkpoint
-    torch.rand(7)  # whatever else the process draws
+    torch.rand(7)  # the process draws something else
     again, log_again = run_to_the_end(train.Trainer(plan, data), tmp_path / "parts", resume=True)
     assert log_again == log and len(list(csv.reader(log.decode().splitlines()))) == 1 + TINY.steps
     assert all(torch.equal(weights[name], again[name]) for name in weights)

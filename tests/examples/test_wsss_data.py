@@ -12,6 +12,7 @@ from examples.wsss import synthetic
 from examples.wsss.data import IGNORE, VOC_CLASSES, read_scenes
 from tests.support import wsss_scenes
 
+pytestmark = pytest.mark.promise("examples")
 TINY, data, written = wsss_scenes.TINY, wsss_scenes.data, wsss_scenes.written
 CLASSES = synthetic.CLASSES
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml  # pre-commit brings it
 
+pytestmark = pytest.mark.promise("documentation")
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -1,4 +1,4 @@
-"""README.md and docs/: every block of Python runs; in every Markdown file, links within the repository lead to a file and a heading."""
+"""Every block of Python in README.md and docs/ runs. In every Markdown file, links within the repository lead to a file and a heading."""
 
 import re
 import subprocess
@@ -14,11 +14,12 @@ import smattn.distributed
 import smattn.integrations
 import smattn.testing
 
+pytestmark = pytest.mark.promise("documentation")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKDOWN = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
-CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]*`", re.M | re.S)  # neither links nor headings
+CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]*`", re.M | re.S)  # where a pattern of a link or a heading is none
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.M)
 
@@ -27,7 +28,7 @@ def blocks():
     for page in PAGES:
         text = page.read_text()
         for found in BLOCK.finditer(text):
-            line = text[: found.start()].count("\n") + 1  # of the fence
+            line = text[: found.start()].count("\n") + 1  # the line of the fence
             yield pytest.param(page, line, found[1], id=f"{page.relative_to(ROOT)}:{line}")
 
 
@@ -35,9 +36,9 @@ def blocks():
 def test_a_block_of_code_runs(page, line, code, monkeypatch):
     torch.manual_seed(0)
     module = types.ModuleType("block")
-    monkeypatch.setitem(sys.modules, "block", module)  # where Dynamo looks for the names of its functions
+    monkeypatch.setitem(sys.modules, "block", module)  # Dynamo looks there for the names of functions
     exec(compile("\n" * line + code, str(page), "exec"), vars(module))  # an error names the page and its line
-    assert not torch.distributed.is_initialized()  # it leaves nothing behind
+    assert not torch.distributed.is_initialized()  # a block leaves nothing behind
 
 
 def test_the_pages_that_explain_calls_have_code():
@@ -46,7 +47,7 @@ def test_the_pages_that_explain_calls_have_code():
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces, numbered where repeated."""
+    """The anchors that GitHub makes of headings: lower case, without punctuation, hyphens for spaces, a number where one is repeated."""
     found: list[str] = []
     for heading in HEADING.findall(re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)):
         shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
@@ -70,7 +71,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_can_be_reached_from_the_index():
-    """And the index from the README."""
+    """The index itself is reached from the README."""
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text()) if "://" not in link}
     assert set((ROOT / "docs").rglob("*.md")) - {index} <= linked
@@ -79,7 +80,7 @@ def test_every_page_can_be_reached_from_the_index():
 
 @pytest.mark.slow
 def test_the_api_reference_has_every_public_name(tmp_path):
-    """`make docs`, which must list the modules that there are."""
+    """`make docs` lists every module that there is."""
     command = re.search(r"^\t\$\(BIN\)/pdoc (.*) --output-directory build/docs$", (ROOT / "Makefile").read_text(), re.M)[1]
     subprocess.run([sys.executable, "-m", "pdoc", *command.split(), "--output-directory", tmp_path], check=True, cwd=ROOT)
     for module in (smattn, smattn.nn, smattn.testing, smattn.distributed, smattn.integrations):

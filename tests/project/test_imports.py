@@ -9,6 +9,7 @@ import pytest
 
 import smattn
 
+pytestmark = pytest.mark.promise("installs")
 RUN = """
 import torch
 q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
@@ -19,7 +20,7 @@ assert mask.grad.shape == mask.shape
 
 
 def fresh(code, **environment):
-    """What `code` prints in a process of its own, without this suite's TRITON_INTERPRET."""
+    """The output of `code` in a process of its own, without this suite's TRITON_INTERPRET."""
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     result = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,4 @@
-"""Installing smattn: the wheel made from the sdist, in an environment of its own, and the ways a build can go: built, tools missing (said,
-forgiven), source broken (fails)."""
+"""The wheel made from the sdist installs and works. A build without a compiler says so and goes on; one of broken source fails."""
 
 import os
 import shutil
@@ -15,12 +14,12 @@ from setuptools import build_meta
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "smattn", "kernels"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.promise("installs"), pytest.mark.slow]
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A copy of what a build reads, without anything built."""
+    """A copy of all that a build reads, with nothing built in it."""
     copy = tmp_path / "source"
     copy.mkdir()
     for name in SOURCES:
@@ -58,13 +57,13 @@ print(smattn.__file__, smattn.__version__, *smattn.backends()["cpu"].reasons, se
 
 
 def run_installed(wheel: Path, folder: Path) -> list[str]:
-    """What RUN prints in a new environment that has this wheel, and torch and what torch needs from the one that runs this test."""
+    """The output of RUN in a new environment that has this wheel. torch and its needs come from the environment of this test."""
     python = str(folder / "bin" / "python")
     install = ["pip", "--python", python, "install", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)]
     for command in (["venv", "--without-pip", str(folder)], install):
         subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # of the folder that this adds, no .pth is followed: an editable smattn stays out
+    # Python follows no .pth file of a folder that a .pth adds, so an editable smattn stays out.
     (site / "torch_is_there.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON"))}
     command = [python, "-W", "ignore", "-c", RUN]
@@ -73,7 +72,7 @@ def run_installed(wheel: Path, folder: Path) -> list[str]:
 
 def test_the_wheel_made_from_the_sdist_installs_and_works(source, tmp_path, monkeypatch):
     sdist = build_sdist(source, monkeypatch)
-    shutil.rmtree(source / "csrc")  # nothing but what the sdist holds
+    shutil.rmtree(source / "csrc")  # only the sdist has it now
     result = build_wheel(source, str(sdist))
     assert result.returncode == 0, result.stdout + result.stderr
     wheel = only_wheel(source)

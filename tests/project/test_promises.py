@@ -1,46 +1,45 @@
-"""tests/README.md maps promises to tests: every test it names exists, and every test can fail."""
+"""Every promise has a test that is marked with it, and every test can fail."""
 
 import ast
-import re
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parents[1]
-FILES = {path.name: path for path in HERE.rglob("test_*.py")}
-NAMED = re.findall(r"`(test_\w+\.py)::(\w+)`", (HERE / "README.md").read_text())
-CHECKS = {"assert_within_budget", "assert_close", "assert_all_close", "assert_array_equal", "fail", "raises", "warns"}
-PROMISES = [
+from tests.support.promises import FILES, TESTS, held, marked, promises, table
+
+CONTRACT = {
     "exact", "gradcheck", "small", "repeatable", "defined", "only what is asked", "any shape", "dtypes", "composes", "refuses well",
-]  # fmt: skip
+}  # fmt: skip
 
 
-def functions(file):
-    tree = ast.parse(FILES[file].read_text())
-    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+def test_the_promises_of_the_contract_are_in_the_table():
+    assert CONTRACT <= set(promises())
 
 
-@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
-def test_every_test_named_in_the_readme_exists(file):
-    assert {name for named, name in NAMED if named == file} <= set(functions(file))
+@pytest.mark.parametrize("promise", promises())
+def test_every_promise_has_a_test_that_is_marked_with_it(promise):
+    assert held().get(promise)
 
 
-@pytest.mark.parametrize("promise", PROMISES)
-def test_every_promise_has_a_row_with_tests(promise):
-    rows = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith(f"| {promise}")]
-    assert rows and all("`test_" in row for row in rows)
+def test_every_mark_is_the_name_of_a_promise():
+    assert set(held()) <= set(promises())
 
 
-def checks(node):
+def test_the_table_has_a_line_for_every_mark():
+    lines = table().splitlines()
+    assert [line for line in lines if "::" not in line and line] == [f"{name}: {said}" for name, said in promises().items()]
+    assert sum("::" in line for line in lines) == sum(map(len, held().values()))
+
+
+def can_fail(node):
     if isinstance(node, ast.Assert):
         return True
     if not isinstance(node, ast.Call):
         return False
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    return name in CHECKS
+    return name.startswith("assert_") or name in ("fail", "raises", "warns")
 
 
-@pytest.mark.parametrize("file", sorted(FILES))
+@pytest.mark.parametrize("file", FILES, ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_test_is_without_an_assertion(file):
-    tests = {name: node for name, node in functions(file).items() if name.startswith("test_")}
-    assert tests and [name for name, node in tests.items() if not any(map(checks, ast.walk(node)))] == []
+    tests = [node for node, _ in marked(file)]
+    assert tests and [node.name for node in tests if not any(map(can_fail, ast.walk(node)))] == []

@@ -1,4 +1,4 @@
-"""`python -m smattn`, the first lines of a bug report, says what there is and why the rest is not, whatever is missing."""
+"""`python -m smattn` prints the first lines of a bug report: what there is, and why the rest is missing."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ import smattn
 from smattn import __main__ as report
 from smattn.backends import TABLE
 
+pytestmark = pytest.mark.promise("installs")
 RUN = "import runpy; runpy.run_module('smattn', run_name='__main__')"
 
 

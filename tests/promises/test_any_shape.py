@@ -1,4 +1,4 @@
-"""Any shape: element offsets past 2^31, tensors in any layout."""
+"""Any shape: element offsets past 2^31, and tensors in any layout."""
 
 import mmap
 from dataclasses import replace
@@ -9,9 +9,11 @@ import torch
 from smattn import soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.promise("any shape")
+
 
 def huge(elements, dtype, device):
-    """A tensor of so many elements; on a CPU its memory is committed only where it is written."""
+    """A tensor of so many elements. On a CPU memory is committed only where it is written."""
     if device != "cpu":
         return torch.empty(elements, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -19,7 +21,7 @@ def huge(elements, dtype, device):
 
 
 def spread(tensor, strides):
-    """The same values with these strides, in a storage as large as they need."""
+    """The same values with these strides, in a storage that is just large enough."""
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
     far = huge(last + 1, tensor.dtype, tensor.device.type).as_strided(tensor.shape, strides)
     return far.copy_(tensor)
@@ -29,7 +31,7 @@ FAR = 2**31 + 2**20
 
 
 def far_strides(shape, axis):
-    """Strides that do not overlap, with the last element of this axis past 2^31."""
+    """Strides under which elements do not overlap and the last one of this axis lies past 2^31."""
     order = [a for a in range(len(shape)) if a != axis][::-1]
     strides, step = [0] * len(shape), 1
     for a in order:
@@ -65,7 +67,7 @@ def test_padding_offsets_past_2_to_the_31(backend, device):
 
 
 def test_an_incoming_gradient_of_stride_zero(backend, device):
-    """What .sum().backward() sends."""
+    """The gradient that .sum().backward() sends has stride zero on every axis."""
     case = make_case(2, 2, 5, 33, 8, with_lse=True, device=device)
     ones = torch.ones((), device=device)
     case = replace(case, dout=ones.expand(case.dout.shape), dlse=ones.expand(case.dlse.shape))
@@ -82,7 +84,7 @@ def test_one_tensor_for_query_key_and_value(backend, device):
 
 
 def test_query_key_and_value_cut_from_one_projection(backend, device):
-    """The (B, N, 3, H, D) layout of a transformer, permuted and not copied."""
+    """A transformer's (B, N, 3, H, D) projection, permuted and not copied."""
     case = make_case(2, 2, 9, 9, 8, device=device)
     packed = torch.stack([case.query, case.key, case.value]).permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, H, D)
     query, key, value = packed.permute(2, 0, 3, 1, 4)

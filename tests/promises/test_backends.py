@@ -1,4 +1,4 @@
-"""The backends that this machine must have are there, and say what they are."""
+"""The backends that this machine must have are there, and they do what the table says."""
 
 import warnings
 
@@ -9,9 +9,11 @@ from smattn.backends import NAMES, TABLE, resolve
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS, DEVICE, interpreter_breaks
 
+pytestmark = pytest.mark.promise("backends")
+
 
 def test_the_expected_backends_run_and_no_other():
-    problem = make_case(1, 1, 1, 1, 32, device=DEVICE).problem()  # beside a GPU, "cpu" runs as well, on another device
+    problem = make_case(1, 1, 1, 1, 32, device=DEVICE).problem()  # on a machine with a GPU "cpu" runs as well, but on another device
     assert {row.name for row in TABLE if not row.unsupported_reasons(problem, "forward")} == set(BACKENDS)
     assert set(BACKENDS) <= {name for name, status in smattn.backends().items() if status.available}
 
@@ -28,6 +30,7 @@ def test_what_a_backend_has_is_what_the_table_says(name):
     assert hasattr(row.load(), "attention_map") == BACKENDS[name].attention_map
 
 
+@pytest.mark.promise("dtypes")
 def test_a_backend_refuses_the_dtypes_it_does_not_claim(backend, device):
     claimed = BACKENDS[backend].dtypes
     for dtype in BACKENDS["reference"].dtypes:

@@ -1,4 +1,4 @@
-"""The error budget can fail: small, real mistakes fall out of it, an honest computation never does."""
+"""The error budget can fail: small but real mistakes fall out of it, and an honest computation never does."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 
 from smattn.testing import assert_dead_rows, assert_within_budget, dead_queries, errors, make_case, plain, run, run_plain
 
+pytestmark = pytest.mark.promise("the budget can fail")
 CALLS = 40
 HALF = [torch.float16, torch.bfloat16]
 LOWEST = [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, float("-inf")]  # scores that count as -inf
@@ -41,7 +42,7 @@ def last_key_block_dropped(case):
 
 
 def tf32_inputs(case):
-    def rounded(x):  # to nearest in 10 bits of mantissa
+    def rounded(x):  # to the nearest number with 10 bits of mantissa
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
     return run(replace(case, query=rounded(case.query), key=rounded(case.key), value=rounded(case.value)), "reference")
@@ -103,7 +104,7 @@ def test_the_gradient_of_a_float32_mask_need_not_be_finer_than_query(dtype):
 
 
 def partly_at(value, dtype=torch.float32, mask_dtype=torch.float32, **kw):
-    """The last 15 of 40 keys have no weight: their mask is `value`, alpha is 1."""
+    """A case whose last 15 of 40 keys have no weight: their mask is `value`, and alpha is 1."""
     case = make_case(2, 4, 6, 40, 16, dtype=dtype, mask_dtype=mask_dtype, **kw)
     case.mask[..., 25:] = value
     return replace(case, alpha=torch.ones(4))
@@ -121,7 +122,7 @@ def test_zeros_do_not_pass_under_a_mask_that_rules_keys_out(value, dtype, as_map
 
 
 def with_dead_rows(value=float("-inf"), **kw):
-    """All keys are padding in batch element 1, and the mask rules out all of query 2 in element 0."""
+    """A case where all keys of batch element 1 are padding and the mask rules out every key for query 2 of element 0."""
     case = make_case(2, 4, 6, 40, 16, Hkv=2, **kw)
     case.mask[0, 2] = value
     padding = torch.zeros(2, 40, dtype=torch.bool)
@@ -210,7 +211,7 @@ def test_a_gradient_of_another_shape_or_dtype_is_caught():
 
 
 def overflowing():
-    """plain() in float16 has scores of inf here."""
+    """In float16 plain() has scores of inf here."""
     case = make_case(1, 2, 5, 40, 16, dtype=torch.float16)
     return replace(case, query=case.query * 3000, key=case.key * 3000, scale=1e-6)
 
@@ -227,7 +228,7 @@ def test_a_yardstick_that_overflows_excuses_nothing():
 
 
 def test_a_yardstick_that_is_dead_where_the_exact_answer_is_not_excuses_nothing():
-    """alpha * M is -inf in float16."""
+    """In float16 alpha * M is -inf here."""
     case = make_case(1, 2, 5, 40, 16, dtype=torch.float16, mask_dtype=torch.float16)
     case = replace(case, mask=torch.full_like(case.mask, -65504), alpha=torch.full((2,), 2.0))
     results = run(case, "reference")

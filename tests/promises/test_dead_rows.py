@@ -1,4 +1,4 @@
-"""Defined: a query with no key to attend to is zeros, whether padding or scores that count as -inf leave it none."""
+"""Defined: a query that padding, or scores that count as -inf, leave without a key is zeros."""
 
 from dataclasses import replace
 from itertools import product
@@ -9,6 +9,7 @@ import torch
 from smattn.testing import assert_dead_rows, assert_within_budget, dead_queries, make_case, run
 from tests.support.expected import BACKENDS
 
+pytestmark = pytest.mark.promise("defined")
 LEARNED = ("reference",)  # backends that hold this promise
 PAIRS = [(name, dtype) for name in LEARNED for dtype in BACKENDS[name].dtypes]
 on_every_backend = pytest.mark.parametrize("name", LEARNED)
@@ -30,7 +31,7 @@ NK = 35
 
 
 def a_case(lowest="float32", Nq=5, *, rows=(1,), keys=slice(None), shape=None, device="cpu", **kw):
-    """alpha is 1; the mask rules out `keys` for the queries `rows`, in batch element 0 or wherever the mask is shared."""
+    """A case with alpha 1 whose mask rules out `keys` for the queries `rows`, in batch element 0 or wherever the mask is shared."""
     value, mask_dtype = LOWEST[lowest]
     case = make_case(2, 4, Nq, NK, 8, Hkv=2, mask_shape=shape, mask_dtype=mask_dtype, with_lse=True, device=device, **kw)
     for row in rows:
@@ -39,12 +40,12 @@ def a_case(lowest="float32", Nq=5, *, rows=(1,), keys=slice(None), shape=None, d
 
 
 def without_dalpha(case):
-    """dalpha has no promise where the mask is -inf, so alpha is a number there."""
+    """dalpha has no promise where the mask is -inf, so that alpha is a number there."""
     return replace(case, alpha=1.0) if case.mask.isneginf().any() else case
 
 
 def queries(case, *at):
-    """(B, H, Nq) bool, True at the index given."""
+    """(B, H, Nq) bool, True at the given index."""
     dead = torch.zeros(case.query.shape[:3], dtype=torch.bool, device=case.query.device)
     dead[at] = True
     return dead
@@ -106,7 +107,7 @@ SHAPES = [*product((1, 2), (1, 4), (1, 2)), *product((1, 2), (1, 2))]
 @attention_and_map
 @on_every_backend
 def test_a_mask_and_padding_that_leave_no_key_together_in_every_broadcast(name, device, as_map, shape, Nq, lowest):
-    """The mask rules out the first 20 keys for its first batch element, head and query, padding the others in batch element 0."""
+    """The mask rules out the first 20 keys for its first batch element, head and query; the other keys of batch element 0 are padding."""
     sizes = (*shape[:-1], Nq if shape[-1] == 2 else 1, NK)
     case = a_case(lowest, Nq, rows=(), shape=sizes, as_map=as_map, device=device)
     case.mask[(0,) * (len(sizes) - 1)][:20] = LOWEST[lowest][0]
@@ -122,7 +123,7 @@ def test_a_mask_and_padding_that_leave_no_key_together_in_every_broadcast(name, 
 @attention_and_map
 @on_every_backend
 def test_a_boolean_window_whose_keys_are_all_padding(name, device, as_map, Nq):
-    """As transformers write it: 0 where a query may look, finfo.min elsewhere."""
+    """The mask as transformers write it: 0 where a query may look and finfo.min elsewhere."""
     case = a_case(Nq=Nq, rows=(), as_map=as_map, device=device)
     i, j = torch.arange(Nq, device=device)[:, None] % NK, torch.arange(NK, device=device)
     mask = torch.zeros(Nq, NK, device=device).masked_fill((i - j).abs() > 2, torch.finfo(torch.float32).min).expand(1, Nq, NK).clone()
@@ -138,7 +139,7 @@ def test_a_boolean_window_whose_keys_are_all_padding(name, device, as_map, Nq):
 @on_every_backend
 def test_a_learned_alpha(name, device, as_map, alpha, lowest):
     case = replace(a_case(lowest, as_map=as_map, device=device), alpha=torch.tensor(alpha, device=device))
-    if max(alpha) > 1e6:  # or the scores of that head would be as large
+    if max(alpha) > 1e6:  # otherwise the scores of that head would be as large
         case.mask[case.mask > 0] = 0
     assert torch.equal(dead_queries(case), queries(case, 0, slice(None), 1))
     results = run(case, name)
@@ -179,7 +180,7 @@ def test_the_lowest_float16_is_an_ordinary_number(name, device, as_map, dtype):
 @few_and_many_queries
 @on_every_backend
 def test_logits_under_an_alpha_that_is_out_of_range(name, device, Nq):
-    """M is exactly 1 or 0, and 1 rules a key out. Gradients are small, so that alpha * dS stays in range."""
+    """M is exactly 1 or 0, and 1 rules a key out. Incoming gradients are small, so that alpha * dS stays in range."""
     case = make_case(2, 4, Nq, NK, 8, mask="logits", with_lse=True, device=device)
     case = replace(case, dout=case.dout / 1000, dlse=case.dlse / 1000)
     logits = torch.full_like(case.mask_logits, -200.0)
@@ -217,7 +218,7 @@ def test_the_gradient_fed_to_a_dead_lse_may_be_anything(name, device, Nq, lowest
 @attention_and_map
 @on_every_backend
 def test_a_dead_row_changes_nothing_else(name, device, as_map, Nq, lowest):
-    """Every result has the bits that it has where the row is alive and its gradients are 0, but for the row's own output."""
+    """Except for the row's own output, results have the bits of a call in which the row is alive and its gradients are 0."""
     case = without_dalpha(a_case(lowest, Nq, as_map=as_map, device=device))
     dead = dead_queries(case)
     rows = dead[..., None] if not as_map else dead.all(1)[..., None]

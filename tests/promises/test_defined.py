@@ -1,4 +1,4 @@
-"""Defined: padding that holds anything, queries without a key, sizes of zero."""
+"""Defined: padding may hold anything, and queries without a key and sizes of zero have results."""
 
 from dataclasses import replace
 
@@ -8,13 +8,14 @@ import torch
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.promise("defined")
 BAD = [float("nan"), float("inf"), float("-inf")]
-MANY = 131  # queries: the other regime of the fused kernels
+MANY = 131  # queries, enough for the other regime of the fused kernels
 DEAD = 1  # the batch element that has no key
 
 
 def padded_case(Nq, dtype, device, as_map=False):
-    """Batch element 0 loses some keys, DEAD all, 2 none."""
+    """A case where padding takes some keys of batch element 0, all of DEAD and none of 2."""
     case = make_case(3, 1 if Nq == MANY else 2, Nq, 35, 8, dtype=dtype, with_lse=True, as_map=as_map, device=device)
     padding = torch.zeros(3, 35, dtype=torch.bool, device=device)
     padding[0, [0, 3, 33, 34]] = padding[DEAD] = True
@@ -22,7 +23,7 @@ def padded_case(Nq, dtype, device, as_map=False):
 
 
 def poisoned(case, bad):
-    """The same case, with `bad` wherever it must not be looked at: padded keys, gradients of queries without a key."""
+    """The same case with `bad` wherever nobody may look: in padded keys and in the gradients of queries without a key."""
     padding, dead = case.key_padding_mask, case.key_padding_mask.all(1)
     rows = padding[:, None, :, None]
     changes = dict(
@@ -88,12 +89,12 @@ def test_a_query_without_keys(backend, device, Nq):
 
 
 def test_a_query_without_keys_changes_nothing_else_in_the_batch(backend, device):
-    """Bit by bit the same as when the dead element has keys."""
+    """The other elements have the bits that they have when the dead element has keys."""
     case = padded_case(5, torch.float32, device)
     padding = case.key_padding_mask.clone()
     padding[DEAD] = False
     dead, alive = run(case, backend), run(replace(case, key_padding_mask=padding), backend)
-    for name in set(dead) - {"dalpha"}:  # the one sum over the batch
+    for name in set(dead) - {"dalpha"}:  # dalpha is the only sum over the batch
         assert torch.equal(dead[name][[0, 2]], alive[name][[0, 2]]), name
     assert not torch.equal(dead["out"][DEAD], alive["out"][DEAD])
 

@@ -1,18 +1,19 @@
-"""Dropout: the same bits on every backend, drawn from torch's generator."""
+"""Dropout: every backend drops the same elements, by a seed from torch's generator."""
 
 import pytest
 import torch
 
 from smattn import reference, soft_masked_attention
 from smattn.canonical import draw_seed
-from tests.cpu.test_native_abi import words  # Philox in numpy
 from tests.support.cpu_kernels import KERNELS, forced
+from tests.support.philox import words
 
+pytestmark = pytest.mark.promise("dropout")
 B, H, NQ, NK = 2, 3, 5, 40
 
 
 def kept(backend, device, p, Nq=NQ, rng=0, dtype=torch.float32):
-    """Which weights a call keeps: with value the identity, out is P * keep / (1 - p). And the seed that it drew."""
+    """The weights that a call keeps, and the seed that it drew. With the identity as value, out is P * keep / (1 - p)."""
     query, key = (torch.zeros(B, H, n, 4, device=device, dtype=dtype) for n in (Nq, NK))
     value = torch.eye(NK, device=device, dtype=dtype).expand(B, H, NK, NK)
     torch.manual_seed(rng)
@@ -34,7 +35,7 @@ def test_bits_are_philox_words_compared_with_p(backend, device, Nq, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_bits_are_the_same_from_every_set_of_cpu_kernels(name, dtype):
-    """A vector of queries at a time, in vectors of every length."""
+    """The kernels draw a vector of queries at a time, and vectors differ in length."""
     with forced(name):
         keep, seed = kept("cpu", "cpu", 0.3, Nq=131, rng=11, dtype=dtype)
     assert torch.equal(keep, reference.dropout_keep(seed, B, H, 131, NK, 0.3))

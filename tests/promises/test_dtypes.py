@@ -1,4 +1,4 @@
-"""dtypes: what comes out, in which dtype, and what autocast casts."""
+"""dtypes: which dtype each result has, and what autocast casts."""
 
 from dataclasses import replace
 from itertools import product
@@ -9,6 +9,7 @@ import torch
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.promise("dtypes")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -22,7 +23,7 @@ def test_mask_and_alpha_keep_their_own_dtype(backend, device, mask_dtype, alpha_
 
 
 def test_a_mask_more_precise_than_the_scores_is_not_rounded_to_them(backend, device):
-    """M near 1 in float32 with alpha = 32: in bfloat16 it would be 1."""
+    """In float32 M is just below 1, under alpha = 32. In bfloat16 it would be 1."""
     query, key = torch.zeros(1, 1, 1, 8, device=device).bfloat16(), torch.zeros(1, 1, 2, 8, device=device).bfloat16()
     value = torch.eye(2, 8, device=device).bfloat16()[None, None]
     mask = torch.tensor([[[1.0, 0.998]]], device=device)
@@ -54,7 +55,7 @@ def test_autocast_leaves_double_alone(device):
 
 
 def test_autocast_makes_mixed_inputs_one_dtype(backend, device):
-    """A half query beside float32 keys is an error outside autocast and fine inside."""
+    """A half query with float32 keys is an error outside autocast and allowed inside."""
     case = make_case(1, 2, 3, 9, 4, device=device)
     arguments = (case.query.bfloat16(), case.key, case.value, case.mask, case.alpha)
     with pytest.raises(ValueError, match="key: expected query's dtype"):

@@ -1,4 +1,4 @@
-"""Exact: every backend within the error budget, forward and all gradients, whatever the call."""
+"""Exact: on every backend the output and all gradients of any call are inside the error budget."""
 
 from dataclasses import replace
 from itertools import product
@@ -12,6 +12,7 @@ from smattn import ops, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run, run_plain, workload_case
 from tests.support.strategies import cases
 
+pytestmark = pytest.mark.promise("exact")
 MANY, FEW = 60, 10  # random calls per dtype; Triton gets few: its kernels are interpreted, or compiled anew for each shape
 no_check = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 GRADIENTS = {"dquery", "dkey", "dvalue", "dmask", "dalpha"}
@@ -35,7 +36,7 @@ def test_random_calls(backend, dtype, device):
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_random_calls_without_the_unrounded_output(backend, half, device, monkeypatch):
-    """As where it would take too much memory, which random calls never do."""
+    """Large calls drop the unrounded output to save memory. Random calls are never so large, so the test drops it."""
     monkeypatch.setattr(ops, "queries_kept_unrounded", lambda problem: 0)
     assert hypothesize(backend, half, device, FEW if backend == "triton" else MANY)
 
@@ -72,15 +73,17 @@ def test_a_gradient_through_lse_alone(backend, dtype, device):
     assert not grads[2].any()
 
 
+@pytest.mark.promise("any shape")
 @pytest.mark.parametrize("D", [1, 2, 3, 17, 32, 48, 64, 72, 128, 200, 256])
 def test_head_sizes(backend, device, D):
     case = make_case(1, 2, 5, 40, D, Dv=257 - D, with_lse=True, device=device)
     assert_within_budget(run(case, backend), case)
 
 
+@pytest.mark.promise("any shape")
 @pytest.mark.parametrize("Nq, Nk", [(1, 1), (1, 2), (7, 1), (1, 97), (16, 32), (17, 33), (31, 64), (128, 16), (129, 16), (130, 33)])
 def test_lengths(backend, device, Nq, Nk):
-    """One key gives gradients that are exactly 0; the others lie at and beside the edges of tiles and of the few-queries regime."""
+    """With one key some gradients are exactly 0. The other lengths lie at and next to the edges of tiles and of the few-queries regime."""
     case = make_case(1, 2, Nq, Nk, 8, mask_shape=(1, 2, Nq, Nk), with_lse=True, device=device)
     assert_within_budget(run(case, backend), case)
 
@@ -91,7 +94,7 @@ MASK_SHAPES = [*product((1, 2), repeat=3), *product((1, 2), repeat=2)]
 @pytest.mark.parametrize("Nq", [5, 40, 131])
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_mask_broadcasts(backend, device, shape, Nq):
-    """shape: batch, head (left out in a 3-D mask) and query axes, 2 for full."""
+    """`shape` has the axes batch, head (absent in a 3-D mask) and query; 2 stands for the full size."""
     sizes = (*shape[:-1], Nq if shape[-1] == 2 else 1, 35)
     case = make_case(2, 2, Nq, 35, 8, Hkv=1, mask_shape=sizes, device=device)
     assert_within_budget(run(case, backend), case)
@@ -143,7 +146,7 @@ def test_a_nan_that_is_attended_to_comes_out_where_plain_torch_has_it(backend, d
 
 def test_keys_ruled_out_by_minus_infinity_before_the_first_that_is_not(backend, device):
     case = make_case(1, 2, 3, 300, 8, with_lse=True, device=device)
-    case.mask[0, 1, :200] = float("-inf")  # whole blocks of them
+    case.mask[0, 1, :200] = float("-inf")  # whole blocks of keys
     assert_within_budget(run(case, backend, ("query", "key", "value", "mask")), case)  # dalpha sums 0 * -inf
 
 
@@ -160,7 +163,7 @@ def test_a_query_with_a_score_of_plus_infinity_is_nan_and_its_lse_infinite_as_in
     set_infinite_scores(case.mask)
     results, plainly = run(case, backend), run_plain(case)
     assert results["lse"][1, :, 1].eq(float("inf")).all() and results["lse"][1, :, 2].isnan().all()
-    for name in results if dropout_p == 0 else ("out", "lse"):  # what is dropped may be selected out of a gradient, or NaN times 0
+    for name in results if dropout_p == 0 else ("out", "lse"):  # in a gradient, a dropped element may be selected out or be NaN times 0
         assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
         assert torch.equal(results[name].isinf(), plainly[name].isinf()), name
 

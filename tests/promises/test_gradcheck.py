@@ -1,4 +1,4 @@
-"""gradcheck: float64 gradients against finite differences, and the explicit backward against autograd through the formulas."""
+"""gradcheck: gradients in float64 agree with finite differences, and the explicit backward with autograd through the formulas."""
 
 from dataclasses import replace
 
@@ -6,25 +6,13 @@ import pytest
 import torch
 
 from smattn import attention_map, reference, soft_masked_attention
-from smattn.testing import make_case, run
+from smattn.testing import run
 from tests.support.expected import BACKENDS
+from tests.support.small_doubles import NK, SHAPES, B, a_case, leaves
 
+pytestmark = pytest.mark.promise("gradcheck")
 DOUBLE = [name for name, b in BACKENDS.items() if torch.float64 in b.dtypes]
 DOUBLE_MAPS = [name for name in DOUBLE if BACKENDS[name].attention_map]
-SHAPES = [None, (2, 3, 5), (1, 1, 5), (2, 1, 5), (2, 4, 3, 5), (1, 4, 1, 5), (1, 1, 3, 5)]
-B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 3, 2
-
-
-def a_case(shape, **kw):
-    mask = None if shape is None else "uniform"
-    double = dict(dtype=torch.float64, mask_dtype=torch.float64)
-    return make_case(B, H, NQ, NK, D, Dv=DV, Hkv=HKV, mask=mask, mask_shape=shape, rng=1, **double, **kw)
-
-
-def leaves(case):
-    tensors = [case.query, case.key] + ([] if case.is_map else [case.value])
-    tensors += [] if case.mask is None else [case.mask, case.alpha / 8]  # finite differences want a softmax that is not saturated
-    return [t.clone().requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize("padded", [0.0, 0.4])

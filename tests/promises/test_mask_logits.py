@@ -9,7 +9,7 @@ from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
 from tests.support.expected import BACKENDS
 
-# M's batch axis, heads where it has that axis, and whether it has the queries'
+# M's batch size, its heads (None: no such axis) and whether it has a row for each query
 SHAPES = [(2, True), (1, True), (2, False), (1, False), (2, 2, True), (1, 2, True), (2, 2, False)]
 LENGTHS = [*((shape, 5) for shape in SHAPES), *((shape, 131) for shape in SHAPES if shape in [(2, True), (1, False), (1, 2, True)])]
 
@@ -20,7 +20,7 @@ def a_case(shape, Nq, Nk=35, **kw):
 
 
 def poisoned(case):
-    """NaN in the logits of every key that is padding wherever it is used."""
+    """A case with NaN in the logits of every key that is padding for all who use it."""
     logits, padding = case.mask_logits.clone(), case.key_padding_mask
     unseen = padding if logits.shape[0] > 1 else padding.all(0, keepdim=True)
     logits.masked_fill_(unseen.view(len(unseen), *[1] * (logits.dim() - 2), -1), float("nan"))
@@ -28,6 +28,7 @@ def poisoned(case):
     return replace(case, mask_logits=logits)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("shape, Nq", LENGTHS, ids=str)
 def test_within_budget(backend, device, shape, Nq):
     case = a_case(shape, Nq, with_lse=True, device=device)
@@ -36,12 +37,14 @@ def test_within_budget(backend, device, shape, Nq):
     assert_within_budget(results, case)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("shape, Nq", LENGTHS, ids=str)
 def test_a_map_within_budget(map_backend, device, shape, Nq):
     case = poisoned(a_case(shape, Nq, as_map=True, padded=0.5, device=device))
     assert_within_budget(run(case, map_backend), case)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("Nq", [5, 131])
 @pytest.mark.parametrize("own", [True, False], ids=["logits of the dtype", "float32 logits"])
 def test_dtypes_with_padding_and_dropout(backend, dtype, device, own, Nq):
@@ -52,6 +55,7 @@ def test_dtypes_with_padding_and_dropout(backend, dtype, device, own, Nq):
     assert_within_budget(results, case)
 
 
+@pytest.mark.promise("exact")
 @pytest.mark.parametrize("Nq", [5, 131])
 def test_logits_far_out_have_no_gradient_and_the_others_that_of_a_mask(backend, device, Nq):
     case = a_case((2, True), Nq, device=device)
@@ -62,8 +66,9 @@ def test_logits_far_out_have_no_gradient_and_the_others_that_of_a_mask(backend, 
     assert_within_budget(results, as_mask)
 
 
+@pytest.mark.promise("exact")
 def test_a_gradient_keeps_its_digits_where_m_is_near_1(backend, device):
-    """1 - M of a logit of 12 has half of float32's digits left, exp(-|x|) / (1 + exp(-|x|))^2 all of them."""
+    """At a logit of 12, 1 - M keeps half of float32's digits and exp(-|x|) / (1 + exp(-|x|))^2 keeps all."""
     case = a_case((2, True), 5, device=device)
     case = replace(case, mask_logits=torch.full_like(case.mask_logits, 12.0))
     single, double = (run(c, name)["dmask_logits"] for c, name in ((case, backend), (doubled(case), "reference")))
@@ -75,6 +80,7 @@ def doubled(case):
     return replace(case.with_inputs({name: t.double() for name, t in case.inputs().items()}), dout=case.dout.double())
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize("needs", [("query", "key"), ("mask_logits",), ("mask_logits", "alpha"), ("alpha",)], ids=str)
 @pytest.mark.parametrize("Nq", [5, 131])
 def test_only_what_is_asked_for(backend, device, needs, Nq):
@@ -84,6 +90,7 @@ def test_only_what_is_asked_for(backend, device, needs, Nq):
     assert_within_budget(results, case)
 
 
+@pytest.mark.promise("gradcheck")
 def test_gradcheck():
     case = a_case((2, True), 3, Nk=5, dtype=torch.float64, mask_dtype=torch.float64, padded=0.4)
     inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value, case.mask_logits, case.alpha / 8)]
@@ -100,6 +107,7 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(attend_map, [*inputs[:2], *inputs[3:]])
 
 
+@pytest.mark.promise("composes")
 def test_compiled_and_vmapped(backend, device):
     case = a_case((2, True), 5, device=device)
 

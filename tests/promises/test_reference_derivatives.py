@@ -1,4 +1,4 @@
-"""backend="reference", asked for by name, is differentiated as often as wanted: checked against finite differences and on every route."""
+"""backend="reference" has derivatives of any order, which agree with finite differences, on every route."""
 
 import pytest
 import torch
@@ -8,15 +8,16 @@ from torch.utils.checkpoint import checkpoint
 from smattn import attention_map, reference, soft_masked_attention
 from smattn.call import make_call
 from smattn.testing import make_case
-from tests.promises.test_gradcheck import SHAPES, a_case, leaves
-from tests.torch.test_tools import Called
+from tests.support.called import Called
+from tests.support.small_doubles import SHAPES, a_case, leaves
 
+pytestmark = pytest.mark.promise("second derivatives")
 NAMES = ("query", "key", "value", "mask", "alpha")
 MAP_NAMES = ("query", "key", "mask", "alpha", "head_weights")
 
 
 def attention(case, **options):
-    """out and lse of leaves(case), as finite differences want them: without the -inf of a row without keys."""
+    """A function of leaves(case) that returns out and lse. For finite differences the lse of a row without keys is 0 and not -inf."""
 
     def call(*tensors):
         torch.manual_seed(0)  # of dropout
@@ -46,7 +47,7 @@ def test_every_element_of_every_second_derivative():
 
 @pytest.mark.parametrize("Nk", [1, 5])
 def test_logits(Nk):
-    """With one key dM is exactly 0, and still has a derivative."""
+    """With one key dM is exactly 0, and yet it has a derivative."""
     case = with_a_dead_row(make_case(2, 2, 3, Nk, 3, dtype=torch.float64, mask="logits", mask_dtype=torch.float64, padded=0.4, rng=1))
     inputs = [t.clone().requires_grad_() for t in (case.query, case.key, case.value, case.mask_logits, case.alpha / 8)]
 
@@ -76,7 +77,7 @@ def test_attention_map(shape):
 
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 5)], ids=str)
 def test_mask_logits(shape):
-    """Zeros among them, where a formula with |x| in it would have no second derivative; NaN where all is padding."""
+    """Some logits are 0, where a formula with |x| would have no second derivative. Where every key is padding they are NaN."""
     case = with_a_dead_row(a_case(shape, padded=0.4))
     query, key, value, mask, alpha = leaves(case)
     logits = (4 * mask.detach() - 2).requires_grad_()
@@ -94,7 +95,7 @@ def test_mask_logits(shape):
 
     rest = query, key, value, alpha
     assert torch.autograd.gradgradcheck(inside, (logits, *rest), fast_mode=True)
-    # twice backward, the first time from a gradient of 0, whose derivative is not 0
+    # Backward runs twice, at first from a gradient of 0 whose derivative is not 0.
     direction = torch.ones_like(logits)
     got, expected = (torch.autograd.functional.jvp(f, logits, direction)[1] for f in (lambda x: inside(x, *rest), outside))
     assert expected.any()
@@ -103,7 +104,7 @@ def test_mask_logits(shape):
 
 @pytest.fixture(params=["attention", "map"])
 def functions(request, device):
-    """A scalar of the call, the same scalar by autograd through the formulas, and their inputs."""
+    """A scalar of the call, the same scalar by autograd through the formulas, and the inputs of both."""
     as_map = request.param == "map"
     case = make_case(2, 2, 3, 7, 4, dtype=torch.float64, mask_dtype=torch.float64, as_map=as_map, device=device)
     scale = case.problem().scale
@@ -128,7 +129,7 @@ def functions(request, device):
 
 
 def penalty(call, *tensors):
-    """The call and the squares of its gradients."""
+    """The call's output and the squares of its gradients."""
     value = call(*tensors)
     return value + sum(g.square().sum() for g in torch.autograd.grad(value, tensors, create_graph=True))
 
@@ -162,10 +163,10 @@ def test_a_gradient_penalty_by_backward(functions):
     call, _, tensors = functions
     copies = [t.detach().clone().requires_grad_() for t in tensors]
     call(*copies).backward(create_graph=True)
-    sum(t.grad.square().sum() for t in copies).backward()  # onto the first gradients
+    sum(t.grad.square().sum() for t in copies).backward()  # adds to the first gradients
     assert_all_close([t.grad for t in copies], expected_of(functions))
     for t in copies:
-        t.grad = None  # which refer to themselves
+        t.grad = None  # these gradients refer to themselves
 
 
 def test_a_penalty_under_checkpointing(functions):
@@ -210,7 +211,7 @@ def test_a_penalty_inside_a_compiled_function(functions, compiler):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_penalty_by_autograd_grad_inside_a_compiled_function(functions, compiler):
-    """Right, or torch's own refusal."""
+    """The result is right, or torch refuses."""
     call, _, tensors = functions
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: penalty(call, *t), backend=compiler)

@@ -1,4 +1,4 @@
-"""Refuses well: every refusal names the argument, what was expected and what came, before anything runs."""
+"""Refuses well: before anything runs, an error names the argument, what was expected and what was given."""
 
 import importlib
 import re
@@ -13,6 +13,7 @@ from smattn import attention_map, soft_masked_attention, validate
 from smattn.call import Problem
 from tests.support.expected import BACKENDS, DEVICE
 
+pytestmark = pytest.mark.promise("refuses well")
 B, H, NQ, NK, D = 2, 4, 3, 5, 8
 META = "meta"
 
@@ -31,7 +32,7 @@ def z(*shape, **kw):
     return torch.zeros(*shape, **kw)
 
 
-# what is changed in a good call, the exception, its whole message
+# what is changed in a good call, the exception, and its whole message
 REFUSED = [
     (dict(query=[1.0]), TypeError, "query: expected a torch.Tensor, got list"),
     (dict(key=None), TypeError, "key: expected a torch.Tensor, got NoneType"),
@@ -137,7 +138,7 @@ def a_map(**changes):
 
 
 def matches(message, pattern):
-    """Word for word; a * stands for what a shape may be."""
+    """The message is this, word for word; a * stands for any shape."""
     return re.fullmatch(re.escape(pattern).replace(r"\*", ".+"), message)
 
 
@@ -242,7 +243,7 @@ def test_none_on_a_device_without_backends_lists_them():
 
 @pytest.fixture
 def only_the_reference(monkeypatch):
-    """A machine on which every other backend has a reason."""
+    """A machine where every other backend has a reason not to run."""
     backends = table()
     original = backends.Backend.unsupported_reasons
     monkeypatch.setattr(

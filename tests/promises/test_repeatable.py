@@ -1,4 +1,4 @@
-"""Repeatable: the same bits from run to run, whatever lay in the memory before."""
+"""Repeatable: a call gives the same bits from run to run, whatever lay in memory before."""
 
 from contextlib import contextmanager
 
@@ -7,6 +7,7 @@ import torch
 
 from smattn.testing import make_case, run
 
+pytestmark = pytest.mark.promise("repeatable")
 OPTIONS = [
     {},
     {"dropout_p": 0.3, "padded": 0.3, "with_lse": True},
@@ -19,7 +20,7 @@ SIZES = [(5, 97, 8), (131, 40, 8), (13, 97, 33)]
 
 @contextmanager
 def poisoned_memory():
-    """Every uninitialised tensor is filled with NaN."""
+    """Inside the block every uninitialised tensor is filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -47,7 +48,7 @@ def test_the_same_bits_over_poisoned_memory(backend, device, size, options):
     case = a_case(size, options, device)
     first = run(case, backend)
     with poisoned_memory():
-        assert torch.empty(1000, device=device).isnan().all()  # memory really is poisoned
+        assert torch.empty(1000, device=device).isnan().all()  # memory is poisoned indeed
         poisoned = run(case, backend)
     assert differing(first, poisoned) == []
 
@@ -84,7 +85,7 @@ def test_maps_repeat_over_poisoned_memory(map_backend, device):
 
 
 def test_uninitialised_memory_would_be_seen(device):
-    """The instrument itself: a tensor that is never written differs under poison."""
+    """The poison works: a tensor that is never written differs under it."""
     with poisoned_memory():
         assert torch.empty(4096, device=device).isnan().all()
         assert torch.empty(4096, dtype=torch.float16, device=device).isnan().all()

@@ -1,6 +1,6 @@
-"""The CUDA kernels on a machine without a GPU: built for the host over csrc/cuda/emulator, in the place of the real ones.
+"""The CUDA kernels on a machine without a GPU: a build for the host over csrc/cuda/emulator that takes the place of the real one.
 
-As a pytest plugin (`pytest -p tests.support.emulated_cuda`) it runs the suite over backend="cuda" alone.
+As a pytest plugin (`pytest -p tests.support.emulated_cuda`) it runs the suite over backend="cuda" only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(name: str, *options: str) -> Path:
-    """build/<name>/csrc/cuda/_cuda.so: what changed since the last time is compiled, by one process at a time."""
+    """Compiles what changed since the last time, one process at a time, and returns build/<name>/csrc/cuda/_cuda.so."""
     folder = ROOT / "build" / name
     folder.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # pip's cmake and ninja are there
@@ -48,7 +48,7 @@ def machine() -> cuda.Machine:
 
 @contextmanager
 def kernels_left_out() -> Iterator[None]:
-    """Kernels are not run: what remains of a call is what it allocates, at any size."""
+    """Inside the block no kernel runs. What remains of a call is what it allocates, so that it may have any size."""
     torch.ops.smattn_cuda_emulated.run_kernels(False)
     try:
         yield

@@ -1,7 +1,7 @@
-"""What the suite expects to find on this machine, and how tests are run over it.
+"""The table of what the suite expects to find on this machine.
 
-A test that takes `backend` runs once for every expected backend; with `dtype` as well, once for every dtype that backend claims.
-`map_backend` and `fused_backend` are the same over those with attention_map and over those that the memory promises hold for.
+A test that takes `backend` runs once for every expected backend, and with `dtype` once for every dtype that the backend claims.
+`map_backend` stands for the backends with attention_map, `fused_backend` for those that the promises about memory hold for.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Expected(NamedTuple):
 
     dtypes: tuple[torch.dtype, ...]
     attention_map: bool
-    fused: bool  # never holds a score tensor, reads masks in place
+    fused: bool  # holds no score tensor and reads masks in place
 
 
-# Device -> backends that must run there: one that is missing, or that runs and is not listed, makes the suite red. Not one is skipped.
+# Device -> the backends that must run there. One that is missing, or that runs and is not listed, makes the suite red; none is skipped.
 TABLE = {
     "cpu": {
         "cpu": Expected(ALL_DTYPES, attention_map=True, fused=True),
@@ -40,7 +40,7 @@ TABLE = {
 if cuda.LIBRARY.path.exists():  # built only where asked for; on the CPU the same kernels are tried by test_cuda_emulated.py
     TABLE["cuda"]["cuda"] = Expected(HALF_AND_SINGLE, attention_map=True, fused=True)
 BACKENDS = TABLE[DEVICE]
-INTERPRETED = DEVICE == "cpu"  # how triton runs
+INTERPRETED = DEVICE == "cpu"  # how Triton's kernels run
 
 
 def names(attention_map: bool = False, fused: bool = False) -> list[str]:
@@ -48,7 +48,7 @@ def names(attention_map: bool = False, fused: bool = False) -> list[str]:
 
 
 def interpreter_breaks(triton: str, numpy: str) -> str:
-    """Why the interpreter of this Triton cannot work beside this numpy; "" when it can."""
+    """The reason why the interpreter of this Triton cannot work with this numpy, or "" where it can."""
     if triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
         return f"the interpreter of Triton {triton} breaks with numpy {numpy}: pip install 'numpy<2.4'"
     return ""

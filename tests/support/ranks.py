@@ -1,4 +1,4 @@
-"""Running a function in several processes of a process group, and what each of them returned."""
+"""Runs a function in several processes of one process group and collects what they return."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 
 
 def in_processes(function: Callable[[int, int], Any], world: int, folder: Path, transport: str = "gloo") -> list[Any]:
-    """function(rank, world) in each of `world` processes -> what they returned, in the order of ranks. Over "nccl" each has its GPU."""
-    # forked, not spawned: each would import torch again. But CUDA does not outlive a fork, and neither does autograd that has used it.
+    """Calls function(rank, world) in `world` processes; returns their results in the order of ranks. Over "nccl" each has its own GPU."""
+    # A fork saves each process the import of torch. But CUDA does not outlive a fork, and neither does autograd that has used it.
     method = "spawn" if torch.cuda.is_available() else "fork"
     mp.start_processes(_worker, (function, world, str(folder), transport), nprocs=world, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

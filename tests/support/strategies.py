@@ -43,13 +43,13 @@ def cases(draw: st.DrawFn, dtype: torch.dtype, device: str, largest: int = 80, a
 
 
 def alphas(alpha: Tensor) -> list[float | Tensor]:
-    """The forms alpha may take: (H,), (), a float; more than one sign."""
+    """Alpha in each of its forms, (H,), () or a float, and of either sign."""
     return [alpha, -alpha, alpha[0] / 3, alpha[::2].repeat_interleave(2)[: len(alpha)], 2.5]
 
 
 @st.composite
 def restrided(draw: st.DrawFn, tensor: Tensor, expand: bool = False) -> Tensor:
-    """The same values, or with `expand` perhaps one row of them repeated by stride 0, in a layout drawn at random."""
+    """The same values in a layout drawn at random. With `expand` they may be one row that stride 0 repeats."""
     layout = draw(st.sampled_from(["as it is", "axes permuted", "every second element", "inside a larger one", *["expanded"] * expand]))
     if layout == "axes permuted":
         axes = draw(st.permutations(range(tensor.dim())))

@@ -1,4 +1,4 @@
-"""Clips for the tests of examples/vos, written once."""
+"""Clips for the tests of examples/vos, written once for all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures for the tests of examples/wsss, written once, and a copy to break."""
+"""Pictures for the tests of examples/wsss, written once for all of them, and a copy that a test may break."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def data(written, tmp_path):
-    """A copy to break."""
+    """A copy that a test may break."""
     return Path(shutil.copytree(written, tmp_path / "data"))

@@ -1,4 +1,4 @@
-"""Composes with torch.compile and torch.export: one graph, dynamic lengths, gradients, dropout."""
+"""Composes with torch.compile and torch.export: one graph for all lengths, with gradients and dropout."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from smattn import attention_map, ops, soft_masked_attention
 from smattn.canonical import _torch_allows_tf32
 from smattn.testing import assert_within_budget, make_case, run
 
+pytestmark = pytest.mark.promise("composes")
 LENGTHS = [(5, 40), (6, 41), (9, 67), (2, 33)]
 INPUTS = ("query", "key", "value", "mask", "alpha")
 
@@ -29,7 +30,7 @@ def test_forward_and_backward_in_one_graph_for_every_length(backend, device, dyn
         return soft_masked_attention(query, key, value, mask, alpha, return_lse=True, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True if dynamic == "dynamic=True" else None)
-    compilations = set()  # after each length; Dynamo may start over within the first call
+    compilations = set()  # how many graphs there are after each length; Dynamo may start over within the first call
     for Nq, Nk in LENGTHS:
         case = make_case(2, 2, Nq, Nk, 8, with_lse=True, device=device)
         inputs = tensors(case)
@@ -135,7 +136,7 @@ def test_autocast_in_one_graph(backend, device):
             return soft_masked_attention(*inputs, backend=backend)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for rng in range(5):  # a sum taken in another order keeps its bits now and then
+    for rng in range(5):  # a sum in another order has the same bits now and then
         inputs = tensors(make_case(2, 2, 5, 40, 8, device=device, rng=rng))
         out, expected = compiled(*inputs), call(*inputs)
         assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
@@ -144,7 +145,7 @@ def test_autocast_in_one_graph(backend, device):
 
 
 def test_no_gradient_of_lse_and_a_gradient_of_zeros_are_the_same_bits(backend, device):
-    """Of an lse that nobody reads, eager backward gets None and a graph's backward zeros."""
+    """For an lse that nobody reads, backward gets None in eager mode and zeros in a graph."""
     for rng in range(5):
         case = make_case(2, 2, 5, 40, 8, device=device, rng=rng)
         inputs = tensors(case)
@@ -155,7 +156,7 @@ def test_no_gradient_of_lse_and_a_gradient_of_zeros_are_the_same_bits(backend, d
 
 
 def test_a_compiled_call_sees_when_the_matmul_precision_changes():
-    """What decides TF32 on a GPU is read at call time, in a graph too."""
+    """The setting that allows TF32 on a GPU is read at call time, in a graph too."""
     compiled = torch.compile(lambda x: x + int(_torch_allows_tf32()), fullgraph=True, backend="eager")
     before = torch.backends.cuda.matmul.fp32_precision
     seen = []
@@ -170,7 +171,7 @@ def test_a_compiled_call_sees_when_the_matmul_precision_changes():
 
 @pytest.mark.slow
 def test_the_default_compiler_with_dropout(backend, device):
-    """Inductor draws other random numbers, as many of them, and repeats them under manual_seed."""
+    """Inductor draws other random numbers, but as many, and repeats them under manual_seed."""
     B, H, Nq, Nk, p = 4, 8, 8, 32, 0.3
     query, key, value = torch.zeros(B, H, Nq, 4), torch.zeros(B, H, Nk, 4), torch.eye(Nk).expand(B, H, Nk, Nk)
 
@@ -185,7 +186,7 @@ def test_the_default_compiler_with_dropout(backend, device):
     assert torch.equal(compiled(*inputs), first) and not torch.equal(first, second)
     share = (torch.stack([first, second]) != 0).float().mean()
     assert abs(share - (1 - p)) < 5 * (p * (1 - p) / (2 * first.numel())) ** 0.5
-    (dvalue,) = torch.autograd.grad(first, inputs[2], torch.ones_like(first))  # backward has forward's bits: its column sums
+    (dvalue,) = torch.autograd.grad(first, inputs[2], torch.ones_like(first))  # shows the bits that backward drops
     torch.testing.assert_close(dvalue[..., 0], first.sum(2))
 
 
@@ -239,7 +240,7 @@ def test_an_exported_program_is_saved_and_loaded(backend, device, tmp_path):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
-    """The graph holds the operation alone, exported for no gradient of its inputs."""
+    """The graph that is exported for inputs without gradients holds nothing but the operation."""
     case = make_case(2, 2, 5, 40, 8, dtype=dtype, device=device)
     module = Module(backend).to(device, case.alpha.dtype)
     with torch.no_grad():

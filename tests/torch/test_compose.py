@@ -1,4 +1,4 @@
-"""Composes with torch.func, vmap, activation checkpointing, DataLoader-like use and DistributedDataParallel."""
+"""Composes with torch.func, vmap, activation checkpointing and hooks on saved tensors."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from smattn import attention_map, reference, soft_masked_attention
 from smattn.testing import make_case
 
+pytestmark = pytest.mark.promise("composes")
 NAMES = ("query", "key", "value", "mask", "alpha")
 MAP_NAMES = ("query", "key", "mask", "alpha", "head_weights")
 N = 3  # mapped calls
@@ -60,7 +61,7 @@ def test_func_grad_of_a_map(map_backend, device):
 
 
 def mapped(tensors, batched):
-    """(in_dims, tensors with those that are batched stacked N times, the N separate calls' tensors)."""
+    """in_dims, the tensors with the batched ones stacked N times, and the tensors of the N separate calls."""
     stacked = [torch.stack([t * (1 + 0.1 * i) for i in range(N)]) if i in batched else t for i, t in enumerate(tensors)]
     in_dims = tuple(0 if i in batched else None for i in range(len(tensors)))
     separate = [[t[i] if dim == 0 else t for t, dim in zip(stacked, in_dims, strict=True)] for i in range(N)]
@@ -140,7 +141,7 @@ def test_jacrev(backend, device):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_with_dropout(backend, device, use_reentrant):
-    """The forward that is run again drops the same weights."""
+    """Forward, when it runs again, drops the same weights."""
     tensors = inputs(a_case(device))
 
     def call(*tensors):
@@ -154,7 +155,7 @@ def test_activation_checkpointing_with_dropout(backend, device, use_reentrant):
         return out, torch.autograd.grad(out.square().sum(), leaves)
 
     out, grads = gradients(call)
-    if use_reentrant:  # the reentrant form serves .backward() alone
+    if use_reentrant:  # the reentrant form works with .backward() only
         leaves = [t.clone().requires_grad_() for t in tensors]
         torch.manual_seed(5)
         again = checkpoint(call, *leaves, use_reentrant=True)
@@ -167,7 +168,7 @@ def test_activation_checkpointing_with_dropout(backend, device, use_reentrant):
 
 
 def test_saved_tensor_hooks_see_every_saved_tensor(backend, device):
-    """Offloading works: what is saved goes through torch's hooks."""
+    """Offloading works, because every saved tensor goes through torch's hooks."""
     tensors = inputs(a_case(device))
     packed = []
 
@@ -259,7 +260,7 @@ def test_a_compiled_vmap_has_its_gradients(backend, device, compiler):
 
 
 def test_vmap_over_nothing(backend, device):
-    """An axis of size 0 gives results with one, and gradients of zero to what is not mapped."""
+    """Mapped over an axis of size 0, results have that axis, and inputs that are not mapped get gradients of zero."""
     tensors = inputs(a_case(device))
     gradients = grad(lambda *t: vmap(loss(backend), (0, None, None, 0, 0))(*t).sum(), argnums=tuple(range(5)))
     nothing = [t.expand(0, *t.shape) if i in (0, 3, 4) else t for i, t in enumerate(tensors)]

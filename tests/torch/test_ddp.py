@@ -11,7 +11,7 @@ from torch import nn
 from smattn import soft_masked_attention
 from tests.support.expected import DEVICE, names
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.promise("composes"), pytest.mark.slow]
 WORLD, B, NQ, NK, WIDTH, H = 2, 4, 3, 9, 8, 2
 
 
@@ -40,7 +40,7 @@ def worker(rank, folder, backend):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
     module = nn.parallel.DistributedDataParallel(Tiny(backend).to(DEVICE))
-    for _ in range(2):  # the second iteration uses rebuilt buckets
+    for _ in range(2):  # DDP has rebuilt its buckets for the second iteration
         module.zero_grad()
         module(*(t.chunk(WORLD)[rank] for t in batch())).backward()
     torch.save({name: p.grad for name, p in module.module.named_parameters()}, os.path.join(folder, f"{rank}.pt"))

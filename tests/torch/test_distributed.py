@@ -1,4 +1,4 @@
-"""smattn.distributed: keys sharded over processes give what one process has, and send what the docstring says."""
+"""smattn.distributed: keys sharded over processes give the results of one process, and send what the docstring says."""
 
 from dataclasses import fields, replace
 
@@ -12,12 +12,13 @@ from smattn.testing import assert_within_budget, make_case, run
 from tests.support.expected import DEVICE
 from tests.support.ranks import in_processes
 
+pytestmark = pytest.mark.promise("distributed")
 WORLDS = (2, 4)
 NAMES = ("query", "key", "value", "mask", "alpha")
 
 
 def cases():
-    """Of 25 keys, shards of sizes that differ, one of them empty."""
+    """Cases of 25 keys, for shards of unequal sizes, one of them empty."""
     half = make_case(2, 4, 5, 25, 8, dtype=torch.bfloat16, with_lse=True, rng=3)
     padded = make_case(3, 2, 5, 25, 8, with_lse=True, padded=0.3, rng=1)
     padded.key_padding_mask[0] = True  # no key on any rank
@@ -37,7 +38,7 @@ def cases():
 
 
 def columns(rank, world):
-    """Shards 0:10, 10:10, 10:18, 18:25 or 0:10, 10:25; of another number of ranks even ones."""
+    """The shard of a rank: of 4, one of 0:10, 10:10, 10:18, 18:25; of 2, one of 0:10, 10:25; of another number, an even one."""
     ends = {2: [0, 10, 25], 4: [0, 10, 10, 18, 25]}.get(world, [25 * r // world for r in range(world + 1)])
     return slice(ends[rank], ends[rank + 1])
 
@@ -47,7 +48,7 @@ def needs_of(case):
 
 
 def sharded(case, rank, world):
-    """What one rank has of a case: its call's results, named as in smattn.testing.run, and the bytes that each all-reduce sent."""
+    """The results of one rank's call, named as in smattn.testing.run, and the bytes that each of its all-reduces sent."""
     at, needs, sent = columns(rank, world), needs_of(case), []
     mine = case.with_inputs({"key": case.key[:, :, at], "value": case.value[:, :, at]})
     if case.mask is not None:
@@ -87,7 +88,7 @@ def refusals(rank, world):
         grad.sum().backward()
     messages.append(str(error.value))
     out = context_parallel_attention(*tensors)
-    with pytest.raises(RuntimeError) as error:  # torch's own: a rule for them would need messages in batches
+    with pytest.raises(RuntimeError) as error:  # torch raises it: a vmap rule would need messages in batches
         torch.autograd.grad(out, tensors, torch.stack([out, out]).detach(), is_grads_batched=True)
     return [*messages, str(error.value)]
 
@@ -110,7 +111,7 @@ def ranks(request, tmp_path_factory):
 
 
 def joined(results):
-    """The results of all ranks as one process has them: gradients of keys beside one another; what is replicated must be equal."""
+    """The results of all ranks as those of one process: gradients of keys are joined, and what is replicated must be equal."""
     whole = {}
     for name in results[0]:
         parts = [r[name] for r in results]
@@ -123,7 +124,7 @@ def joined(results):
 
 
 def comparable(results, case, name):
-    """Results and the case they are of: the budget has no -inf in its sums, so the keys that are not ruled out are the case."""
+    """Results and their case without the keys that -inf rules out, because the budget has no -inf in its sums."""
     if not name.startswith("ruled out"):
         return results, case
     for tensor in ("dkey", "dvalue", "dmask"):
@@ -185,7 +186,7 @@ def test_refusals(ranks):
 
 
 def of_unequal_queries(rank, world):
-    dist.set_debug_level(dist.DebugLevel.DETAIL)  # what TORCH_DISTRIBUTED_DEBUG=DETAIL does, for groups made from here on
+    dist.set_debug_level(dist.DebugLevel.DETAIL)  # as TORCH_DISTRIBUTED_DEBUG=DETAIL does, for groups that are made later
     keys = torch.rand(1, 1, 5, 4)
     with pytest.raises(RuntimeError) as error:
         context_parallel_attention(torch.rand(1, 1, 2 + rank, 4), keys, keys, group=dist.new_group())

@@ -1,4 +1,4 @@
-"""A Hugging Face Mask2Former with soft masks: the original's weights, its output in the limit, and a gradient to every predicted mask."""
+"""A Hugging Face Mask2Former with soft masks has the original's weights, its output in the limit, and a gradient to every mask."""
 
 import copy
 from itertools import product
@@ -10,7 +10,7 @@ import torch
 import smattn
 from smattn.integrations import soften_mask2former
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.promise("modules"), pytest.mark.slow]
 LAYERS = 4
 
 
@@ -34,7 +34,7 @@ def original():
 
 @pytest.fixture(scope="module")
 def whole():
-    """From pixels to masks, classes and the loss."""
+    """The whole model, from pixels to masks, classes and the loss."""
     return tiny("Mask2FormerForUniversalSegmentation")
 
 
@@ -55,7 +55,7 @@ def test_weights_load_unchanged(original):
 
 
 def test_with_large_alpha_and_sharpness_it_is_the_original(original, pictures):
-    """In float64, where the chance of a mask logit so near to 0 that it is on neither side is small: to a millionth of the output."""
+    """The outputs agree to a millionth. In float64 a mask logit is hardly ever so near to 0 that it is on neither side."""
     hard, x = copy.deepcopy(original).double(), pictures.double()
     seen = []
     for layer in hard.transformer_module.decoder.layers:
@@ -72,7 +72,7 @@ def test_with_large_alpha_and_sharpness_it_is_the_original(original, pictures):
 
 
 def test_the_whole_model_with_large_alpha_and_sharpness_is_the_original(whole, pictures):
-    """Masks and classes, to a millionth of the largest."""
+    """Masks and classes agree to a millionth of the largest."""
     x = pictures.double()
     with torch.no_grad():
         expected = copy.deepcopy(whole).double()(pixel_values=x)
@@ -86,7 +86,7 @@ def test_the_whole_model_with_large_alpha_and_sharpness_is_the_original(whole, p
 
 
 def test_a_training_step_of_the_whole_model_reaches_the_masks_of_earlier_layers(whole, pictures):
-    """Its own loss, without the auxiliary losses that have every layer's masks in them: the original's sends earlier masks nothing."""
+    """The loss has no auxiliary losses, which would contain the masks of every layer. The original sends earlier masks nothing."""
 
     def gradients(model):
         predicted = []
@@ -110,7 +110,7 @@ def test_a_training_step_of_the_whole_model_reaches_the_masks_of_earlier_layers(
 
 
 def gradients_to_masks(model, pictures):
-    """Of a loss on the last layer's queries, with respect to the masks that the layers before it predicted."""
+    """The gradients of a loss on the last layer's queries, for the masks that earlier layers predicted."""
     output = model(pixel_values=pictures)
     loss = output.transformer_decoder_last_hidden_state.square().sum()
     return torch.autograd.grad(loss, output.masks_queries_logits[:-1], allow_unused=True)

@@ -1,4 +1,4 @@
-"""The drop-in for nn.MultiheadAttention computes what it computed, loads what it saved, and takes a soft mask."""
+"""The drop-in for nn.MultiheadAttention computes the same, loads the same state, and takes a soft mask."""
 
 import copy
 import pickle
@@ -10,6 +10,7 @@ from torch import nn
 import smattn
 from smattn.integrations import SoftMaskedMultiheadAttention
 
+pytestmark = pytest.mark.promise("modules")
 B, NQ, NK, WIDTH, H = 2, 3, 7, 8, 4
 FORMS = [
     {},
@@ -23,7 +24,7 @@ def pair(**form):
     torch.manual_seed(0)
     original = nn.MultiheadAttention(WIDTH, H, **form)
     with torch.no_grad():
-        for parameter in original.parameters():  # biases are zeros otherwise
+        for parameter in original.parameters():  # otherwise biases are zeros
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return original, SoftMaskedMultiheadAttention.from_module(original)
 
@@ -49,7 +50,7 @@ def masks():
 
 
 def parameters(module):
-    """Those that an nn.MultiheadAttention has."""
+    """The parameters that an nn.MultiheadAttention has too."""
     return [p for name, p in module.named_parameters() if name != "scaling_factors"]
 
 
@@ -123,7 +124,7 @@ def test_it_serves_inside_torchs_decoder_layer():
 
 
 def test_it_serves_inside_torchs_encoder_layer_with_padding():
-    """Which makes a floating mask of a boolean one before it calls the attention."""
+    """The layer makes a floating mask of a boolean one before it calls the attention."""
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     x, padding = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([[3], [5]])
     expected = layer(x, src_key_padding_mask=padding)

@@ -1,34 +1,21 @@
-"""smattn.nn: HODOR's state dict, equality with the formula, the hard twin, the layer, alpha's parameter group."""
+"""smattn.nn's attention modules: HODOR's state dict, the formula, alpha, and the hard twin."""
 
 from __future__ import annotations
-
-import copy
-import io
-import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import smattn
-from smattn.nn import HardMaskedAttention, SoftMaskedAttention, SoftMaskedTransformerLayer, parameter_groups
+from smattn.nn import HardMaskedAttention, SoftMaskedAttention
 from smattn.testing import Case, assert_within_budget
+from tests.support.module_inputs import NK, NQ, WIDTH, B, tensors
 
-B, NQ, NK, WIDTH = 2, 5, 23, 32
-
-
-def tensors(width=WIDTH, rng=0):
-    """query (B, Nq, width), features (B, Nk, width) and a mask (B, Nq, Nk)."""
-    g = torch.Generator().manual_seed(rng)
-    return (
-        torch.randn(B, NQ, width, generator=g),
-        torch.randn(B, NK, width, generator=g),
-        torch.rand(B, NQ, NK, generator=g).requires_grad_(),
-    )
+pytestmark = pytest.mark.promise("modules")
 
 
 def hodor_state(width, bias, g):
-    """What HODOR saves of an attention module with 8 heads."""
+    """The state dict that HODOR saves of an attention module with 8 heads."""
     state = {"scaling_factors": torch.rand(8, generator=g) * 32, "out_proj.bias": torch.randn(width, generator=g)}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         state[f"{name}.weight"] = torch.randn(width, width, generator=g) / width**0.5
@@ -38,7 +25,7 @@ def hodor_state(width, bias, g):
 
 
 def as_hodor_writes_it(state, query, key, value, mask, padding, heads=8):
-    """The published formula, scores minus alpha * (1 - M), in float64."""
+    """The published formula, with scores minus alpha * (1 - M), in float64."""
     state = {name: tensor.double() for name, tensor in state.items()}
 
     def project(name, x):
@@ -150,74 +137,6 @@ def test_the_module_refuses(arguments, says):
         SoftMaskedAttention(**arguments)
 
 
-def test_the_layer_refuses_an_unknown_masking():
-    with pytest.raises(ValueError, match="masking: expected one of soft, detached, hard, none, got 'sofft'"):
-        SoftMaskedTransformerLayer(8, 2, masking="sofft")
-
-
-def gradient_of_mask(module, *arguments):
-    """The mask's gradient, None when nothing reaches it."""
-    mask = arguments[-1]
-    return torch.autograd.grad(module(*arguments).square().sum(), mask, allow_unused=True)[0]
-
-
-@pytest.mark.parametrize("masking", ["soft", "detached", "hard", "none"])
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_which_masking_lets_a_gradient_reach_the_mask(masking, norm_first):
-    query, features, mask = tensors()
-    layer = SoftMaskedTransformerLayer(WIDTH, 4, masking=masking, norm_first=norm_first)
-    gradient = gradient_of_mask(layer, query, features, mask)
-    assert (gradient is not None) == (masking == "soft")
-    layer(query, features, mask).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
-
-
-@pytest.mark.parametrize("masking, follows", [("soft", True), ("detached", True), ("hard", True), ("none", False)])
-def test_which_masking_follows_the_mask(masking, follows):
-    query, features, mask = tensors()
-    layer = SoftMaskedTransformerLayer(WIDTH, 4, masking=masking)
-    assert torch.equal(layer(query, features, mask), layer(query, features, 1 - mask)) is not follows
-
-
-def test_soft_and_detached_compute_the_same():
-    query, features, mask = tensors()
-    soft, detached = (SoftMaskedTransformerLayer(WIDTH, 4, masking=masking) for masking in ("soft", "detached"))
-    detached.load_state_dict(soft.state_dict())
-    assert torch.equal(soft(query, features, mask), detached(query, features, mask))
-
-
-def test_the_layer_is_post_norm_unless_asked():
-    query, features, mask = tensors()
-    post, pre = (SoftMaskedTransformerLayer(WIDTH, 4, norm_first=norm_first) for norm_first in (False, True))
-    out = post(query, features, mask)
-    torch.testing.assert_close(out.mean(-1), torch.zeros(B, NQ), rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.std(-1, correction=0), torch.ones(B, NQ), rtol=0, atol=1e-3)
-    for projection in (pre.self_attention.out_proj, pre.cross_attention.out_proj, pre.feed_forward[-1]):
-        nn.init.zeros_(projection.weight)
-        nn.init.zeros_(projection.bias)
-    assert torch.equal(pre(query, features, mask), query)  # the residual passes by the norms
-
-
-def test_positions_steer_who_looks_where_but_are_not_read():
-    query, features, mask = tensors()
-    layer = SoftMaskedTransformerLayer(WIDTH, 4)
-    pos = torch.randn(NK, WIDTH, generator=torch.Generator().manual_seed(5))
-    assert not torch.equal(layer(query, features, mask, features_pos=pos), layer(query, features, mask))
-    assert not torch.equal(layer(query, features, mask, query_pos=pos[:NQ]), layer(query, features, mask))
-    constant = torch.zeros_like(features)  # nothing to read: keys alone differ, and every query reads the same
-    expected = layer(query, constant, mask)
-    torch.testing.assert_close(layer(query, constant, mask, features_pos=pos), expected)
-
-
-def test_a_padded_query_is_seen_by_no_other():
-    query, features, mask = tensors()
-    layer = SoftMaskedTransformerLayer(WIDTH, 4)
-    padding = torch.tensor([[False] * 4 + [True], [False] * 5])
-    out = layer(query, features, mask, query_padding_mask=padding)
-    torch.testing.assert_close(out[0, :4], layer(query[:, :4], features, mask[:, :4])[0])
-    torch.testing.assert_close(out[1], layer(query, features, mask)[1])
-
-
 def test_the_hard_twin_sees_only_what_the_mask_covers():
     query, features, mask = tensors()
     module = HardMaskedAttention(WIDTH, 4)
@@ -230,7 +149,7 @@ def test_the_hard_twin_sees_only_what_the_mask_covers():
     assert covered.sum() == B * NQ - 1
     out, changed = module(query, features, features, mask), module(query, elsewhere, elsewhere, mask)
     assert torch.equal(out[covered], changed[covered])
-    only = module.out_proj(module.v_proj(features[:, 3]))  # one key covered: its value is what is read
+    only = module.out_proj(module.v_proj(features[:, 3]))  # the mask covers one key, and its value is read
     torch.testing.assert_close(out[:, 1], only)
 
 
@@ -238,7 +157,7 @@ def test_the_hard_twin_sees_only_what_the_mask_covers():
 def test_the_hard_twin_unmasks_empty_rows(axes):
     query, features, mask = tensors()
     mask = mask.detach().clone()
-    mask[0, 2] = 0.5  # not above
+    mask[0, 2] = 0.5  # not above the threshold
     padding = torch.zeros(B, NK, dtype=torch.bool)
     padding[1, :10] = True
     mask[1, 3] = torch.arange(NK) < 10  # covers nothing but padding
@@ -260,54 +179,6 @@ def test_dropout_is_of_training_alone():
     assert not torch.equal(module(query, features, features, mask), module(query, features, features, mask))
     module.eval()
     assert torch.equal(module(query, features, features, mask), module(query, features, features, mask))
-
-
-def test_alpha_has_a_learning_rate_of_its_own_and_no_decay():
-    layers = nn.ModuleList([SoftMaskedTransformerLayer(WIDTH, 4), SoftMaskedTransformerLayer(WIDTH, 4, learnable_alpha=False)])
-    layers[0].norms[0].weight.requires_grad_(False)
-    others, alphas = parameter_groups(layers, alpha_lr=0.1)
-    assert [id(p) for p in alphas["params"]] == [id(layers[0].cross_attention.scaling_factors)]
-    trained = {id(p) for p in layers.parameters() if p.requires_grad}
-    assert {id(p) for p in others["params"] + alphas["params"]} == trained and len(others["params"]) == len(trained) - 1
-    optimizer = torch.optim.AdamW([others, alphas], lr=1e-3, weight_decay=0.5)
-    before = layers[0].cross_attention.scaling_factors.detach().clone()
-    for p in layers.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert torch.equal(layers[0].cross_attention.scaling_factors, before)
-    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.1]
-
-
-def test_a_model_without_alpha_has_one_group():
-    (only,) = parameter_groups(SoftMaskedTransformerLayer(WIDTH, 4, masking="hard"), alpha_lr=0.1)
-    assert only.keys() == {"params"}
-
-
-@pytest.mark.parametrize("masking", ["soft", "hard"])
-def test_a_layer_compiles_in_one_graph(masking):
-    torch._dynamo.reset()
-    query, features, mask = tensors()
-    layer = SoftMaskedTransformerLayer(WIDTH, 4, masking=masking)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(query, features, mask), layer(query, features, mask)
-    torch.testing.assert_close(out, expected)
-    parameters = list(layer.parameters())
-    grads, expected_grads = (torch.autograd.grad(x.square().sum(), parameters) for x in (out, expected))
-    torch.testing.assert_close(grads, expected_grads)
-    assert len(parameter_groups(compiled, alpha_lr=0.1)[0]["params"]) == len(parameters) - (masking == "soft")
-
-
-def test_a_layer_is_copied_and_pickled():
-    query, features, mask = tensors()
-    layer = SoftMaskedTransformerLayer(WIDTH, 4)
-    expected = layer(query, features, mask)
-    saved = io.BytesIO()
-    torch.save(layer.state_dict(), saved)
-    saved.seek(0)
-    loaded = SoftMaskedTransformerLayer(WIDTH, 4)
-    loaded.load_state_dict(torch.load(saved, weights_only=True))
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
-        assert torch.equal(twin(query, features, mask), expected)
 
 
 def test_autocast_leaves_mask_and_alpha_in_float32():

@@ -1,4 +1,4 @@
-"""The registered ops: schema, fake and implementation agree (torch.library.opcheck), and only what is asked for is computed."""
+"""The registered ops: schema, fake and implementation agree by torch.library.opcheck, and only what is asked for is computed."""
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ def requiring_grad(arguments):
     return tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
 
 
+@pytest.mark.promise("composes")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("save", [True, False])
 def test_opcheck_forward(backend, device, options, save):
@@ -47,6 +48,7 @@ def test_opcheck_forward(backend, device, options, save):
     assert set(report.values()) == {"SUCCESS"}
 
 
+@pytest.mark.promise("composes")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("needs", [(True,) * 5, (False, False, False, True, True), (True, False, False, False, False)], ids=str)
 def test_opcheck_backward(backend, device, options, needs):
@@ -60,6 +62,7 @@ def test_opcheck_backward(backend, device, options, needs):
     assert set(report.values()) == {"SUCCESS"}
 
 
+@pytest.mark.promise("composes")
 @pytest.mark.parametrize("options", [{}, {"mask": None}, {"padded": 0.4, "Hkv": 1}, {"mask": "logits"}], ids=str)
 def test_opcheck_maps(map_backend, device, options):
     case = make_case(2, 2, 3, 9, 4, as_map=True, device=device, **options)
@@ -76,7 +79,7 @@ def test_opcheck_maps(map_backend, device, options):
 
 
 class Calls(TorchDispatchMode):
-    """Every call of an op of smattn: its name, arguments and results."""
+    """Collects every call of an op of smattn: its name, arguments and results."""
 
     def __init__(self):
         super().__init__()
@@ -92,6 +95,7 @@ class Calls(TorchDispatchMode):
 NEEDS = [("mask", "alpha"), ("mask",), ("alpha",), ("query",), ("key", "value"), ("value",)]
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 @pytest.mark.parametrize("Nq", [5, 131])
 def test_only_the_gradients_asked_for(backend, device, needs, Nq):
@@ -106,6 +110,7 @@ def test_only_the_gradients_asked_for(backend, device, needs, Nq):
     assert_within_budget(some, case)
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize("needs", [("mask", "alpha"), ("head_weights",), ("key",)], ids=str)
 def test_only_the_map_gradients_asked_for(map_backend, device, needs):
     case = make_case(2, 2, 5, 35, 8, as_map=True, device=device)
@@ -117,6 +122,7 @@ def test_only_the_map_gradients_asked_for(map_backend, device, needs):
     assert_within_budget(some, case)
 
 
+@pytest.mark.promise("only what is asked")
 def test_nothing_is_saved_that_no_gradient_reads(backend, device):
     case = make_case(2, 2, 5, 35, 8, dtype=torch.float16, device=device)
     with Calls() as calls:

@@ -6,12 +6,13 @@ import torch
 from smattn import cpu
 from tests.support import emulated_cuda
 
+pytestmark = pytest.mark.promise("refuses well")
 B, H, HKV, NQ, NK, D, DV = 2, 4, 2, 3, 5, 8, 6
 LIBRARIES = ("cpu", pytest.param("cuda", marks=pytest.mark.slow))  # CUDA's is built for a host: a minute of compiling comes first
 
 
 def raw_op(library, name):
-    """An op, and the arguments that it takes and the other library's does not."""
+    """An op, and the arguments that only this library's takes."""
     if library == "cuda":
         return getattr(getattr(torch.ops, emulated_cuda.machine().ops), name), dict(allow_tf32=False, stream=0)
     if cpu.reasons():
@@ -101,7 +102,7 @@ CASES = [(op, changed, message) for ops, changed, message in REFUSED for op in o
 def test_a_raw_op_refuses(library, op, changed, message):
     call, where = raw_op(library, op)
     arguments = OPS[op]() | where
-    assert call(**arguments) is None  # as it is, it runs
+    assert call(**arguments) is None  # unchanged it runs
     with pytest.raises(RuntimeError, match=message):
         call(**arguments | changed)
 
@@ -109,7 +110,7 @@ def test_a_raw_op_refuses(library, op, changed, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_the_cuda_ops_refuse_a_call_without_scores(op):
-    """smattn/cuda.py answers it, the kernels' grids would be empty."""
+    """smattn/cuda.py answers such a call, because the kernels' grids would be empty."""
     call, where = raw_op("cuda", op)
     empty = {name: x[:0] if isinstance(x, torch.Tensor) and x.dim() > 1 else x for name, x in OPS[op]().items()}  # a batch of none
     with pytest.raises(RuntimeError, match="query, key: expected a batch, queries and keys, got 0, 3 and 5"):

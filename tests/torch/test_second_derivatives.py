@@ -1,7 +1,7 @@
-"""Second derivatives and forward mode are refused on every route, never a silently wrong number.
+"""Second derivatives and forward mode are refused on every route; none gives a wrong number in silence.
 
-The reference has second derivatives where it is asked for by name (test_reference_derivatives.py); here it is left to backend=None, and
-what it refuses as well is in `any_function`.
+The reference has second derivatives where it is asked for by name (promises/test_reference_derivatives.py). Here backend=None takes it,
+and `any_function` has what it refuses as well.
 """
 
 import sys
@@ -14,6 +14,7 @@ from smattn import attention_map, soft_masked_attention
 from smattn.testing import make_case
 from tests.support.expected import names
 
+pytestmark = pytest.mark.promise("second derivatives", "refuses well")
 NOT_IMPLEMENTED = "second derivatives of soft-masked attention are not implemented"
 
 
@@ -21,7 +22,7 @@ CALLS = [*product(["out", "lse"], names()), *product(["map"], names(attention_ma
 
 
 def scalar(what, backend, device):
-    """A scalar function of the mask, differentiable once; and a mask."""
+    """A scalar function of the mask that can be differentiated once, and a mask."""
     case = make_case(1, 2, 3, 7, 4, device=device)
 
     def call(mask):
@@ -165,7 +166,7 @@ def test_backward_through_a_gradient_inside_a_compiled_function(function, compil
 
 @COMPILERS
 def test_a_penalty_inside_a_compiled_function(function, compiler):
-    """Dynamo leaves torch.autograd.grad to Python, between the graphs of what is before and after it."""
+    """Dynamo leaves torch.autograd.grad to Python, between a graph before it and one after it."""
     call, mask = function
     torch._dynamo.reset()
     mask.requires_grad_()

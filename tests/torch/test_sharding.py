@@ -1,4 +1,4 @@
-"""DTensors sharded over batch, heads or queries give what one process has, output and gradients."""
+"""DTensors sharded over batch, heads or queries give the output and gradients of one process."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from smattn.distributed import sharded_attention
 from smattn.testing import assert_within_budget, make_case
 from tests.support.ranks import in_processes
 
+pytestmark = pytest.mark.promise("distributed")
 NAMES = ("query", "key", "value", "mask", "alpha")
 WORLDS = (2, 4)
 
@@ -22,7 +23,7 @@ def cases():
 
 
 def grouped_over_two_dimensions(mesh):
-    """6 heads of keys are even over each mesh dimension, and not over both."""
+    """6 heads of keys divide evenly over each mesh dimension, but not over both."""
     case = make_case(1, 12, 3, 5, 4, Hkv=6, mask=None)
     q, *kv = (
         distribute_tensor(t, mesh, [placement] * 2)
@@ -40,7 +41,7 @@ def placements(world):
 
 
 def sharded(case, mesh, placed):
-    """The call with query placed so and all else replicated: its results, whole."""
+    """The whole results of a call whose query has this placement while all else is replicated."""
     leaves = {n: distribute_tensor(getattr(case, n), mesh, placed if n == "query" else [Replicate()] * mesh.ndim) for n in NAMES}
     leaves = {n: t.requires_grad_() for n, t in leaves.items()}
     padding = case.key_padding_mask

@@ -1,11 +1,10 @@
-"""Composes with what people put around a model: FLOP counters, selective checkpointing, the profiler, export, per-sample gradients."""
+"""Composes with the tools around a model: FLOP counters, selective checkpointing, the profiler, export, per-sample gradients."""
 
 import functools
 
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +12,9 @@ import smattn
 import smattn.flops  # noqa: F401  registers the formulas
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import make_case, plain
+from tests.support.called import Called
 
+pytestmark = pytest.mark.promise("composes")
 NAMES = ("query", "key", "value", "mask", "alpha")
 
 
@@ -46,20 +47,7 @@ def test_flops_of_a_map_are_those_of_its_products(device):
     case = make_case(2, 3, 5, 11, 4, as_map=True, device=device)
     q, k, mask, alpha, weights = inputs = leaves(case, ("query", "key", "mask", "alpha", "head_weights"), ("query", "mask"))
     fused = flops(lambda: attention_map(*inputs[:4], head_weights=weights).sum().backward())
-    assert fused == 3 * flops(lambda: q.detach() @ k.detach().mT)  # the scores, the scores again, dQ
-
-
-class Called(TorchDispatchMode):
-    """The names of the operations of smattn that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "smattn":
-            self.names.append(function._opname)
-        return function(*args, **kwargs or {})
+    assert fused == 3 * flops(lambda: q.detach() @ k.detach().mT)  # the scores, the scores again in backward, and dQ
 
 
 def test_selective_checkpointing_keeps_what_the_operation_returned(device):

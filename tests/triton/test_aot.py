@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.promise("Triton kernels")
 ROWS = re.compile(
     r"^(\w+) +sm_(\d+) +(\w+) +D=(\d+) +Nq=(\d+) .* (\d+) regs +(\d+) spill .* (\d+) shared +(\d+) per SM *(.*)$", re.MULTILINE
 )

@@ -1,4 +1,4 @@
-"""TMA descriptors: which passes load by them, which operands they read, and that they give the bits that pointers give."""
+"""TMA descriptors: which passes load by them, which operands they can read, and that they give the bits that pointers give."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ import torch
 
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS
-from tests.support.meters import Call, launches_recorded
+from tests.support.meters import launches_recorded
+from tests.support.zero_calls import ZeroCall
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not expected here", allow_module_level=True)
@@ -16,21 +17,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from smattn.kernels import chip, descriptors, tiles  # noqa: E402
 
+pytestmark = pytest.mark.promise("Triton kernels")
 ALL = {"k_ptr", "v_ptr", "q_ptr", "do_ptr"}
 MANY = {"forward": {"k_ptr", "v_ptr"}, "dq": {"k_ptr", "v_ptr"}, "dkdv": {"q_ptr", "do_ptr"}, "dmask": ALL}
 
 
 def loaded(case, arch):
-    """Kernel -> the arguments that are descriptors, at the tiles of a real chip."""
+    """For each kernel the arguments that are descriptors, with the tiles of a real chip."""
     with launches_recorded(arch) as recorder:
-        recorder.launches = []  # keeps arguments
+        recorder.launches = []  # a list of its own keeps the arguments
         run(case, "triton")
     names = {kernel.__name__.strip("_").removesuffix("_kernel"): arguments for kernel, arguments, _ in recorder.launches}
     return {name: {key for key, value in arguments.items() if isinstance(value, TensorDescriptor)} for name, arguments in names.items()}
 
 
 def case_of(device, dtype="float16", Nq=200, **more):
-    return Call(2, 4, Nq, 300, 64, dtype, **more).case(device)
+    return ZeroCall(2, 4, Nq, 300, 64, dtype, **more).case(device)
 
 
 @pytest.mark.parametrize("arch", [90, 100])
@@ -110,7 +112,7 @@ def test_what_tma_does_not_read(tensor):
 
 
 def askew(tensor):
-    """The same numbers where no descriptor reads them: rows an odd number of elements apart."""
+    """The same numbers in rows an odd number of elements apart, where no descriptor can read them."""
     return torch.cat([tensor, tensor[..., :1]], -1)[..., :-1]
 
 
@@ -132,7 +134,7 @@ def test_descriptors_give_the_bits_of_pointers(device, monkeypatch, sizes, dtype
     case = make_case(**sizes, dtype=dtype, mask_dtype=dtype, device=device)
     if case.key_padding_mask is not None:
         hidden = case.key_padding_mask[:, None, :, None]
-        hidden[0] = True  # a batch without keys: its dO may be anything
+        hidden[0] = True  # a batch element without keys, whose dO may be anything
         case = replace(case, key=case.key.masked_fill(hidden, torch.nan), value=case.value.masked_fill(hidden, torch.inf))
         case.dout[0] = torch.nan
     taken, make = [], descriptors.blocks

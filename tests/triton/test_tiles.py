@@ -1,4 +1,4 @@
-"""The table of tiles: what it says is found, nothing in it is said twice, and every kernel that may be launched has a tile."""
+"""The table of tiles: every row is found, none repeats another, and every kernel that may be launched has a tile."""
 
 from itertools import product
 
@@ -9,6 +9,7 @@ from smattn.call import Problem
 from smattn.kernels.chip import INTERPRETER
 from smattn.kernels.tiles import CHIPS, HEAD_SIZES, PATH, TABLE, Key, Tile, find, read, tile, write
 
+pytestmark = pytest.mark.promise("Triton kernels")
 KERNELS = {key.kernel for key in TABLE}
 CALLS = {key.call for key in TABLE}
 
@@ -26,7 +27,7 @@ def test_the_table_holds_tiles_that_can_be():
 
 
 def everything():
-    """What every call of every kernel finds."""
+    """The tile that every call of every kernel finds."""
     find.cache_clear()
     calls = product(sorted(KERNELS), ("plain", "extras", "map", "wide mask"), (80, 86, 90, 100), (2, 4), HEAD_SIZES, (False, True))
     return {call: find(*call) for call in calls}

@@ -11,17 +11,20 @@ import smattn
 from smattn.call import Needs, make_call
 from smattn.testing import make_case, run
 from tests.support.expected import BACKENDS, INTERPRETED
-from tests.support.meters import Call, launches_recorded
+from tests.support.meters import launches_recorded
+from tests.support.zero_calls import ZeroCall
 
 if "triton" not in BACKENDS:
     pytest.skip("triton is not expected here", allow_module_level=True)
 
 from smattn.kernels import backend  # noqa: E402
 
+pytestmark = pytest.mark.promise("Triton kernels")
+
 
 def backward_passes(Nq, needs, device, arch=90, as_map=False):
-    """Names of the kernels that a backward launches beside the forward's, at the tiles of a real chip."""
-    call = Call(1, 2, Nq, 256, 32, needs=needs, as_map=as_map)
+    """The names of the kernels that a backward launches, in order, with the tiles of a real chip."""
+    call = ZeroCall(1, 2, Nq, 256, 32, needs=needs, as_map=as_map)
     with launches_recorded(arch) as forward_alone:
         run(call.case(device), "triton", needs=())
     with launches_recorded(arch) as recorder:
@@ -30,6 +33,7 @@ def backward_passes(Nq, needs, device, arch=90, as_map=False):
     return names[len(forward_alone.launches) :]
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize(
     "needs, absent",
     [
@@ -50,6 +54,7 @@ def test_passes_that_no_gradient_needs_are_not_launched(device, needs, absent):
     assert {"dkdv", "dq", "dmask", "delta"} <= set(everything)
 
 
+@pytest.mark.promise("only what is asked")
 @pytest.mark.parametrize(
     "needs, passes",
     [
@@ -74,7 +79,7 @@ ALLOCATIONS = {"aten.empty.memory_format", "aten.empty_like.default", "aten.view
 
 
 class Dispatched(TorchDispatchMode):
-    """Names of the torch operators that run inside."""
+    """Collects the names of the torch operators that run inside the block."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +91,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def few_queries(device, Nq, dtype=torch.float16, options=False, D=32):
-    """(call, dO, dL): uninitialised, as a backend takes them."""
+    """A call, dO and dL, uninitialised, in the form that a backend takes."""
     B, H, Hkv, Nk = 2, 4, 2 if options else 4, 9504
 
     def tensor(*sizes, dtype=dtype):
@@ -107,7 +112,7 @@ def few_queries(device, Nq, dtype=torch.float16, options=False, D=32):
     (100, torch.float16, ["dq", "few_queries", "reduce"]), (128, torch.float32, ["dq", "few_queries", "reduce"]),
 ])  # fmt: skip
 def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, backward, options):
-    """And nothing else that runs on a device or waits for it: beside the launches, torch only allocates. So a CUDA graph can hold them."""
+    """Nothing else runs on the device or waits for it, since torch only allocates. So a CUDA graph can hold the launches."""
     names, operators = launches_and_operators(few_queries(device, Nq, dtype, options))
     assert names == ["partial", "merge", *backward]
     assert operators <= ALLOCATIONS
@@ -116,7 +121,7 @@ def test_few_queries_are_two_launches_and_at_most_three_back(device, Nq, dtype, 
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "dropout padding gqa lse"])
 @pytest.mark.parametrize("Nq, dtype, D", [(33, torch.float16, 128), (30, torch.float32, 128), (13, torch.float32, 256)])
 def test_few_queries_of_wide_heads_are_four_launches_back(device, Nq, dtype, D, options):
-    """Where one tile of all queries would spill registers, a pass for dK and dV and one for dM follow dQ's, which works out delta."""
+    """Where one tile of all queries would spill, a pass for dQ works out delta, and one for dK and dV and one for dM follow."""
     names, operators = launches_and_operators(few_queries(device, Nq, dtype, options, D))
     assert names == ["partial", "merge", "dq", "dkdv", "dmask", "reduce"]
     assert operators <= ALLOCATIONS
@@ -126,7 +131,7 @@ ALL = Needs(True, True, True, True, True)
 
 
 def launches_and_operators(of):
-    """Of a forward and backward: the kernels that it launches and the torch operators that it calls beside."""
+    """The kernels that a forward and backward launch, and the torch operators that they call."""
     call, dout, dlse = of
     with launches_recorded(90) as recorder, Dispatched() as dispatched:
         _, saved = backend.forward(call, save_out=True, save_mbar=True)
@@ -135,7 +140,7 @@ def launches_and_operators(of):
 
 
 def interpreted_products(case, monkeypatch):
-    """How many matrix products the kernels of a forward and backward take, all programs together."""
+    """The number of matrix products that all programs of a forward and backward compute."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     create_dot, taken = InterpreterBuilder.create_dot, []
@@ -149,11 +154,11 @@ def interpreted_products(case, monkeypatch):
 @pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
 @pytest.mark.parametrize("Nq", [13, 131])
 def test_a_key_block_of_padding_takes_no_product(device, monkeypatch, Nq, as_map):
-    """Neither at the end of the keys, in any pass, nor in their middle where a pass of backward owns key blocks."""
+    """No pass computes one at the end of the keys. In their middle, passes of backward that own key blocks compute none."""
     case = make_case(1, 1, Nq, 128, 16, as_map=as_map, device=device)
     nothing = torch.zeros(1, 128, dtype=torch.bool, device=device)
     at_end, inside = nothing.clone(), nothing.clone()
-    at_end[:, 32:] = inside[:, 32:96] = True  # blocks are 32 keys
+    at_end[:, 32:] = inside[:, 32:96] = True  # blocks have 32 keys
     every, _ = interpreted_products(replace(case, key_padding_mask=nothing), monkeypatch)
     first, results = interpreted_products(replace(case, key_padding_mask=at_end), monkeypatch)
     fewer, _ = interpreted_products(replace(case, key_padding_mask=inside), monkeypatch)
@@ -163,9 +168,9 @@ def test_a_key_block_of_padding_takes_no_product(device, monkeypatch, Nq, as_map
 
 @pytest.mark.slow
 def test_python_beside_the_launches_is_short(device, capsys):
-    """Both directions, the launches doing nothing, against torch's cheapest call, an allocation, of which each makes seven or eight.
+    """Calls whose launches do nothing, compared with torch's cheapest call, an allocation. Each of them makes seven or eight.
 
-    The kernels' side of a call with 13 queries and 100, then whole calls, of which autograd takes its part.
+    Timed are the backend's side of a call with 13 queries and with 100, and whole calls, autograd included.
     """
     limits = {"forward": 40, "backward": 45, "backward, three launches": 60, "whole forward": 110, "whole backward": 150}
     few, dout, _ = few_queries(device, 13)

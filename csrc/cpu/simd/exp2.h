@@ -1,7 +1,7 @@
 // 2^x, lane by lane: x = n + f with n a whole number and |f| <= 1/2, 2^f by a polynomial, then n added to the exponent.
 // The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
 // so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
-// the bound derived, in tests/test_cpu_exp2.py.
+// the bound derived, in tests/cpu/test_cpu_exp2.py.
 // Results below the smallest normal number are 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
 #pragma once
 

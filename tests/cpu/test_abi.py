@@ -1,4 +1,4 @@
-"""The compiled extension: which symbols it takes from torch, and the dropout bits, checked against Philox written in numpy."""
+"""The compiled extension: the symbols that it takes from torch, and the dropout bits, compared with Philox in numpy."""
 
 import re
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smattn import cpu
+from tests.support.philox import philox, words
 
 # Random123's known answers for philox4x32 with 10 rounds: counter, key, block.
 KNOWN_ANSWERS = [
@@ -22,24 +23,6 @@ KNOWN_ANSWERS = [
 SEEDS = [0, 1, -1, 0x299F31D0A4093822, -(2**63)]
 
 
-def philox(counter: tuple, key: tuple[int, int]) -> list[np.ndarray]:
-    """Philox4x32-10 of four broadcastable uint64 arrays holding 32-bit words."""
-    low = np.uint64(0xFFFFFFFF)
-    x = [np.asarray(word, dtype=np.uint64) for word in counter]
-    k0, k1 = key
-    for _ in range(10):
-        a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
-        x = [(b >> np.uint64(32)) ^ x[1] ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ x[3] ^ np.uint64(k1), a & low]
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return x
-
-
-def words(seed: int, B: int, H: int, Nq: int, Nk: int) -> np.ndarray:
-    """Word 0 of every element's block, (B, H, Nq, Nk)."""
-    bh, i, j = np.arange(B * H)[:, None, None], np.arange(Nq)[:, None], np.arange(Nk)
-    return philox((j, i, bh, 0), (seed % 2**32, (seed >> 32) % 2**32))[0].reshape(B, H, Nq, Nk)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def extension():
     if cpu.reasons():
@@ -51,11 +34,13 @@ def dropout_keep():
     return torch.ops.smattn_cpu.dropout_keep
 
 
+@pytest.mark.promise("dropout")
 @pytest.mark.parametrize("counter, key, block", KNOWN_ANSWERS)
 def test_the_numpy_philox_gives_the_published_answers(counter, key, block):
     assert tuple(int(word) for word in philox(counter, key)) == block
 
 
+@pytest.mark.promise("dropout")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_compares_exactly_the_philox_word_with_p(dropout_keep, seed):
     expected = words(seed, 2, 3, 5, 7)
@@ -65,6 +50,7 @@ def test_dropout_compares_exactly_the_philox_word_with_p(dropout_keep, seed):
         assert (at, above) == (True, False)
 
 
+@pytest.mark.promise("dropout")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 8, 13, 1000), (3, 1, 700, 33)])
 def test_dropout_bits_do_not_depend_on_the_threads(dropout_keep, shape, threads):
@@ -78,11 +64,13 @@ def test_dropout_bits_do_not_depend_on_the_threads(dropout_keep, shape, threads)
     np.testing.assert_array_equal(keep.numpy(), words(SEEDS[3], *shape) >= int(0.3 * 2**32))
 
 
+@pytest.mark.promise("dropout")
 @pytest.mark.parametrize("shape", [(0, 3, 5, 7), (2, 3, 0, 7), (2, 3, 5, 0)])
 def test_dropout_bits_of_nothing_are_nothing(dropout_keep, shape):
     assert dropout_keep(torch.tensor([0]), *shape, 0.5).shape == shape
 
 
+@pytest.mark.promise("dropout")
 @pytest.mark.parametrize(
     "seed, shape, p, message",
     [
@@ -99,14 +87,16 @@ def test_dropout_refuses(dropout_keep, seed, shape, p, message):
         dropout_keep(seed, *shape, p)
 
 
+@pytest.mark.promise("CPU kernels")
 def test_only_the_stable_abi_of_torch_is_imported():
     imported = subprocess.run(["nm", "-DC", "--undefined-only", cpu.LIBRARY.path], check=True, capture_output=True, text=True).stdout
     names = [line.split(maxsplit=1)[1] for line in imported.splitlines()]
     assert [name for name in names if re.search(r"\b(at|c10|torch|caffe2)::", name)] == []
     assert [name for name in names if "torch" in name and not re.fullmatch(r"(aoti_)?torch_\w+", name)] == []
-    assert "torch_parallel_for" in names and "aoti_torch_library_def" in names  # nm did read the table
+    assert "torch_parallel_for" in names and "aoti_torch_library_def" in names  # nm has read the table indeed
 
 
+@pytest.mark.promise("CPU kernels")
 def test_the_extension_belongs_to_no_python_version():
     imported = subprocess.run(["nm", "-D", "--undefined-only", cpu.LIBRARY.path], check=True, capture_output=True, text=True).stdout
     assert re.findall(r"\b_?Py[A-Z_]\w*", imported) == []

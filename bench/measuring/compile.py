@@ -1,0 +1,65 @@
+"""Compile ahead: what is compiled runs once for each shape, in processes side by side, and those that measure then find it on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import torch
+
+from bench.measuring.cell import Cell, bind
+from bench.measuring.fits import free_memory, why_not
+from bench.measuring.job import Job
+from bench.measuring.machine import on_a_gpu
+from bench.measuring.peers import Contestant
+from bench.measuring.worker import Worker
+from bench.reporting.rows import BOTH, OURS
+
+COMPILERS = 16  # processes
+
+
+def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> dict[str, str]:
+    """Compile every contestant that compiles, for every shape. Returns why some peers cannot be compiled, by Job.at.
+
+    until: on time.monotonic's clock; what is not begun by then is compiled when it is measured. The measuring process would take as long
+    to find out that a peer cannot be compiled, once for each mask.
+    """
+    failed: dict[str, str] = {}
+    shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}.values()
+    slow = [contestant for contestant in contestants if contestant.compiled or contestant.name.startswith(OURS)]
+    left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # The last, the longest, go first.
+
+    def compile_some() -> None:
+        with Worker() as worker:
+            while left and time.monotonic() < until:
+                contestant, cell = left.pop()
+                try:
+                    worker(_compile, contestant, cell, torch.get_num_threads())
+                except RuntimeError as error:
+                    print(f"{(where := Job.at(contestant.name, cell))}: {error}", flush=True)
+                    if not contestant.name.startswith(OURS) and "out of memory" not in f"{error}":  # Many run at once here.
+                        failed[where] = f"{error}"
+
+    processes = min(COMPILERS, os.cpu_count() or 1, len(left))
+    with ThreadPoolExecutor(max(1, processes)) as pool:
+        try:
+            for done in [pool.submit(compile_some) for _ in range(processes)]:
+                done.result()
+        finally:  # This also serves a run that is told to stop.
+            left.clear()
+    return failed
+
+
+def _compile(contestant: Contestant, cell: Cell, threads: int) -> None:
+    """Run the call once, so that what it compiles is on disk. threads: the number for which a CPU's code is compiled."""
+    gpu = on_a_gpu(cell.device)
+    torch.set_num_threads(1 if gpu else threads)
+    torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]  # Else each process starts one for every core.
+    if why_not(contestant, cell) or (not gpu and (os.cpu_count() or 1) * cell.score_bytes > free_memory()):
+        return
+    bind(contestant.ready(), cell.blank(), cell.direction, contestant.gradients)()
+    if gpu:
+        torch.cuda.synchronize()

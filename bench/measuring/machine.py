@@ -1,0 +1,52 @@
+"""Where a run happens: the device, the commit, and where results go."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
+
+def on_a_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32", say."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_device(device: str) -> str:
+    """The GPU's name, or the processor's with the number of threads and torch's instruction set."""
+    if on_a_gpu(device):
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as lines:
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe_commit() -> str:
+    """The commit, with + where what is measured differs from it; "unknown" outside a repository."""
+    try:
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
+        return _git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def committed(path: Path) -> bool:
+    """Whether git keeps this file. A published figure may come from it."""
+    try:
+        return bool(_git("ls-files", "--", str(path), folder=path.parent))
+    except (OSError, subprocess.CalledProcessError):  # There is no git, no repository or no such folder.
+        return False
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
