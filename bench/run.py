@@ -99,8 +99,10 @@ def describe(job: Job) -> None:
 def main() -> None:
     began = time.monotonic()
     args = options()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))  # What peers compile is kept there.
     on_a_gpu = torch.device(args.device).type == "cuda"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))  # What peers compile is kept there.
+    if not on_a_gpu:  # Each process compiles by itself: a pool of compilers would run beside those that measure.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     until = began + 60 * args.minutes
     cells = chosen_cells(args, on_a_gpu)
     job = Job(args.device, args.seconds, " ".join(["python -m bench.run", *sys.argv[1:]]), args.kernels)

@@ -19,8 +19,8 @@ from ..call import Call, Gradients, Needs, Problem
 from ..memory import partial_dqueries
 from . import backward_dq, backward_reduce, plan
 from .launch import launch
-from .operands import Rows, accumulator, gradient_arguments, tile_of
-from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, unless_padding
+from .operands import Rows, accumulator, gradient_arguments, sharing_arguments, tile_of
+from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset, unless_padding
 from .primitives.rows import first_rows, load_rows
 from .primitives.score import dot, matmul, score_gradient
 from .primitives.store import store_dalpha, store_key_gradients, store_mask_tile, store_tile
@@ -39,7 +39,7 @@ def serves(t: Problem, needs: Needs) -> bool:
     """
     if not plan.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
         return False
-    return not (needs.mask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
+    return not (needs.mask and t.mask_shape is not None and t.sharing.sharers > 1 and t.mask_shape[2] > 1 and t.H > t.Hkv)
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -49,10 +49,10 @@ def _few_queries_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
-    B, H, Nq, Nk, n_splits, split_blocks, scale, drop_threshold, keep_scale,
+    B, H, Nq, Nk, sharers, own_step, share_step, n_splits, split_blocks, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -68,18 +68,18 @@ def _few_queries_kernel(
     groups = 1 if SUM_H else H // GROUP
     g_lo = pid // n_splits % groups
     g_hi = H // GROUP if SUM_H else g_lo + 1
-    b_lo = pid // n_splits // groups
-    b_hi = B if SUM_B else b_lo + 1
+    owner = pid // n_splits // groups  # the number of a mask, or of a batch element
+    first_b = owner * own_step if SUM_B else owner
     offs_m = tl.arange(0, BLOCK_M)
     first_block = split * split_blocks
     for n_block in tl.range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N)), disable_licm=True):
         offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         started = (offs_m < Nq) & (tl.full([BLOCK_M], n_block, tl.int32) > first_block)  # this split's dQ already holds a sum
         dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for batch in tl.range(b_lo, b_hi, disable_licm=True):
-            b = tl.cast(batch, tl.int64)
+        for i in tl.range(0, sharers if SUM_B else 1, disable_licm=True):
+            b = tl.cast(first_b + i * share_step, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-            mask_batch = mask_ptr + b * stride_mb if MASK_KIND else None
+            mask_batch = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) if MASK_KIND else None
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
             for group in tl.range(g_lo, g_hi, disable_licm=True):
@@ -97,9 +97,10 @@ def _few_queries_kernel(
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if NEED_DMASK and (SUM_B or SHARED_H):
-            mask_bh = b_lo if SHARED_H else b_lo * groups + g_lo
+            mask_bh = owner if SHARED_H else owner * groups + g_lo
+            mask_batch = mask_ptr + mask_offset(first_b.to(tl.int64), inner_batch, stride_mb, stride_mi)
             store_mask_tile(
-                dmask_ptr, dm, mask_bh.to(tl.int64), mask_ptr + b_lo.to(tl.int64) * stride_mb + (0 if SHARED_H else g_lo) * stride_mh,
+                dmask_ptr, dm, mask_bh.to(tl.int64), mask_batch + (0 if SHARED_H else g_lo) * stride_mh,
                 stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M,
             )  # fmt: skip
         if NEED_DQ:
@@ -219,7 +220,7 @@ def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradie
         arguments = gradient_arguments(call, tile, dout, rows)
         arguments.update(
             mbar_ptr=mbar, dq_ptr=parts if cut.flags["NEED_DQ"] else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
-            B=t.B, n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
+            B=t.B, **sharing_arguments(t), n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
         )  # fmt: skip
         launch(_few_queries_kernel, cut.programs, arguments, tile)
     if dquery is not None or dalpha is not None:
@@ -239,14 +240,14 @@ class _Cut(NamedTuple):
 
 @lru_cache
 def _cut(t: Problem, tile: Tile, needs: Needs) -> _Cut:
-    mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
+    sharing, (mask_heads, mask_queries) = t.sharing, (t.mask_shape[2:4] if t.mask_shape else (t.H, t.Nq))
     owners, inside = t.B * t.Hkv, needs.query and plan.holds_dq(t)
     if needs.mask:
-        owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
+        owners = sharing.masks * (1 if mask_heads == 1 else t.Hkv)
     blocks = cdiv(t.Nk, tile.block_n)
     split_blocks = cdiv(blocks, splits(t, needs, owners)) if inside else 1
     flags = dict(
-        SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
+        SHARED_B=sharing.sharers > 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
         NEED_DQ=inside, NEED_DK=needs.key, NEED_DV=needs.value, NEED_DMASK=needs.mask, NEED_DALPHA=needs.alpha,
     )  # fmt: skip
     n_splits = cdiv(blocks, split_blocks)

@@ -35,8 +35,10 @@ def run(call: Call, call_with_mask: Call, dout: Tensor, rows: Rows, mbar: Tensor
         rows = rows._replace(out=None)
     if dkey is not None or dvalue is not None or key_only:
         backward_dkdv.run(call_with_mask, dout, rows, dkey, dvalue, dmask_rows)
-    if dmask is not None and dmask_rows is not None and dmask_rows is not dmask:
-        dmask.copy_(_of_rows(call, dmask_rows.sum_to_size(dmask.shape)))
+    if dmask is not None and dmask_rows is not None and dmask_rows.data_ptr() != dmask.data_ptr():
+        inner = call.problem.inner_batch
+        rows_of_batch = dmask_rows.unflatten(0, (call.problem.B // inner, inner))
+        dmask.copy_(backward_dmask.through_sigmoid_of(call, rows_of_batch.sum_to_size(dmask.shape)))
     if not splits and (dquery is not None or (dalpha_tiles is not None and not dmask_pass)):
         backward_dq.run(call_with_mask, dout, rows, mbar, dquery, None if dmask_pass else dalpha_tiles)
     if dmask is not None and dmask_pass:
@@ -59,24 +61,17 @@ def dq_splits(t: Problem, needs: Needs) -> int:
 
 
 def _key_only(t: Problem, needs: Needs) -> bool:
-    return needs.mask and t.mask_shape is not None and t.mask_shape[2] == 1 and not _each_head_over_the_batch(t)
+    return needs.mask and t.mask_shape is not None and t.mask_shape[3] == 1 and not _each_head_over_the_batch(t)
 
 
 def _each_head_over_the_batch(problem: Problem) -> bool:
     """Whether dM has heads, several to a kv head, but is summed over the batch: rows of each (batch, head) may then outweigh all inputs."""
-    return problem.mask_shape is not None and problem.mask_shape[0] < problem.B and problem.mask_shape[1] > problem.Hkv
+    return problem.mask_shape is not None and problem.sharing.sharers > 1 and problem.mask_shape[2] > problem.Hkv
 
 
 def _dmask_rows(call: Call, dmask: Tensor) -> Tensor:
     """Where dK and dV's pass leaves a key-only mask's gradient: dM itself (B, H|1, 1, Nk) where nothing follows, else in float32."""
     t = call.problem
-    shape = (t.B, t.H if dmask.shape[1] > 1 else t.Hkv, 1, t.Nk)
-    return dmask if dmask.shape == shape and not t.mask_is_logits else accumulator(call, *shape)
-
-
-def _of_rows(call: Call, dmask: Tensor) -> Tensor:
-    """dM, or the logits' gradient of it, (8), as primitives.through_sigmoid has it, for the few elements of a key-only mask."""
-    if call.mask is None or not call.problem.mask_is_logits:
-        return dmask
-    logits = call.mask.float()
-    return torch.where(dmask == 0, 0, dmask * torch.sigmoid(logits) * torch.sigmoid(-logits))
+    shape = (t.B, t.H if dmask.shape[2] > 1 else t.Hkv, 1, t.Nk)
+    by_batch = dmask.flatten(0, 1)
+    return by_batch if by_batch.shape == shape and not t.mask_is_logits else accumulator(call, *shape)

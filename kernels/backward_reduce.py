@@ -58,7 +58,7 @@ def _reduce_dalpha(
             b, m = (offs // Nq).to(tl.int64), offs % Nq
             row = (b * H + h) * Nq + m
             mbar = tl.load(mbar_ptr + row, mask=ok, other=0.0)
-            dead = (tl.load(lse_ptr + row, mask=ok, other=0.0) == float("-inf")) & (mbar == 0.0)
+            dead = tl.load(lse_ptr + row, mask=ok, other=0.0) == float("-inf")
             dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + m * stride_dlm, mask=ok, other=0.0)
             total += tl.where(dead, 0.0, mbar * dl)
         dalpha += tl.sum(total, 0)

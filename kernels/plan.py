@@ -5,10 +5,19 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..call import Problem
+from ..memory import partial_dmasks
 from .tiles import FEW_QUERIES, block_of
 
 # A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.
 SPLIT_PROGRAMS = 264
+
+
+def dmask_parts(problem: Problem, programs: int) -> int:
+    """In how many parts dM's pass sums over the batch elements that share a mask, where there would be `programs` programs of it."""
+    if problem.Nq <= FEW_QUERIES:
+        return 1
+    wanted = min(problem.sharing.sharers, SPLIT_PROGRAMS // max(1, programs))
+    return max(1, min(wanted, partial_dmasks(problem)))
 
 
 @lru_cache

@@ -26,6 +26,7 @@ PROMISED_BYTES = 16 * MIB  # and these bytes whatever the size of the call
 
 PARTIAL_OUTPUTS = 9 * MIB  # forward's outputs of splits of the keys, whatever the size of the call
 KEPT_BYTES = 4 * MIB  # what forward keeps: a promised share of the inputs, and these
+DMASK_BYTES = 10 * MIB  # backward's partial gradients of the mask and their sum, with a promised share of that gradient itself
 DQUERY_SHARE, DQUERY_BYTES = 5, 6 * MIB  # what backward's partial gradients of query take, together with what forward kept
 
 
@@ -67,6 +68,12 @@ def partial_dqueries(problem: Problem, needs: Needs) -> int:
     )
     share = held // DQUERY_SHARE + DQUERY_BYTES - bytes_kept(p)
     return max(0, share) // (4 * queries * p.D)
+
+
+def partial_dmasks(problem: Problem) -> int:
+    """How many float32 gradients of the mask backward may hold beside their sum, where it has no partial gradient of query."""
+    elements = math.prod(problem.mask_shape or (0,))
+    return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
 
 
 def new_gradients(call: Call, needs: Needs) -> Gradients:

@@ -72,7 +72,7 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     """
     problem = Problem(
         B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
-        mask_shape=(w.B, 1, w.Nq, w.Nk), device_type="cuda",
+        mask_shape=(w.B, 1, 1, w.Nq, w.Nk), device_type="cuda",
     )  # fmt: skip
     heads, row = w.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES

@@ -42,12 +42,12 @@ from smattn.testing import Case, errors, make_case, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CSV, NOTES = ROOT / "kernels" / "tiles.csv", ROOT / "build" / "tune.jsonl"
-Call = Callable[..., Any]  # function and arguments -> its result, in whatever process
+Call = Callable[..., Any]  # takes a function and its arguments, and calls it in whatever process
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 MARGIN = 1.03
-COMPILING = 60.0  # seconds for all tiles of a cell
+COMPILING = 60.0  # seconds that the compiler has for all tiles of a cell
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
-FEWER = 4  # of the keys, for a check against float64
+FEWER = 4  # A check against float64 divides the keys, and many queries, by this.
 # Queries -> B, H, Nk of the calls that tiles are timed in.
 SHAPES = {4096: (2, 8, 4096), 100: (4, 8, 16384), 60: (4, 8, 16384), 30: (2, 8, 9504), 13: (2, 8, 9504)}
 # Kernel -> queries of the call that launches it.
@@ -126,7 +126,7 @@ def put(cell: Cell, arch: int, tile: Tile) -> None:
 def candidates(cell: Cell, now: Tile) -> list[Tile]:
     """The present tile first, then it without TMA, then its neighbours in every direction.
 
-    A tile of few_* holds all queries: it grows in keys alone. A larger one in float32 would keep the compiler busy for minutes.
+    A tile of few_* holds all queries, so it grows in keys alone. A larger tile in float32 would keep the compiler busy for minutes.
     """
 
     def near(size: int) -> list[int]:
@@ -146,7 +146,7 @@ def as_launched(arch: int, kernel: Any, arguments: dict[str, Any], tile: Tile) -
 
 
 def failure(cell: Cell, arch: int, tile: Tile) -> str:
-    """Why the compiler's figures rule this tile out; "" when they do not. Forward both as it is timed and as it is when training."""
+    """Why the compiler's figures rule this tile out; "" when they do not. Forward is compiled as it is timed and as it is in training."""
     put(cell, arch, tile)
     try:
         rows = [row for training in {True, not cell.forward} for row in aot.compile_job(cell.job(arch, training), as_launched)]
@@ -157,7 +157,7 @@ def failure(cell: Cell, arch: int, tile: Tile) -> str:
 
 
 def compiled(cell: Cell, arch: int, tiles: list[Tile], pool: ProcessPoolExecutor) -> dict[Tile, str]:
-    """failure of each. One that the compiler does not come to an end with is left to it."""
+    """The failure of each tile. One that the compiler does not finish in time fails too."""
     futures, ending = {tile: pool.submit(failure, cell, arch, tile) for tile in tiles}, time.monotonic() + COMPILING
 
     def result(future: Future[str]) -> str:
@@ -185,7 +185,7 @@ def the_pass(cell: Cell, case: Case) -> Callable[[], object]:
 
 
 def timed(cell: Cell, arch: int, tiles: list[Tile], device: str, seconds: float) -> dict[Tile, float]:
-    """Median milliseconds of the pass with each tile; those that do not run are left out."""
+    """Median milliseconds of the pass with each tile. Tiles that do not run are left out."""
     call, calls = the_pass(cell, cell.case(device)), dict[str, Callable[[], object]]()
 
     def with_tile(tile: Tile) -> object:
@@ -206,7 +206,7 @@ def timed(cell: Cell, arch: int, tiles: list[Tile], device: str, seconds: float)
 
 
 def chosen(times: Mapping[Tile, float], now: Tile, right: Callable[[Tile], bool]) -> Tile:
-    """The fastest that is right, if it is faster than the present one by more than MARGIN."""
+    """The fastest tile that is right, if it is faster than the present one by more than MARGIN; else the present one."""
     limit = times.get(now, math.inf) / MARGIN
     return next((tile for tile in sorted(times, key=times.__getitem__) if times[tile] < limit and right(tile)), now)
 
@@ -218,14 +218,14 @@ def is_right(cell: Cell, arch: int, device: str, tile: Tile) -> bool:
 
 
 def with_table(other: Table, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process that may have another table than the one that asks."""
+    """function(*args) with the table of the process that asks."""
     table.TABLE.update(other)
     table.find.cache_clear()
     return function(*args)
 
 
 def survivors(cell: Cell, arch: int, tiles: list[Tile], device: str, seconds: float, call: Call) -> dict[Tile, float]:
-    """timed, in a process that a tile may take down: then the others are timed in a new one."""
+    """What `timed` finds in a process that a tile may take down. The others are then timed in a new one."""
     while tiles:
         try:
             times: dict[Tile, float] = call(with_table, dict(table.TABLE), timed, cell, arch, tiles, device, seconds)
@@ -238,7 +238,7 @@ def survivors(cell: Cell, arch: int, tiles: list[Tile], device: str, seconds: fl
 
 
 def tune(cell: Cell, arch: int, device: str, pool: ProcessPoolExecutor, seconds: float, call: Call) -> Tile:
-    """The tile that is to be there: this process has it from now on."""
+    """Find the tile that is to be there. This process uses it from now on."""
 
     def right(tile: Tile) -> bool:
         try:
@@ -259,15 +259,15 @@ def tune(cell: Cell, arch: int, device: str, pool: ProcessPoolExecutor, seconds:
 
 
 class Notes:
-    """What searches of this chip, these kernels and this Triton have found: a line a cell in a file that others share."""
+    """What searches of this chip, these kernels and this Triton have found: a line for each cell, in a file that others share."""
 
     def __init__(self, path: Path, chip: str) -> None:
         self._path, self._key = path, f"{chip}, triton {triton.__version__}, kernels {of_the_kernels()}"
 
     def found(self) -> dict[str, Tile]:
-        """By Cell.text()."""
+        """The tiles found, by Cell.text()."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        notes = [json.loads(line) for line in lines if line.endswith("}")]  # not one that was being written when the process ended
+        notes = [json.loads(line) for line in lines if line.endswith("}")]  # The last line may have been cut short.
         return {note["cell"]: Tile(**note["tile"]) for note in notes if note["of"] == self._key}
 
     def add(self, cell: Cell, tile: Tile) -> None:
@@ -277,7 +277,7 @@ class Notes:
 
 
 def of_the_kernels() -> str:
-    """A name for their source. The table is not in it: it is what changes."""
+    """A name for the kernels' source. The table does not count, for it is what changes."""
     files = sorted(CSV.parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 

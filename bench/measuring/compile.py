@@ -15,10 +15,11 @@ from bench.measuring.fits import free_memory, why_not
 from bench.measuring.job import Job
 from bench.measuring.machine import on_a_gpu
 from bench.measuring.peers import Contestant
-from bench.measuring.worker import Worker
+from bench.measuring.worker import SILENCE, Worker
 from bench.reporting.rows import BOTH, OURS
 
 COMPILERS = 16  # processes
+PATIENCE = {"cpu": 900.0, "cuda": SILENCE}  # seconds; a busy CPU compiles for long, and no kernel of its hangs
 
 
 def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> dict[str, str]:
@@ -33,7 +34,7 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
     left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # The last, the longest, go first.
 
     def compile_some() -> None:
-        with Worker() as worker:
+        with Worker(PATIENCE[torch.device(cells[0].device).type]) as worker:
             while left and time.monotonic() < until:
                 contestant, cell = left.pop()
                 try:

@@ -39,8 +39,8 @@ def peak_beyond_results(make: Callable[[], tuple[Step, Step]], device: str) -> i
     """Peak memory of a call beyond what was there before it and what it returns. `make`, picklable, gives the call and its warm-up."""
     if on_a_gpu(device):
         return _peak_on_cuda(make()[0])
-    context = multiprocessing.get_context("forkserver")  # It forks from a process that has imported torch and run nothing.
-    context.set_forkserver_preload(["torch", "smattn.testing"])
+    context = multiprocessing.get_context("forkserver")  # It forks from a process that has imported these modules and run nothing.
+    context.set_forkserver_preload(["torch", "smattn.testing", "torch._inductor.compile_fx"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak_on_cpu, args=(sender, make, torch.get_num_threads()))
     process.start()

@@ -89,7 +89,7 @@ def fitting(w: Workload, scores: int = LARGEST["cpu"]) -> Workload:
 
 def reduced(w: Workload) -> Workload:
     """A workload small enough for an interpreter, and still of several blocks."""
-    return replace(w, B=1, H=2, Nq=min(w.Nq, 150), Nk=min(w.Nk, 300))
+    return replace(w, B=1, H=2, Nq=min(w.Nq, 136), Nk=min(w.Nk, 100))
 
 
 def interpreted_triton(names: list[str]) -> list[Validation] | str:

@@ -1,6 +1,8 @@
 // What one split of the keys leaves of one head and query block: its parts are merged in their order, divided and stored.
 #pragma once
 
+#include <limits>
+
 #include "cpu/simd/exp2.h"
 #include "cpu/tiles/tiles.h"
 
@@ -18,8 +20,8 @@ struct ForwardTask {
   bool wants_mbar() const { return params.mbar != nullptr && params.scores.mask.data != nullptr; }
 };
 
-// The rows that go with O: the maximum score, the sum of the probabilities relative to it, that of them as rounded to pairs, and the sums of
-// their products with M and with what eta is the mean of.
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, their sum as rounded to pairs, and the sums of their
+// products with M and with what eta is the mean of.
 enum Row { kMaximum, kSum, kRounded, kMbar, kEta, kRows };
 
 // What to subtract from scores: an infinite maximum less itself would be NaN. A row whose maximum is +inf has an infinite sum or NaN, and
@@ -27,6 +29,13 @@ enum Row { kMaximum, kSum, kRounded, kMbar, kEta, kRows };
 template <class T>
 inline Vec<T> finite_maximum(Vec<T> m) {
   return m - m == T(0) ? m : Vec<T>{};
+}
+
+// Whether a row has no key to attend to, from its greatest score in base 2: one below -2.3e38 counts as -inf, in every dtype. A maximum does
+// not see NaN, but the sum does.
+template <class T>
+inline bool is_dead(T maximum, T sum) {
+  return static_cast<double>(maximum) < -2.3e38 * kLog2e && sum == sum;
 }
 
 template <class E>
@@ -39,26 +48,15 @@ struct ForwardPart {
 
   ForwardPart(T* memory, int64_t lanes, int64_t Dv) : out(memory), lanes(lanes), stride(round_up(Dv, kLanes<T>)) {}
 
-  // Of pairs there is also what O lacks because the probabilities were rounded.
-  static int64_t size(const Sizes& n, int64_t lanes) { return (kStepsPerElement<E> * round_up(n.Dv, kLanes<T>) + kRows) * lanes; }
+  static int64_t size(const Sizes& n, int64_t lanes) { return (round_up(n.Dv, kLanes<T>) + kRows) * lanes; }
 
   T* row(Row which) const { return out + lanes * stride + which * lanes; }
-  T* rest() const { return out + lanes * (stride + kRows); }
 
   void clear(int64_t size) const {
     fill<T>(out, size, T(0));
     fill<T>(row(kMaximum), lanes, static_cast<T>(-__builtin_inf()));
   }
 };
-
-// Whether rounding the probabilities would show in a gradient of M that is not rounded so: backward's delta, made of the unrounded
-// output, is then to be the mean of dP under P itself. Else it is that under the rounded ones, which cancels a dP that is the same for
-// all keys as well.
-template <class E>
-inline bool wants_rest(const ForwardParams& p) {
-  const Tensor4& mask = p.scores.mask;
-  return kStepsPerElement<E> > 1 && p.out_acc != nullptr && mask.data != nullptr && mask.dtype != p.scores.dtype;
-}
 
 template <class T>
 inline void add_weighted(const T* weight, int64_t rows, int64_t stride, const T* from, T* to) {
@@ -89,12 +87,12 @@ inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, i
       }
     }
     add_weighted(weight, q.count, to.stride, from.out, to.out);
-    if (wants_rest<E>(p)) add_weighted(weight, q.count, to.stride, from.rest(), to.rest());
   }
 }
 
-// Divides by the row sums and stores what was asked for. The out of a row without a key is 0 and its lse -inf. Where there are keys
-// and all score -inf, the sum is 0 as well, and out NaN, as in any softmax.
+// Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where they
+// were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all keys.
+// A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
 template <class E>
 inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t b, int64_t h, const QueryBlock& q,
                        const ForwardPart<E>& part) {
@@ -102,30 +100,25 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
   const ForwardParams& p = task.params;
   const Sizes& n = p.scores.size;
   const int64_t row = (b * n.H + h) * n.Nq + q.first;
-  const bool alive = has_keys(p.scores, b);
   // The weights of pairs do not have dropout's factor yet.
   const T kept = kStepsPerElement<E> > 1 && p.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p.dropout.p)) : T(1);
   const T *sums = part.row(kSum), *divisors = part.row(kStepsPerElement<E> > 1 ? kRounded : kSum);
   T inverse[kQueries];
   for (int64_t i = 0; i < q.count; ++i) {
+    const bool alive = !is_dead(part.row(kMaximum)[i], sums[i]);
     const T mean = alive ? 1 / sums[i] : T(0);
     inverse[i] = alive ? kept / divisors[i] + (sums[i] - sums[i]) : T(0);  // NaN where the sum is infinite
-    if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = part.row(kMbar)[i] * mean;
-    if (task.eta != nullptr) task.eta[row + i] = part.row(kEta)[i] * mean;
+    if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = alive ? part.row(kMbar)[i] * mean : T(0);
+    if (task.eta != nullptr) task.eta[row + i] = alive ? part.row(kEta)[i] * mean : T(0);
     if (p.lse == nullptr) continue;
     const double lse = to_natural(static_cast<double>(part.row(kMaximum)[i])) + __builtin_log(static_cast<double>(sums[i]));
-    static_cast<T*>(p.lse)[row + i] = static_cast<T>(lse);
+    static_cast<T*>(p.lse)[row + i] = alive ? static_cast<T>(lse) : -std::numeric_limits<T>::infinity();
   }
   if (p.out == nullptr) return;
   for (int64_t i = 0; i < q.count; ++i) {
     for (int64_t d = 0; d < n.Dv; ++d) part.out[i * part.stride + d] *= inverse[i];
   }
   write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out, p.scores.dtype, row * n.Dv, n.Dv);
-  for (int64_t i = 0; wants_rest<E>(p) && alive && i < q.count; ++i) {
-    const T again = divisors[i] / sums[i];
-    T *out = part.out + i * part.stride, *rest = part.rest() + i * part.stride;
-    for (int64_t d = 0; d < n.Dv; ++d) out[d] = out[d] * again + rest[d] * (kept / sums[i]);
-  }
   if (p.out_acc != nullptr) write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out_acc, DTypeOf<T>::value, row * n.Dv, n.Dv);
 }
 

@@ -12,25 +12,28 @@ class ForwardWeights {
   using T = typename SumOf<E>::type;
 
   explicit ForwardWeights(const ForwardTask<T>& task)
-      : t_(task), s_(task.params.scores), wants_rest_(wants_rest<E>(task.params)), scores_(kKeys * kQueries),
-        weights_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * kQueries : 0), rests_(wants_rest_ ? packed<E>(kKeys) * kQueries : 0) {}
+      : s_(task.params.scores), scores_(kKeys * kQueries), weights_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
+        turned_(kStepUnit<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
 
-  int64_t bytes() const { return bytes_in(scores_, weights_, rests_); }
+  int64_t bytes() const { return bytes_in(scores_, weights_, turned_); }
 
-  ColumnMajor<E> by_key(const QueryBlock& q) { return {weights(), q.lanes}; }
-  ColumnMajor<E> rests_by_key(const QueryBlock& q) { return {rests_.get(), q.lanes}; }
+  auto by_key(const QueryBlock& q, const KeyBlock& k) {
+    return cpu::SMATTN_UNIT::by_key(weights(), packed<E>(k.count), q.lanes, turned_.get());
+  }
 
   // The exponents of one head's scores, strip by strip; raises each query's maximum to theirs.
   void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, const T* mask, const Prefetch& ahead,
               T* maxima) {
     const Exponents<E> exponent(s_, h, mask);
     const int64_t keys = strip_keys<T>(q.lanes);
-    for (int64_t first = 0; first < k.count; first += keys) {
-      const int64_t end = smaller_of(first + keys, k.count);
-      dot_products(key.from_row(first), query, q, end - first, s_.size.D, ahead.part(first, end - first, k.count),
-                   scores_ + first * q.lanes);
-      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-        store(maxima + lane, exponents(exponent, q.lanes, k, first, end, lane, load(maxima + lane)));
+    for (int64_t first = -keys; first < k.count;
+         first += keys) {  // a strip's products before the last one's exponents: tiles work beside vectors
+      const int64_t next = first + keys, count = smaller_of(keys, k.count - next);
+      if (count > 0) {
+        dot_products(key.from_row(next), query, q, count, s_.size.D, ahead.part(next, count, k.count), scores_ + next * q.lanes);
+      }
+      for (int64_t lane = 0; first >= 0 && lane < q.lanes; lane += kLanes<T>) {
+        store(maxima + lane, exponents(exponent, q.lanes, k, first, smaller_of(next, k.count), lane, load(maxima + lane)));
       }
     }
   }
@@ -44,15 +47,24 @@ class ForwardWeights {
 
   // The weights times C/(1-p), of pairs times C. keep: the tile of C/(1-p).
   void drop(const QueryBlock& q, const KeyBlock& k, const T* keep) {
-    drop(q, k, keep, weights());
-    if (wants_rest_) drop(q, k, keep, rests_);
+    for (int64_t j = 0; j < k.count; j += kStepsPerElement<E>) {
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+        const T* kept = keep + j * q.lanes + lane;
+        E* weight = weights() + j / kStepsPerElement<E> * q.lanes + lane;
+        if constexpr (kStepsPerElement<E> == 1) {
+          store(weight, load(weight) * load(kept));
+        } else {
+          store(weight, chosen(load(weight), load(kept) != T(0), load(kept + q.lanes) != T(0)));
+        }
+      }
+    }
   }
 
  private:
   // Scores to weights for one vector of queries, `N` keys at a time; pointers to its lanes, `stride` from key to key (or pair).
   struct Weighing {
     const T *scores, *mask, *dmap;
-    E *weights, *rests;
+    E* weights;
     int64_t stride, keys;
     Vec<T> subtracted, sum{}, rounded{}, mbar{}, eta{};
 
@@ -61,7 +73,7 @@ class ForwardWeights {
       Vec<T> p[N];
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) p[i] = load(scores + (j + i) * stride) - subtracted;
-      exp2_each<T, N>(p);
+      exp2_of_weights<T, N>(p);
       if (!kWhole && j + N > keys) p[N - 1] = Vec<T>{};
       const int used = kWhole || j + N <= keys ? N : N - 1;
       sum += sum_of(p);
@@ -80,7 +92,6 @@ class ForwardWeights {
           store(weights + (j + i) / 2 * stride, pair);
           const Vec<T> first = (Vec<T>)(pair << 16), second = (Vec<T>)(pair >> 16 << 16);
           rounded += first + second;
-          if (rests != nullptr) store(rests + (j + i) / 2 * stride, paired(p[i] - first, p[i + 1] - second));
         }
       }
     }
@@ -125,7 +136,6 @@ class ForwardWeights {
                .mask = mask == nullptr ? nullptr : mask + lane,
                .dmap = dmap == nullptr ? nullptr : dmap + lane,
                .weights = weights() + lane,
-               .rests = wants_rest_ ? rests_ + lane : nullptr,
                .stride = q.lanes,
                .keys = k.count,
                .subtracted = subtracted};
@@ -142,26 +152,10 @@ class ForwardWeights {
     add(kEta, w.eta);
   }
 
-  void drop(const QueryBlock& q, const KeyBlock& k, const T* keep, E* weights) const {
-    for (int64_t j = 0; j < k.count; j += kStepsPerElement<E>) {
-      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-        const T* kept = keep + j * q.lanes + lane;
-        E* weight = weights + j / kStepsPerElement<E> * q.lanes + lane;
-        if constexpr (kStepsPerElement<E> == 1) {
-          store(weight, load(weight) * load(kept));
-        } else {
-          store(weight, chosen(load(weight), load(kept) != T(0), load(kept + q.lanes) != T(0)));
-        }
-      }
-    }
-  }
-
-  const ForwardTask<T>& t_;
   const Scores& s_;
-  const bool wants_rest_;
   Buffer<T> scores_;   // [key][lane], then the probabilities, unless of pairs
   Buffer<E> weights_;  // the probabilities as pairs of keys
-  Buffer<E> rests_;    // what rounding took from them
+  Buffer<E> turned_;   // the same, [lane][pair of keys]
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT

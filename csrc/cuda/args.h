@@ -43,7 +43,7 @@ struct alignas(16) RowState {
 
 struct RowsArgs {
   Call call;
-  Tensor4 dout = {}, out = {};  // float32; data null where sums takes their place
+  Tensor4 dout = {}, out = {};  // out in float32; data null where sums takes their place
   const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
   const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
   const float* head_weights = nullptr;  // of attention_map
@@ -95,6 +95,7 @@ struct SumArgs {
   int64_t outer = 1, middle = 1, inner = 1, stride_outer = 1, stride_middle = 1;
   int64_t first = 1, second = 1, stride_first = 1, stride_second = 1;  // what is summed over
   Tensor4 logits = {};  // [outer, middle, 1, inner], data null where `to` is no gradient of logits
+  MaskBatch logits_batch;
 };
 
 }  // namespace smattn::cuda

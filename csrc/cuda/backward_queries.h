@@ -1,7 +1,6 @@
-// Backward over blocks of queries, reference.py (6)-(8): dQ, and dalpha's partial sums; or before it the sums of P*dP that delta (5)
-// is where the unrounded O was not kept. A block owns a block of queries of one
-// (batch, head) and goes over a range of keys; several ranges leave their dQ to be summed by sums.h. With few queries the warps of a
-// block share the queries and part the keys, as in forward.h.
+// Backward over blocks of queries, reference.py (6)-(8): dQ, and dalpha's partial sums; or before it the sums of P*dP, which are delta (5)
+// where O was not kept in float32. A block owns a block of queries of one (batch, head) and goes over a range of keys; several ranges leave
+// their dQ to be summed by sums.h. With few queries the warps of a block share the queries and part the keys, as in forward.h.
 #pragma once
 
 #include "work.h"

@@ -1,4 +1,4 @@
-// The door from torch to the CUDA kernels: the raw ops torch.ops.smattn_cuda.*, which write into tensors that smattn/native_cuda.py made.
+// The door from torch to the CUDA kernels: the raw ops torch.ops.smattn_cuda.*, which write into tensors that smattn/cuda.py made.
 // Compiled a second time with SMATTN_EMULATED for tests on a machine without a GPU, where the same ops run on the CPU through emulator/.
 #include "../binding.h"
 

@@ -19,7 +19,6 @@ SMATTN_DEVICE int64_t block_index() { return blockIdx.x; }
 
 SMATTN_DEVICE void sync_warp() { __syncwarp(); }
 SMATTN_DEVICE void sync_block() { __syncthreads(); }
-SMATTN_DEVICE bool any_in_block(bool x) { return __syncthreads_or(x) != 0; }
 SMATTN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 SMATTN_DEVICE float shuffle(float x, int from) { return __shfl_sync(0xFFFFFFFFu, x, from); }
 
@@ -29,8 +28,7 @@ SMATTN_DEVICE double load_constant(const double* p) { return __ldg(p); }
 SMATTN_DEVICE Half load_constant(const Half* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 SMATTN_DEVICE BFloat16 load_constant(const BFloat16* p) { return {__ldg(reinterpret_cast<const unsigned short*>(p))}; }
 
-// The same value, of whose making the compiler knows nothing: it will not compute what follows from it ahead of a loop, and keep all
-// that in registers.
+// Identity that the optimiser cannot see through: it stops address arithmetic from being hoisted out of a loop into registers.
 template <class T>
 SMATTN_DEVICE T* opaque(T* p) {
   asm volatile("" : "+l"(p));

@@ -18,6 +18,9 @@ struct ForwardShape {
   static constexpr size_t shared_bytes(bool few) { return static_cast<size_t>((queries(few) + 4 * kKeys) * kRowBytes); }
 };
 
+// In base 2. A row whose largest score is below has no key to attend to: scores below -2.3e38 count as -inf, in every dtype.
+constexpr float kLowestScore = -2.3e38f * kLog2E;
+
 // What is subtracted from scores whose largest is `top`: where that is infinite, infinities stay what they are.
 SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f : top; }
 
@@ -25,6 +28,7 @@ SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f :
 template <int D>
 struct Softmax {
   float m[2] = {-infinity(), -infinity()}, l[2] = {0.0f, 0.0f}, average[2][2] = {};
+  float rounded[2] = {0.0f, 0.0f};  // the lane's part of l's sum, of the weights as V is multiplied by them: of 16-bit types alone
   Tile<D> out;
 
   // s becomes exp2(s - m), what is summed already is rescaled.
@@ -46,9 +50,31 @@ struct Softmax {
     out.scale_rows(rescale);
   }
 
+  // Before V is multiplied by p.
+  template <class T, int COLS>
+  SMATTN_DEVICE void add_weights(Tile<COLS>& p) {
+    if constexpr (sizeof(T) == 2) p.for_each([&](float& x, int half, int) { rounded[half] += to_float(smattn::cuda::rounded<T>(x)); });
+  }
+
+  // After the last key: out is a mean of V, weighted by the rounded weights, times l. So it is a mean wherever l divides it, and delta (5), made
+  // of it, cancels a dP that is the same for all keys.
+  template <class T>
+  SMATTN_DEVICE void settle() {
+    if constexpr (sizeof(T) == 2) {
+      float factor[2];
+      SMATTN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float sum = row_sum(rounded[half]);
+        factor[half] = sum == 0.0f ? 1.0f : l[half] / sum;
+      }
+      out.scale_rows(factor);
+    }
+  }
+
   // The factor that takes sums from the old largest score to a new one; rows' averages are multiplied by it.
   SMATTN_DEVICE float rescale_to(int half, float top, float& factor) {
     factor = exp2_fast(m[half] - finite(top));
+    rounded[half] *= factor;
     average[0][half] *= factor;
     average[1][half] *= factor;
     return top;
@@ -91,12 +117,12 @@ struct Softmax {
   }
 };
 
-// The row's factor of O and its lse, from its finished sums, (3) and (4). A row without a live key is 0 with lse -inf; a row whose
-// live scores are all -inf is NaN with lse -inf, one with a score of +inf NaN with lse +inf, as in plain torch.
+// The row's factor of O and its lse, from its finished sums, (3) and (4). A dead row, l = 0, is 0 with lse -inf; a row with a score of +inf
+// is NaN with lse +inf.
 SMATTN_DEVICE float finish_row(float m, float l, float& lse) {
   lse = l == 0.0f ? -infinity() : (m + log2_exact(l)) * kLn2;
   if (l == 0.0f) return 0.0f;
-  return fabsf(m) == infinity() ? not_a_number() : 1.0f / l;
+  return m == infinity() ? not_a_number() : 1.0f / l;
 }
 
 SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, float factor, const float (&average)[2]) {
@@ -169,6 +195,7 @@ SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at,
     softmax.add_average(1, s, m);
   }
   if (args.out == nullptr) return;
+  softmax.template add_weights<typename Math::Element>(s);
   drop(s, args.call, at, 1.0f, place);
   Math::multiply_tile(softmax.out, s, v);
 }
@@ -201,21 +228,20 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   Softmax<D> softmax;
   softmax.out.fill(0.0f);
   const int row = FEW ? 0 : warp_index() * 16, key_row = FEW ? warp_index() * kKeys : 0;
-  bool live = false;
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);
-    live |= place.live != 0;
     attend<Math, D>(args, softmax, work.at, place, q.from_row(row), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
-  live = any_in_block(live);
+  if (args.out != nullptr) softmax.template settle<T>();
   if constexpr (FEW) {
     merge_warps<Shape::kWarps>(softmax, reinterpret_cast<float*>(shared));
     if (warp_index() > 0) return;
   }
   SMATTN_UNROLL
   for (int half = 0; half < 2; ++half)
-    if (softmax.m[half] == -infinity() && softmax.l[half] == 0.0f && live) softmax.l[half] = 1.0f;
+    if (softmax.m[half] < kLowestScore && softmax.l[half] == softmax.l[half])  // a maximum does not see NaN, but the sum does
+      softmax.m[half] = -infinity(), softmax.l[half] = 0.0f;
   const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
   const int rest = static_cast<int>(size.Nq) - work.first_query - row;
   if (args.splits > 1) {

@@ -3,16 +3,13 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "../memory.h"
 #include "../philox.h"
-#include "args.h"
-#include "kernels.h"
+#include "plan_parts.h"
 
 namespace smattn::cuda {
 namespace {
 
 constexpr int64_t kEnoughBlocks = 512;           // about two a multiprocessor on the largest GPUs
-constexpr int64_t kMostPartialBytes = kPromisedBytes / 2;  // of a call's partial outputs
 constexpr int64_t kShortestRange = 256;          // keys
 constexpr int64_t kMostRows = int64_t{1} << 30;  // an int counts queries or keys inside a kernel, everything else is 64 bits wide
 
@@ -53,11 +50,6 @@ Call call_of(const Scores& scores, const Tensor4& value, double dropout_p, const
           .keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
-template <class T>
-T* allocate(int64_t count, const Context& context) {
-  return static_cast<T*>(context.allocate(count * static_cast<int64_t>(sizeof(T)), context.allocator));
-}
-
 struct Ranges {
   int64_t splits, split_keys;
 };
@@ -84,95 +76,6 @@ void run_forward(ForwardArgs args, const Passes& passes, const Context& context)
   }
   passes.forward(args, context);
   if (args.splits > 1) passes.forward_merge(args, context);
-}
-
-// What (7) and (8) ask for, of attention and of its map alike.
-struct Wanted {
-  void *dquery, *dkey, *dvalue, *dmask, *dalpha;
-};
-
-// dM of a mask without a query axis, in rows that the passes over keys sum over queries: straight into dM where each of its rows is one
-// block's, else into scratch, whose rows are then summed over the axes that mask has not.
-struct RowSums {
-  const Scores& scores;
-  int64_t batches, outer, rows;  // batches to a block, blocks of them, rows of each
-  bool has_batch, has_head;
-  float* scratch;
-
-  RowSums(const Scores& scores, const Context& context) : scores(scores) {
-    const Sizes& size = scores.size;
-    has_batch = scores.mask_size[0] > 1 || size.B == 1;
-    has_head = scores.mask_size[1] > 1 || size.H == 1;
-    rows = has_head ? size.H : size.Hkv;
-    const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (rows * size.Nk * 4));
-    batches = has_batch ? 1 : (size.B + most - 1) / most;
-    outer = (size.B + batches - 1) / batches;
-    scratch = has_batch && has_head && !scores.mask_is_logits ? nullptr : allocate<float>(outer * rows * size.Nk, context);
-  }
-  void ask(KeysArgs& args, void* dmask) const {
-    args.row_out = scratch != nullptr ? scratch : dmask;
-    args.row_dtype = scratch != nullptr ? DType::kFloat32 : scores.mask.dtype;
-    args.row_per_head = has_head;
-    args.batches = batches;
-  }
-  void finish(void* dmask, const Context& context) const {
-    const int64_t Nk = scores.size.Nk;
-    if (scratch != nullptr)
-      sum_many({.from = scratch,
-                .to = dmask,
-                .dtype = scores.mask.dtype,
-                .outer = has_batch ? outer : 1,
-                .middle = has_head ? rows : 1,
-                .inner = Nk,
-                .stride_outer = rows * Nk,
-                .stride_middle = Nk,
-                .first = has_batch ? 1 : outer,
-                .second = has_head ? 1 : rows,
-                .stride_first = rows * Nk,
-                .stride_second = Nk,
-                .logits = scores.mask_is_logits ? scores.mask : Tensor4{}},
-               context);
-  }
-};
-
-// dK, dV and dM.
-void run_keys(KeysArgs args, const Wanted& wanted, const Passes& passes, const Context& context) {
-  const Scores& scores = args.call.scores;
-  const Sizes& size = scores.size;
-  const bool shared_batch = size.B > 1 && scores.mask_size[0] == 1, per_head = size.H > 1 && scores.mask_size[1] > 1;
-  const bool key_only = wanted.dmask != nullptr && size.Nq > 1 && scores.mask_size[2] == 1;
-  const bool tile = wanted.dmask != nullptr && !key_only, wide = wanted.dkey != nullptr || wanted.dvalue != nullptr;
-  const bool fused = tile && wide && size.Nq <= passes.tile_span && !(shared_batch && per_head);
-
-  KeysArgs tiled = args;
-  tiled.tile_sum = TileSum::kMaskGradient;
-  tiled.tile_out = wanted.dmask;
-  tiled.tile_dtype = scores.mask.dtype;
-  tiled.tile_per_head = per_head;
-  tiled.heads = per_head ? 1 : size.H;
-  tiled.batches = shared_batch ? size.B : 1;
-  tiled.span = passes.tile_span;
-
-  args.dkey = wanted.dkey;
-  args.dvalue = wanted.dvalue;
-  args.heads = size.H / size.Hkv;
-  args.batches = 1;
-  args.span = size.Nq;
-  if (fused) {
-    tiled.dkey = wanted.dkey;
-    tiled.dvalue = wanted.dvalue;
-    tiled.heads = per_head ? size.H / size.Hkv : size.H;
-    return passes.backward_keys(tiled, context);
-  }
-  if (key_only) {
-    const RowSums sums(scores, context);
-    sums.ask(args, wanted.dmask);
-    passes.backward_keys(args, context);
-    sums.finish(wanted.dmask, context);
-  } else if (wide) {
-    passes.backward_keys(args, context);
-  }
-  if (tile) passes.backward_keys(tiled, context);
 }
 
 // Sums of P*dP (B, H, Nq), from rows whose delta is 0.
@@ -255,11 +158,10 @@ void backward(const BackwardParams& params, const Context& context) {
   const auto* mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr;
   RowsArgs r{.call = call, .lse = lse, .dlse = static_cast<const float*>(params.dlse), .mbar = mbar, .rows = rows};
   const QueriesArgs queries{.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows};
-  if (params.out.data != nullptr && scores.dtype == DType::kFloat32) {
+  if (params.out.data != nullptr) {
     r.dout = params.dout;
     r.out = params.out;
   } else if (wanted.dquery != nullptr || wanted.dkey != nullptr || wanted.dmask != nullptr || wanted.dalpha != nullptr) {
-    // O was not kept, or summed from a P rounded to 16 bits: a delta made of it would not cancel a dP that is the same for all keys
     auto* sums = allocate<float>(count, context);
     backward_rows({.call = call, .lse = lse, .rows = rows}, context);
     run_delta(queries, sums, passes, context);

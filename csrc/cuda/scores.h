@@ -52,6 +52,14 @@ struct LiveKeys {
   }
 };
 
+// alpha in base 2. A finite alpha stays finite, so that it leaves a score where M is 0 as it is.
+SMATTN_DEVICE float in_base_2(float alpha) {
+  constexpr float kMost = 3.402823466e38f;
+  const float scaled = alpha * kLog2E;
+  if (fabsf(alpha) == infinity() || fabsf(scaled) != infinity()) return scaled;
+  return scaled < 0.0f ? -kMost : kMost;
+}
+
 SMATTN_DEVICE float alpha_of(const Scores& s, int h) {
   return s.mask.data == nullptr ? 0.0f : static_cast<const float*>(s.alpha)[h * s.alpha_stride];
 }
@@ -84,11 +92,12 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const std::byte* element, int
 }
 
 // The tile of a tensor (B, H, Nq, Nk) of any floating dtype, 0 where a key is not live: nothing is read there.
+// first: the offset of its element (0, 0, 0, 0).
 template <int COLS, bool KEYS_IN_ROWS>
-SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
-  const int64_t bytes = from.dtype == DType::kFloat64 ? 8 : from.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t first =
-      at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
+SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place,
+                                 int64_t first = 0) {
+  const int64_t bytes = bytes_of(from.dtype);
+  first += at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
   const std::byte* element = opaque(static_cast<const std::byte*>(from.data) + first * bytes);
   const int64_t row_bytes = from.stride[KEYS_IN_ROWS ? 3 : 2] * bytes, column_bytes = from.stride[KEYS_IN_ROWS ? 2 : 3] * bytes;
   switch (from.dtype) {
@@ -104,26 +113,21 @@ SMATTN_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-kLog2E *
 // The tile of M, 0 where a key is not live, and past the last query, where P must not outgrow 16 bits.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_mask(Tile<COLS>& m, const Scores& scores, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
-  load_elements(m, scores.mask, at, place);
+  load_elements(m, scores.mask, at, place, scores.mask_batch.offset_of(scores.mask_batch.mask_of(at.b)));
   if (!scores.mask_is_logits) return;
   m.for_each([&](float& x, int half, int slot) { x = place.has(half, slot) ? sigmoid(x) : 0.0f; });
 }
 
-// The gradient of an element of logits, (8), from that of M there. A 0 stays 0: the logits of padded keys may be NaN.
-SMATTN_DEVICE float through_sigmoid(float dm, const Tensor4& logits, int64_t element) {
-  if (dm == 0.0f) return 0.0f;
-  float x = 0.0f;
-  switch (logits.dtype) {
-    case DType::kFloat32: x = static_cast<const float*>(logits.data)[element]; break;
-    case DType::kFloat64: x = to_float(static_cast<const double*>(logits.data)[element]); break;
-    case DType::kFloat16: x = to_float(static_cast<const Half*>(logits.data)[element]); break;
-    case DType::kBFloat16: x = to_float(static_cast<const BFloat16*>(logits.data)[element]); break;
+// An element of a tensor of any floating dtype.
+SMATTN_DEVICE float load_element(const Tensor4& from, int64_t at) {
+  switch (from.dtype) {
+    case DType::kFloat32: return static_cast<const float*>(from.data)[at];
+    case DType::kFloat64: return to_float(static_cast<const double*>(from.data)[at]);
+    case DType::kFloat16: return to_float(static_cast<const Half*>(from.data)[at]);
+    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(from.data)[at]);
   }
-  const float e = exp2_fast(-kLog2E * fabsf(x));
-  return dm * (e / ((1.0f + e) * (1.0f + e)));
+  return 0.0f;
 }
-
-// In a tensor of any floating dtype.
 SMATTN_DEVICE void store_element(void* to, DType dtype, int64_t at, float x) {
   switch (dtype) {
     case DType::kFloat32: static_cast<float*>(to)[at] = x; break;
@@ -133,10 +137,17 @@ SMATTN_DEVICE void store_element(void* to, DType dtype, int64_t at, float x) {
   }
 }
 
+// The gradient of an element of logits, (8), from that of M there. A 0 stays 0: the logits of padded keys may be NaN.
+SMATTN_DEVICE float through_sigmoid(float dm, const Tensor4& logits, int64_t element) {
+  if (dm == 0.0f) return 0.0f;
+  const float e = exp2_fast(-kLog2E * fabsf(load_element(logits, element)));
+  return dm * (e / ((1.0f + e) * (1.0f + e)));
+}
+
 // (1): from s = <q, k> to scores in base 2, -inf where the key is not live. m holds M, when there is one.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void finish_scores(Tile<COLS>& s, Tile<COLS>& m, const Scores& scores, float alpha, const Place<COLS, KEYS_IN_ROWS>& place) {
-  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = alpha * kLog2E;
+  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = in_base_2(alpha);
   const bool has_mask = scores.mask.data != nullptr;
   s.for_each_with(m, [&](float& x, float& m, int half, int slot) {
     x *= scale;

@@ -28,6 +28,9 @@ Scores scores_of(const Problem& p, const Inputs& in) {
   s.dtype = p.dtype;
   s.query = in.query.tensor(), s.key = in.key.tensor(), s.mask = in.mask.tensor();
   std::copy_n(p.mask_size, 3, s.mask_size);
+  s.mask_batch = p.mask_batch;
+  s.mask_batch.stride[0] = s.mask.stride[0] * s.mask_batch.size[1], s.mask_batch.stride[1] = s.mask.stride[0];
+  s.mask.stride[0] = 0;
   s.mask_is_logits = p.mask_is_logits;
   s.alpha = in.alpha.data();
   s.alpha_stride = in.alpha.stride(3);
@@ -41,15 +44,13 @@ Shape mask_shape(const Problem& p) { return {p.mask_size[0], p.mask_size[1], p.m
 
 // Products of a 16-bit type may take their weights, P*C/(1-p) or dS, rounded to it: by half its epsilon at most, a standard deviation of
 // 1/sqrt(3) of that, each by itself; six times what comes of them all. Nothing else is rounded before its time. Delta, which cancels dP,
-// is taken from an output whose weights are two such numbers, one for what rounding took from the other; only kernels that multiply pairs of
-// bfloat16 take a mean under the rounded weights alone, and only where M is in no wider type.
+// is taken from the unrounded output, whose weights are rounded by kernels that multiply pairs of bfloat16 alone.
 struct Allowances {
   Allowance sum, product, exact_product, through_delta, product_through_delta;
 
   Allowances(const Problem& p, double band, bool pairs) {
     const double half = bytes_of(p.dtype) == 2 ? epsilon_of(p.dtype) / 2 : 0.0, deviations = 6 / std::sqrt(3.0);
-    const bool rounded = pairs && p.dtype == DType::kBFloat16 && (!p.has_mask || p.mask_dtype == p.dtype);
-    const double exact_half = rounded ? half : half * half;  // of the unrounded output's weights
+    const double exact_half = pairs && p.dtype == DType::kBFloat16 ? half : 0.0;  // of the unrounded output's weights
     const double delta = p.out_saved ? band + exact_half : band;
     sum = {band, 0.0}, product = {band, deviations * half}, exact_product = {band, deviations * exact_half};
     through_delta = {delta, 0.0}, product_through_delta = {delta, deviations * half};
@@ -65,7 +66,7 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   f.dropout = {p.dropout_p, in.seed};
   const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
   const bool rounded = acc != p.dtype;
-  const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16");
+  const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16" || std::string(kernels.name) == "amx");
   f.out = make.make(true, "out", p.dtype, out_size, a.out, allowed.product);
   f.lse = make.make(true, "lse", acc, row_size, a.lse, allowed.sum);
   f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out, allowed.exact_product);

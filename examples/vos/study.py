@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from examples.shared.images import said_in_one_line
+from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
 
@@ -91,17 +92,15 @@ def plot(rows: list[Row], path: Path) -> None:
     """Plot every seed's J&F and the median, and beside it J&F over the frames as the mean of the seeds."""
     import matplotlib.pyplot as plt
 
-    figure, (dots, course) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, 1.4])
+    figure, (seeds, course) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, 1.4])
     names = list(dict.fromkeys(row.contestant for row in rows))
+    dots(seeds, {name: [row.JF for row in rows if row.contestant == name and row.frame < 0] for name in names}, statistics.median)
+    seeds.set_ylabel("J&F, each seed and the median")
     for i, name in enumerate(names):
-        own = [row for row in rows if row.contestant == name]
-        JF = [row.JF for row in own if row.frame < 0]
-        dots.plot([i] * len(JF), JF, "o", color=f"C{i}", alpha=0.6)
-        dots.plot([i - 0.25, i + 0.25], [statistics.median(JF)] * 2, color=f"C{i}")
-        frames = sorted({row.frame for row in own if row.frame >= 0})
+        own = [row for row in rows if row.contestant == name and row.frame >= 0]
+        frames = sorted({row.frame for row in own})
         JF = [statistics.mean(row.JF for row in own if row.frame == t) for t in frames]
         course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # Two lines may coincide.
-    dots.set(xticks=range(len(names)), xticklabels=names, ylabel="J&F, each seed and the median")
     course.set(xlabel="frame", ylabel="J&F, mean of the seeds")
     course.legend()
     figure.savefig(path, dpi=110)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from examples.shared.images import said_in_one_line
+from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
 
@@ -124,12 +125,9 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     titles = {"token_accuracy": "token accuracy, %", "pseudo": "mIoU of the pseudo-masks, %"}
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
-        for i, name in enumerate(names):
-            values = [getattr(row, column) for row in rows if row.variant == name]
-            panel.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.6)
-            panel.plot([i - 0.25, i + 0.25], [statistics.mean(values)] * 2, color=f"C{i}")
-        panel.set(xticks=range(len(names)), title=title)
-        panel.set_xticklabels(names, rotation=20)
+        dots(panel, {name: [getattr(row, column) for row in rows if row.variant == name] for name in names}, statistics.mean)
+        panel.set_title(title)
+        panel.tick_params("x", rotation=20)
         panel.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
 

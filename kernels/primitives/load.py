@@ -57,6 +57,12 @@ def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
+def mask_offset(b, inner_batch, stride_mb, stride_mi):
+    """Where the mask of batch element b begins. The batch has an outer and an inner axis; a stride is 0 where the mask lacks the axis."""
+    return b // inner_batch * stride_mb + b % inner_batch * stride_mi
+
+
+@triton.jit
 def load_tile(ptr, rows, cols, stride_row, stride_col, row_ok, col_ok):
     """Load the tile [rows, cols] of a strided matrix. Where a row or a column is not ok it is 0, and nothing is read."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
@@ -121,10 +127,10 @@ def load_alpha(alpha_ptr, h, stride_ah, MASK_KIND: tl.constexpr):
 @triton.jit
 def load_queries(q_head, do_head, b, h, lse_log2, start_m, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
                  D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
-    """q and dO of a query block of this (batch, head). In dead rows, lse = +inf, dO may hold anything, so pointers do not read it there."""
+    """q and dO of a query block of this (batch, head). In rows dead by padding dO may hold anything, so pointers do not read it there."""
     row_ok = offs_m < Nq
     q = load_block(q_head, b, h, start_m, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    if HAS_PADDING:  # Without padding no row is dead.
+    if HAS_PADDING:  # Where lse is +inf the row is dead; without padding dO is finite there.
         row_ok &= lse_log2 != float("inf")
     return q, load_block(do_head, b, h, start_m, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
 

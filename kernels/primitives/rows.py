@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 
 from .load import load_tile
-from .score import LOG2E, nan_if_infinite
+from .score import LOG2E, lse_to_rebuild
 
 
 @triton.jit
 def finish_rows(lse_log2, delta, dead):
     """The lse in base 2 and the delta that backward reads. In dead rows they are +inf and 0, which makes P and dS exactly 0."""
-    return tl.where(dead, float("inf"), nan_if_infinite(lse_log2)), tl.where(dead, 0.0, delta)
+    return lse_to_rebuild(lse_log2), tl.where(dead, 0.0, delta)
 
 
 @triton.jit
@@ -27,8 +27,7 @@ def load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE: tl.constexpr):
 @triton.jit
 def rows_of(out, do, lse, dl):
     """lse in base 2 and delta, from the float32 output and its gradient, reference.py (5), and which rows are dead."""
-    # A row whose live scores are all -inf has lse = -inf too, but its output is NaN, and so are its gradients.
-    dead = (lse == float("-inf")) & (tl.sum(out * out, 1) == 0.0)
+    dead = lse == float("-inf")
     lse_log2, delta = finish_rows(lse * LOG2E, tl.sum(out * do, 1) - dl, dead)
     return lse_log2, delta, dead
 

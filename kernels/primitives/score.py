@@ -10,6 +10,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -31,18 +32,26 @@ def matmul(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, ALLOW_TF32: tl.constexp
 
 
 @triton.jit
+def alpha_in_base_2(alpha):
+    """alpha * log2(e). A finite alpha stays finite, so that it leaves a score where M is 0 as it is."""
+    scaled = alpha * LOG2E
+    too_large = (tl.abs(scaled) == float("inf")) & (tl.abs(alpha) != float("inf"))
+    return tl.where(too_large, tl.where(scaled < 0.0, -LARGEST, LARGEST), scaled)
+
+
+@triton.jit
 def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
     """Scores in base 2, reference.py (1), and -inf where the key is not live. m: the tile of M, unused without a mask."""
     s = qk * (scale * LOG2E)
     if MASK_KIND:
-        s += (alpha * LOG2E) * m
+        s += alpha_in_base_2(alpha) * m
     return tl.where(live, s, float("-inf"))
 
 
 @triton.jit
-def nan_if_infinite(lse_log2):
-    """The lse that P is rebuilt from, NaN in a row with a score of +inf: that row is NaN in plain torch, and exp(S - L) would be 0."""
-    return tl.where(lse_log2 == float("inf"), float("nan"), lse_log2)
+def lse_to_rebuild(lse_log2):
+    """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf."""
+    return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2))
 
 
 @triton.jit
@@ -52,7 +61,7 @@ def probabilities(
     """P = exp(S - L) of a query and a key block, reference.py (2). It is exactly 0 where a key is not live, also in dead rows."""
     qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
     s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)
-    return tl.where(live[None, :], tl.exp2(s - nan_if_infinite(lse * LOG2E)[:, None]), 0.0)
+    return tl.where(live[None, :], tl.exp2(s - lse_to_rebuild(lse * LOG2E)[:, None]), 0.0)
 
 
 @triton.jit

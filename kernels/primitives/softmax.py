@@ -9,6 +9,7 @@ from .load import live_keys, live_span, load_block, load_mask
 from .score import dot, dropout_keep, matmul, score_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST_LOG2 = tl.constexpr(-2.3e38 * 1.4426950408889634)  # A score below counts as -inf, reference.py's LOWEST_SCORE in base 2.
 
 
 @triton.jit
@@ -27,12 +28,12 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
 
     keep_scale is dropout's 1/(1-p). It is applied here, in float32: applied to P it would add a rounding to 16 bits that dP in backward
     does not have, and delta would no longer cancel dP where few keys are left.
-    A row without any live key has l_i = 0: its output is 0 and its logsumexp -inf. A row whose live scores are all -inf, m_i = -inf and
-    l_i > 0, is NaN with logsumexp -inf, as in plain torch. A row with a score of +inf is NaN with logsumexp +inf.
+    A dead row, without any key to attend to, has l_i = 0: its output is 0 and its logsumexp -inf. A row with a score of +inf is NaN with
+    logsumexp +inf.
     """
     dead = l_i == 0.0
     lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
-    l_i = tl.where((tl.abs(m_i) == float("inf")) & (l_i > 0.0), float("nan"), l_i)
+    l_i = tl.where(m_i == float("inf"), float("nan"), l_i)
     out = tl.where(dead[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
     return out, tl.where(dead, 0.0, mbar / l_i), lse
 
@@ -53,8 +54,7 @@ def attend(
     lost is what acc lacks because P was rounded to 16 bits. Backward takes delta from P in float32, and nothing may be missing between the
     two. lost is a sum of its own, so that the bits of acc do not depend on SAVE_OUT, without which lost is 0.
     Where the value has no columns, DV = 0, only the rows are computed: the softmax of an attention map.
-    acc, lost and mbar are not yet divided by l_i, nor acc and lost by dropout's 1-p. m_i is in base 2. l_i is 1 where every live score is
-    -inf, and 0 where no key is live.
+    acc, lost and mbar are not yet divided by l_i, nor acc and lost by dropout's 1-p. m_i is in base 2. In a dead row m_i is -inf and l_i 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -64,12 +64,10 @@ def attend(
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if SAVE_OUT else 0.0
-    any_live = tl.zeros([BLOCK_N], tl.int32)
     lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
-        any_live |= live.to(tl.int32)
         k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
         m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
@@ -90,5 +88,5 @@ def attend(
             acc = dot(p_rounded, v, acc, ALLOW_TF32)
             if SAVE_OUT:
                 lost = dot(p_lost, v, lost, ALLOW_TF32)
-    l_i = tl.where((m_i == float("-inf")) & (l_i == 0.0), tl.max(any_live, 0).to(tl.float32), l_i)
-    return acc, lost, mbar, m_i, l_i
+    dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.
+    return acc, lost, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i)

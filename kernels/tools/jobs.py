@@ -125,7 +125,7 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], Tile]]:
     mask = None
     if v.mask is not None:
         axes = [n if axis > 1 else 1 for axis, n in zip(v.mask, (B, H, job.Nq), strict=True)]
-        mask = tensor(*axes, Nk, dtype=v.mask_dtype)
+        mask = tensor(axes[0], 1, *axes[1:], Nk, dtype=v.mask_dtype)
     problem = Problem(
         B=B, H=H, Hkv=H // v.group, Nq=job.Nq, Nk=Nk, D=job.D, Dv=0 if v.as_map else job.D, dtype=job.dtype,
         mask_dtype=None if mask is None else mask.dtype, mask_shape=None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from ..autograd import NO_SECOND
 from ..backends import resolve
 from ..call import Call, Gradients, Needs, Problem, Saved, make_call
-from ..canonical import allow_tf32, autocast, four_axes, per_head, scale_of
+from ..canonical import allow_tf32, alpha_of, autocast, five_axes, of_batch, one_batch_axis, per_head, scale_of
 from ..ops import inside_an_op
 from ..validate import validate
 
@@ -88,14 +88,17 @@ def context_parallel_attention(
         query, key, value, mask, alpha, mask_logits=None, scale=scale, key_padding_mask=key_padding_mask, enable_gqa=enable_gqa,
         return_lse=return_lse, backend=backend,
     )  # fmt: skip
+    batch = query.shape[:-3]
+    query, key, value = (one_batch_axis(tensor, 3) for tensor in (query, key, value))
     call = make_call(
-        query, key, value, four_axes(mask), per_head(alpha, query), key_padding_mask,
+        query, key, value, five_axes(mask, batch), per_head(alpha_of(alpha, mask, None), query), one_batch_axis(key_padding_mask, 1),
         scale=scale_of(scale, query), allow_tf32=allow_tf32(query),
     )  # fmt: skip
     out, lse = _ContextParallel.apply(
-        *_Arguments(query, key, value, call.mask, call.alpha, key_padding_mask, call.problem, group, backend or "")
+        *_Arguments(query, key, value, call.mask, call.alpha, call.key_padding_mask, call.problem, group, backend or "")
     )
-    return (out, lse) if return_lse else out
+    out = of_batch(out, batch)
+    return (out, of_batch(lse, batch)) if return_lse else out
 
 
 def _checked(group: Any) -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ import torch
 from bench.measuring import clock, measure, memory, peers, validate
 from bench.measuring import job as bench_job
 from bench.measuring.cell import bind
+from bench.measuring.compile import compile_ahead
 from bench.measuring.fits import why_not
 from bench.reporting import report, rows
 from bench.reporting.tables import duels
@@ -23,7 +24,7 @@ from tests.support import bench_runs
 pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY, REFERENCE, tiny, refuses, job = bench_runs.TINY, bench_runs.REFERENCE, bench_runs.tiny, bench_runs.refuses, bench_runs.job
-EAGER, _, SDPA, FLEX = peers.PEERS
+EAGER, COMPILED, SDPA, FLEX = peers.PEERS
 SCRATCH = 64 * 2**20
 
 
@@ -167,6 +168,18 @@ def test_a_cell_with_cold_caches_has_a_second_row_for_every_contestant_that_ran(
     rows.write(job.rows, tmp_path / "run.jsonl")
     text = report.write_report(tmp_path / "run.jsonl").read_text()
     assert text.count("hodor_infer float32 uniform, cold cache, forward+backward") == 1, "timed, but no second line on memory"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", [COMPILED, FLEX], ids=lambda peer: peer.name)
+def test_what_a_cpu_compiled_ahead_is_not_compiled_again(peer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    assert compile_ahead([tiny(rows.FORWARD)], [peer]) == {}
+    libraries = set(tmp_path.rglob("*.so"))
+    torch.compiler.reset()
+    bind(peer.ready(), tiny().case(), rows.FORWARD)()
+    assert libraries and set(tmp_path.rglob("*.so")) == libraries
 
 
 @pytest.mark.skipif(not peers.cpu_kernels(), reason="there is no compiled extension here")

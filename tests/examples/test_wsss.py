@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shutil
 import sys
@@ -221,31 +220,6 @@ def test_thresholds_are_the_best_of_the_choices(written):
 
 
 # training
-
-
-def run_to_the_end(trainer, out, **options):
-    train.train(trainer, out, save_every=2, **options)
-    return trainer.model.state_dict(), (out / "log.csv").read_bytes()
-
-
-def test_a_resumed_run_repeats_an_unbroken_one_bit_for_bit(written, tmp_path):
-    data = read_scenes(written, "train")
-    plan = train.Run(TINY, data.classes)
-    weights, log = run_to_the_end(train.Trainer(plan, data), tmp_path / "whole")
-    train.train(train.Trainer(plan, data), tmp_path / "parts", save_every=2, stop=4)
-    with open(tmp_path / "parts" / "log.csv", "a") as file:
-        file.write("5,1,1,1,1,1\n")  # as if killed after the checkpoint
-    torch.rand(7)  # the process draws something else
-    again, log_again = run_to_the_end(train.Trainer(plan, data), tmp_path / "parts", resume=True)
-    assert log_again == log and len(list(csv.reader(log.decode().splitlines()))) == 1 + TINY.steps
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
-
-
-def test_a_checkpoint_of_another_run_is_refused(written, tmp_path):
-    data = read_scenes(written, "train")
-    train.train(train.Trainer(train.Run(TINY, data.classes), data), tmp_path, stop=1, save_every=1)
-    with pytest.raises(ValueError, match="a checkpoint of another run"):
-        train.train(train.Trainer(train.Run(TINY, data.classes, seed=1), data), tmp_path, resume=True)
 
 
 def test_training_reads_no_mask(data):

@@ -6,13 +6,14 @@ from itertools import product
 import pytest
 import torch
 
+from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_dead_rows, assert_within_budget, dead_queries, make_case, run
-from tests.support.expected import BACKENDS
+from tests.support.expected import BACKENDS, INTERPRETED
 
 pytestmark = pytest.mark.promise("defined")
-LEARNED = ("reference",)  # backends that hold this promise
-PAIRS = [(name, dtype) for name in LEARNED for dtype in BACKENDS[name].dtypes]
-on_every_backend = pytest.mark.parametrize("name", LEARNED)
+PAIRS = [(name, dtype) for name in BACKENDS for dtype in BACKENDS[name].dtypes]
+SLOW = [pytest.mark.slow] if INTERPRETED else []  # an interpreter takes minutes for all of these; `test_in_every_dtype` is in the fast tier
+on_every_backend = pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name == "triton" else []) for name in BACKENDS])
 on_every_backend_and_dtype = pytest.mark.parametrize("name, dtype", PAIRS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in PAIRS])
 attention_and_map = pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
 few_and_many_queries = pytest.mark.parametrize("Nq", [5, 40, 131])
@@ -96,6 +97,37 @@ def test_a_row_that_the_mask_rules_out_in_part(name, device, as_map, Nq, lowest)
     results = run(case, name)
     assert_within_budget(results, case)
     assert not results["dmask"][0, :, 3:30].any()
+
+
+@attention_and_map
+@pytest.mark.parametrize("keys", [slice(None), slice(20)], ids=["all keys", "some"])
+def test_the_lowest_float64_under_float32_by_the_reference(device, as_map, keys):
+    """Such a mask is -inf once it is float32, and still makes no NaN in dalpha."""
+    case = a_case(keys=keys, as_map=as_map, device=device)
+    case = replace(case, mask=case.mask.double().masked_fill(case.mask < -1e38, torch.finfo(torch.float64).min))
+    results = run(case, "reference")
+    assert_within_budget(results, case)
+    assert results["dalpha"].isfinite().all()
+
+
+@attention_and_map
+@pytest.mark.parametrize("lowest", ["float32", "-inf"])
+@pytest.mark.parametrize("name", [name for name, dtype in PAIRS if dtype == torch.float64])
+def test_gradients_are_finite_differences_where_rows_are_dead(name, device, as_map, lowest):
+    case = a_case(lowest, rows=(1,), dtype=torch.float64, device=device)
+    case.mask[1, 3, 5:] = LOWEST[lowest][0]
+    tensors = [case.query, case.key, *([] if as_map else [case.value]), case.mask.double()]
+    inputs = [t.requires_grad_() for t in tensors]
+    inputs += [case.alpha.double().requires_grad_()] if lowest in FINITE else [1.0]
+
+    def call(*inputs):
+        if as_map:
+            return attention_map(*inputs, enable_gqa=True, backend=name)
+        out, lse = soft_masked_attention(*inputs, enable_gqa=True, return_lse=True, backend=name)
+        return out, lse.masked_fill(lse.isinf(), 0)  # the difference of two infinities is NaN
+
+    assert dead_queries(case).any()
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
 SHAPES = [*product((1, 2), (1, 4), (1, 2)), *product((1, 2), (1, 2))]

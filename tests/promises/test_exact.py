@@ -120,16 +120,27 @@ def test_options(backend, dtype, device, Nq, option):
     assert_within_budget(run(case, backend), case)
 
 
+def test_many_queries_and_many_keys(backend, dtype, device):
+    """Several blocks of both, under every option."""
+    case = make_case(1, 2, 140, 130, 8, Dv=5, Hkv=1, dtype=dtype, padded=0.2, dropout_p=0.2, with_lse=True, device=device)
+    assert_within_budget(run(case, backend), case)
+
+
+def test_a_map_of_many_queries_and_many_keys(map_backend, dtype, device):
+    case = make_case(1, 2, 140, 130, 8, Hkv=1, dtype=dtype, padded=0.2, as_map=True, device=device)
+    assert_within_budget(run(case, map_backend), case)
+
+
 @pytest.mark.parametrize("size", [1e-30, 30.0, 1000.0])
-def test_masks_out_of_their_usual_range(backend, device, size):
-    case = make_case(2, 2, 5, 35, 8, with_lse=True, device=device)
+def test_masks_out_of_their_usual_range(backend, dtype, device, size):
+    case = make_case(2, 2, 5, 35, 8, dtype=dtype, with_lse=True, device=device)
     case = replace(case, mask=(case.mask - 0.5) * size)
     assert_within_budget(run(case, backend), case)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -7.5, 1000.0])
-def test_a_float_alpha(backend, device, alpha):
-    case = replace(make_case(2, 2, 5, 35, 8, device=device), alpha=alpha)
+def test_a_float_alpha(backend, dtype, device, alpha):
+    case = replace(make_case(2, 2, 5, 35, 8, dtype=dtype, device=device), alpha=alpha)
     results = run(case, backend)
     assert "dalpha" not in results
     assert_within_budget(results, case)

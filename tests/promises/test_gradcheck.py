@@ -90,9 +90,12 @@ def test_the_explicit_backward_is_autograd_through_the_formulas(shape, options):
 
 
 def test_a_row_without_keys_has_no_gradient_through_the_formulas():
+    """All keys are padding in batch element 1; the mask rules out all keys of query 2 in element 0."""
     padding = torch.zeros(B, NK, dtype=torch.bool)
     padding[1] = True
     case = replace(a_case((2, 3, 5), with_lse=True), key_padding_mask=padding)
+    case.mask[0, 2] = torch.finfo(torch.float64).min
     grads = through_the_formulas(case)
     assert all(grad.isfinite().all() for grad in grads.values())
     assert not any(grads[name][1].any() for name in ("dquery", "dkey", "dvalue", "dmask"))
+    assert not grads["dquery"][0, :, 2].any() and not grads["dmask"][0, 2].any()

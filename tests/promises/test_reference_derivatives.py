@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smattn import attention_map, reference, soft_masked_attention
 from smattn.call import make_call
-from smattn.testing import make_case
+from smattn.testing import dead_queries, make_case
 from tests.support.called import Called
 from tests.support.small_doubles import SHAPES, a_case, leaves
 
@@ -37,6 +37,14 @@ def with_a_dead_row(case):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_with_lse(shape, padded):
     case = with_a_dead_row(a_case(shape, padded=0.4)) if padded else a_case(shape)
+    assert torch.autograd.gradgradcheck(attention(case), leaves(case), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 4, 3, 5), (1, 1, 5)], ids=str)
+def test_where_the_mask_leaves_a_query_no_key(shape):
+    case = a_case(shape)
+    case.mask[(0,) * (len(shape) - 1)] = torch.finfo(torch.float64).min
+    assert dead_queries(case).any()
     assert torch.autograd.gradgradcheck(attention(case), leaves(case), fast_mode=True)
 
 

@@ -26,6 +26,18 @@ constexpr int64_t kStepsPerElement = 1;  // steps in an element
 template <>
 constexpr int64_t kStepsPerElement<BFloat16Pair> = 2;
 
+// What a product reads at a time, so many rows of a and so many steps (elements) of both: whole tiles, where there are any.
+template <class E>
+constexpr int64_t kRowUnit = 1;
+template <class E>
+constexpr int64_t kStepUnit = 1;
+#if defined(SMATTN_TILES)
+template <>
+constexpr int64_t kRowUnit<BFloat16Pair> = 16;
+template <>
+constexpr int64_t kStepUnit<BFloat16Pair> = 16;
+#endif
+
 // An element, wherever it lies.
 template <class E>
 inline E element_at(const void* p) {
@@ -115,6 +127,11 @@ struct Prefetch {
     const int64_t lines = line == nullptr ? 0 : (last - line) / 64 + 1;
     return {line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
   }
+  // The same where there are few steps, `count` lines at each.
+  int64_t lines_at_each(int64_t steps) const { return line == nullptr ? 0 : ((last - line) / 64 + steps) / steps; }
+  void lines(int64_t count) {
+    for (; count > 0 && line <= last; --count, line += 64) __builtin_prefetch(line);
+  }
   void spread_over(int64_t steps) { advance = last - line > 64 * steps ? 128 : 64; }
   void step() {
     __builtin_prefetch(line);
@@ -154,8 +171,8 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
 
 constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile, at most
 
-// Of a tile so many vectors wide, at most: the accumulators, a row of b and an element fill the registers. One vector wide, half of them
-// keep the multipliers busy.
+// Most rows of a tile `width` vectors wide: the accumulators, one row of b and one broadcast element must fit the registers. One vector wide,
+// half of the registers keep the multipliers busy.
 constexpr int most_rows(int width) { return width == 1 ? kRegisters / 2 : (kRegisters - width - 1) / width; }
 
 // A tile of `height` <= R rows.

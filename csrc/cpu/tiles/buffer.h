@@ -8,7 +8,7 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// Scratch memory, aligned to a cache line, not initialised.
+// Scratch memory that is aligned to a cache line and not initialised.
 template <class T>
 class Buffer {
  public:
