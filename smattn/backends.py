@@ -67,7 +67,7 @@ NAMES = tuple(row.name for row in TABLE)
 def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
     """The module that runs this call: the one named, or for "" the first of the table that can.
 
-    Raises ValueError with every reason when the one named cannot; warns once when only the reference can.
+    Raises ValueError with every reason if the one named cannot run it. Warns once if none but the reference can.
     """
     if name:
         chosen = next(row for row in TABLE if row.name == name)
@@ -99,7 +99,7 @@ def backends() -> dict[str, Status]:
         reasons = {device: row.unsupported_reasons(_probe(device), "forward") for device in devices}
         available = not all(reasons.values())
         why_not = () if available else tuple(dict.fromkeys(sum(reasons.values(), [])))
-        notes = getattr(row.load(), "notes", tuple)() if available else ()
+        notes: tuple[str, ...] = getattr(row.load(), "notes", tuple)() if available else ()
         table[row.name] = Status(available, why_not, notes)
     return table
 

@@ -174,7 +174,9 @@ def by_mask_axes(rows: Tensor, problem: Problem) -> Tensor:
 
 
 def through_sigmoid(dmask: Tensor, logits: Tensor, padding: Tensor | None) -> Tensor:
-    """(8): dX of dM and X. 1 - M is the sigmoid of -X, as exact as M; keys that are padding wherever X is used are selected out of X.
+    """Equation (8): dX from dM and X. 1 - M is computed as the sigmoid of -X, which is as exact as M.
+
+    Keys that are padding wherever X is used are selected out of X.
 
     dmask, logits: (outer|1, inner|1, H|1, Nq|1, Nk). padding: bool (outer, inner, Nk).
     """
