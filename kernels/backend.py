@@ -110,8 +110,7 @@ def attention_map(call: Call) -> tuple[Tensor, Tensor]:
 
 def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
     """Equation (10): gradients of query, key, mask, alpha and head weights."""
-    call = _with_empty_value(call)
-    grads = new_gradients(call, needs)
+    grads, call = new_gradients(call, needs), _with_empty_value(call)
     to_fill = which_are_given(grads)
     if call.problem.is_empty or not any(to_fill):
         return grads

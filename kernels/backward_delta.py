@@ -59,7 +59,7 @@ def partials(queries: int) -> int:
     return cdiv(queries, TILE.block_m)
 
 
-def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (partials(Nq), B, H), which only dlse can make other than 0."""
     B, H, Nq, Dv = out.shape
     arguments = dict(

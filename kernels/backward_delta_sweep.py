@@ -71,7 +71,7 @@ def _delta_sweep_kernel(
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
-def run(call: Call, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+def run(call: Call, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(call), B, H): zeros without dlse."""
     t, tile = call.problem, backward_dq.tile_of(call)
     arguments = attention_arguments(call, tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(

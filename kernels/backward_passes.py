@@ -8,6 +8,7 @@ from torch import Tensor
 from ..call import Call, Gradients
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries, backward_reduce
 from .operands import Rows, accumulator
+from .plan import Backward
 
 
 def run(

@@ -18,6 +18,7 @@ if "triton" not in BACKENDS:
     pytest.skip("triton is not expected here", allow_module_level=True)
 
 from smattn.kernels import backend  # noqa: E402
+from smattn.kernels.tools import jobs  # noqa: E402
 
 pytestmark = pytest.mark.promise("Triton kernels")
 
@@ -73,6 +74,13 @@ def test_a_map_takes_the_passes_of_attention_that_its_gradients_need(device, nee
 
 def test_few_queries_of_a_map(device):
     assert backward_passes(13, ("query", "key", "mask", "alpha"), device, as_map=True) == ["map_means", "map_rows", "few_queries", "reduce"]
+
+
+@pytest.mark.parametrize("Nq", [13, 1045])
+def test_a_map_has_no_gradient_of_value_even_where_every_gradient_is_wanted(Nq):
+    """Ahead-of-time compilation wants them all, and must compile the kernels that calls launch."""
+    passes = [arguments for _, arguments, _ in jobs.record(jobs.Job(90, torch.float16, 64, Nq, jobs.MAP)) if "NEED_DV" in arguments]
+    assert [(arguments["NEED_DK"], arguments["NEED_DV"]) for arguments in passes] == [(True, False)]
 
 
 ALLOCATIONS = {"aten.empty.memory_format", "aten.empty_like.default", "aten.view.dtype", "aten.detach.default"}
