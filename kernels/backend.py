@@ -77,12 +77,12 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
         return grads
     out, lse, mbar = saved
     steps = plan.backward(problem, to_fill, out is not None, dlse is not None)
-    values = accumulator(call, *lse.shape, 2) if steps.keeps_rows else None
     if steps.delta == plan.DELTA_FIRST:
+        values = accumulator(call, *lse.shape, 2) if steps.keeps_rows else None
         backward_passes.run(steps, call, call, dout, Rows(values, out, lse, dlse), mbar, grads)
         return grads
     call_with_mask = soft_mask.soften(call, _buffer_of_m(grads.mask))
-    dalpha_rows = None
+    values, dalpha_rows = accumulator(call, *lse.shape, 2), None
     if steps.dlse_apart:
         partials = backward_dq.partials(call) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = accumulator(call, partials, problem.B, problem.H)

@@ -106,7 +106,7 @@ def few_queries(device, Nq, dtype=torch.float16, options=False, D=32):
         return torch.empty(sizes, dtype=dtype, device=device)
 
     call = make_call(
-        tensor(B, H, Nq, D), tensor(B, Hkv, Nk, D), tensor(B, Hkv, Nk, D), tensor(B, 1, Nq, Nk, dtype=torch.float32),
+        tensor(B, H, Nq, D), tensor(B, Hkv, Nk, D), tensor(B, Hkv, Nk, D), tensor(B, 1, 1, Nq, Nk, dtype=torch.float32),
         tensor(H, dtype=torch.float32), tensor(B, Nk, dtype=torch.bool) if options else None,
         tensor(1, dtype=torch.int64) if options else None, scale=1.0, dropout_p=0.1 if options else 0.0,
     )  # fmt: skip
