@@ -8,13 +8,12 @@ and made of the whole table. The same network is trained
     learned     with the bias of each head a linear map of the table
     none        without a bias, so that attention never sees the third side
 
-    python examples/pairformer.py           # 3 seeds of each: examples/results/pairformer.csv and .png
+    python -m examples.pairformer           # trains 3 seeds of each and writes examples/results/pairformer.csv and .png
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 from pathlib import Path
@@ -24,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.shared.rows import RESULTS, write
 from smattn.integrations import triangle_attention
 
-RESULTS = Path(__file__).parent / "results"
 BIASES = ("learned", "none")
 POINTS, BINS, SHOWN = 24, 16, 0.15
 HIDDEN = BINS  # the bin of a distance that is not shown
@@ -156,12 +155,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[Row]:
-    with open(path, newline="") as file:
-        lines = list(csv.reader(file))[1:]
-    return [Row(line[0], int(line[1]), int(line[2]), float(line[3])) for line in lines]
-
-
 def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
     """The error over steps, every seed; beside it a table that no network saw, what each makes of it, and a head's bias."""
     import matplotlib.pyplot as plt
@@ -198,7 +191,7 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     rows: list[Row] = []
@@ -208,11 +201,7 @@ def main() -> None:
             network, course = train(bias, seed, arguments.steps)
             rows += course
             networks.setdefault(bias, network)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "pairformer.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([*row[:3], f"{row.error:.4f}"] for row in rows)
+    write(arguments.out / "pairformer.csv", rows, decimals=4)
     plot(rows, networks, arguments.out / "pairformer.png")
     print(table(rows))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from examples import learn_mask, mask2former_cost
+from examples import learn_mask, mask2former_cost, pairformer
 from examples.shared.rows import RESULTS, read
 from examples.vos import cost, search
 from examples.vos import study as vos_study
@@ -28,6 +28,7 @@ def tables() -> dict[str, str]:
     found = {name: read(RESULTS / f"{name}.csv", search.Found) for name in ("vos_search", "vos_tried")}
     return {
         "learn_mask": learn_mask.table(read(RESULTS / "learn_mask.csv", learn_mask.Row)),
+        "pairformer": pairformer.table(read(RESULTS / "pairformer.csv", pairformer.Row)),
         "mask2former_cost": mask2former_cost.table(read(RESULTS / "mask2former_cost.csv", mask2former_cost.Cost)),
         **{name: vos_study.table(rows) for name, rows in vos_rows.items()},
         "vos_cost": cost.table(read(RESULTS / "vos_cost.csv", cost.Cost)),

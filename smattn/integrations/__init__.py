@@ -1,6 +1,7 @@
-"""Soft-masked attention in models written for something else: any nn.MultiheadAttention, a Hugging Face Mask2Former."""
+"""Soft-masked attention in models written for something else: nn.MultiheadAttention, a Hugging Face Mask2Former, triangle attention."""
 
 from .mask2former import soften_mask2former
 from .multihead import SoftMaskedMultiheadAttention
+from .triangle import triangle_attention
 
-__all__ = ["SoftMaskedMultiheadAttention", "soften_mask2former"]
+__all__ = ["SoftMaskedMultiheadAttention", "soften_mask2former", "triangle_attention"]

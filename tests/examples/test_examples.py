@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import smattn
-from examples import learn_mask, quickstart, readme_figures
+from examples import learn_mask, pairformer, quickstart, readme_figures
 from examples.shared.rows import RESULTS, read
 from examples.vos import search
 
@@ -96,3 +96,16 @@ def test_every_file_of_rows_is_shown():
 def test_an_example_runs_as_a_module_from_the_root(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--out" in done.stdout, done.stderr
+
+
+def test_a_pair_block_learns_more_with_its_bias_than_without():
+    """In a few steps already, and the bias has a gradient."""
+    (learned, with_bias), (_, without) = (pairformer.train(bias, seed=0, steps=60, every=60, quiet=True) for bias in pairformer.BIASES)
+    assert with_bias[-1].error < with_bias[0].error - 0.1 and with_bias[-1].error < without[-1].error
+    assert learned.blocks[0].rows.to_bias.weight.grad.any()
+
+
+def test_the_tables_of_distances_are_symmetric_and_their_bins_in_range():
+    tables = pairformer.draw(2, torch.Generator().manual_seed(0))
+    assert torch.equal(tables.bins, tables.bins.mT) and torch.equal(tables.shown, tables.shown.mT)
+    assert tables.bins.max() < pairformer.BINS and (tables.given()[~tables.shown] == pairformer.HIDDEN).all()

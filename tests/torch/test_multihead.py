@@ -169,3 +169,17 @@ def test_it_refuses(options, message):
 def test_what_it_does_not_cover_is_refused(option):
     with pytest.raises(ValueError, match="without add_bias_kv and add_zero_attn"):
         SoftMaskedMultiheadAttention.from_module(nn.MultiheadAttention(WIDTH, H, **{option: True}))
+
+
+def test_a_boolean_window_and_padding_that_leave_a_query_no_key_give_zeros_and_finite_gradients():
+    original, module = pair(batch_first=True)
+    query, key, value = (x.requires_grad_() for x in inputs(module))
+    window = torch.ones(NQ, NK, dtype=torch.bool)
+    window[0, -2:] = window[1:] = False  # the first query may look at the last two keys alone, which are padding in batch element 1
+    padding = masks()["padding"]["key_padding_mask"]
+    out, weights = module(query, key, value, key_padding_mask=padding, attn_mask=window, average_attn_weights=True)
+    out.sum().backward()
+    with torch.no_grad():
+        nothing = module.out_proj(torch.zeros(WIDTH))
+    assert torch.equal(out[1, 0], nothing) and not torch.equal(out[0, 0], nothing)
+    assert not weights[1, 0].any() and all(x.grad.isfinite().all() for x in (query, key, value, *module.parameters()) if x.grad is not None)
