@@ -60,12 +60,13 @@ docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
 
 # AOT=--sample: a sixth of them, in three minutes.
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
-	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.aot $(AOT)
-	$(BIN)/python -m smattn.kernels.roofline
+	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.aot $(AOT)
+	$(BIN)/python -m bench.gpu.roofline
 
 # The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
 # -O1: at -O2 the sanitizers' checks inside the unrolled products take gcc minutes.
-DRIVER := $(BIN)/cmake -S . -DSMATTN_DRIVER=ON $(CMAKE_ARGS)
+# Matrix tiles in software: a sanitizer sees nothing of what the processor's read.
+DRIVER := $(BIN)/cmake -S . -DSMATTN_DRIVER=ON -DSMATTN_AMX=EMULATED $(CMAKE_ARGS)
 ARM64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64-static
 
 sanitize: $(INSTALLED)  ## the driver under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer

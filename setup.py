@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent
 # Tools that pip put beside this interpreter come first, whether or not the environment is activated.
 SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
-
 def find(*names: str) -> str | None:
     return next(filter(None, (shutil.which(name, path=SEARCH_PATH) for name in names)), None)
 
@@ -65,7 +64,10 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    packages=["smattn", "smattn.distributed", "smattn.integrations", "smattn.testing", "smattn.kernels"],
+    packages=[
+        "smattn", "smattn.distributed", "smattn.integrations", "smattn.testing",
+        "smattn.kernels", "smattn.kernels.primitives", "smattn.kernels.tools",
+    ],  # fmt: skip
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
     package_data={"smattn": ["py.typed"], "smattn.kernels": ["tiles.csv"]},
     ext_modules=[Extension("smattn._cpu", sources=[])],

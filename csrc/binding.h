@@ -102,10 +102,7 @@ class Reader {
   // of one element count as contiguous.
   Tensor4 read(const Tensor& t, const char* name, Shape sizes) const {
     check_sizes(t, name, sizes);
-    Tensor4 r{.data = t.const_data_ptr(), .dtype = dtype_of(t, name)};
-    for (int axis = 0; axis < 4; ++axis) r.stride[axis] = t.size(axis) == 1 ? 0 : t.stride(axis);
-    if (t.size(3) == 1) r.stride[3] = 1;
-    return r;
+    return strided(t, name, 0);
   }
   Tensor4 read_like_query(const Tensor& t, const char* name, Shape sizes) const {
     STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": expected query's dtype");
@@ -136,7 +133,8 @@ class Reader {
     STD_TORCH_CHECK(mask_.has_value() || (!to.dmask.has_value() && !to.dalpha.has_value()), "dmask, dalpha: expected none without a mask");
     params.dquery = output(to.dquery, "dquery", dtype, {B, H, Nq, D});
     params.dkey = output(to.dkey, "dkey", dtype, {B, Hkv, Nk, D});
-    params.dmask = output(to.dmask, "dmask", mask_.has_value() ? mask_->scalar_type() : acc, {m[0], m[1], m[2], Nk});
+    const int64_t* batch = scores.mask_batch.size;
+    params.dmask = output(to.dmask, "dmask", mask_.has_value() ? mask_->scalar_type() : acc, {batch[0], batch[1], m[1], m[2], Nk});
     params.dalpha = output(to.dalpha, "dalpha", acc, {H});
   }
 
@@ -151,6 +149,14 @@ class Reader {
   }
 
  private:
+  // The four axes from `first` on.
+  static Tensor4 strided(const Tensor& t, const char* name, int first) {
+    Tensor4 r{.data = t.const_data_ptr(), .dtype = dtype_of(t, name)};
+    for (int axis = 0; axis < 4; ++axis) r.stride[axis] = t.size(first + axis) == 1 ? 0 : t.stride(first + axis);
+    if (t.size(first + 3) == 1) r.stride[3] = 1;
+    return r;
+  }
+
   void check_sizes(const Tensor& t, const char* name, Shape sizes) const {
     STD_TORCH_CHECK(t.device() == query_.device(), name, ": expected a tensor on query's device");
     STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(), " dimensions, got ", t.dim());
@@ -163,13 +169,21 @@ class Reader {
 
   void read_mask(const Tensor& mask, bool is_logits, const Tensor& alpha) {
     const Sizes& n = scores.size;
-    STD_TORCH_CHECK(mask.dim() == 4, "mask: expected 4 dimensions, got ", mask.dim());
-    const int64_t b = mask.size(0), h = mask.size(1), i = mask.size(2);
-    STD_TORCH_CHECK((b == 1 || b == n.B) && (h == 1 || h == n.H) && (i == 1 || i == n.Nq), "mask: expected size 1 or query's, got ", b,
-                    ", ", h, ", ", i);
-    scores.mask = read(mask, "mask", {b, h, i, n.Nk});
+    STD_TORCH_CHECK(mask.dim() == 5, "mask: expected 5 dimensions, got ", mask.dim());
+    const int64_t outer = mask.size(0), inner = mask.size(1), h = mask.size(2), i = mask.size(3), masks = outer * inner;
+    const bool fits_batch = masks == n.B || (masks > 0 && n.B % masks == 0 && (outer == 1 || inner == 1));
+    STD_TORCH_CHECK(fits_batch && (h == 1 || h == n.H) && (i == 1 || i == n.Nq), "mask: expected size 1 or query's, got ", outer, ", ",
+                    inner, ", ", h, ", ", i);
+    check_sizes(mask, "mask", {outer, inner, h, i, n.Nk});
+    scores.mask = strided(mask, "mask", 1);
+    scores.mask.stride[0] = 0;
+    scores.mask_batch.inner = inner > 1 ? inner : outer > 1 ? n.B / outer : 1;
+    for (int axis = 0; axis < 2; ++axis) {
+      scores.mask_batch.size[axis] = mask.size(axis);
+      scores.mask_batch.stride[axis] = mask.size(axis) == 1 ? 0 : mask.stride(axis);
+    }
     scores.mask_is_logits = is_logits;
-    scores.mask_size[0] = b, scores.mask_size[1] = h, scores.mask_size[2] = i;
+    scores.mask_size[0] = masks, scores.mask_size[1] = h, scores.mask_size[2] = i;
     check_sizes(alpha, "alpha", {n.H});
     STD_TORCH_CHECK(alpha.scalar_type() == acc, "alpha: expected the accumulation dtype");
     scores.alpha = alpha.const_data_ptr();

@@ -27,13 +27,33 @@ struct Tensor4 {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
+// Which mask each batch element reads. The batch is two axes, outer and inner, and a mask has either, both or neither:
+// batch element b = (b / inner, b % inner) reads the mask at (outer|0, inner|0).
+struct MaskBatch {
+  int64_t inner = 1;          // size of the inner axis of the batch
+  int64_t size[2] = {1, 1};   // the mask's own sizes on the two, outer|1 and inner|1; masks = size[0] * size[1]
+  int64_t stride[2] = {0, 0};  // the mask's strides on them, in place of Tensor4's first
+
+  constexpr int64_t masks() const { return size[0] * size[1]; }
+  // The number, in [0, masks), of the mask that batch element b reads.
+  constexpr int64_t mask_of(int64_t b) const { return (size[0] > 1 ? b / inner : 0) * size[1] + (size[1] > 1 ? b % inner : 0); }
+  constexpr int64_t offset_of(int64_t mask) const { return mask / size[1] * stride[0] + mask % size[1] * stride[1]; }
+  // The batch elements in an order in which those that share a mask are neighbours.
+  constexpr int64_t sharers(int64_t batch) const { return batch / masks(); }
+  constexpr int64_t at_place(int64_t place, int64_t batch) const {
+    const bool shared_outside = size[0] == 1 && size[1] > 1;
+    return shared_outside ? place / sharers(batch) + place % sharers(batch) * inner : place;
+  }
+};
+
 // Everything that decides the scores (1) and the softmax (2).
 struct Scores {
   Sizes size;
   DType dtype;                // of query, key, value, out and their gradients
   Tensor4 query;              // [B, H, Nq, D]
   Tensor4 key;                // [B, Hkv, Nk, D]
-  Tensor4 mask;               // [B|1, H|1, Nq|1, Nk], data null when there is none; stride 0 on an axis of size 1
+  Tensor4 mask;               // [masks, H|1, Nq|1, Nk], data null when there is none; stride 0 on an axis of size 1. See MaskBatch.
+  MaskBatch mask_batch;
   bool mask_is_logits;        // then M = sigmoid(mask), and dmask is the gradient of the logits
   int64_t mask_size[3];       // sizes of mask's first three axes
   const void* alpha;          // [H] acc, null without a mask

@@ -12,18 +12,17 @@ from torch import Tensor
 from ..call import Call, Gradients, Needs, Problem, Saved
 from ..memory import new_gradients
 from . import (
-    attention_map_forward,
-    attention_map_rows,
     backward_delta,
     backward_delta_sweep,
     backward_dq,
-    backward_few_queries,
     backward_passes,
     forward_split,
+    map_rows,
     plan,
     soft_mask,
 )
 from . import forward as forward_full
+from . import map as map_pass
 from .operands import Rows, accumulator
 from .tiles import FEW_QUERIES
 
@@ -62,9 +61,9 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
                 tensor.zero_()
         lse.fill_(float("-inf"))
     elif not t.is_empty:
-        splits, split_blocks = forward_split.splits_of(call) if t.Nq <= FEW_QUERIES else (1, 0)
-        if splits > 1:
-            forward_split.run(call, splits, split_blocks, out, lse, out_acc, mbar)
+        cut = forward_split.cut_of(call) if t.Nq <= FEW_QUERIES else None
+        if cut is not None and cut.splits > 1:
+            forward_split.run(call, cut, out, lse, out_acc, mbar)
         else:
             forward_full.run(call, out, lse, out_acc, mbar)
     return out, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
@@ -73,27 +72,25 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
     """Equations (5)-(8), with P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried."""
     problem, grads = call.problem, new_gradients(call, needs)
-    to_fill = backward_few_queries.which_are_given(grads)
+    to_fill = which_are_given(grads)
     if problem.is_empty or not any(to_fill):
         return grads
     out, lse, mbar = saved
-    few = backward_few_queries.serves(problem, to_fill)
-    reduced = few or backward_passes.dq_splits(problem, to_fill) > 0  # its last pass adds dL's term to dalpha
-    if reduced and out is not None and (not few or backward_few_queries.folds_delta(call, to_fill)):
-        held = few and plan.holds_dq(problem)
-        rows = Rows(None if held else accumulator(call, *lse.shape, 2), out, lse, dlse)
-        backward_passes.run(call, call, dout, rows, mbar, grads)
+    steps = plan.backward(problem, to_fill, out is not None, dlse is not None)
+    if steps.delta == plan.DELTA_FIRST:
+        values = accumulator(call, *lse.shape, 2) if steps.keeps_rows else None
+        backward_passes.run(steps, call, call, dout, Rows(values, out, lse, dlse), mbar, grads)
         return grads
     call_with_mask = soft_mask.soften(call, _buffer_of_m(grads.mask))
     values, dalpha_rows = accumulator(call, *lse.shape, 2), None
-    if grads.alpha is not None and dlse is not None and not reduced:
+    if steps.dlse_apart:
         partials = backward_dq.partials(call) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = accumulator(call, partials, problem.B, problem.H)
     if out is None:
         backward_delta_sweep.run(call_with_mask, dout, lse, dlse, mbar, values, dalpha_rows)
     else:
         backward_delta.run(out, dout, lse, dlse, mbar, values, dalpha_rows)
-    backward_passes.run(call, call_with_mask, dout, Rows(values, None, lse, dlse), mbar, grads)
+    backward_passes.run(steps, call, call_with_mask, dout, Rows(values, None, lse, dlse), mbar, grads)
     if grads.alpha is not None and dalpha_rows is not None:
         # Added separately: inside the sum over tiles it would change the order, and dlse = 0, which torch.compile passes, must give
         # the same bits as dlse = None.
@@ -107,15 +104,14 @@ def attention_map(call: Call) -> tuple[Tensor, Tensor]:
     _, saved = forward(call, save_out=False, save_mbar=False)
     amap = accumulator(call, t.B, t.Nq, t.Nk)
     if not t.is_empty:
-        attention_map_forward.run(call, saved.lse, amap)
+        map_pass.run(call, saved.lse, amap)
     return amap, saved.lse
 
 
 def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
     """Equation (10): gradients of query, key, mask, alpha and head weights."""
-    call = _with_empty_value(call)
-    grads = new_gradients(call, needs)
-    to_fill = backward_few_queries.which_are_given(grads)
+    grads, call = new_gradients(call, needs), _with_empty_value(call)
+    to_fill = which_are_given(grads)
     if call.problem.is_empty or not any(to_fill):
         return grads
     needs_passes = to_fill.query or to_fill.key or to_fill.mask or to_fill.alpha
@@ -123,12 +119,18 @@ def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) 
     mbar = accumulator(call, *lse.shape) if to_fill.alpha else None
     eta = accumulator(call, *lse.shape) if to_fill.head_weights else None
     dout, call_with_mask = dmap[:, None], soft_mask.soften(call, _buffer_of_m(grads.mask))
-    attention_map_rows.run(call_with_mask, dout, lse, rows, mbar, eta)
+    map_rows.run(call_with_mask, dout, lse, rows, mbar, eta)
     if rows is not None:
-        backward_passes.run(call, call_with_mask, dout, Rows(rows), mbar, grads)
+        steps = plan.passes_after_delta(call.problem, to_fill)
+        backward_passes.run(steps, call, call_with_mask, dout, Rows(rows), mbar, grads)
     if grads.head_weights is not None and eta is not None:
         torch.sum(eta, (0, 2), out=grads.head_weights)
     return grads
+
+
+def which_are_given(grads: Gradients) -> Needs:
+    """Which gradients are to be filled."""
+    return Needs(*(grad is not None for grad in grads))
 
 
 def _with_empty_value(call: Call) -> Call:

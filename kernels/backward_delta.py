@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .launch import launch
 from .operands import strides
-from .primitives import load_dlse, load_tile, rows_of, store_rows
+from .primitives.load import load_tile
+from .primitives.rows import load_dlse, rows_of, store_rows
 from .tiles import Tile, block_of, cdiv
 
 TILE = Tile(block_m=16, block_n=1, warps=4, stages=1)  # 16 rows a program
@@ -58,7 +59,7 @@ def partials(queries: int) -> int:
     return cdiv(queries, TILE.block_m)
 
 
-def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (partials(Nq), B, H), which only dlse can make other than 0."""
     B, H, Nq, Dv = out.shape
     arguments = dict(

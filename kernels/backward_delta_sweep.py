@@ -15,21 +15,9 @@ from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
 from .launch import launch
 from .operands import attention_arguments, strides
-from .primitives import (
-    LOG2E,
-    finish_rows,
-    head_of,
-    live_keys,
-    live_span,
-    load_alpha,
-    load_block,
-    load_dlse,
-    load_mask,
-    load_tile,
-    query_program,
-    score_gradient,
-    store_rows,
-)
+from .primitives.load import head_of, live_keys, live_span, load_alpha, load_block, load_mask, load_tile, mask_offset, query_program
+from .primitives.rows import finish_rows, load_dlse, store_rows
+from .primitives.score import LOG2E, score_gradient
 from .tiles import cdiv
 
 
@@ -39,7 +27,7 @@ def _delta_sweep_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     H, Nq, Nk, scale, drop_threshold, keep_scale,
@@ -59,24 +47,22 @@ def _delta_sweep_kernel(
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)
-    any_live = tl.zeros([BLOCK_N], tl.int32)
     pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
     lo, hi = live_span(pad_batch, 0, Nk, stride_pn, HAS_PADDING, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
-        any_live |= live.to(tl.int32)
         k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
         k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+        mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         _, p_dp = score_gradient(  # with a delta of 0
             q, k, do, v, None, m, live[None, :], lse_log2[:, None], 0.0, offs_m[:, None], offs_n[None, :], bh,
             scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
-    dead = (lse_log2 == float("-inf")) & (tl.max(any_live, 0) == 0)
+    dead = lse_log2 == float("-inf")
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
     lse_log2, delta = finish_rows(lse_log2, delta - dl, dead)
     store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
@@ -85,7 +71,7 @@ def _delta_sweep_kernel(
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
-def run(call: Call, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor, rows: Tensor, dalpha: Tensor | None) -> None:
+def run(call: Call, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(call), B, H): zeros without dlse."""
     t, tile = call.problem, backward_dq.tile_of(call)
     arguments = attention_arguments(call, tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(

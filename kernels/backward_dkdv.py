@@ -14,19 +14,10 @@ from ..call import Call
 from . import descriptors
 from .launch import launch
 from .operands import Rows, gradient_arguments
-from .primitives import (
-    dot,
-    head_of,
-    live_keys,
-    load_alpha,
-    load_map_gradient,
-    load_mask,
-    load_queries,
-    load_rows,
-    load_tile,
-    score_gradient,
-    store_key_gradients,
-)
+from .primitives.load import head_of, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset
+from .primitives.rows import load_rows
+from .primitives.score import dot, score_gradient
+from .primitives.store import store_key_gradients
 from .tiles import cdiv
 
 
@@ -36,7 +27,7 @@ def _dkdv_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod,
     H, Nq, Nk, scale, drop_threshold, keep_scale,
@@ -74,7 +65,7 @@ def _dkdv_kernel(
                 q_head, do_head, b, h, lse_log2, start_m,
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
-            mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+            mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
             m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], MASK_KIND, HAS_PADDING)
             dp = load_map_gradient(do_head, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]

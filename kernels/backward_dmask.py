@@ -6,15 +6,17 @@ sum per tile of scores and head.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from . import descriptors
+from . import descriptors, plan
 from .launch import launch
-from .operands import Rows, gradient_arguments
-from .primitives import (
+from .operands import Rows, accumulator, gradient_arguments, sharing_arguments
+from .primitives.load import (
+    SOFT,
     head_of,
     live_keys,
     load_alpha,
@@ -22,12 +24,12 @@ from .primitives import (
     load_map_gradient,
     load_mask,
     load_queries,
-    load_rows,
-    score_gradient,
-    store_dalpha,
-    store_mask_tile,
+    mask_offset,
     unless_padding,
 )
+from .primitives.rows import load_rows
+from .primitives.score import score_gradient
+from .primitives.store import store_dalpha, store_mask_tile
 from .tiles import Tile, cdiv
 
 
@@ -37,13 +39,13 @@ def _dmask_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod,
-    B, H, Nq, Nk, scale, drop_threshold, keep_scale,
+    B, H, Nq, Nk, n_masks, sharers, part_sharers, own_step, share_step, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, NEED_DALPHA: tl.constexpr,
+    SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, IN_PARTS: tl.constexpr, NEED_DALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -52,10 +54,11 @@ def _dmask_kernel(
     m_tiles = 1 if SHARED_M else m_blocks
     n_block = pid % n_blocks
     m_lo = pid // n_blocks % m_tiles
-    outer = pid // n_blocks // m_tiles  # of M's batch and head axes
+    outer = pid // n_blocks // m_tiles  # of M's batch and head axes, behind those of its parts
     mask_heads = 1 if SHARED_H else H
-    b_lo = outer // mask_heads
+    first_b = outer // mask_heads % n_masks * own_step
     h_lo = outer % mask_heads
+    part = outer // mask_heads // n_masks
     start_n = n_block * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -65,10 +68,10 @@ def _dmask_kernel(
     for m_block in range(m_lo, m_blocks if SHARED_M else m_lo + 1):
         offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = offs_m < Nq
-        for batch in range(b_lo, B if SHARED_B else b_lo + 1):
-            b = tl.cast(batch, tl.int64)
+        for i in range(part * part_sharers, tl.minimum(sharers, (part + 1) * part_sharers)):
+            b = tl.cast(first_b + i * share_step, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-            mask_tile = mask_ptr + b * stride_mb + h_lo.to(tl.int64) * stride_mh
+            mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h_lo.to(tl.int64) * stride_mh
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)
             if NEED_DALPHA:
@@ -102,8 +105,9 @@ def _dmask_kernel(
                 for head in range(h_lo + seen, h_lo + heads):
                     tl.store(partials + head, 0.0)
     offs_m = m_lo * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_tile = mask_ptr + tl.cast(b_lo, tl.int64) * stride_mb + tl.cast(h_lo, tl.int64) * stride_mh
-    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M)
+    mask_tile = mask_ptr + mask_offset(tl.cast(first_b, tl.int64), inner_batch, stride_mb, stride_mi) + tl.cast(h_lo, tl.int64) * stride_mh
+    STORED_KIND: tl.constexpr = tl.constexpr(SOFT if IN_PARTS else MASK_KIND)
+    store_mask_tile(dmask_ptr, dm, outer.to(tl.int64), mask_tile, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, STORED_KIND, SHARED_M)
 
 
 def _tile(call: Call, dout: Tensor) -> Tile:
@@ -117,14 +121,31 @@ def partials(call: Call, dout: Tensor) -> int:
 
 
 def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
-    """Fill dmask (B|1, H|1, Nq|1, Nk), contiguous, any dtype, and where given the dalpha partials (partials(call), B, H)."""
+    """Fill dmask, contiguous, in its own shape and dtype, and where given the dalpha partials (partials(call), B, H).
+
+    Where few programs have many batch elements to sum, the sum is cut into parts, which are added up afterwards in their order.
+    """
     t, tile = call.problem, _tile(call, dout)
-    mask_batches, mask_heads, mask_queries, _ = dmask.shape
+    mask_heads, mask_queries = dmask.shape[2:4]
+    programs = t.sharing.masks * mask_heads * cdiv(mask_queries, tile.block_m) * cdiv(t.Nk, tile.block_n)
+    part_sharers = cdiv(t.sharing.sharers, plan.dmask_parts(t, programs))
+    n_parts = cdiv(t.sharing.sharers, part_sharers)
+    parts = accumulator(call, n_parts, *dmask.shape) if n_parts > 1 else None
     arguments = gradient_arguments(call, tile, dout, rows)
     arguments |= descriptors.blocks(tile, q_ptr=call.query, do_ptr=dout, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
-        mbar_ptr=mbar, dmask_ptr=dmask, dalpha_ptr=dalpha,
-        B=t.B, SHARED_B=mask_batches == 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, NEED_DALPHA=dalpha is not None,
+        mbar_ptr=mbar, dmask_ptr=dmask if parts is None else parts, dalpha_ptr=dalpha,
+        B=t.B, n_masks=t.sharing.masks, part_sharers=part_sharers, **sharing_arguments(t),
+        SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, IN_PARTS=parts is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
-    programs = mask_batches * mask_heads * cdiv(mask_queries, tile.block_m) * cdiv(t.Nk, tile.block_n)
-    launch(_dmask_kernel, programs, arguments, tile)
+    launch(_dmask_kernel, programs * n_parts, arguments, tile)
+    if parts is not None:
+        dmask.copy_(through_sigmoid_of(call, parts.sum(0)))
+
+
+def through_sigmoid_of(call: Call, dmask: Tensor) -> Tensor:
+    """dM, or where the call gives logits their gradient, reference.py (8), as primitives/store.py has it for a tile."""
+    if call.mask is None or not call.problem.mask_is_logits:
+        return dmask
+    logits = call.mask.float()
+    return torch.where(dmask == 0, 0, dmask * torch.sigmoid(logits) * torch.sigmoid(-logits))

@@ -15,9 +15,7 @@ from ..call import Call
 from . import descriptors
 from .launch import launch
 from .operands import Rows, accumulator, gradient_arguments
-from .primitives import (
-    dot,
-    first_rows,
+from .primitives.load import (
     head_of,
     live_keys,
     live_span,
@@ -26,12 +24,12 @@ from .primitives import (
     load_map_gradient,
     load_mask,
     load_queries,
-    load_rows,
+    mask_offset,
     query_program,
-    score_gradient,
-    store_rows,
-    store_tile,
 )
+from .primitives.rows import first_rows, load_rows, store_rows
+from .primitives.score import dot, score_gradient
+from .primitives.store import store_tile
 from .tiles import Tile, cdiv
 
 
@@ -42,7 +40,7 @@ def _dq_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     B, H, Nq, Nk, n_splits, split_blocks, scale, dq_scale, drop_threshold, keep_scale,
@@ -84,7 +82,7 @@ def _dq_kernel(
         k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
         k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
-        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+        mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
         _, ds = score_gradient(

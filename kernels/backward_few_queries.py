@@ -8,55 +8,19 @@ works out delta. A last kernel adds up dQ and dalpha in a fixed order: two launc
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call, Gradients, Needs, Problem
-from ..memory import partial_dqueries
-from . import backward_dq, plan
+from ..call import Call, Gradients, Needs
+from . import plan
 from .launch import launch
-from .operands import Rows, accumulator, gradient_arguments, strides, tile_of
-from .primitives import (
-    SOFT,
-    dot,
-    first_rows,
-    live_keys,
-    load_alpha,
-    load_map_gradient,
-    load_mask,
-    load_queries,
-    load_rows,
-    load_tile,
-    matmul,
-    score_gradient,
-    store_dalpha,
-    store_key_gradients,
-    store_mask_tile,
-    store_tile,
-    unless_padding,
-)
-from .tiles import Tile, cdiv
-
-REDUCE = Tile(block_m=1, block_n=256, warps=4, stages=1)
-
-
-def which_are_given(grads: Gradients) -> Needs:
-    """Which gradients are to be filled."""
-    return Needs(*(grad is not None for grad in grads))
-
-
-@lru_cache
-def serves(t: Problem, needs: Needs) -> bool:
-    """Few queries, but for two cases: dM summed over the batch for each head of a kv group would need dK and dV of the whole batch, and
-    queries that outweigh everything else leave no memory for dQ in float32.
-    """
-    if not plan.one_tile(t) or (needs.query and partial_dqueries(t, needs) == 0):
-        return False
-    return not (needs.mask and t.mask_shape is not None and t.B > t.mask_shape[0] and t.mask_shape[1] > 1 and t.H > t.Hkv)
+from .operands import Rows, accumulator, gradient_arguments, sharing_arguments, tile_of
+from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset, unless_padding
+from .primitives.rows import first_rows, load_rows
+from .primitives.score import dot, matmul, score_gradient
+from .primitives.store import store_dalpha, store_key_gradients, store_mask_tile, store_tile
+from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -66,10 +30,10 @@ def _few_queries_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
-    B, H, Nq, Nk, n_splits, split_blocks, scale, drop_threshold, keep_scale,
+    B, H, Nq, Nk, sharers, own_step, share_step, n_splits, split_blocks, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
@@ -85,18 +49,18 @@ def _few_queries_kernel(
     groups = 1 if SUM_H else H // GROUP
     g_lo = pid // n_splits % groups
     g_hi = H // GROUP if SUM_H else g_lo + 1
-    b_lo = pid // n_splits // groups
-    b_hi = B if SUM_B else b_lo + 1
+    owner = pid // n_splits // groups  # the number of a mask, or of a batch element
+    first_b = owner * own_step if SUM_B else owner
     offs_m = tl.arange(0, BLOCK_M)
     first_block = split * split_blocks
     for n_block in tl.range(first_block, tl.minimum(first_block + split_blocks, tl.cdiv(Nk, BLOCK_N)), disable_licm=True):
         offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         started = (offs_m < Nq) & (tl.full([BLOCK_M], n_block, tl.int32) > first_block)  # this split's dQ already holds a sum
         dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for batch in tl.range(b_lo, b_hi, disable_licm=True):
-            b = tl.cast(batch, tl.int64)
+        for i in tl.range(0, sharers if SUM_B else 1, disable_licm=True):
+            b = tl.cast(first_b + i * share_step, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-            mask_batch = mask_ptr + b * stride_mb if MASK_KIND else None
+            mask_batch = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) if MASK_KIND else None
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], SHARED_MASK, HAS_PADDING)
             for group in tl.range(g_lo, g_hi, disable_licm=True):
@@ -114,9 +78,10 @@ def _few_queries_kernel(
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if NEED_DMASK and (SUM_B or SHARED_H):
-            mask_bh = b_lo if SHARED_H else b_lo * groups + g_lo
+            mask_bh = owner if SHARED_H else owner * groups + g_lo
+            mask_batch = mask_ptr + mask_offset(first_b.to(tl.int64), inner_batch, stride_mb, stride_mi)
             store_mask_tile(
-                dmask_ptr, dm, mask_bh.to(tl.int64), mask_ptr + b_lo.to(tl.int64) * stride_mb + (0 if SHARED_H else g_lo) * stride_mh,
+                dmask_ptr, dm, mask_bh.to(tl.int64), mask_batch + (0 if SHARED_H else g_lo) * stride_mh,
                 stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M,
             )  # fmt: skip
         if NEED_DQ:
@@ -215,134 +180,24 @@ def _add_tile(ptr, tile, rows, cols, n_cols, row_started, row_ok, col_ok):
     tl.store(ptr + offsets, tile, mask=row_ok[:, None] & col_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["Nq", "n_splits", "n_tiles"])
-def _reduce_kernel(
-    parts_ptr, dq_ptr, tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm,
-    B, H, Nq, n_splits, n_elements, n_tiles, scale,
-    NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dQ = scale * sum of the splits' parts, and dalpha, a program a head, of the key blocks' and the batch's; in order."""
-    pid = tl.program_id(0)
-    heads = H if NEED_DALPHA else 0
-    if NEED_DALPHA:
-        if pid < H:
-            _reduce_dalpha(
-                tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, pid,
-                B, H, Nq, n_tiles, HAS_DLSE, BLOCK,
-            )  # fmt: skip
-    if NEED_DQ:
-        if pid >= heads:
-            offs = (pid - heads).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            ok = offs < n_elements
-            total = tl.zeros([BLOCK], tl.float32)
-            for split in range(0, n_splits):
-                total += tl.load(parts_ptr + tl.cast(split, tl.int64) * n_elements + offs, mask=ok, other=0.0)
-            tl.store(dq_ptr + offs, (total * scale).to(dq_ptr.dtype.element_ty), mask=ok)
+def partials(call: Call) -> int:
+    """How many rows of dalpha partials `run` fills."""
+    return cdiv(call.problem.Nk, tile_of(call, "few").block_n)
 
 
-@triton.jit
-def _reduce_dalpha(
-    tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, h, B, H, Nq, n_tiles,
-    HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dalpha of a head, reference.py (8). The row term is a sum of its own: a dL of zeros must give the bits of none."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_tiles * B, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        total += tl.load(tiles_ptr + offs.to(tl.int64) * H + h, mask=offs < n_tiles * B, other=0.0)
-    dalpha = tl.sum(total, 0)
-    if HAS_DLSE:
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, B * Nq, BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            ok = offs < B * Nq
-            b, m = (offs // Nq).to(tl.int64), offs % Nq
-            row = (b * H + h) * Nq + m
-            mbar = tl.load(mbar_ptr + row, mask=ok, other=0.0)
-            dead = (tl.load(lse_ptr + row, mask=ok, other=0.0) == float("-inf")) & (mbar == 0.0)
-            dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + m * stride_dlm, mask=ok, other=0.0)
-            total += tl.where(dead, 0.0, mbar * dl)
-        dalpha += tl.sum(total, 0)
-    tl.store(dalpha_ptr + h, dalpha)
+def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients, dalpha_tiles: Tensor | None) -> Tensor | None:
+    """Fill dkey, dvalue and dmask where they are given, contiguous, in their own shapes and dtypes, and dalpha_tiles (partials, B, H).
 
-
-def folds_delta(call: Call, needs: Needs) -> bool:
-    """Whether `run` can work out lse and delta along the way: with this few queries in the one pass, else in dQ's."""
-    return plan.holds_dq(call.problem) or needs.query
-
-
-def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradients) -> None:
-    """Fill the gradients that are given, contiguous, in their own shapes and dtypes; dalpha (H,) float32."""
+    Returns the parts of dQ / scale, float32 (splits, B, H, Nq, D), where this pass computes it.
+    """
     t, tile = call.problem, tile_of(call, "few")
-    dquery, dkey, dvalue, dmask, dalpha, _ = grads
-    cut = _cut(t, tile, which_are_given(grads))
-    parts = None
-    if dquery is not None and cut.flags["NEED_DQ"]:
-        parts = accumulator(call, cut.n_splits, *dquery.shape)
-    elif dquery is not None:
-        parts = backward_dq.run_split(call, dout, rows, cut.dq_splits)
-        rows = rows._replace(out=None)
-    tiles = accumulator(call, cut.blocks, t.B, t.H) if dalpha is not None else None
-    if cut.programs:
-        arguments = gradient_arguments(call, tile, dout, rows)
-        arguments.update(
-            mbar_ptr=mbar, dq_ptr=parts if cut.flags["NEED_DQ"] else None, dk_ptr=dkey, dv_ptr=dvalue, dmask_ptr=dmask, dalpha_ptr=tiles,
-            B=t.B, n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
-        )  # fmt: skip
-        launch(_few_queries_kernel, cut.programs, arguments, tile)
-    if dquery is not None or dalpha is not None:
-        reduce(call, rows, mbar, parts, dquery, tiles, dalpha)
-
-
-class _Cut(NamedTuple):
-    """How the work falls to programs, each of which goes over some key blocks, and over all heads or batch elements that share dM."""
-
-    programs: int  # 0: dQ alone is wanted, and has a pass of its own
-    blocks: int
-    split_blocks: int
-    n_splits: int
-    dq_splits: int  # of dQ's own pass
-    flags: dict[str, bool]
-
-
-@lru_cache
-def _cut(t: Problem, tile: Tile, needs: Needs) -> _Cut:
-    mask_batches, mask_heads, mask_queries, _ = t.mask_shape or (t.B, t.H, t.Nq, t.Nk)
-    owners, inside = t.B * t.Hkv, needs.query and plan.holds_dq(t)
-    if needs.mask:
-        owners = mask_batches * (1 if mask_heads == 1 else t.Hkv)
-    blocks = cdiv(t.Nk, tile.block_n)
-    split_blocks = cdiv(blocks, splits(t, needs, owners)) if inside else 1
-    flags = dict(
-        SHARED_B=mask_batches < t.B, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
-        NEED_DQ=inside, NEED_DK=needs.key, NEED_DV=needs.value, NEED_DMASK=needs.mask, NEED_DALPHA=needs.alpha,
+    needs = Needs(*(grad is not None for grad in grads))
+    cut = plan.cut_of_few_queries(t, needs, tile.block_n)
+    parts = accumulator(call, cut.n_splits, t.B, t.H, t.Nq, t.D) if cut.flags["NEED_DQ"] else None
+    arguments = gradient_arguments(call, tile, dout, rows)
+    arguments.update(
+        mbar_ptr=mbar, dq_ptr=parts, dk_ptr=grads.key, dv_ptr=grads.value, dmask_ptr=grads.mask, dalpha_ptr=dalpha_tiles,
+        B=t.B, **sharing_arguments(t), n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
     )  # fmt: skip
-    n_splits = cdiv(blocks, split_blocks)
-    programs = owners * n_splits if inside or needs.key or needs.value or needs.mask or needs.alpha else 0
-    return _Cut(programs, blocks, split_blocks, n_splits, splits(t, needs, t.B * t.H) if needs.query else 0, flags)
-
-
-def splits(t: Problem, needs: Needs, owners: int) -> int:
-    """How many parts of the keys dQ is summed in, from the shape alone."""
-    return min(partial_dqueries(t, needs), max(1, plan.SPLIT_PROGRAMS // owners))
-
-
-def reduce(
-    call: Call,
-    rows: Rows,
-    mbar: Tensor | None,
-    parts: Tensor | None,
-    dquery: Tensor | None,
-    tiles: Tensor | None,
-    dalpha: Tensor | None,
-) -> None:
-    """Fill, where given, dquery from its parts and dalpha from its tiles, (key blocks, B, H)."""
-    t, n_elements = call.problem, 0 if dquery is None else dquery.numel()
-    programs = cdiv(n_elements, REDUCE.block_n) + (t.H if dalpha is not None else 0)
-    arguments = strides("dl", "bhm", rows.dlse) | dict(
-        parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,
-        B=t.B, H=t.H, Nq=t.Nq, n_splits=0 if parts is None else parts.shape[0], n_elements=n_elements,
-        n_tiles=0 if tiles is None else tiles.shape[0], scale=t.scale,
-        NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None, HAS_DLSE=rows.dlse is not None, BLOCK=REDUCE.block_n,
-    )  # fmt: skip
-    launch(_reduce_kernel, programs, arguments, REDUCE)
+    launch(_few_queries_kernel, cut.programs, arguments, tile)
+    return parts

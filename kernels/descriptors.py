@@ -18,7 +18,7 @@ LARGEST_REACH = 2**31  # bytes: Triton's driver counts them in 32 bits
 OF_QUERIES = ("q_ptr", "do_ptr")  # arguments whose rows are queries; those of the others are keys
 
 
-def tile(call: Call, kernel: str, *operands: Tensor, takes_padding: bool) -> Tile:
+def tile(call: Call, kernel: str, *operands: Tensor | None, takes_padding: bool) -> Tile:
     """The tile of a pass over these operands, whose tma says for this call whether descriptors load them; else pointers do.
 
     Pointers serve few queries, which would wait for the host to make descriptors, and operands that are not all `readable`, a map's among
@@ -32,8 +32,10 @@ def tile(call: Call, kernel: str, *operands: Tensor, takes_padding: bool) -> Til
     return own
 
 
-def readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor | None) -> bool:
     """Whether TMA takes it: elements of 16 bits, adjacent in a row; rows, heads and batches that are aligned and do not overlap."""
+    if tensor is None:
+        return False
     size, columns = tensor.element_size(), tensor.shape[-1]
     if size != 2 or tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % ALIGNMENT:
         return False
@@ -42,11 +44,11 @@ def readable(tensor: Tensor) -> bool:
     return size * reach < LARGEST_REACH and all(stride >= columns and size * stride % ALIGNMENT == 0 for _, stride in axes)
 
 
-def blocks(tile: Tile, **operands: Tensor) -> dict[str, TensorDescriptor]:
+def blocks(tile: Tile, **operands: Tensor | None) -> dict[str, TensorDescriptor]:
     """Arguments in place of pointers to operands (B, H, N, D): blocks of the tile's rows of a (batch, head), 0 past the ends. Or none."""
     if not tile.tma:
         return {}
-    return {name: _descriptor(x, tile.block_m if name in OF_QUERIES else tile.block_n) for name, x in operands.items()}
+    return {name: _descriptor(x, tile.block_m if name in OF_QUERIES else tile.block_n) for name, x in operands.items() if x is not None}
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:

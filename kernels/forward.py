@@ -13,7 +13,9 @@ from ..call import Call
 from . import descriptors
 from .launch import launch
 from .operands import attention_arguments
-from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
+from .primitives.softmax import attend, softmax_finish
+from .primitives.store import store_tile
 from .tiles import cdiv
 
 
@@ -23,7 +25,7 @@ def _forward_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -42,7 +44,7 @@ def _forward_kernel(
         head_of(k_ptr, b, g, stride_kb, stride_kh),
         head_of(v_ptr, b, g, stride_vb, stride_vh),
         b, g,
-        mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
+        mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,

@@ -11,29 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from ..memory import PARTIAL_OUTPUTS
+from . import plan
 from .launch import launch
 from .operands import accumulator, attention_arguments, tile_of
-from .plan import SPLIT_PROGRAMS
-from .primitives import attend, head_of, load_alpha, load_tile, query_program, softmax_finish, store_tile
+from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
+from .primitives.softmax import attend, softmax_finish
+from .primitives.store import store_tile
 from .tiles import Tile, block_of, cdiv
 
 MERGE = Tile(block_m=4, block_n=1, warps=4, stages=1)  # 4 rows a program
 
 
-def splits_of(call: Call) -> tuple[int, int]:
-    """How many parts the keys are cut into, and the key blocks of each; 1: not worth it. The same whether or not the unrounded output
-    is wanted: so are the bits.
-    """
-    t, tile = call.problem, tile_of(call, "split")
-    rows = t.B * t.H * t.Nq
-    wanted = SPLIT_PROGRAMS // (t.B * t.H * cdiv(t.Nq, tile.block_m))
-    outputs = 1 if t.dtype == t.acc_dtype else 2  # with what rounding P to 16 bits lost
-    affordable = PARTIAL_OUTPUTS // (4 * rows * (outputs * t.Dv + 3))
-    most = cdiv(t.Nk, 2 * tile.block_n)
-    blocks = cdiv(t.Nk, tile.block_n)
-    split_blocks = cdiv(blocks, max(1, min(wanted, affordable, most)))
-    return cdiv(blocks, split_blocks), split_blocks
+def cut_of(call: Call) -> plan.Forward:
+    tile = tile_of(call, "split")
+    return plan.forward(call.problem, tile.block_m, tile.block_n)
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
@@ -42,7 +33,7 @@ def _partial_kernel(
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -62,7 +53,7 @@ def _partial_kernel(
         head_of(k_ptr, b, g, stride_kb, stride_kh),
         head_of(v_ptr, b, g, stride_vb, stride_vh),
         b, g,
-        mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None,
+        mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None,
         pad_ptr + b * stride_pb if HAS_PADDING else None,
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
@@ -116,10 +107,10 @@ def _merge_kernel(
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(call: Call, splits: int, split_blocks: int, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
-    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous. splits: splits_of."""
+def run(call: Call, cut: plan.Forward, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
+    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous. cut: cut_of."""
     t, tile = call.problem, tile_of(call, "split")
-    n_rows = t.B * t.H * t.Nq
+    (splits, split_blocks), n_rows = cut, t.B * t.H * t.Nq
     acc = accumulator(call, splits, n_rows, t.Dv)
     lost = torch.empty_like(acc) if out_acc is not None else None
     rows = accumulator(call, splits, n_rows, 3)  # m_i, l_i, mbar

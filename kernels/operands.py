@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import Call, Problem
 from . import tiles
 from .launch import arch_of
-from .primitives import LOGITS, ROUNDED_LOGITS, SOFT
+from .primitives.load import LOGITS, ROUNDED_LOGITS, SOFT
 from .tiles import FEW_QUERIES, Tile, block_of
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
@@ -84,6 +84,12 @@ def _strides(name: str, axes: str, layout: Layout | None) -> dict[str, int]:
     return {f"stride_{name}{axis}": 0 if n == 1 else step for axis, n, step in zip(axes, shape, steps, strict=True)}
 
 
+def sharing_arguments(t: Problem) -> dict[str, int]:
+    """Which batch elements share a mask: those of mask number n are n * own_step + i * share_step, for i below sharers."""
+    masks, sharers, own_step, share_step = t.sharing
+    return dict(sharers=sharers, own_step=own_step, share_step=share_step)
+
+
 @lru_cache
 def mask_kind(t: Problem) -> int:
     """MASK_KIND of the kernels. Where queries are few, each pass takes the sigmoid of logits; else M is written once, see soft_mask.py."""
@@ -99,7 +105,7 @@ def _numbers_of_scores(t: Problem, tile: Tile, layouts: Layouts) -> dict[str, An
     query, key, mask, alpha, pad, *_ = layouts
     return dict(
         **_strides("q", "bhmd", query), **_strides("k", "bhnd", key),
-        **_strides("m", "bhmn", mask), **_strides("a", "h", alpha), **_strides("p", "bn", pad),
+        **_strides("m", "bihmn", mask), inner_batch=t.inner_batch, **_strides("a", "h", alpha), **_strides("p", "bn", pad),
         H=t.H, Nq=t.Nq, Nk=t.Nk, scale=t.scale, GROUP=t.H // t.Hkv, D=t.D,
         MASK_KIND=mask_kind(t), HAS_PADDING=t.has_padding, ALLOW_TF32=t.allow_tf32,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_of(t.D),

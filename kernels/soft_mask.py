@@ -10,19 +10,23 @@ from torch import Tensor
 from ..call import Call
 from .launch import launch
 from .operands import mask_kind, strides
-from .primitives import ROUNDED_LOGITS, sigmoid
+from .primitives.load import ROUNDED_LOGITS, sigmoid
 from .tiles import Tile, cdiv
 
 ROW = Tile(block_m=1, block_n=1024, warps=4, stages=1)
 
 
 @triton.jit(do_not_specialize=["Nq"])
-def _soft_mask_kernel(logits_ptr, m_ptr, stride_lb, stride_lh, stride_lm, stride_ln, H, Nq, Nk, BLOCK_N: tl.constexpr):
+def _soft_mask_kernel(
+    logits_ptr, m_ptr, stride_lb, stride_li, stride_lh, stride_lm, stride_ln, inner, H, Nq, Nk, BLOCK_N: tl.constexpr
+):  # fmt: skip
     pid = tl.program_id(0)
     n_blocks = tl.cdiv(Nk, BLOCK_N)
-    row = (pid // n_blocks).to(tl.int64)  # of M, (b, h, i)
+    row = (pid // n_blocks).to(tl.int64)  # of M, (outer, inner, h, i)
     offs_n = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    logits_row = logits_ptr + row // Nq // H * stride_lb + row // Nq % H * stride_lh + row % Nq * stride_lm
+    batch = row // Nq // H
+    logits_batch = logits_ptr + batch // inner * stride_lb + batch % inner * stride_li
+    logits_row = logits_batch + row // Nq % H * stride_lh + row % Nq * stride_lm
     logits = tl.load(logits_row + offs_n.to(tl.int64) * stride_ln, mask=offs_n < Nk, other=0.0)
     tl.store(m_ptr + row * Nk + offs_n, sigmoid(logits.to(tl.float32)).to(m_ptr.dtype.element_ty), mask=offs_n < Nk)
 
@@ -44,6 +48,6 @@ def soften(call: Call, buffer: Tensor | None = None) -> Call:
 
 
 def _fill(logits: Tensor, m: Tensor) -> None:
-    B, H, Nq, Nk = logits.shape
-    arguments = dict(logits_ptr=logits, m_ptr=m, H=H, Nq=Nq, Nk=Nk, BLOCK_N=ROW.block_n) | strides("l", "bhmn", logits)
-    launch(_soft_mask_kernel, B * H * Nq * cdiv(Nk, ROW.block_n), arguments, ROW)
+    outer, inner, H, Nq, Nk = logits.shape
+    arguments = dict(logits_ptr=logits, m_ptr=m, inner=inner, H=H, Nq=Nq, Nk=Nk, BLOCK_N=ROW.block_n) | strides("l", "bihmn", logits)
+    launch(_soft_mask_kernel, outer * inner * H * Nq * cdiv(Nk, ROW.block_n), arguments, ROW)

@@ -33,10 +33,7 @@ def report() -> Iterator[str]:
         yield f"device     cuda:{index} {device.name}, compute capability {device.major}.{device.minor}, {memory}"
     for name, status in backends().items():
         yield f"backend    {name}: {'available' if status.available else 'not available'}"
-        yield from (f"           - {reason}" for reason in status.reasons)
-        if name == "cpu" and status.available:
-            _, *others = torch.ops.smattn_cpu.cpu_kernels().split()
-            yield f"           - kernels {torch.ops.smattn_cpu.cpu_kernels_reason()}; it also runs {', '.join(others) or 'no other'}"
+        yield from (f"           - {line}" for line in (*status.reasons, *status.notes))
 
 
 def version_of(module: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .autograd import AttentionMap, SoftMaskedAttention, apply, outputs_to_save
 from .backends import resolve
-from .canonical import allow_tf32, autocast, draw_seed, four_axes, per_head, scale_of
+from .canonical import allow_tf32, alpha_of, autocast, draw_seed, five_axes, of_batch, one_batch_axis, per_head, scale_of
 from .validate import validate
 
 
@@ -83,16 +83,18 @@ def soft_masked_attention(
         query, key, value, mask, alpha, mask_logits=mask_logits, scale=scale, dropout_p=dropout_p,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
     )  # fmt: skip
-    alpha_h = per_head(alpha, query)
+    batch = query.shape[:-3]
+    query, key, value = (one_batch_axis(tensor, 3) for tensor in (query, key, value))
+    alpha_h = per_head(alpha_of(alpha, mask, mask_logits), query)
     save_out, save_mbar = outputs_to_save(query, key, mask, mask_logits, alpha_h)
     arguments = ops.ForwardArguments(
         query=query,
         key=key,
         value=value,
-        mask=four_axes(mask),
-        mask_logits=four_axes(mask_logits),
+        mask=five_axes(mask, batch),
+        mask_logits=five_axes(mask_logits, batch),
         alpha=alpha_h,
-        key_padding_mask=key_padding_mask,
+        key_padding_mask=one_batch_axis(key_padding_mask, 1),
         seed=None,
         scale=scale_of(scale, query),
         dropout_p=float(dropout_p),
@@ -106,7 +108,8 @@ def soft_masked_attention(
             resolve(ops.attention_call(arguments).problem, backend, "forward")  # refuses before the generator has moved
         arguments = arguments._replace(seed=draw_seed(query.device))
     out, lse, *_ = apply(SoftMaskedAttention, ops.forward, arguments)
-    return (out, lse) if return_lse else out
+    out = of_batch(out, batch)
+    return (out, of_batch(lse, batch)) if return_lse else out
 
 
 def attention_map(
@@ -143,17 +146,19 @@ def attention_map(
         query, key, None, mask, alpha, mask_logits=mask_logits, head_weights=head_weights, scale=scale,
         key_padding_mask=key_padding_mask, enable_gqa=enable_gqa, backend=backend, is_map=True,
     )  # fmt: skip
+    batch = query.shape[:-3]
+    query, key = one_batch_axis(query, 3), one_batch_axis(key, 3)
     arguments = ops.MapArguments(
         query=query,
         key=key,
-        mask=four_axes(mask),
-        mask_logits=four_axes(mask_logits),
-        alpha=per_head(alpha, query),
+        mask=five_axes(mask, batch),
+        mask_logits=five_axes(mask_logits, batch),
+        alpha=per_head(alpha_of(alpha, mask, mask_logits), query),
         head_weights=per_head(1.0 / query.shape[1] if head_weights is None else head_weights, query),
-        key_padding_mask=key_padding_mask,
+        key_padding_mask=one_batch_axis(key_padding_mask, 1),
         scale=scale_of(scale, query),
         allow_tf32=allow_tf32(query),
         backend=backend or "",
     )
     result: Tensor = apply(AttentionMap, ops.attention_map, arguments)[0]
-    return result
+    return of_batch(result, batch)

@@ -26,10 +26,11 @@ _import = cache(importlib.import_module)  # importlib takes microseconds to find
 
 
 class Status(NamedTuple):
-    """Whether a backend can run on this machine, and if not, every reason why."""
+    """Whether a backend can run on this machine, or every reason why not; and where it has several sets of kernels, which runs and why."""
 
     available: bool
     reasons: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ NAMES = tuple(row.name for row in TABLE)
 def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
     """The module that runs this call: the one named, or for "" the first of the table that can.
 
-    Raises ValueError with every reason when the one named cannot; warns once when only the reference can.
+    Raises ValueError with every reason if the one named cannot run it. Warns once if none but the reference can.
     """
     if name:
         chosen = next(row for row in TABLE if row.name == name)
@@ -88,7 +89,7 @@ def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
 
 
 def backends() -> dict[str, Status]:
-    """What this machine can run: backend name -> Status(available, reasons why not).
+    """What this machine can run: backend name -> Status(available, reasons why not, notes on what runs).
 
     A backend is available when it runs a small float32 call on one of the machine's devices.
     """
@@ -97,7 +98,9 @@ def backends() -> dict[str, Status]:
     for row in TABLE:
         reasons = {device: row.unsupported_reasons(_probe(device), "forward") for device in devices}
         available = not all(reasons.values())
-        table[row.name] = Status(available, () if available else tuple(dict.fromkeys(sum(reasons.values(), []))))
+        why_not = () if available else tuple(dict.fromkeys(sum(reasons.values(), [])))
+        notes: tuple[str, ...] = getattr(row.load(), "notes", tuple)() if available else ()
+        table[row.name] = Status(available, why_not, notes)
     return table
 
 

@@ -16,6 +16,15 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Sharing(NamedTuple):
+    """Batch elements that share a mask: mask number n is read by the elements n * own_step + i * share_step, for i below sharers."""
+
+    masks: int
+    sharers: int
+    own_step: int
+    share_step: int
+
+
 class Problem(NamedTuple):
     """Sizes, dtypes and flags of one call: all that a backend needs to say whether it can run the call, and how."""
 
@@ -28,7 +37,7 @@ class Problem(NamedTuple):
     Dv: int  # 0 for an attention map, which has no value
     dtype: torch.dtype
     mask_dtype: torch.dtype | None
-    mask_shape: tuple[int, int, int, int] | None  # (B|1, H|1, Nq|1, Nk)
+    mask_shape: tuple[int, int, int, int, int] | None  # (outer|1, inner|1, H|1, Nq|1, Nk) with outer * inner = B
     device_type: str
     has_padding: bool = False
     scale: float = 1.0
@@ -39,6 +48,22 @@ class Problem(NamedTuple):
     @property
     def acc_dtype(self) -> torch.dtype:
         return acc_dtype(self.dtype)
+
+    @property
+    def inner_batch(self) -> int:
+        """How many batch elements make one step along the first axis of the mask: batch element b reads its place (b // this, b % this)."""
+        outer, inner, *_ = self.mask_shape or (1, 1)
+        if inner > 1:
+            return inner
+        return self.B // outer if outer > 1 else 1
+
+    @property
+    def sharing(self) -> Sharing:
+        """Which batch elements share a mask. Without a mask each has its own."""
+        outer, inner, *_ = self.mask_shape or (self.B, 1)
+        masks = outer * inner
+        sharers = self.B // masks if masks > 0 else 0
+        return Sharing(masks, sharers, sharers, 1) if inner == 1 else Sharing(masks, sharers, 1, masks)
 
     @property
     def is_empty(self) -> bool:
@@ -53,7 +78,7 @@ class Call(NamedTuple):
     query: Tensor  # (B, H, Nq, D)
     key: Tensor  # (B, Hkv, Nk, D)
     value: Tensor | None  # (B, Hkv, Nk, Dv); None for an attention map
-    mask: Tensor | None  # (B|1, H|1, Nq|1, Nk), any strides, any floating dtype: M, or its logits if problem.mask_is_logits
+    mask: Tensor | None  # (outer|1, inner|1, H|1, Nq|1, Nk), any strides and floating dtype: M, or logits if problem.mask_is_logits
     alpha: Tensor | None  # (H,) in the accumulation dtype, given exactly when mask is
     key_padding_mask: Tensor | None  # (B, Nk) bool, True = padding
     seed: Tensor | None = None  # (1,) int64, given exactly when problem.dropout_p > 0
@@ -113,7 +138,7 @@ def make_call(
         0 if value is None else value.shape[3],
         query.dtype,
         None if mask is None else mask.dtype,
-        None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]  # it has four axes
+        None if mask is None else tuple(mask.shape),  # type: ignore[arg-type]  # it has five axes
         query.device.type,
         key_padding_mask is not None,
         scale,

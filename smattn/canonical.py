@@ -1,11 +1,12 @@
 """The arguments of a public call brought into canonical form: the one form that the ops and every backend take.
 
-A mask has four axes, alpha and head weights are one scalar a head in the accumulation dtype, query, key and value have the autocast dtype,
-and what torch holds as a global setting is read once and travels as an argument.
+The batch is one axis, and two of a mask's; alpha and head weights are one scalar a head in the accumulation dtype; query, key and value
+have the autocast dtype; and what torch holds as a global setting is read once and travels as an argument.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -32,9 +33,60 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) if is_cast(tensor) else tensor for tensor in tensors)
 
 
-def four_axes(mask: Tensor | None) -> Tensor | None:
-    """A mask (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk) as a 4-D view."""
-    return mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+@overload
+def one_batch_axis(tensor: None, axes: int) -> None: ...
+
+
+@overload
+def one_batch_axis(tensor: Tensor, axes: int) -> Tensor: ...
+
+
+def one_batch_axis(tensor: Tensor | None, axes: int) -> Tensor | None:
+    """A tensor (*batch, ...) with `axes` axes behind its batch as (B, ...): a view, or a copy where its batch axes do not merge as one."""
+    if tensor is None or tensor.dim() == axes + 1:
+        return tensor
+    return tensor.flatten(0, tensor.dim() - axes - 1)
+
+
+def five_axes(mask: Tensor | None, batch: Sequence[int]) -> Tensor | None:
+    """A mask (*batch|1, Nq|1, Nk) or (*batch|1, H|1, Nq|1, Nk) as a view (outer|1, inner|1, H|1, Nq|1, Nk); see two_batch_axes."""
+    if mask is None:
+        return None
+    if mask.dim() == len(batch) + 2:
+        mask = mask.unsqueeze(-3)
+    return mask.unsqueeze(1) if len(batch) == 1 else two_batch_axes(mask, batch)
+
+
+def two_batch_axes(mask: Tensor, batch: Sequence[int]) -> Tensor | None:
+    """A mask (*batch|1, H|1, Nq|1, Nk) as a view (outer|1, inner|1, H|1, Nq|1, Nk), where outer * inner is the number of batch elements.
+
+    Neighbouring axes become one where the mask is shared along all of them, or along none and its strides allow it. None where more than
+    two are left.
+    """
+    sizes: list[int] = []
+    strides: list[int] = []
+    for elements, size, stride in zip(batch, mask.shape, mask.stride(), strict=False):
+        if elements == 1:
+            continue
+        merges = bool(sizes) and (sizes[-1] == size == 1 or (sizes[-1] != 1 and size != 1 and strides[-1] == size * stride))
+        if merges:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 2:
+        return None
+    return mask.reshape(*sizes, *(1,) * (2 - len(sizes)), *mask.shape[len(batch) :])
+
+
+def of_batch(result: Tensor, batch: Sequence[int]) -> Tensor:
+    """A result (B, ...) as (*batch, ...)."""
+    return result if len(batch) == 1 else result.unflatten(0, tuple(batch))
+
+
+def alpha_of(alpha: float | Tensor | None, mask: Tensor | None, mask_logits: Tensor | None) -> float | Tensor | None:
+    """alpha, which is 1 where there is a mask and the caller gives none."""
+    return 1.0 if alpha is None and (mask is not None or mask_logits is not None) else alpha
 
 
 @overload
@@ -51,7 +103,7 @@ def per_head(scalars: float | Tensor | None, query: Tensor) -> Tensor | None:
         return None
     acc = acc_dtype(query.dtype)
     if not isinstance(scalars, Tensor):
-        return torch.full((query.shape[1],), scalars, dtype=acc, device=query.device)
+        return torch.full((query.shape[1],), float(scalars), dtype=acc, device=query.device)
     if scalars.dim() == 1 and scalars.dtype == acc:
         return scalars  # without a view or a cast, which autograd would have to undo
     return scalars.to(acc).expand(query.shape[1])

@@ -21,6 +21,12 @@ def reasons() -> list[str]:
     return list(library.why_not_loaded(LIBRARY))
 
 
+def notes() -> tuple[str, ...]:
+    """Which set of kernels runs and why, and which others this processor has."""
+    _, *others = torch.ops.smattn_cpu.cpu_kernels().split()
+    return (f"kernels {torch.ops.smattn_cpu.cpu_kernels_reason()}; it also runs {', '.join(others) or 'no other'}",)
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     """Why these kernels cannot run such a call; empty when they can."""
     why = reasons()

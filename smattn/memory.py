@@ -6,7 +6,8 @@ During forward and backward a fused backend holds, besides inputs, outputs and g
 
 Forward leaves rows to backward, and the unrounded output only as far as `queries_kept_unrounded` says. Where Triton's kernels split the
 keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of query beside what
-forward left. These shares are the same on every chip, because the number of splits decides the order of the sums.
+forward left, or `partial_dmasks` of the mask. These shares are the same on every chip, because the number of splits decides the order
+of the sums.
 
 The C++ backends plan in C++ and cannot import this file. csrc/memory.h has the promise as two constants, which their plans share out.
 """
@@ -16,17 +17,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from .call import Call, Gradients, Needs, Problem
 
-MIB = 1 << 20
 PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients divided by this,
-PROMISED_BYTES = 16 * MIB  # and these bytes whatever the size of the call
+PROMISED_BYTES = 16 << 20  # and these bytes whatever the size of the call
 
-PARTIAL_OUTPUTS = 9 * MIB  # forward's outputs of splits of the keys, whatever the size of the call
-KEPT_BYTES = 4 * MIB  # what forward keeps: a promised share of the inputs, and these
-DQUERY_SHARE, DQUERY_BYTES = 5, 6 * MIB  # what backward's partial gradients of query take, together with what forward kept
+PARTIAL_OUTPUTS = 9 * PROMISED_BYTES // 16  # forward's outputs of splits of the keys, whatever the size of the call
+KEPT_BYTES = PROMISED_BYTES // 4  # what forward keeps: a promised share of the inputs, and these bytes
+DQUERY_BYTES = 3 * PROMISED_BYTES // 8  # backward's partial gradients of query, with what forward kept: these bytes
+DQUERY_SHARE = 5  # and inputs, outputs and gradients divided by this, which leaves some of the promise to the other buffers
+DMASK_BYTES = 5 * PROMISED_BYTES // 8  # backward's partial gradients of the mask and their sum: a promised share of the mask, and these
 
 
 def bytes_of_inputs(problem: Problem) -> int:
@@ -69,21 +70,21 @@ def partial_dqueries(problem: Problem, needs: Needs) -> int:
     return max(0, share) // (4 * queries * p.D)
 
 
+def partial_dmasks(problem: Problem) -> int:
+    """How many float32 gradients of the mask backward may hold beside their sum, where it has no partial gradient of query."""
+    elements = math.prod(problem.mask_shape or (0,))
+    return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
+
+
 def new_gradients(call: Call, needs: Needs) -> Gradients:
     """Room for the gradients that are wanted, contiguous and uninitialised; zeros where the call has no scores."""
     new = torch.zeros_like if call.problem.is_empty else torch.empty_like
-
-    def room(tensor: Tensor | None, needed: bool) -> Tensor | None:
-        return new(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
-
-    return Gradients(
-        room(call.query, needs.query),
-        room(call.key, needs.key),
-        room(call.value, needs.value),
-        room(call.mask, needs.mask),
-        room(call.alpha, needs.alpha),
-        room(call.head_weights, needs.head_weights),
-    )
+    inputs = (call.query, call.key, call.value, call.mask, call.alpha, call.head_weights)  # as the fields of Needs and of Gradients
+    rooms = [
+        new(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]
+    return Gradients(*rooms)
 
 
 def _bytes_of_mask(problem: Problem) -> int:

@@ -128,7 +128,8 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if out_acc is None:
         B, H, _, Dv = out.shape
         out_acc = saved.lse.new_empty((B, H, 0, Dv) if is_rounded else (0,))
-    return out, saved.lse, out_acc, _or_empty(saved.mbar, saved.lse)
+    mbar = saved.lse.new_empty(0) if saved.mbar is None else saved.mbar
+    return out, saved.lse, out_acc, mbar
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,19 +197,18 @@ def _fake_gradients(call: Call, needs: Needs) -> Gradients:
 
 
 def _of_attention(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
-    """What the op backward returns."""
-    five = (grads.query, grads.key, grads.value, grads.mask, grads.alpha)
-    return tuple(_or_empty(grad, query) for grad in five)
+    """What the op `backward` returns."""
+    return _without_none(query, grads.query, grads.key, grads.value, grads.mask, grads.alpha)
 
 
 def _of_map(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
-    """What the op attention_map_backward returns."""
-    five = (grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights)
-    return tuple(_or_empty(grad, query) for grad in five)
+    """What the op `attention_map_backward` returns."""
+    return _without_none(query, grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights)
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor
+def _without_none(query: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients, with an empty tensor in the place of each that nobody asked for."""
+    return tuple([query.new_empty(0) if grad is None else grad for grad in grads])
 
 
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", list[bool]: "bool[]", str: "str"}

@@ -120,7 +120,7 @@ def softmax(call: Call) -> Scores:
     s = (q @ k.mT) * problem.scale  # (1)
     m = a = None
     if call.mask is not None and call.alpha is not None:
-        m, a = call.mask.to(acc), call.alpha[:, None, None]
+        m, a = mask_of_the_batch(call.mask, problem).to(acc), call.alpha[:, None, None]
         if padding is not None:
             m = torch.where(padding[:, None, None, :], 0, m)
         if problem.mask_is_logits:
@@ -146,10 +146,12 @@ def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs)
         dquery = ((ds @ t.key) * problem.scale).to(problem.dtype)
     if needs.key:
         dkey = attended(to_kv_heads((ds.mT @ t.query) * problem.scale, problem), padding).to(problem.dtype)
-    if needs.mask and mask is not None and t.alpha is not None:
-        dmask = (t.alpha * ds).sum_to_size(mask.shape)
+    if needs.mask and mask is not None and problem.B == 0:
+        dmask = torch.zeros_like(mask)
+    elif needs.mask and mask is not None and t.alpha is not None:
+        dmask = by_mask_axes(t.alpha * ds, problem).sum_to_size(mask.shape)
         if problem.mask_is_logits:
-            dmask = through_sigmoid(dmask, mask, padding)
+            dmask = through_sigmoid(dmask, mask, None if padding is None else by_mask_axes(padding, problem))
         dmask = dmask.to(mask.dtype)
     if needs.alpha and t.mask is not None:
         mbar = (t.p * t.mask).sum(-1)
@@ -157,12 +159,33 @@ def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs)
     return Gradients(dquery, dkey, None, dmask, dalpha)
 
 
-def through_sigmoid(dmask: Tensor, logits: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """(8): dX of dM and X. 1 - M is the sigmoid of -X, as exact as M; keys that are padding wherever X is used are selected out of X."""
+def mask_of_the_batch(mask: Tensor, problem: Problem) -> Tensor:
+    """A mask (outer|1, inner|1, H|1, Nq|1, Nk) as (B|1, H|1, Nq|1, Nk). Only here is a mask that part of the batch shares ever copied."""
+    if problem.B == 0 or mask.shape[0] * mask.shape[1] in (1, problem.B):
+        return mask.flatten(0, 1)[: problem.B]
+    inner = problem.inner_batch
+    return mask.expand(problem.B // inner, inner, *mask.shape[2:]).flatten(0, 1)
+
+
+def by_mask_axes(rows: Tensor, problem: Problem) -> Tensor:
+    """A tensor (B, ...) as (outer, inner, ...), the batch axes of the mask."""
+    inner = problem.inner_batch
+    return rows.unflatten(0, (problem.B // inner, inner))
+
+
+def through_sigmoid(dmask: Tensor, logits: Tensor, padding: Tensor | None) -> Tensor:
+    """Equation (8): dX from dM and X. 1 - M is computed as the sigmoid of -X, which is as exact as M.
+
+    Keys that are padding wherever X is used are selected out of X.
+
+    dmask, logits: (outer|1, inner|1, H|1, Nq|1, Nk). padding: bool (outer, inner, Nk).
+    """
     x = logits.to(dmask.dtype)
-    if key_padding_mask is not None:
-        unseen = key_padding_mask if len(x) > 1 else key_padding_mask.all(0, keepdim=True)
-        x = x.masked_fill(unseen[:, None, None, :], 0)
+    if padding is not None:
+        for axis in (0, 1):
+            if x.shape[axis] == 1:
+                padding = padding.all(axis, keepdim=True)
+        x = x.masked_fill(padding[:, :, None, None, :], 0)
     return dmask * torch.sigmoid(x) * torch.sigmoid(-x)
 
 

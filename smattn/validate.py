@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from .backends import NAMES
 from .call import acc_dtype
+from .canonical import two_batch_axes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,11 +52,9 @@ def validate(
     if key_padding_mask is not None:
         _check_padding(key_padding_mask, query, key)
     if scale is not None:
-        if not _is_number(scale):
-            _wrong_type("scale", "a float or None", scale)
+        _check_number("scale", "a float or None", scale)
         _check_range("scale", scale, query)
-    if not _is_number(dropout_p):
-        _wrong_type("dropout_p", "a float", dropout_p)
+    _check_number("dropout_p", "a float", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         _refuse("dropout_p", "a probability in [0, 1)", str(dropout_p))
     if backend is not None and backend not in NAMES:
@@ -65,12 +66,12 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: boo
     _check_rows("key", key, "(B, Hkv, Nk, D)", query)
     if not is_map:
         _check_rows("value", value, "(B, Hkv, Nk, Dv)", query)
-    B, H, _, D = query.shape
-    Hkv = key.shape[1]
-    if key.shape[0] != B or key.shape[3] != D:
-        _refuse("key", f"shape (B, Hkv, Nk, D) with B = {B} and D = {D}", _shape(key))
-    if value is not None and (value.shape[0] != B or value.shape[1] != Hkv or value.shape[2] != key.shape[2]):
-        _refuse("value", f"shape (B, Hkv, Nk, Dv) with (B, Hkv, Nk) = ({B}, {Hkv}, {key.shape[2]})", _shape(value))
+    batch, (H, _, D) = query.shape[:-3], query.shape[-3:]
+    Hkv, Nk = key.shape[-3], key.shape[-2]
+    if not _fits(key.shape[:-3], batch) or key.shape[-1] != D:
+        _refuse("key", f"shape (B, Hkv, Nk, D) with B = {_sizes(batch)} and D = {D}", _shape(key))
+    if value is not None and not _fits(value.shape[:-1], (*batch, Hkv, Nk)):
+        _refuse("value", f"shape (B, Hkv, Nk, Dv) with (B, Hkv, Nk) = ({_sizes(batch)}, {Hkv}, {Nk})", _shape(value))
     if Hkv != H and not enable_gqa:
         _refuse("key", f"as many heads as query, {H} (fewer need enable_gqa=True)", str(Hkv))
     if H % Hkv != 0:
@@ -79,67 +80,71 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: boo
 
 def _check_rows(name: str, given: Any, form: str, query: Tensor) -> None:
     tensor = _check_tensor(name, given, query)
-    if tensor.dim() != 4:
-        _refuse(name, f"a 4-D tensor {form}", f"shape {_shape(tensor)}")
+    if tensor.dim() < 4:
+        _refuse(name, f"a tensor {form}, or with more batch axes", f"shape {_shape(tensor)}")
     if tensor.dtype not in DTYPES:
         _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
     if tensor.dtype != query.dtype:
         _refuse(name, f"query's dtype {query.dtype}", str(tensor.dtype))
-    if tensor.shape[1] < 1 or tensor.shape[3] < 1:
+    if tensor.shape[-3] < 1 or tensor.shape[-1] < 1:
         _refuse(name, "at least one head and a head size of at least 1", f"shape {_shape(tensor)}")
 
 
 def _check_mask(name: str, mask: Tensor | None, alpha: float | Tensor | None, query: Tensor, key: Tensor) -> None:
-    (B, H, Nq, _), Nk = query.shape, key.shape[2]
+    batch, (H, Nq, _), Nk = query.shape[:-3], query.shape[-3:], key.shape[-2]
     if mask is None:
         if alpha is not None:
             _refuse("alpha", "None when there is no mask", "an alpha")
         return
     _check_floating(name, mask, query)
-    if mask.dim() == 3:
-        fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, Nq) and mask.shape[2] == Nk
-    elif mask.dim() == 4:
-        fits = mask.shape[0] in (1, B) and mask.shape[1] in (1, H) and mask.shape[2] in (1, Nq) and mask.shape[3] == Nk
-    else:
-        fits = False
-    if not fits:
-        sizes = f"B = {B}, H = {H}, Nq = {Nq}, Nk = {Nk}"
-        _refuse(name, f"shape (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk) with {sizes}", _shape(mask))
+    sizes = (*batch, Nq) if mask.dim() == len(batch) + 2 else (*batch, H, Nq)
+    if mask.dim() != len(sizes) + 1 or mask.shape[-1] != Nk or not all(m == 1 or m == n for m, n in zip(mask.shape, sizes)):  # noqa: B905
+        wanted = "(B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk)"
+        _refuse(name, f"shape {wanted} with B = {_sizes(batch)}, H = {H}, Nq = {Nq}, Nk = {Nk}", _shape(mask))
+    if len(batch) > 1 and two_batch_axes(mask if len(sizes) > len(batch) + 1 else mask.unsqueeze(-3), batch) is None:
+        one_change = "batch axes that are all of size 1 up to one place and not after it, or the reverse, and whose strides merge"
+        _refuse(name, one_change, f"{_shape(mask)} with strides {mask.stride()}")
     _check_alpha(alpha, query)
 
 
 def _check_alpha(alpha: float | Tensor | None, query: Tensor) -> None:
-    H = query.shape[1]
+    H = query.shape[-3]
     if alpha is None:
-        _refuse("alpha", "a float or a tensor of shape () or (H,), since a mask is given", "None")
+        return
     if isinstance(alpha, Tensor):
         _check_floating("alpha", alpha, query)
         if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != H):
             _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
-    elif not _is_number(alpha):
-        _wrong_type("alpha", "a float or a tensor", alpha)
     else:
+        _check_number("alpha", "a float or a tensor", alpha)
         _check_range("alpha", alpha, query)
 
 
 def _check_head_weights(head_weights: Tensor, query: Tensor) -> None:
-    H = query.shape[1]
+    H = query.shape[-3]
     _check_floating("head_weights", head_weights, query)
     if head_weights.dim() != 1 or head_weights.shape[0] != H:
         _refuse("head_weights", f"shape (H,) = ({H},)", _shape(head_weights))
 
 
 def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None:
-    B, Nk = query.shape[0], key.shape[2]
+    batch, Nk = query.shape[:-3], key.shape[-2]
     _check_tensor("key_padding_mask", key_padding_mask, query)
     if key_padding_mask.dtype != torch.bool:
         _refuse("key_padding_mask", "dtype torch.bool, True = padding", str(key_padding_mask.dtype))
-    if key_padding_mask.dim() != 2 or key_padding_mask.shape[0] != B or key_padding_mask.shape[1] != Nk:
-        _refuse("key_padding_mask", f"shape (B, Nk) = ({B}, {Nk})", _shape(key_padding_mask))
+    if not _fits(key_padding_mask.shape, (*batch, Nk)):
+        _refuse("key_padding_mask", f"shape (B, Nk) = ({_sizes(batch)}, {Nk})", _shape(key_padding_mask))
 
 
-def _is_number(number: Any) -> bool:
-    return isinstance(number, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(number, bool)
+def _check_number(name: str, expected: str, number: Any) -> None:
+    """A number is Python's, numpy's, or a tensor () that can be read without waiting for a device and has no gradient to lose."""
+    if isinstance(number, Tensor):
+        if number.dim() != 0 or number.dtype == torch.bool or number.is_complex():
+            _refuse(name, expected, f"a tensor of shape {_shape(number)} and dtype {number.dtype}")
+        if number.requires_grad or number.device.type != "cpu":
+            _refuse(name, f"{expected}: a tensor only on the CPU and without requires_grad", f"one on {number.device}")
+    elif isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat, torch.SymInt, Real)):
+        _wrong_type(name, expected, number)
 
 
 def _check_range(name: str, number: float, query: Tensor) -> None:
@@ -162,6 +167,16 @@ def _check_floating(name: str, tensor: Any, query: Tensor) -> None:
     _check_tensor(name, tensor, query)
     if tensor.dtype not in DTYPES:
         _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
+
+
+def _fits(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether they are the same. torch.Size's own comparison would make symbolic sizes concrete."""
+    return len(shape) == len(sizes) and all(a == b for a, b in zip(shape, sizes, strict=True))
+
+
+def _sizes(batch: Sequence[int]) -> str:
+    """The sizes of the batch axes: "2", or of several "(2, 3)"."""
+    return str(batch[0]) if len(batch) == 1 else str(tuple(batch))
 
 
 def _shape(tensor: Tensor) -> str:

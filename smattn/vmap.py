@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .call import Needs
+from .canonical import two_batch_axes
 
 
 def fold_or_loop(call: Callable[..., Any], n: int, arguments: Any, in_dims: Any) -> tuple[Any, Any]:
@@ -19,7 +20,7 @@ def fold_or_loop(call: Callable[..., Any], n: int, arguments: Any, in_dims: Any)
     Returns what a vmap rule returns, the results and their mapped axes.
     """
     folded = None if n == 0 or _sums_over_the_batch(arguments) else _folded(n, arguments, in_dims)
-    return _looped(call, n, arguments, in_dims) if folded is None else _unfolded(call(*folded), n)
+    return _looped(call, n, arguments, in_dims) if folded is None else _unfolded(call(*folded), n, arguments, in_dims)
 
 
 def _sums_over_the_batch(arguments: Any) -> bool:
@@ -31,7 +32,7 @@ def _sums_over_the_batch(arguments: Any) -> bool:
 
 
 def _folded(n: int, arguments: Any, in_dims: Any) -> list[Any] | None:
-    """The arguments with the mapped axis folded into B; None where a 1-D tensor is mapped, bits depend on b or a mask would be copied."""
+    """The arguments with the mapped axis folded into B; None where a 1-D tensor is mapped, bits depend on b or a mask cannot say so."""
     B = arguments.query.movedim(in_dims.query or 0, 0).shape[0 if in_dims.query is None else 1]
     folded = []
     for name, argument, dim in zip(arguments._fields, arguments, in_dims, strict=True):
@@ -43,17 +44,52 @@ def _folded(n: int, arguments: Any, in_dims: Any) -> list[Any] | None:
             folded.append(argument)
         else:
             rows = argument.expand(n, *argument.shape) if dim is None else argument.movedim(dim, 0)
-            if name in ("mask", "mask_logits") and (rows.shape[1] != B or (dim is None and B > 1)):
-                return None
-            folded.append(rows.flatten(0, 1))
+            if name in ("mask", "mask_logits"):
+                mask = _folded_mask(rows, dim is None and not _has_gradient_of_mask(arguments), B)
+                if mask is None:
+                    return None
+                folded.append(mask)
+            else:
+                folded.append(rows.flatten(0, 1))
     return folded
 
 
-def _unfolded(outputs: tuple[Tensor, ...], n: int) -> tuple[Any, Any]:
+def _folded_mask(rows: Tensor, is_shared: bool, B: int) -> Tensor | None:
+    """A mask (n, outer|1, inner|1, H|1, Nq|1, Nk) with two batch axes for the n*B elements, or None. is_shared: the n calls read one mask.
+
+    Where each of the n calls is to have its own gradient of one mask, that mask is not shared, but expanded.
+    """
+    outer, inner = rows.shape[1:3]
+    inner = inner if inner > 1 or outer == 1 else B // outer
+    outer = outer if outer > 1 or inner == 1 else B // inner
+    if outer == inner == 1:
+        inner = B
+    return two_batch_axes(rows[:1] if is_shared else rows, (len(rows), outer, inner))
+
+
+def _has_gradient_of_mask(arguments: Any) -> bool:
+    return "needs" in arguments._fields and Needs(*arguments.needs).mask
+
+
+def _unfolded(outputs: tuple[Tensor, ...], n: int, arguments: Any, in_dims: Any) -> tuple[Any, Any]:
     """Results of folded calls with the mapped axis in front again; those without a batch, which are the empty ones, are not mapped."""
-    has_batch = [output.dim() > 1 for output in outputs]
-    unfolded = tuple(out.unflatten(0, (n, -1)) if batched else out for out, batched in zip(outputs, has_batch, strict=True))
-    return unfolded, tuple(0 if batched else None for batched in has_batch)
+
+    def unfold(output: Tensor) -> Tensor:
+        if output.dim() == 1:
+            return output
+        if output.dim() < 5:
+            return output.unflatten(0, (n, -1))
+        mask, dim = next((x, dim) for x, dim in zip(_masks(arguments), _masks(in_dims), strict=True) if x is not None)
+        shape = list(mask.shape)  # the gradient of a mask, the one result with five axes
+        if dim is not None:
+            del shape[dim]
+        return output.reshape(n, *shape)
+
+    return tuple(map(unfold, outputs)), tuple(None if output.dim() == 1 else 0 for output in outputs)
+
+
+def _masks(named: Any) -> tuple[Any, Any]:
+    return named.mask, named.mask_logits
 
 
 def _looped(call: Callable[..., Any], n: int, arguments: Any, in_dims: Any) -> tuple[Any, Any]:

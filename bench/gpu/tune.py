@@ -34,10 +34,10 @@ import triton
 import smattn
 from bench.measuring.clock import cache_flush, time_interleaved, timing, warm_up
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
-from smattn.kernels import aot
 from smattn.kernels import tiles as table
 from smattn.kernels.chip import arch_of, generation
 from smattn.kernels.tiles import FEW_QUERIES, HEAD_SIZES, Key, Table, Tile
+from smattn.kernels.tools import aot, jobs
 from smattn.testing import Case, errors, make_case, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ SHAPES = {4096: (2, 8, 4096), 100: (4, 8, 16384), 60: (4, 8, 16384), 30: (2, 8, 
 FORWARD = {"forward": 4096, "split_64": 60, "split_32": 30, "split_16": 13}
 BACKWARD = {"dq": 4096, "dkdv": 4096, "dmask": 4096, "split_dq": 100, "few_128": 100, "few_64": 60, "few_32": 30, "few_16": 13}
 # The calls whose lines are searched: "pointers" serve those that can have no descriptors.
-VARIANTS = {"plain": aot.PLAIN, "pointers": aot.MISALIGNED}
+VARIANTS = {"plain": jobs.PLAIN, "pointers": jobs.MISALIGNED}
 
 
 class Cell(NamedTuple):
@@ -86,11 +86,11 @@ class Cell(NamedTuple):
         operands = {name: getattr(case, name) for name in ("query", "key", "value", "dout")}
         return replace(case, **{name: torch.cat([x, x[..., :1]], -1)[..., :-1] for name, x in operands.items()})
 
-    def job(self, arch: int, training: bool = True) -> aot.Job:
+    def job(self, arch: int, training: bool = True) -> jobs.Job:
         """What `case` launches: forward and backward, or forward alone, as it is timed."""
         known, dtype, (B, H, Nk) = max(chip for chip in aot.SHARED_MEMORY if chip <= arch), DTYPES[self.itemsize], SHAPES[self.Nq]
         variant = VARIANTS[self.call]._replace(training=training, mask_dtype=dtype)
-        return aot.Job(known, dtype, self.head, self.Nq, variant, B, H, Nk)
+        return jobs.Job(known, dtype, self.head, self.Nq, variant, B, H, Nk)
 
     def key(self, arch: int) -> Key:
         """This chip's line, whether or not the table has it."""

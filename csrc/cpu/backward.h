@@ -18,7 +18,7 @@ class Backward {
         sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())), dmask_(plan.dmask_tiles() * kKeys * kQueries),
         dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries), dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
         rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        key_steps_memory_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * round_up(n_.D, kLanes<E>) : 0) {
+        key_steps_memory_(steps_size<E>(kKeys, n_.D)) {
     const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
     for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
   }
@@ -31,8 +31,8 @@ class Backward {
   void run(int64_t group, int64_t slot, int64_t split) {
     for (int64_t pair = 0; pair < plan_.pairs; ++pair) pairs_[pair] = plan_.pair(group, pair);
     slot_ = slot;
-    begins_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) == 0;
-    ends_dmask_ = !plan_.batches_take_turns() || plan_.first_batch(group) + plan_.batches == n_.B;
+    begins_dmask_ = !plan_.batches_take_turns() || plan_.first_place(group) % plan_.sharers == 0;
+    ends_dmask_ = !plan_.batches_take_turns() || (plan_.first_place(group) + plan_.batches) % plan_.sharers == 0;
     fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
     const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
     clear_own_part(split);
@@ -162,8 +162,8 @@ class Backward {
     }
     if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);
     if (t_.scores.mask.data == nullptr) return nullptr;
-    const int64_t mask_b = t_.scores.mask_size[0] == 1 && t_.scores.padding == nullptr ? 0 : pair.b;  // each batch selects its own out
-    if (mask_read_.differs(mask_b, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
+    const int64_t mask = t_.scores.padding == nullptr ? t_.scores.mask_batch.mask_of(pair.b) : pair.b;  // each batch selects its own out
+    if (mask_read_.differs(mask, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
       read_mask<T>(t_.scores, pair.b, pair.h, q, k, rows_, mask_);
     }
     return mask_;
@@ -188,8 +188,8 @@ class Backward {
     if (!ends_dmask_) return copy<T>(tile, k.count * q.lanes, parts_.dmask_total + plan_.dmask_tile(pair.h, q, k));
     const int64_t stride = round_up(k.count, kLanes<T>);
     transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
-    const int64_t b = size[0] == 1 ? 0 : pair.b, h = size[1] == 1 ? 0 : pair.h;
-    write_dmask<T>(t_.scores, b, h, q.first, k.first, rows_, stride, q.count, k.count, t_.dmask);
+    const int64_t mask = t_.scores.mask_batch.mask_of(pair.b), h = size[1] == 1 ? 0 : pair.h;
+    write_dmask<T>(t_.scores, mask, h, q.first, k.first, rows_, stride, q.count, k.count, t_.dmask);
   }
 
   void clear_own_part(int64_t split) {

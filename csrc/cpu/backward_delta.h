@@ -27,8 +27,11 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
       }
     });
   }
-  const auto* dlse = static_cast<const T*>(p.dlse);
-  for (int64_t row = 0; dlse != nullptr && row < n.B * n.H * n.Nq; ++row) delta[row] -= dlse[row];
+  const auto *lse = static_cast<const T*>(p.lse), *dlse = static_cast<const T*>(p.dlse);
+  for (int64_t row = 0; row < n.B * n.H * n.Nq; ++row) {
+    const T own = dlse != nullptr ? delta[row] - dlse[row] : delta[row];
+    delta[row] = lse[row] == -std::numeric_limits<T>::infinity() ? T(0) : own;  // a dead row's dL may be NaN
+  }
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -2,7 +2,8 @@
 //
 // A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
 // and all pairs that share M where dM has the queries' extent (of many batches so many as memory holds: then a group begins with the dM
-// that the last one left). An item is a group and a share of its outer blocks:
+// that the last one left). Batch elements are taken in the order of MaskBatch, in which those that share M are neighbours; a `place` is one's
+// number in that order. An item is a group and a share of its outer blocks:
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
@@ -18,23 +19,23 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class T>
 struct BackwardTask {
   Scores scores;
-  Tensor4 value, dout;     // value.data null for the attention map
+  Tensor4 value, dout;  // value.data null for the attention map
   Dropout dropout;
-  Tensor4 dmap;            // [B, 1, Nq, Nk]
+  Tensor4 dmap;  // [B, 1, Nq, Nk]
   const T* head_weights;
-  const T* lse;            // [B, H, Nq]
-  const T* delta;          // [B, H, Nq], (5)
-  const T* mbar;           // [B, H, Nq]
+  const T* lse;  // [B, H, Nq]
+  const T* delta;  // [B, H, Nq], (5)
+  const T* mbar;  // [B, H, Nq]
   void *dquery, *dkey, *dvalue, *dmask;
-  T* dalpha;               // [H]
-  bool unrounded_out;      // held in memory beside the rounded one
+  T* dalpha;  // [H]
+  bool unrounded_out;  // held in memory beside the rounded one
 
   bool wants_ds() const { return dquery != nullptr || dkey != nullptr || dmask != nullptr || dalpha != nullptr; }
 };
 
 struct Pair {
   int64_t b, h;
-  int64_t kv;                  // which of the group's (batch, kv head) it belongs to
+  int64_t kv;  // which of the group's (batch, kv head) it belongs to
   bool first_of_kv, last_of_kv;
   bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
 };
@@ -70,15 +71,16 @@ struct BackwardPlan {
   Blocking<T> blocking;
   Sizes n;
   bool outer_keys;
-  bool wants_parts;            // the sums that items leave for each other
-  bool tile_dmask;             // dM has the queries' extent: summed over a group's pairs in a tile
+  bool wants_parts;  // the sums that items leave for each other
+  bool tile_dmask;  // dM has the queries' extent: summed over a group's pairs in a tile
+  int64_t sharers;  // of one M: how many batch elements read it
   bool batch_inside;
-  int64_t batches, kv_heads;   // in a group
+  int64_t batches, kv_heads;  // in a group
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
-  bool pairs_innermost;        // else the inner blocks are
-  int64_t splits;              // of the outer blocks
-  int64_t dmask_rows;          // a group's rows of dM where M lacks the queries' extent
-  int64_t round;               // how many groups at a time
+  bool pairs_innermost;  // else the inner blocks are
+  int64_t splits;  // of the outer blocks
+  int64_t dmask_rows;  // a group's rows of dM where M lacks the queries' extent
+  int64_t round;  // how many groups at a time
 
   explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size) {
     const Scores& s = t.scores;
@@ -93,11 +95,13 @@ struct BackwardPlan {
     outer_keys = n.Nk >= n.Nq;
     if (part_bytes(outer_keys) > bytes && part_bytes(!outer_keys) < part_bytes(outer_keys)) outer_keys = !outer_keys;
     wants_parts = part_bytes(outer_keys) > 0;
-    batch_inside = tile_dmask && s.mask_size[0] == 1 && n.B > 1;
+    mask_batch_ = s.mask_batch;
+    sharers = mask_batch_.sharers(n.B);
+    batch_inside = tile_dmask && sharers > 1;
     // every thread has its group's tiles and sums
     const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
     const int64_t batch_size = n.H * n.Nq * round_up(n.D, kLanes<T>) + n.H * blocking.queries * query_row + n.Hkv * dkv_size();
-    batches = batch_inside ? largest_divisor(n.B, bytes / 2 / static_cast<int64_t>(sizeof(T)) / batch_size) : 1;
+    batches = batch_inside ? largest_divisor(sharers, bytes / 2 / static_cast<int64_t>(sizeof(T)) / batch_size) : 1;
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     groups = n.B / batches * groups_of_a_batch();
     kvs = batches * kv_heads;
@@ -115,7 +119,7 @@ struct BackwardPlan {
     splits = splits_within(bytes);
   }
 
-  bool batches_take_turns() const { return batch_inside && batches < n.B; }
+  bool batches_take_turns() const { return batch_inside && batches < sharers; }
   int64_t dmask_tile(int64_t h, const QueryBlock& q, const KeyBlock& k) const {  // its place in what one group leaves for the next
     const int64_t head = mask_by_head_ ? h : 0, qb = q.first / blocking.queries, kb = k.first / blocking.keys;
     return ((head * blocking.query_blocks + qb) * blocking.key_blocks + kb) * blocking.keys * blocking.queries;
@@ -139,7 +143,8 @@ struct BackwardPlan {
     return wants_parts ? part_items() * (outer_keys ? dquery_size() : dkv_size()) : 0;
   }
 
-  int64_t first_batch(int64_t group) const { return group / groups_of_a_batch() * batches; }
+  int64_t first_place(int64_t group) const { return group / groups_of_a_batch() * batches; }
+  int64_t batch_at(int64_t place) const { return mask_batch_.at_place(place, n.B); }
   int64_t first_kv_head(int64_t group) const { return group % groups_of_a_batch() * kv_heads; }
 
   // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
@@ -150,7 +155,7 @@ struct BackwardPlan {
     const int64_t b = heads_outside ? i % batches : i / (kv_heads * per_kv);
     const int64_t h = heads_outside ? i / batches : i % (kv_heads * per_kv);
     const int64_t inside = h % per_kv;
-    return {.b = first_batch(group) + b,
+    return {.b = batch_at(first_place(group) + b),
             .h = first_kv_head(group) * per_kv + h,
             .kv = b * kv_heads + h / per_kv,
             .first_of_kv = inside == 0,
@@ -161,6 +166,7 @@ struct BackwardPlan {
 
  private:
   bool mask_by_head_;
+  MaskBatch mask_batch_;
 
   int64_t groups_of_a_batch() const { return n.Hkv / kv_heads; }
 

@@ -65,12 +65,12 @@ inline void store_sum(const BackwardTask<T>& t, const BackwardPlan<T>& plan, con
     const Pair pair = plan.pair(group, owner);
     store_dquery<T>(t, pair.b, pair.h, query_block(plan.blocking, item % blocks), sum);
   } else {
-    const int64_t b = plan.first_batch(group) + owner / plan.kv_heads, g = plan.first_kv_head(group) + owner % plan.kv_heads;
+    const int64_t b = plan.batch_at(plan.first_place(group) + owner / plan.kv_heads), g = plan.first_kv_head(group) + owner % plan.kv_heads;
     store_dkv<T>(t, b, g, key_block(t.scores, plan.blocking, b, item % blocks), plan.blocking.keys, sum);
   }
 }
 
-// dM of an M without the queries' extent, from the groups of one round, `first` the first of them: a group there is one (batch, kv head).
+// dM of an M without the queries' extent, from the groups of one round, `first` the first of them: a group there is one (place, kv head).
 // A row of M that groups of other rounds share is summed in `parts.dmask_total` until the last of them is done.
 template <class T>
 inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, int64_t first,
@@ -83,17 +83,17 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
     T sum[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t at = item % chunks * kChunk, count = smaller_of(kChunk, n.Nk - at), row = item / chunks;
-      const int64_t b = row / size[1], h = row % size[1], g = kv_head(n, h);
-      const int64_t first_b = size[0] == 1 ? 0 : b, last_b = size[0] == 1 ? n.B - 1 : b;
+      const int64_t mask = row / size[1], h = row % size[1], g = kv_head(n, h);
+      const int64_t first_place = mask * plan.sharers, last_place = first_place + plan.sharers - 1;
       const int64_t first_g = size[1] == 1 ? 0 : g, last_g = size[1] == 1 ? n.Hkv - 1 : g;
-      const int64_t from_group = first_b * n.Hkv + first_g, last_group = last_b * n.Hkv + last_g;
+      const int64_t from_group = first_place * n.Hkv + first_g, last_group = last_place * n.Hkv + last_g;
       if (last_group < first || from_group >= first + groups) continue;
       T* total = parts.dmask_total + row * n.Nk + at;
       for (int64_t j = 0; j < count; ++j) sum[j] = from_group < first ? total[j] : T(0);
       for (int64_t split = 0; split < plan.dmask_parts(); ++split) {
-        for (int64_t bi = first_b; bi <= last_b; ++bi) {
+        for (int64_t place = first_place; place <= last_place; ++place) {
           for (int64_t gi = first_g; gi <= last_g; ++gi) {
-            const int64_t slot = bi * n.Hkv + gi - first;
+            const int64_t slot = place * n.Hkv + gi - first;
             if (slot < 0 || slot >= groups) continue;
             for (int64_t r = 0; r < plan.dmask_rows; ++r) {
               if (size[1] > 1 && r != h % per_kv) continue;
@@ -104,7 +104,7 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
         }
       }
       if (last_group < first + groups) {
-        write_dmask<T>(t.scores, b, h, 0, at, sum, 0, 1, count, t.dmask);
+        write_dmask<T>(t.scores, mask, h, 0, at, sum, 0, 1, count, t.dmask);
       } else {
         for (int64_t j = 0; j < count; ++j) total[j] = sum[j];
       }
@@ -120,8 +120,10 @@ inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
     T sum = 0;
     for (int64_t b = 0; b < n.B; ++b) {
       for (int64_t split = 0; split < plan.splits; ++split) sum += parts.dalpha[split * parts.dalpha_size + b * n.H + h];
-      if (dlse == nullptr || !has_keys(t.scores, b)) continue;
-      for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) sum += t.mbar[row] * dlse[row];
+      if (dlse == nullptr) continue;
+      for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) {
+        if (t.lse[row] != -std::numeric_limits<T>::infinity()) sum += t.mbar[row] * dlse[row];
+      }
     }
     t.dalpha[h] = sum;
   }

@@ -39,7 +39,7 @@ struct QueryTiles {
   int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
   static int64_t size(const Sizes& n, int64_t lanes) {
-    return (kStepsPerElement<E> + 1) * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) +
+    return 2 * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv) +
            3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
   }
 
@@ -48,8 +48,9 @@ struct QueryTiles {
     const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
     query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
     query_steps.data = kStepsPerElement<E> == 1 ? query_rows : dout_rows + Dv;
-    dout_steps.data = kStepsPerElement<E> == 1 ? dout_rows : query_steps.data + D;
-    lse_log2 = reinterpret_cast<T*>(memory + (kStepsPerElement<E> + 1) * (D + Dv)), delta = lse_log2 + lanes, mbar = delta + lanes;
+    dout_steps.data = kStepsPerElement<E> == 1 ? dout_rows : query_steps.data + steps_size<E>(lanes, n.D);
+    lse_log2 = reinterpret_cast<T*>(memory + 2 * (D + Dv) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv));
+    delta = lse_log2 + lanes, mbar = delta + lanes;
     b = -1;
   }
 
@@ -101,6 +102,7 @@ class BackwardStep {
     for (int64_t first = 0; first < k.count; first += most) {
       const KeyBlock strip = strip_of(k, first, most);
       const Strip s{.at = first * q.lanes,
+                    .weights_at = first * WeightTile<E>::row(q.lanes),
                     .key = keys.key.from_row(first),
                     .value = keys.value.from_row(first),
                     .values_ahead = ahead.values.part(first, strip.count, k.count),
@@ -109,6 +111,8 @@ class BackwardStep {
       probabilities(h, q, strip, s, tiles, mask);
       if (t_.wants_ds()) score_gradients(h, q, strip, s, tiles, mask, dmap, sums);
     }
+    weights_.clear_rest(0, k.count, q.lanes);
+    ds_.clear_rest(0, k.count, q.lanes);
     if (sums.dvalue != nullptr) {
       add_rows(weights_.by_lane(q.lanes), q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums, sums.dvalue);
     }
@@ -122,10 +126,7 @@ class BackwardStep {
     }
     if (sums.dquery != nullptr) {
       product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), ahead.next_douts,
-              [dquery = sums.dquery, stride]<int N>(int64_t i, int64_t c, const Vec<T>(&added)[N]) {
-                T* to = dquery + i * stride + c * kLanes<T>;
-                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) + added[v]);
-              });
+              AddTo<T>{sums.dquery, stride, false});
     }
   }
 
@@ -134,7 +135,7 @@ class BackwardStep {
 
   // A few keys of the block: where they begin in its tiles, their rows, and what to fetch meanwhile.
   struct Strip {
-    int64_t at;
+    int64_t at, weights_at;
     RowMajor<E> key, value;
     Prefetch values_ahead, keys_ahead;
   };
@@ -153,30 +154,34 @@ class BackwardStep {
     T* p = probability(s);
     dot_products(s.key, tiles.query, q, k.count, n_.D, s.values_ahead, p);
     const Exponents<E> exponent(t_.scores, h, beside(mask, s.at));
+    const int64_t row = WeightTile<E>::row(q.lanes);
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       const Vec<T> lse = load(tiles.lse_log2 + lane);
       each_key(
-          k, [&](auto count, int64_t j) { exponentials<count()>(p, s.at, j * q.lanes + lane, q.lanes, exponent, lse); },
+          k,
+          [&](auto count, int64_t j) {
+            exponentials<count()>(p, j * q.lanes + lane, q.lanes, s.weights_at + j * row + lane, row, exponent, lse);
+          },
           [&](int64_t j) {  // even where lse is NaN
             store(p + j * q.lanes + lane, Vec<T>{});
-            weights_.put(s.at + j * q.lanes + lane, Vec<T>{});
+            weights_.put(s.weights_at + j * row + lane, Vec<T>{});
           });
     }
   }
 
-  // Of N keys from number `at` of the strip on, `stride` apart; the strip begins at number `begin` of the block.
+  // Of N keys from number `at` of the strip on, `stride` apart; their weights from `to` on, `row` apart.
   template <int N>
-  void exponentials(T* p, int64_t begin, int64_t at, int64_t stride, const Exponents<E>& exponent, Vec<T> lse) {
+  void exponentials(T* p, int64_t at, int64_t stride, int64_t to, int64_t row, const Exponents<E>& exponent, Vec<T> lse) {
     Vec<T> x[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride) - lse;
-    exp2_each<T, N>(x);
+    exp2_of_weights<T, N>(x);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i]);
     const T* kept = keep();
     if (kStepsPerElement<E> == 1 && kept == nullptr) return;  // then they are the weights
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) weights_.put(begin + at + i * stride, kept == nullptr ? x[i] : x[i] * load(kept + at + i * stride));
+    for (int i = 0; i < N; ++i) weights_.put(to + i * row, kept == nullptr ? x[i] : x[i] * load(kept + at + i * stride));
   }
 
   // dS, and what is summed of it element by element.
@@ -196,7 +201,8 @@ class BackwardStep {
                        .ds = ds_.get(),
                        .dmask = beside(sums.dmask, s.at + lane),
                        .dmask_is_new = sums.dmask_is_new,
-                       .at = s.at + lane,
+                       .at = s.weights_at + lane,
+                       .row = WeightTile<E>::row(q.lanes),
                        .stride = q.lanes,
                        .alpha = alpha_of<T>(t_.scores, h),
                        .delta = load(tiles.delta + lane),
@@ -206,13 +212,14 @@ class BackwardStep {
     }
   }
 
-  // At one vector of queries, a few keys at a time; pointers to its lanes in the strip, `stride` from key to key; ds is the block's.
+  // At one vector of queries, a few keys at a time; pointers to its lanes in the strip, `stride` from key to key; in ds, the
+  // block's, they are at number `at`, `row` from key to key.
   struct ScoreGradients {
     const T *p, *dp, *keep, *mask;
     E* ds;
     T* dmask;
     bool dmask_is_new;
-    int64_t at, stride;
+    int64_t at, row, stride;
     T alpha;
     Vec<T> delta, mbar, dalpha[kExpAtOnce] = {};  // so that one sum need not wait for the last
 
@@ -224,7 +231,7 @@ class BackwardStep {
         const int64_t key = (j + i) * stride;
         x[i] = keep == nullptr ? load(dp + key) : load(dp + key) * load(keep + key);
         x[i] = load(p + key) * (x[i] - delta);
-        WeightTile<E>::put(ds, at + key, x[i]);
+        WeightTile<E>::put(ds, at + (j + i) * row, x[i]);
       }
       if (dmask != nullptr) {
 #pragma GCC unroll 8
@@ -238,7 +245,7 @@ class BackwardStep {
       for (int i = 0; i < N; ++i) dalpha[i] += x[i] * (load(mask + (j + i) * stride) - mbar);
     }
     void skip(int64_t j) {
-      WeightTile<E>::put(ds, at + j * stride, Vec<T>{});
+      WeightTile<E>::put(ds, at + j * row, Vec<T>{});
       if (dmask != nullptr && dmask_is_new) store(dmask + j * stride, Vec<T>{});
     }
   };

@@ -87,6 +87,17 @@ void exp2_of(const Tensor& x, const Tensor& y) {
   }
 }
 
+// tile_product: float32 (16, 16) sum += bfloat16 (16, 32) a times b, given as (16, 16, 2), by a matrix tile or its double in software; False where
+// this machine cannot.
+bool tile_product(const Tensor& a, const Tensor& b, const Tensor& sum, bool in_software) {
+  STD_TORCH_CHECK(dtype_of(a, "a") == DType::kBFloat16 && dtype_of(b, "b") == DType::kBFloat16, "a, b: expected bfloat16");
+  STD_TORCH_CHECK(dtype_of(sum, "sum") == DType::kFloat32, "sum: expected float32");
+  STD_TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && sum.is_contiguous(), "a, b, sum: expected contiguous");
+  STD_TORCH_CHECK(a.numel() == 512 && b.numel() == 512 && sum.numel() == 256, "a, b, sum: expected 512, 512 and 256 elements");
+  return smattn::cpu::multiply_tile(in_software, static_cast<const uint16_t*>(a.const_data_ptr()),
+                                    static_cast<const uint16_t*>(b.const_data_ptr()), static_cast<float*>(sum.mutable_data_ptr()));
+}
+
 // dropout_keep: seed int64 (1,) on the CPU -> bool (B, H, Nq, Nk), true where the element is kept.
 Tensor dropout_keep(const Tensor& seed, int64_t B, int64_t H, int64_t Nq, int64_t Nk, double p) {
   STD_TORCH_CHECK(B >= 0 && H >= 0 && Nq >= 0 && Nk >= 0, "sizes: expected none below 0, got ", B, ", ", H, ", ", Nq, ", ", Nk);
@@ -115,6 +126,7 @@ STABLE_TORCH_LIBRARY(smattn_cpu, library) {
   library.def("cpu_kernels_reason() -> str");
   library.def("select_cpu_kernels(str name) -> ()");
   library.def("exp2(Tensor x, Tensor(a!) y) -> ()");
+  library.def("tile_product(Tensor a, Tensor b, Tensor(a!) sum, bool in_software) -> bool");
   library.def("dropout_keep(Tensor seed, int B, int H, int Nq, int Nk, float p) -> Tensor");
 }
 
@@ -124,6 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(smattn_cpu, CPU, library) {
   library.impl("attention_map", TORCH_BOX(&attention_map));
   library.impl("attention_map_backward", TORCH_BOX(&attention_map_backward));
   library.impl("exp2", TORCH_BOX(&exp2_of));
+  library.impl("tile_product", TORCH_BOX(&tile_product));
   library.impl("dropout_keep", TORCH_BOX(&dropout_keep));
 }
 

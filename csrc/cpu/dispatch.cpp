@@ -19,9 +19,19 @@ extern const Kernels kKernels;
 namespace avx512bf16 {  // the same with bfloat16 dot products
 extern const Kernels kKernels;
 }
+namespace amx {  // the same with matrix tiles
+extern const Kernels kKernels;
+void multiply_tile(bool in_software, const uint16_t* a, const uint16_t* b, float* sum);
+}  // namespace amx
 #endif
 
 namespace {
+
+#ifdef SMATTN_AMX_EMULATED
+constexpr bool kTilesAreEmulated = true;
+#else
+constexpr bool kTilesAreEmulated = false;
+#endif
 
 struct Levels {
   std::vector<const Kernels*> sets;  // the fastest first
@@ -40,7 +50,13 @@ Levels levels() {
     if (__builtin_cpu_supports("avx512bf16")) {
       const bool slow = has_slow_bfloat16_dot(processor());
       found.sets.insert(slow ? found.sets.end() : found.sets.begin(), &avx512bf16::kKernels);
+      std::string refusal;
       why = slow ? "on this processor float products are faster than avx512bf16's" : "the processor multiplies pairs of bfloat16";
+      if (kTilesAreEmulated || (has_tiles() && may_use_tiles(refusal))) {
+        found.sets.insert(found.sets.begin(), &amx::kKernels);
+        why = kTilesAreEmulated ? "matrix tiles in software, to be tested" : "the processor multiplies matrix tiles of bfloat16";
+      }
+      if (!refusal.empty()) why += "; " + refusal;
     }
   }
   if (avx2) found.sets.push_back(&avx2::kKernels);
@@ -74,6 +90,23 @@ bool select(const char* name) {
       return true;
     }
   }
+  return false;
+}
+
+bool multiply_tile([[maybe_unused]] bool in_software, [[maybe_unused]] const uint16_t* a, [[maybe_unused]] const uint16_t* b,
+                   [[maybe_unused]] float* sum) {
+#if defined(__x86_64__)
+  const auto runs = [](const Kernels& kernels) {
+    for (const Kernels* each : available()) {
+      if (each == &kernels) return true;
+    }
+    return false;
+  };
+  if (in_software ? runs(avx512bf16::kKernels) : runs(amx::kKernels) && !kTilesAreEmulated) {
+    amx::multiply_tile(in_software, a, b, sum);
+    return true;
+  }
+#endif
   return false;
 }
 

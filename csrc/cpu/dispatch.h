@@ -11,7 +11,7 @@
 namespace smattn::cpu {
 
 struct Kernels {
-  const char* name;  // "avx512bf16", "avx512", "avx2", "neon" or "baseline"
+  const char* name;  // "amx", "avx512bf16", "avx512", "avx2", "neon" or "baseline"
   void (*forward)(const ForwardParams& params, ParallelFor threads);
   void (*backward)(const BackwardParams& params, ParallelFor threads);
   void (*attention_map)(const MapParams& params, ParallelFor threads);
@@ -23,6 +23,10 @@ struct Kernels {
 const std::vector<const Kernels*>& available();  // those that this machine can run, the fastest first
 const std::string& why_first();                // the first one's name, and why it is the first
 const Kernels& selected();                     // the first of them, unless select() chose another
-bool select(const char* name);            // for tests and measurements, whole process; false where no such set is available
+bool select(const char* name);                 // for tests and measurements, whole process; false where no such set is available
+
+// For tests: sum[m][n] += the sum over k of a[m][k] * b[k / 2][n][k % 2] for 16 x 16 floats and 32 bfloat16, by a matrix tile or by its double in
+// software. False where this machine cannot.
+bool multiply_tile(bool in_software, const uint16_t* a, const uint16_t* b, float* sum);
 
 }  // namespace smattn::cpu

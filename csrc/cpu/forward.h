@@ -2,6 +2,7 @@
 // few the keys are split as well, and a second pass merges the parts.
 #pragma once
 
+#include "cpu/forward_one_pass.h"
 #include "cpu/forward_plan.h"
 #include "cpu/forward_weights.h"
 #include "cpu/tiles/mask.h"
@@ -20,11 +21,11 @@ class Forward {
         douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
         parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), mask_(kKeys * kQueries),
         dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0), rows_(kQueries * kKeys),
-        keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        value_steps_memory_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * round_up(n_.Dv, kLanes<T>) : 0) {}
+        keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)), value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {}
 
   int64_t bytes() const {
-    return bytes_in(queries_, douts_, query_rows_, parts_, weights_, mask_, dmap_, keep_, rows_, keys_, values_, value_steps_memory_);
+    return bytes_in(queries_, douts_, query_rows_, parts_, weights_, one_pass_, mask_, dmap_, keep_, rows_, keys_, values_,
+                    value_steps_memory_);
   }
 
   // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
@@ -79,9 +80,18 @@ class Forward {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
+    const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv);
+    if constexpr (OnePass<E>::kServes) {
+      const bool tries = p_.out != nullptr && p_.dropout.p == 0 && t_.eta == nullptr;
+      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, part)) {
+        make_value_steps(k, same_keys);
+        return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
+                       AddTo<T>{part.out, part.stride, false});
+      }
+    }
     T maxima[kQueries];
     copy<T>(part.row(kMaximum), q.lanes, maxima);
-    weights_.scores(h, q, k, key_, query, mask, keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv), maxima);
+    weights_.scores(h, q, k, key_, query, mask, values_ahead, maxima);
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
@@ -92,12 +102,17 @@ class Forward {
     weights_.softmax(q, k, t_.wants_mbar() ? mask : nullptr, t_.eta != nullptr ? dmap_.get() : nullptr, maxima, part, rescale);
     if (p_.out == nullptr) return;
     if (keep != nullptr) weights_.drop(q, k, keep);
-    if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());  // by now they have been fetched
-    product(weights_.by_key(q), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
+    make_value_steps(k, same_keys);
+    product(weights_.by_key(q, k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
             [out = part.out, stride = part.stride, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
               T* to = out + i * stride + c * kLanes<T>;
               for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * factor[i] + sums[v]);
             });
+  }
+
+  // After the scores, when they have been fetched.
+  void make_value_steps(const KeyBlock& k, bool same_keys) {
+    if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());
   }
 
   // dP (6), to be averaged.
@@ -119,6 +134,7 @@ class Forward {
   const int64_t part_size_;
   Buffer<T> parts_;    // [head of the group], where there is one split; else one, to merge into
   ForwardWeights<E> weights_;
+  OnePass<E> one_pass_;
   Buffer<T> mask_;     // [key][lane]
   Buffer<T> dmap_;     // [key][lane], dA or dP
   Buffer<T> keep_;     // [key][lane], C/(1-p)

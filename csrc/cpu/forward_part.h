@@ -1,6 +1,8 @@
 // What one split of the keys leaves of one head and query block: its parts are merged in their order, divided and stored.
 #pragma once
 
+#include <limits>
+
 #include "cpu/simd/exp2.h"
 #include "cpu/tiles/tiles.h"
 
@@ -27,6 +29,13 @@ enum Row { kMaximum, kSum, kRounded, kMbar, kEta, kRows };
 template <class T>
 inline Vec<T> finite_maximum(Vec<T> m) {
   return m - m == T(0) ? m : Vec<T>{};
+}
+
+// Whether a row has no key to attend to, from its greatest score in base 2: one below -2.3e38 counts as -inf, in every dtype. A maximum does
+// not see NaN, but the sum does.
+template <class T>
+inline bool is_dead(T maximum, T sum) {
+  return static_cast<double>(maximum) < -2.3e38 * kLog2e && sum == sum;
 }
 
 template <class E>
@@ -83,8 +92,7 @@ inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, i
 
 // Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where they
 // were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all keys.
-// The out of a row without a key is 0 and its lse -inf. Where there are keys
-// and all score -inf, the sum is 0 as well, and out NaN, as in any softmax.
+// A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
 template <class E>
 inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t b, int64_t h, const QueryBlock& q,
                        const ForwardPart<E>& part) {
@@ -92,19 +100,19 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
   const ForwardParams& p = task.params;
   const Sizes& n = p.scores.size;
   const int64_t row = (b * n.H + h) * n.Nq + q.first;
-  const bool alive = has_keys(p.scores, b);
   // The weights of pairs do not have dropout's factor yet.
   const T kept = kStepsPerElement<E> > 1 && p.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p.dropout.p)) : T(1);
   const T *sums = part.row(kSum), *divisors = part.row(kStepsPerElement<E> > 1 ? kRounded : kSum);
   T inverse[kQueries];
   for (int64_t i = 0; i < q.count; ++i) {
+    const bool alive = !is_dead(part.row(kMaximum)[i], sums[i]);
     const T mean = alive ? 1 / sums[i] : T(0);
     inverse[i] = alive ? kept / divisors[i] + (sums[i] - sums[i]) : T(0);  // NaN where the sum is infinite
-    if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = part.row(kMbar)[i] * mean;
-    if (task.eta != nullptr) task.eta[row + i] = part.row(kEta)[i] * mean;
+    if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = alive ? part.row(kMbar)[i] * mean : T(0);
+    if (task.eta != nullptr) task.eta[row + i] = alive ? part.row(kEta)[i] * mean : T(0);
     if (p.lse == nullptr) continue;
     const double lse = to_natural(static_cast<double>(part.row(kMaximum)[i])) + __builtin_log(static_cast<double>(sums[i]));
-    static_cast<T*>(p.lse)[row + i] = static_cast<T>(lse);
+    static_cast<T*>(p.lse)[row + i] = alive ? static_cast<T>(lse) : -std::numeric_limits<T>::infinity();
   }
   if (p.out == nullptr) return;
   for (int64_t i = 0; i < q.count; ++i) {

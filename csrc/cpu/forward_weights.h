@@ -12,23 +12,28 @@ class ForwardWeights {
   using T = typename SumOf<E>::type;
 
   explicit ForwardWeights(const ForwardTask<T>& task)
-      : s_(task.params.scores), scores_(kKeys * kQueries), weights_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
+      : s_(task.params.scores), scores_(kKeys * kQueries), weights_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * kQueries : 0),
+        turned_(kStepUnit<E> > 1 ? packed<E>(kKeys) * kQueries : 0) {}
 
-  int64_t bytes() const { return bytes_in(scores_, weights_); }
+  int64_t bytes() const { return bytes_in(scores_, weights_, turned_); }
 
-  ColumnMajor<E> by_key(const QueryBlock& q) { return {weights(), q.lanes}; }
+  auto by_key(const QueryBlock& q, const KeyBlock& k) {
+    return cpu::SMATTN_UNIT::by_key(weights(), packed<E>(k.count), q.lanes, turned_.get());
+  }
 
   // The exponents of one head's scores, strip by strip; raises each query's maximum to theirs.
   void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, const T* mask, const Prefetch& ahead,
               T* maxima) {
     const Exponents<E> exponent(s_, h, mask);
     const int64_t keys = strip_keys<T>(q.lanes);
-    for (int64_t first = 0; first < k.count; first += keys) {
-      const int64_t end = smaller_of(first + keys, k.count);
-      dot_products(key.from_row(first), query, q, end - first, s_.size.D, ahead.part(first, end - first, k.count),
-                   scores_ + first * q.lanes);
-      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-        store(maxima + lane, exponents(exponent, q.lanes, k, first, end, lane, load(maxima + lane)));
+    for (int64_t first = -keys; first < k.count;
+         first += keys) {  // a strip's products before the last one's exponents: tiles work beside vectors
+      const int64_t next = first + keys, count = smaller_of(keys, k.count - next);
+      if (count > 0) {
+        dot_products(key.from_row(next), query, q, count, s_.size.D, ahead.part(next, count, k.count), scores_ + next * q.lanes);
+      }
+      for (int64_t lane = 0; first >= 0 && lane < q.lanes; lane += kLanes<T>) {
+        store(maxima + lane, exponents(exponent, q.lanes, k, first, smaller_of(next, k.count), lane, load(maxima + lane)));
       }
     }
   }
@@ -68,7 +73,7 @@ class ForwardWeights {
       Vec<T> p[N];
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) p[i] = load(scores + (j + i) * stride) - subtracted;
-      exp2_each<T, N>(p);
+      exp2_of_weights<T, N>(p);
       if (!kWhole && j + N > keys) p[N - 1] = Vec<T>{};
       const int used = kWhole || j + N <= keys ? N : N - 1;
       sum += sum_of(p);
@@ -150,6 +155,7 @@ class ForwardWeights {
   const Scores& s_;
   Buffer<T> scores_;   // [key][lane], then the probabilities, unless of pairs
   Buffer<E> weights_;  // the probabilities as pairs of keys
+  Buffer<E> turned_;   // the same, [lane][pair of keys]
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT

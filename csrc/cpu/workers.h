@@ -2,6 +2,7 @@
 // when it is done with one, so that a thread that comes late, or shares its core, holds nobody up.
 #pragma once
 
+#include "cpu/simd/amx.h"
 #include "cpu/tiles/buffer.h"
 #include "memory.h"
 #include "parallel.h"
@@ -19,6 +20,7 @@ inline void for_each_item(ParallelFor threads, int64_t items, int64_t bytes, con
   int64_t taken = 0;
   const auto take = [&taken] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
   const auto go_on = [&](auto& worker, int64_t item) {
+    const TilesInUse tiles;
     for (; item < items; item = take()) work(worker, item);
   };
   parallel_for(threads, items, blocks_of(items, workers), [&](int64_t, int64_t) {

@@ -8,21 +8,16 @@ namespace smattn::cuda {
 
 constexpr int kRowsThreads = 128;
 
-// <dO, O>; any: whether O is anything but 0.
-SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i, bool& any) {
+// <dO, O>
+SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i) {
   const auto row = [&](const Tensor4& x) { return at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2]; };
   const int64_t dout = row(args.dout), out = row(args.out);
-  float sum = 0.0f, square = 0.0f;
+  float sum = 0.0f;
   for (int64_t col = lane_index(); col < args.call.scores.size.Dv; col += kWarp) {
     const float o = load_element(args.out, out + col * args.out.stride[3]);
     sum = fmaf(load_element(args.dout, dout + col * args.dout.stride[3]), o, sum);
-    square = fmaf(o, o, square);
   }
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    sum += shuffle_xor(sum, lanes);
-    square += shuffle_xor(square, lanes);
-  }
-  any |= square != 0.0f;
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
   return sum;
 }
 
@@ -34,17 +29,13 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
   const float lse = args.lse[row];
   RowState state{lse * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row], args.dlse == nullptr ? 0.0f : args.dlse[row]};
-  bool any = state.mbar != 0.0f;  // something was summed in this row, or NaN
   if (args.sums != nullptr) {
     state.delta = (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row] - state.dl;
-    any |= args.sums[row] != 0.0f;
   } else if (args.out.data != nullptr) {
-    state.delta = output_gradient_product(args, at, i, any) - state.dl;
-  } else {
-    any = true;  // the sums of P*dP are still to come, which tell a row without keys from one whose scores are all -inf
+    state.delta = output_gradient_product(args, at, i) - state.dl;
   }
-  // rows whose live scores are all -inf, or that have one of +inf, are NaN: what comes of them is NaN, not 0
-  if (lse == -infinity() && !any) state = {infinity(), 0.0f, 0.0f, 0.0f};
+  // In a dead row P and dS are exactly 0. What comes of a row with a score of +inf is NaN.
+  if (lse == -infinity()) state = {infinity(), 0.0f, 0.0f, 0.0f};
   if (lse == infinity()) state.lse_log2 = not_a_number();
   if (lane_index() == 0) args.rows[row] = state;
 }

@@ -19,7 +19,6 @@ SMATTN_DEVICE int64_t block_index() { return blockIdx.x; }
 
 SMATTN_DEVICE void sync_warp() { __syncwarp(); }
 SMATTN_DEVICE void sync_block() { __syncthreads(); }
-SMATTN_DEVICE bool any_in_block(bool x) { return __syncthreads_or(x) != 0; }
 SMATTN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 SMATTN_DEVICE float shuffle(float x, int from) { return __shfl_sync(0xFFFFFFFFu, x, from); }
 

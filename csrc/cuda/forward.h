@@ -18,6 +18,9 @@ struct ForwardShape {
   static constexpr size_t shared_bytes(bool few) { return static_cast<size_t>((queries(few) + 4 * kKeys) * kRowBytes); }
 };
 
+// In base 2. A row whose largest score is below has no key to attend to: scores below -2.3e38 count as -inf, in every dtype.
+constexpr float kLowestScore = -2.3e38f * kLog2E;
+
 // What is subtracted from scores whose largest is `top`: where that is infinite, infinities stay what they are.
 SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f : top; }
 
@@ -114,12 +117,12 @@ struct Softmax {
   }
 };
 
-// The row's factor of O and its lse, from its finished sums, (3) and (4). A row without a live key is 0 with lse -inf; a row whose
-// live scores are all -inf is NaN with lse -inf, one with a score of +inf NaN with lse +inf, as in plain torch.
+// The row's factor of O and its lse, from its finished sums, (3) and (4). A dead row, l = 0, is 0 with lse -inf; a row with a score of +inf
+// is NaN with lse +inf.
 SMATTN_DEVICE float finish_row(float m, float l, float& lse) {
   lse = l == 0.0f ? -infinity() : (m + log2_exact(l)) * kLn2;
   if (l == 0.0f) return 0.0f;
-  return fabsf(m) == infinity() ? not_a_number() : 1.0f / l;
+  return m == infinity() ? not_a_number() : 1.0f / l;
 }
 
 SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, float factor, const float (&average)[2]) {
@@ -225,14 +228,11 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   Softmax<D> softmax;
   softmax.out.fill(0.0f);
   const int row = FEW ? 0 : warp_index() * 16, key_row = FEW ? warp_index() * kKeys : 0;
-  bool live = false;
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);
-    live |= place.live != 0;
     attend<Math, D>(args, softmax, work.at, place, q.from_row(row), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
-  live = any_in_block(live);
   if (args.out != nullptr) softmax.template settle<T>();
   if constexpr (FEW) {
     merge_warps<Shape::kWarps>(softmax, reinterpret_cast<float*>(shared));
@@ -240,7 +240,8 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
   }
   SMATTN_UNROLL
   for (int half = 0; half < 2; ++half)
-    if (softmax.m[half] == -infinity() && softmax.l[half] == 0.0f && live) softmax.l[half] = 1.0f;
+    if (softmax.m[half] < kLowestScore && softmax.l[half] == softmax.l[half])  // a maximum does not see NaN, but the sum does
+      softmax.m[half] = -infinity(), softmax.l[half] = 0.0f;
   const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
   const int rest = static_cast<int>(size.Nq) - work.first_query - row;
   if (args.splits > 1) {

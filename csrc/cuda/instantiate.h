@@ -119,8 +119,9 @@ struct PassesOf {
   static void keys(const KeysArgs& args, const Context& context) {
     using Shape = KeysShape<Math, D>;
     const Sizes& size = args.call.scores.size;
+    const MaskBatch& batch = args.call.scores.mask_batch;
     const int64_t tiles = blocks_of(size.Nk, Shape::kKeys) * blocks_of(size.Nq, args.span);
-    const int64_t blocks = tiles * (size.H / args.heads) * blocks_of(size.B, args.batches);
+    const int64_t blocks = tiles * (size.H / args.heads) * batch.masks() * blocks_of(batch.sharers(size.B), args.batches);
     launch<BackwardKeysKernel<Math, D, DKEY, DVALUE>>(blocks, Shape::shared_bytes(args.tile_sum != TileSum::kNone), args, context);
   }
 };

@@ -9,19 +9,21 @@ namespace {
 // block's, else into scratch, whose rows are then summed over the axes that mask has not.
 struct RowSums {
   const Scores& scores;
-  int64_t batches, outer, rows;  // batches to a block, blocks of them, rows of each
-  bool has_batch, has_head;
+  int64_t masks, batches, shares, rows;  // masks of the batch; of one mask: batches to a block, blocks of them, rows of each
+  bool has_head;
   float* scratch;
 
   RowSums(const Scores& scores, const Context& context) : scores(scores) {
     const Sizes& size = scores.size;
-    has_batch = scores.mask_size[0] > 1 || size.B == 1;
+    const int64_t sharers = scores.mask_batch.sharers(size.B);
+    masks = scores.mask_batch.masks();
     has_head = scores.mask_size[1] > 1 || size.H == 1;
     rows = has_head ? size.H : size.Hkv;
-    const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (rows * size.Nk * 4));
-    batches = has_batch ? 1 : (size.B + most - 1) / most;
-    outer = (size.B + batches - 1) / batches;
-    scratch = has_batch && has_head && !scores.mask_is_logits ? nullptr : allocate<float>(outer * rows * size.Nk, context);
+    const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (masks * rows * size.Nk * 4));
+    batches = (sharers + most - 1) / most;
+    shares = (sharers + batches - 1) / batches;
+    const bool is_direct = sharers == 1 && has_head && !scores.mask_is_logits;
+    scratch = is_direct ? nullptr : allocate<float>(masks * shares * rows * size.Nk, context);
   }
   void ask(KeysArgs& args, void* dmask) const {
     args.row_out = scratch != nullptr ? scratch : dmask;
@@ -35,16 +37,17 @@ struct RowSums {
       sum_many({.from = scratch,
                 .to = dmask,
                 .dtype = scores.mask.dtype,
-                .outer = has_batch ? outer : 1,
+                .outer = masks,
                 .middle = has_head ? rows : 1,
                 .inner = Nk,
-                .stride_outer = rows * Nk,
+                .stride_outer = shares * rows * Nk,
                 .stride_middle = Nk,
-                .first = has_batch ? 1 : outer,
+                .first = shares,
                 .second = has_head ? 1 : rows,
                 .stride_first = rows * Nk,
                 .stride_second = Nk,
-                .logits = scores.mask_is_logits ? scores.mask : Tensor4{}},
+                .logits = scores.mask_is_logits ? scores.mask : Tensor4{},
+                .logits_batch = scores.mask_batch},
                context);
   }
 };
@@ -54,7 +57,8 @@ struct RowSums {
 void run_keys(KeysArgs args, const Wanted& wanted, const Passes& passes, const Context& context) {
   const Scores& scores = args.call.scores;
   const Sizes& size = scores.size;
-  const bool shared_batch = size.B > 1 && scores.mask_size[0] == 1, per_head = size.H > 1 && scores.mask_size[1] > 1;
+  const int64_t sharers = scores.mask_batch.sharers(size.B);
+  const bool shared_batch = sharers > 1, per_head = size.H > 1 && scores.mask_size[1] > 1;
   const bool key_only = wanted.dmask != nullptr && size.Nq > 1 && scores.mask_size[2] == 1;
   const bool tile = wanted.dmask != nullptr && !key_only, wide = wanted.dkey != nullptr || wanted.dvalue != nullptr;
   const bool fused = tile && wide && size.Nq <= passes.tile_span && !(shared_batch && per_head);
@@ -65,7 +69,7 @@ void run_keys(KeysArgs args, const Wanted& wanted, const Passes& passes, const C
   tiled.tile_dtype = scores.mask.dtype;
   tiled.tile_per_head = per_head;
   tiled.heads = per_head ? 1 : size.H;
-  tiled.batches = shared_batch ? size.B : 1;
+  tiled.batches = sharers;
   tiled.span = passes.tile_span;
 
   args.dkey = wanted.dkey;

@@ -52,6 +52,14 @@ struct LiveKeys {
   }
 };
 
+// alpha in base 2. A finite alpha stays finite, so that it leaves a score where M is 0 as it is.
+SMATTN_DEVICE float in_base_2(float alpha) {
+  constexpr float kMost = 3.402823466e38f;
+  const float scaled = alpha * kLog2E;
+  if (fabsf(alpha) == infinity() || fabsf(scaled) != infinity()) return scaled;
+  return scaled < 0.0f ? -kMost : kMost;
+}
+
 SMATTN_DEVICE float alpha_of(const Scores& s, int h) {
   return s.mask.data == nullptr ? 0.0f : static_cast<const float*>(s.alpha)[h * s.alpha_stride];
 }
@@ -84,11 +92,12 @@ SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const std::byte* element, int
 }
 
 // The tile of a tensor (B, H, Nq, Nk) of any floating dtype, 0 where a key is not live: nothing is read there.
+// first: the offset of its element (0, 0, 0, 0).
 template <int COLS, bool KEYS_IN_ROWS>
-SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
+SMATTN_DEVICE void load_elements(Tile<COLS>& tile, const Tensor4& from, Head at, const Place<COLS, KEYS_IN_ROWS>& place,
+                                 int64_t first = 0) {
   const int64_t bytes = bytes_of(from.dtype);
-  const int64_t first =
-      at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
+  first += at.b * from.stride[0] + at.h * from.stride[1] + place.query_at(0, 0) * from.stride[2] + place.key_at(0, 0) * from.stride[3];
   const std::byte* element = opaque(static_cast<const std::byte*>(from.data) + first * bytes);
   const int64_t row_bytes = from.stride[KEYS_IN_ROWS ? 3 : 2] * bytes, column_bytes = from.stride[KEYS_IN_ROWS ? 2 : 3] * bytes;
   switch (from.dtype) {
@@ -104,7 +113,7 @@ SMATTN_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-kLog2E *
 // The tile of M, 0 where a key is not live, and past the last query, where P must not outgrow 16 bits.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_mask(Tile<COLS>& m, const Scores& scores, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
-  load_elements(m, scores.mask, at, place);
+  load_elements(m, scores.mask, at, place, scores.mask_batch.offset_of(scores.mask_batch.mask_of(at.b)));
   if (!scores.mask_is_logits) return;
   m.for_each([&](float& x, int half, int slot) { x = place.has(half, slot) ? sigmoid(x) : 0.0f; });
 }
@@ -138,7 +147,7 @@ SMATTN_DEVICE float through_sigmoid(float dm, const Tensor4& logits, int64_t ele
 // (1): from s = <q, k> to scores in base 2, -inf where the key is not live. m holds M, when there is one.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void finish_scores(Tile<COLS>& s, Tile<COLS>& m, const Scores& scores, float alpha, const Place<COLS, KEYS_IN_ROWS>& place) {
-  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = alpha * kLog2E;
+  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = in_base_2(alpha);
   const bool has_mask = scores.mask.data != nullptr;
   s.for_each_with(m, [&](float& x, float& m, int half, int slot) {
     x *= scale;

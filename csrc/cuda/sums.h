@@ -17,7 +17,8 @@ SMATTN_DEVICE void sum_many_block(const SumArgs& args) {
   for (int64_t r = 0; r < args.first; ++r)
     for (int64_t s = 0; s < args.second; ++s) sum += from[r * args.stride_first + s * args.stride_second];
   const auto& stride = args.logits.stride;
-  if (args.logits.data != nullptr) sum = through_sigmoid(sum, args.logits, outer * stride[0] + middle * stride[1] + inner * stride[3]);
+  if (args.logits.data != nullptr)
+    sum = through_sigmoid(sum, args.logits, args.logits_batch.offset_of(outer) + middle * stride[1] + inner * stride[3]);
   store_element(args.to, args.dtype, at, sum);
 }
 

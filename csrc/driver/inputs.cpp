@@ -79,13 +79,12 @@ void draw_mask(const Problem& p, Random& random, const std::vector<bool>& padded
   Dense mask = draw({p.mask_size[0], p.mask_size[1], p.mask_size[2], p.size.Nk},
                     [&] { return p.mask_is_logits ? 3.0 * random.normal() : random.uniform(); });
   if (p.oddity != Oddity::kNone) add_oddity(p, random, mask);
-  const bool own_batch = p.mask_size[0] == p.size.B && !p.mask.expanded[0];
-  const auto unseen = [&](int64_t b, int64_t j) {  // padded wherever this element is used
-    const int64_t first = own_batch ? b : 0, last = own_batch ? b + 1 : p.size.B;
-    for (int64_t k = first; k < last; ++k) {
-      if (!padded[static_cast<size_t>(k * p.size.Nk + j)]) return false;
+  const auto unseen = [&](int64_t mask, int64_t j) {  // padded wherever this element is used
+    for (int64_t b = 0; b < p.size.B; ++b) {
+      const bool used = p.mask.expanded[0] || p.mask_batch.mask_of(b) == mask;
+      if (used && !padded[static_cast<size_t>(b * p.size.Nk + j)]) return false;
     }
-    return first < last && !p.mask.expanded[3];
+    return p.size.B > 0 && !p.mask.expanded[3];
   };
   poison(mask, 3, unseen);
   in.mask = Array(p.mask_dtype, mask, p.mask);

@@ -57,11 +57,11 @@ class Oracle {
   long double keep(int64_t b, int64_t h, int64_t i, int64_t j) const;  // C/(1-p) of (3)
   int64_t kv(int64_t h) const { return h / (p_.size.H / p_.size.Hkv); }
   long double soft(int64_t b, int64_t h, int64_t i, int64_t j) const {  // M
-    const long double m = mask_.at(b, h, i, j);
+    const long double m = mask_.at(p_.mask_batch.mask_of(b), h, i, j);
     return p_.mask_is_logits ? 1.0L / (1.0L + std::exp(-m)) : m;
   }
   long double slope(int64_t b, int64_t h, int64_t i, int64_t j) const {  // of M over what the caller gave
-    const long double e = std::exp(-std::fabs(static_cast<long double>(mask_.at(b, h, i, j))));
+    const long double e = std::exp(-std::fabs(static_cast<long double>(mask_.at(p_.mask_batch.mask_of(b), h, i, j))));
     return p_.mask_is_logits ? e / ((1.0L + e) * (1.0L + e)) : 1.0L;
   }
 
@@ -195,7 +195,7 @@ void Oracle::score_gradients(int64_t b, int64_t h, int64_t i, const Number& dl, 
       add_weighted(dk, {b, kv(h), j, d}, Number(p_.scale) * ds, query_.at(b, h, i, d));
     }
     if (!p_.has_mask) continue;
-    add(dm, {b, h, i, j}, Number(alpha_.at(0, 0, 0, h)) * ds * slope(b, h, i, j));
+    add(dm, {p_.mask_batch.mask_of(b), h, i, j}, Number(alpha_.at(0, 0, 0, h)) * ds * slope(b, h, i, j));
     // That |M - mbar| and not |M| + |mbar| stands here asks for the centred sum; what an error of mbar does to it is of second order.
     const Number centred = soft(b, h, i, j) - mbar.value;
     add(da, {0, h, 0, 0}, ds * Number(centred.value, centred.magnitude + answers_.band * mbar.magnitude));

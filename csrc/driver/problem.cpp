@@ -11,7 +11,7 @@ constexpr int64_t kMostWork = 40'000'000;  // multiplications of one product: ke
 Sizes draw_sizes(Random& random) {
   const std::vector<int64_t> head_sizes{1, 3, 8, 32, 33, 48, 64, 96, 128, 200, 256};
   Sizes size{};
-  size.B = random.pick<int64_t>({1, 1, 2, 2, 3});
+  size.B = random.pick<int64_t>({1, 1, 2, 2, 3, 4, 6});
   size.Hkv = random.pick<int64_t>({1, 1, 2});
   size.H = size.Hkv * random.pick<int64_t>({1, 1, 2, 3});
   size.Nq = random.pick<int64_t>({1, 13, 16, 17, 64, 65, 130});
@@ -51,6 +51,19 @@ Layout draw_any(Random& random) {
   return layout;
 }
 
+// Which batch elements share a mask: all, none, those of one outer or those of one inner index.
+void draw_mask_batch(Random& random, Problem& p) {
+  MaskBatch& batch = p.mask_batch;
+  const int64_t B = p.size.B, inner = B % 2 == 0 ? 2 : B;
+  if (p.mask_size[0] == 1) return;
+  const int way = B == 0 ? 0 : random.pick<int>({0, 1, 2});
+  batch.inner = way == 0 ? 1 : inner;
+  batch.size[0] = way == 0 ? B : way == 1 ? B / inner : 1;
+  batch.size[1] = way == 2 ? inner : 1;
+  if (batch.size[0] == 1 && batch.size[1] == 1) batch.inner = 1;
+  p.mask_size[0] = batch.masks();
+}
+
 void draw_mask(Random& random, Problem& p) {
   p.has_mask = random.chance(0.85);
   p.mask_dtype = random.chance(0.5) ? accumulator_of(p.dtype)
@@ -60,6 +73,9 @@ void draw_mask(Random& random, Problem& p) {
   p.mask.expanded[0] = random.chance(0.1);
   for (size_t axis = 0; axis < 3; ++axis) {
     p.mask_size[axis] = random.chance(axis == 1 ? 0.6 : 0.3) ? 1 : full[axis];
+  }
+  draw_mask_batch(random, p);
+  for (size_t axis = 0; axis < 3; ++axis) {
     if (p.mask_size[axis] == 1) p.mask.expanded[axis] = true;  // the contract: stride 0 on an axis of size 1
   }
   p.alpha_shared = random.chance(0.3);
@@ -125,8 +141,9 @@ std::string describe(const Problem& p) {
   text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq"
        << p.size.Nq << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;
   if (p.has_mask) {
-    text << (p.mask_is_logits ? " mask logits " : " mask ") << name_of(p.mask_dtype) << " (" << p.mask_size[0] << ", " << p.mask_size[1]
-         << ", " << p.mask_size[2] << ", " << p.size.Nk << ")" << kOddity[static_cast<int>(p.oddity)];
+    text << (p.mask_is_logits ? " mask logits " : " mask ") << name_of(p.mask_dtype) << " (" << p.mask_batch.size[0] << ", "
+         << p.mask_batch.size[1] << ", " << p.mask_size[1] << ", " << p.mask_size[2] << ", " << p.size.Nk << ")"
+         << kOddity[static_cast<int>(p.oddity)];
   }
   text << " padding " << kPadding[static_cast<int>(p.padding)] << " dropout " << p.dropout_p << (p.has_dlse ? " dL" : "") << " needs ";
   const auto need = [&](bool needed, const char* name) { text << (needed ? name : ""); };

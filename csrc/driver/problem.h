@@ -44,6 +44,7 @@ struct Problem {
   DType mask_dtype = DType::kFloat32;
   bool mask_is_logits = false;
   int64_t mask_size[3] = {1, 1, 1};
+  MaskBatch mask_batch;         // without strides
   Oddity oddity = Oddity::kNone;
   Layout query, key, value, mask, dout, dmap;
   bool alpha_shared = false;    // stride 0

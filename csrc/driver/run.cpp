@@ -28,6 +28,9 @@ Scores scores_of(const Problem& p, const Inputs& in) {
   s.dtype = p.dtype;
   s.query = in.query.tensor(), s.key = in.key.tensor(), s.mask = in.mask.tensor();
   std::copy_n(p.mask_size, 3, s.mask_size);
+  s.mask_batch = p.mask_batch;
+  s.mask_batch.stride[0] = s.mask.stride[0] * s.mask_batch.size[1], s.mask_batch.stride[1] = s.mask.stride[0];
+  s.mask.stride[0] = 0;
   s.mask_is_logits = p.mask_is_logits;
   s.alpha = in.alpha.data();
   s.alpha_stride = in.alpha.stride(3);
@@ -63,7 +66,7 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   f.dropout = {p.dropout_p, in.seed};
   const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
   const bool rounded = acc != p.dtype;
-  const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16");
+  const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16" || std::string(kernels.name) == "amx");
   f.out = make.make(true, "out", p.dtype, out_size, a.out, allowed.product);
   f.lse = make.make(true, "lse", acc, row_size, a.lse, allowed.sum);
   f.out_acc = make.make(p.out_saved && rounded, "out_acc", acc, out_size, a.out, allowed.exact_product);

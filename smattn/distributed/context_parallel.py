@@ -1,11 +1,11 @@
-"""Context parallelism: keys that outgrow one device, each rank of a process group holding its own.
+"""Context parallelism: the keys outgrow one device, and each rank of a process group holds some of them.
 
 Rank r computes (1)-(4) of reference.py over its own keys, O_r, L_r and mbar_r. Over all keys
 
     L = log sum_r exp(L_r)      O = sum_r exp(L_r - L) O_r      mbar = sum_r exp(L_r - L) mbar_r
 
-and given those, (5)-(8) are as they stand: P_ij = exp(S_ij - L_i) needs nothing but key j. So backward is the one backward there is, on
-each rank's own keys; dK, dV and dM stay where K, V and M are, and only dQ and dalpha are summed over ranks.
+and given those, (5)-(8) hold as they stand: P_ij = exp(S_ij - L_i) needs no key except j. So each rank calls the ordinary backward on its
+own keys. dK, dV and dM stay where K, V and M are, and dQ and dalpha alone are summed over ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd import Function
 from ..autograd import NO_SECOND
 from ..backends import resolve
 from ..call import Call, Gradients, Needs, Problem, Saved, make_call
-from ..canonical import allow_tf32, autocast, four_axes, per_head, scale_of
+from ..canonical import allow_tf32, alpha_of, autocast, five_axes, of_batch, one_batch_axis, per_head, scale_of
 from ..ops import inside_an_op
 from ..validate import validate
 
@@ -55,7 +55,7 @@ def context_parallel_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """smattn.soft_masked_attention over keys that are sharded over the ranks of a process group; the formulas are those above.
+    """smattn.soft_masked_attention over keys that are sharded over the ranks of a process group, by the formulas at the top of this file.
 
     Every rank calls it with the same query and alpha and with its own keys. Every rank gets the whole output, and is to compute the same
     loss from it: the gradients of query and alpha are then the whole ones on every rank, those of key, value and mask the rank's own.
@@ -74,12 +74,12 @@ def context_parallel_attention(
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
-        TypeError, ValueError: group is no process group, this rank is not in it, or an argument is not as above.
+        TypeError, ValueError: group is not a process group, this rank is not in it, or an argument is not as above.
         NotImplementedError: second derivatives.
 
     Communication, with n = B * H * Nq and words of 4 bytes (8 in float64), whatever the number of keys: forward all-reduces n words,
-    then n * (Dv + 1), one more a query and head if alpha needs a gradient; backward all-reduces n * D words if query needs a gradient, and
-    H more if alpha does. That every rank passes the same sizes is not checked, which would be one more message: a run with
+    then n * (Dv + 1), and n more if alpha needs a gradient. Backward all-reduces n * D words if query needs a gradient, and H more if alpha
+    does. Nobody checks that every rank passes the same sizes, because that would be one more message; a run with
     TORCH_DISTRIBUTED_DEBUG=DETAIL says which rank does not.
     """
     group = _checked(group)
@@ -88,14 +88,17 @@ def context_parallel_attention(
         query, key, value, mask, alpha, mask_logits=None, scale=scale, key_padding_mask=key_padding_mask, enable_gqa=enable_gqa,
         return_lse=return_lse, backend=backend,
     )  # fmt: skip
+    batch = query.shape[:-3]
+    query, key, value = (one_batch_axis(tensor, 3) for tensor in (query, key, value))
     call = make_call(
-        query, key, value, four_axes(mask), per_head(alpha, query), key_padding_mask,
+        query, key, value, five_axes(mask, batch), per_head(alpha_of(alpha, mask, None), query), one_batch_axis(key_padding_mask, 1),
         scale=scale_of(scale, query), allow_tf32=allow_tf32(query),
     )  # fmt: skip
     out, lse = _ContextParallel.apply(
-        *_Arguments(query, key, value, call.mask, call.alpha, key_padding_mask, call.problem, group, backend or "")
+        *_Arguments(query, key, value, call.mask, call.alpha, call.key_padding_mask, call.problem, group, backend or "")
     )
-    return (out, lse) if return_lse else out
+    out = of_batch(out, batch)
+    return (out, of_batch(lse, batch)) if return_lse else out
 
 
 def _checked(group: Any) -> dist.ProcessGroup:
@@ -198,7 +201,7 @@ class _ContextParallelBackward(Function):
 
 
 def _merge(own: Saved, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
-    """O (B, H, Nq, Dv), L and mbar (B, H, Nq) of this rank's keys -> those of all ranks' keys, in the accumulation dtype."""
+    """From O (B, H, Nq, Dv), L and mbar (B, H, Nq) over this rank's keys, those over all ranks' keys, in the accumulation dtype."""
     out, lse, mbar = own
     assert out is not None, "context parallelism asks every backend for the unrounded output"
     largest = lse.clone()
@@ -215,7 +218,7 @@ def _merge(own: Saved, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor
 
 
 def _without_rows(dalpha: Tensor | None, dlse: Tensor | None, call: Call, saved: Saved) -> tuple[Tensor | None, Tensor | float]:
-    """This rank's dalpha without the last term of (8), and that term: it is of rows, not of keys, so every rank has added it."""
+    """This rank's dalpha without the last term of (8), and that term. It belongs to rows and not to keys, so every rank has added it."""
     if dalpha is None or dlse is None or saved.mbar is None:
         return dalpha, 0.0
     term, problem = saved.mbar * dlse, call.problem

@@ -1,6 +1,6 @@
-"""DTensors: the call on batches, heads or queries that are sharded over a mesh, each rank computing its own.
+"""DTensors: the call on batches, heads or queries that are sharded over a mesh. Each rank computes its own.
 
-Over these axes no rank needs another's results. An input that has not the sharded axis, or has it with size 1, is replicated, and the
+Over these axes no rank needs another's results. An input without the sharded axis, or with size 1 along it, is replicated, and the
 gradients that the ranks have for it are summed.
 """
 
@@ -28,22 +28,22 @@ def sharded_attention(
     key_padding_mask: DTensor | None = None,
     **options: Any,
 ) -> Any:
-    """smattn.soft_masked_attention on DTensors, sharded as query is: over batch, Shard(0), heads, Shard(1), queries, Shard(2), or none.
+    """smattn.soft_masked_attention on DTensors that are sharded as query is: over batch, Shard(0), heads, Shard(1), or queries, Shard(2).
 
     Args:
-        query: a DTensor (B, H, Nq, D), on every mesh dimension replicated or sharded over one of these axes.
-        key, value, mask, alpha, key_padding_mask: DTensors on query's mesh, in shapes as in soft_masked_attention; redistributed where they
-            are not sharded as query is. alpha may be a float.
-        options: scale, enable_gqa, return_lse, backend. There is no dropout, whose bits would repeat from shard to shard.
+        query: a DTensor (B, H, Nq, D), replicated or sharded over one of these axes on every mesh dimension.
+        key, value, mask, alpha, key_padding_mask: DTensors on query's mesh, in shapes as in soft_masked_attention. Those that are not
+            sharded as query is are redistributed. alpha may be a float.
+        options: scale, enable_gqa, return_lse, backend. There is no dropout, because its bits would repeat from shard to shard.
 
     Returns:
         A DTensor (B, H, Nq, Dv) placed as query is; with return_lse also (B, H, Nq). Gradients are placed as the inputs were.
 
     Raises:
         TypeError: an argument is not a DTensor.
-        ValueError: query is placed otherwise, key's heads do not divide among the ranks, or as soft_masked_attention.
+        ValueError: query is placed otherwise, key's heads do not divide among the ranks, or as in soft_masked_attention.
 
-    Communication: none in forward unless an input is redistributed; in backward an all-reduce of each gradient of a replicated input.
+    Communication: forward has none unless it redistributes an input; backward all-reduces the gradient of each replicated input.
     """
     if options.get("dropout_p"):
         raise ValueError("dropout_p: expected 0 for sharded tensors, whose dropout bits would repeat from shard to shard")
@@ -67,7 +67,7 @@ def sharded_attention(
 
 
 def _sharded_axis(query: DTensor, dim: int) -> str:
-    """The axis of query that mesh dimension `dim` shards, "" for none."""
+    """The axis of query that mesh dimension `dim` shards; "" where it shards none."""
     placement = query.placements[dim]
     if placement.is_replicate():
         return ""
@@ -77,7 +77,7 @@ def _sharded_axis(query: DTensor, dim: int) -> str:
 
 
 def _local(name: str, tensor: DTensor, query: DTensor, sharded: list[str]) -> Tensor:
-    """This rank's part of an argument, whose gradient comes back summed over the ranks that share it."""
+    """This rank's part of an argument. Its gradient comes back summed over the ranks that share it."""
     axes = "BQK" if name == "mask" and tensor.ndim == 3 else _AXES[name]
     placements: list[Placement] = []
     gradients: list[Placement] = []

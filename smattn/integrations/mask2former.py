@@ -1,8 +1,9 @@
 """Hugging Face's Mask2Former with soft masks: its decoder attends under the predicted masks themselves, which then have a gradient.
 
 The original thresholds each layer's predicted mask at 0.5, detaches it and repeats it for every head; a query whose mask is empty attends
-everywhere. Here M = sigmoid(sharpness * logits), once for all heads, weighs the scores with alpha, and a mask that is nearly empty fades
-into attending everywhere by itself. With large sharpness M is the thresholded mask, and with large alpha the output the original's.
+everywhere. Here one M = sigmoid(sharpness * logits) for all heads is added to the scores, times alpha, and a mask that is nearly empty
+fades into attending everywhere by itself. With large sharpness M is the thresholded mask, and with large alpha the output is the
+original's.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def soften_mask2former(
 ) -> Model:
     """Change a Mask2Former in place: soft-masked cross-attention in every decoder layer, with a gradient to the predicted masks.
 
-    Parameters are shared, not copied; alpha is added, scaling_factors (H,) in every layer's cross_attn: give it a learning rate of its own
-    by smattn.nn.parameter_groups. State dicts of the original load before and after, strictly.
+    Parameters are shared, not copied. Each layer's cross_attn gets one more, alpha, as scaling_factors (H,): give it a learning rate of its
+    own by smattn.nn.parameter_groups. State dicts of the original load before and after, strictly.
 
     Args:
         model: transformers' Mask2FormerModel, Mask2FormerForUniversalSegmentation, or any module with their decoder inside.
@@ -36,7 +37,7 @@ def soften_mask2former(
         model.
 
     Raises:
-        ValueError: no Mask2FormerMaskedAttentionDecoder is inside, or one that is soft already.
+        ValueError: there is no Mask2FormerMaskedAttentionDecoder inside, or it is soft already.
     """
     decoders: list[Any] = [m for m in model.modules() if type(m).__name__ == "Mask2FormerMaskedAttentionDecoder"]
     if not decoders:
@@ -51,22 +52,22 @@ def soften_mask2former(
 
 
 class _SoftMaskPredictor(nn.Module):
-    """In place of Mask2FormerMaskPredictor."""
+    """Stands in the place of Mask2FormerMaskPredictor."""
 
     def __init__(self, mask_embedder: nn.Module, sharpness: float) -> None:
         super().__init__()
         self.mask_embedder, self.sharpness = mask_embedder, sharpness
 
     def forward(self, outputs: Tensor, pixel_embeddings: Tensor, attention_mask_target_size: Any = None) -> tuple[Tensor, Tensor]:
-        """Queries (Nq, B, C) and pixels (B, C, h, w) -> mask logits (B, Nq, h, w), and M (B, Nq, Nk) at the target size."""
+        """From queries (Nq, B, C) and pixels (B, C, h, w), the mask logits (B, Nq, h, w), and M (B, Nq, Nk) at the target size."""
         logits = torch.einsum("bqc, bchw -> bqhw", self.mask_embedder(outputs.transpose(0, 1)), pixel_embeddings)
         resized = F.interpolate(logits, size=attention_mask_target_size, mode="bilinear", align_corners=False)
-        # the decoder multiplies rows that sum to Nk by 0: M = 1 everywhere and M = 0 everywhere are the same attention
+        # The decoder multiplies rows that sum to Nk by 0, which is harmless: M = 1 everywhere and M = 0 everywhere are the same attention.
         return logits, (self.sharpness * resized.flatten(2)).sigmoid()
 
 
 class _SoftCrossAttention(SoftMaskedMultiheadAttention):
-    """In place of a layer's nn.MultiheadAttention, whose attn_mask is now M."""
+    """Stands in the place of a layer's nn.MultiheadAttention. Its attn_mask is M."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor, **_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(query, key, value, need_weights=False, mask=attn_mask)[0], None

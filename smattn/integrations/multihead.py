@@ -14,9 +14,9 @@ from ..nn import initial_alpha
 
 
 class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention whose forward also takes a soft mask. Made from one by `from_module`, whose parameters it shares.
+    """nn.MultiheadAttention whose forward also takes a soft mask. `from_module` makes one that shares the parameters of its module.
 
-    Its state dict is that of nn.MultiheadAttention and scaling_factors (H,), which is alpha; one without scaling_factors loads as well.
+    Its state dict is that of nn.MultiheadAttention, and scaling_factors (H,), which is alpha. One without scaling_factors loads as well.
     """
 
     scaling_factors: Tensor
@@ -25,10 +25,10 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
     def from_module(
         cls, module: nn.MultiheadAttention, alpha_init: float | Sequence[float] | None = None, learnable_alpha: bool = True
     ) -> SoftMaskedMultiheadAttention:
-        """The drop-in for `module`, sharing its parameters.
+        """The drop-in for `module`, with the same parameters.
 
         Args:
-            module: any nn.MultiheadAttention but one with add_bias_kv or add_zero_attn.
+            module: any nn.MultiheadAttention without add_bias_kv and add_zero_attn.
             alpha_init, learnable_alpha: as in smattn.nn.SoftMaskedAttention.
 
         Raises:
@@ -67,19 +67,19 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         """Attend, under a soft mask if one is given.
 
         Args:
-            query, key, value, need_weights: as in nn.MultiheadAttention, batched. Weights are before dropout, and cost a pass of their own.
-            key_padding_mask: bool (B, Nk), True = padding, or what nn.TransformerEncoderLayer makes of that: floating, -inf at padding,
-                else 0 (a RuntimeError where it is not). A query with no key left gives zeros, not NaN.
+            query, key, value, need_weights: as in nn.MultiheadAttention, batched. Weights are those before dropout; a pass computes them.
+            key_padding_mask: bool (B, Nk), True = padding, or what nn.TransformerEncoderLayer makes of that: floating, -inf at padding and
+                0 elsewhere, or else a RuntimeError. A query with no key left gives zeros, not NaN.
             attn_mask: as in nn.MultiheadAttention, (Nq, Nk) or (B * H, Nq, Nk), bool or added to the scores; not together with mask.
-            average_attn_weights: True; the weights of single heads are not computed.
-            is_causal: a hint beside attn_mask, as in nn.MultiheadAttention; without effect.
+            average_attn_weights: True. The weights of single heads are not computed.
+            is_causal: a hint beside attn_mask, as in nn.MultiheadAttention. It has no effect.
             mask: soft mask, (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk), read with alpha, one number a head.
 
         Returns:
-            The output in query's form, and the weights (B, Nq, Nk) averaged over heads, None unless need_weights.
+            The output in query's form, and the weights (B, Nq, Nk) averaged over heads, or None without need_weights.
 
         Raises:
-            TypeError, ValueError: as above is not met, or as in smattn.soft_masked_attention.
+            TypeError, ValueError: an argument is not as above, or as in smattn.soft_masked_attention.
         """
         if query.dim() != 3:
             raise ValueError(f"query: expected a batched, 3-D tensor, got shape {tuple(query.shape)}")
@@ -106,7 +106,7 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _projected(self, *inputs: Tensor) -> list[Tensor]:
-        """query, key, value, batch first -> (B, H, N, D) each."""
+        """query, key and value, given batch first, projected to (B, H, N, D) each."""
         joint = self.in_proj_weight
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if joint is None else joint.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -121,5 +121,5 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if f"{prefix}scaling_factors" in missing:  # of an nn.MultiheadAttention: alpha stays as it is
+        if f"{prefix}scaling_factors" in missing:  # the state dict is an nn.MultiheadAttention's: alpha stays as it is
             missing.remove(f"{prefix}scaling_factors")

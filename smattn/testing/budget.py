@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, Gradients, Needs
-from ..canonical import four_axes
+from ..canonical import of_batch, one_batch_axis
 from .cases import Case, Results
 from .plain import run_plain_and_dead
 
@@ -46,7 +46,7 @@ def dead_queries(case: Case) -> Tensor:
 
 def _in_float64(case: Case) -> Case:
     doubles = {name: t.detach().double() for name, t in case.inputs().items()}
-    return replace(case.with_inputs(doubles), dout=case.dout.double())
+    return replace(case.with_inputs(doubles), dout=case.dout.double(), dlse=None if case.dlse is None else case.dlse.double())
 
 
 _Named = dict[str, "Tensor | None"]
@@ -54,10 +54,10 @@ _Named = dict[str, "Tensor | None"]
 
 def _exact_attention(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of out and dvalue, and the magnitudes of dS and dL."""
-    dlse = None if c.dlse is None else c.dlse.double()
+    dout, dlse = one_batch_axis(c.dout, 3), one_batch_axis(c.dlse, 2)
     out, saved = reference.forward(call, save_out=True, save_mbar=True)
     has_mask = call.mask is not None
-    grads = reference.backward(call, saved, c.dout, dlse, Needs(True, True, True, has_mask, has_mask))
+    grads = reference.backward(call, saved, dout, dlse, Needs(True, True, True, has_mask, has_mask))
     values: _Named = {"out": out, **_named(grads)}
     if dlse is not None:
         values["lse"] = saved.lse
@@ -65,7 +65,7 @@ def _exact_attention(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, 
     problem, seed = call.problem, call.seed
     v = reference.query_head_values(call).abs()
     keep = torch.ones((), dtype=v.dtype, device=v.device) if seed is None else reference.dropout_factor(problem, seed)
-    do = c.dout.masked_fill(t.dead, 0).abs()
+    do = dout.masked_fill(t.dead, 0).abs()
     dl = torch.zeros_like(t.lse) if dlse is None else dlse.masked_fill(t.dead[..., 0], 0).abs()
     out_magnitude = (t.p * keep) @ v
     ds = t.p * ((do @ v.mT) * keep + (do * out_magnitude).sum(-1, keepdim=True) + dl[..., None])
@@ -77,11 +77,11 @@ def _exact_map(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, _Named
     """Values, the magnitudes of map and dhead_weights, and the magnitudes of dS and dL."""
     assert c.head_weights is not None
     amap, lse = reference.attention_map(call)
-    has_mask = call.mask is not None
-    grads = reference.attention_map_backward(call, lse, c.dout, Needs(True, True, False, has_mask, has_mask, True))
+    has_mask, dmap = call.mask is not None, one_batch_axis(c.dout, 2)
+    grads = reference.attention_map_backward(call, lse, dmap, Needs(True, True, False, has_mask, has_mask, True))
     values: _Named = {"map": amap, **_named(grads)}
 
-    dmap = c.dout[:, None].masked_fill(t.p == 0, 0).abs()  # padded keys may be fed anything
+    dmap = dmap[:, None].masked_fill(t.p == 0, 0).abs()  # padded keys may be fed anything
     w = c.head_weights.abs()[:, None, None]
     eta = (dmap * t.p).sum(-1)
     ds = w * t.p * (dmap + eta[..., None])
@@ -183,8 +183,7 @@ def _assert_forms(actual: Results, case: Case) -> None:
     if not actual:
         raise AssertionError("expected at least one result, got none")
     inputs, acc = case.inputs(), case.problem().acc_dtype
-    B, H, Nq, _ = case.query.shape
-    forms = {"out": (case.dout.shape, case.query.dtype), "lse": ((B, H, Nq), acc), "map": (case.dout.shape, acc)}
+    forms = {"out": (case.dout.shape, case.query.dtype), "lse": (case.query.shape[:-1], acc), "map": (case.dout.shape, acc)}
     forms |= {f"d{name}": (tensor.shape, tensor.dtype) for name, tensor in inputs.items()}
     for name, tensor in actual.items():
         if name not in forms:
@@ -195,7 +194,7 @@ def _assert_forms(actual: Results, case: Case) -> None:
 
 
 def _assert_dead(actual: Results, case: Case, dead: Tensor) -> None:
-    wrong = []
+    wrong, dead = [], of_batch(dead, case.batch)
     for name, tensor in actual.items():
         if name == "lse":
             if not tensor[dead].eq(float("-inf")).all():
@@ -207,19 +206,22 @@ def _assert_dead(actual: Results, case: Case, dead: Tensor) -> None:
 
 
 def _summed_from(dead: Tensor, name: str, case: Case) -> Tensor:
-    """Which elements of a tensor are computed from dead queries alone, in a shape that broadcasts to the tensor's."""
+    """Which elements of a tensor are computed from dead queries alone, in a shape that broadcasts to the tensor's.
+
+    dead: (*batch, H, Nq).
+    """
     if name == "map":
-        return dead.all(1)[..., None]
+        return dead.all(-2)[..., None]
     if name in ("dkey", "dvalue"):
-        Hkv = case.key.shape[1]
-        return dead.all(2).unflatten(1, (Hkv, -1)).all(2)[..., None, None]
+        Hkv = case.key.shape[-3]
+        return dead.all(-1).unflatten(-1, (Hkv, -1)).all(-1)[..., None, None]
     if name in ("dmask", "dmask_logits"):
-        mask = four_axes(case.inputs()[name[1:]])
-        assert mask is not None
-        alive = (~dead[..., None]).long().sum_to_size(*mask.shape[:3], 1)
-        return (alive == 0).view(*case.inputs()[name[1:]].shape[:-1], 1)
+        mask = case.inputs()[name[1:]]
+        with_heads = mask if mask.dim() == dead.dim() + 1 else mask.unsqueeze(-3)
+        alive = (~dead[..., None]).long().sum_to_size(*with_heads.shape[:-1], 1)
+        return (alive == 0).view(*mask.shape[:-1], 1)
     if name in ("dalpha", "dhead_weights"):
-        of_head = dead.all(2).all(0)
+        of_head = dead.all(-1).flatten(0, -2).all(0)
         return of_head if case.inputs()[name[1:]].dim() else of_head.all()
     return dead[..., None]  # out, dquery
 
@@ -238,14 +240,14 @@ def _norms(tensor: Tensor) -> tuple[float, float]:
 def _as_given(results: _Named, case: Case) -> Results:
     """Canonical gradients by the names and in the shapes of the case's own arguments: a 3-D mask, an alpha of shape ()."""
     inputs = case.inputs()
+    outputs = {"out": case.dout, "map": case.dout, "lse": case.dlse}
     if "mask_logits" in inputs:
         results = {"dmask_logits" if name == "dmask" else name: tensor for name, tensor in results.items()}
     given = {}
     for name, tensor in results.items():
         if tensor is None or name.startswith("d") and name[1:] not in inputs:
             continue
-        argument = inputs.get(name[1:])
-        if argument is not None:
-            tensor = tensor.sum_to_size(argument.shape) if argument.dim() < 2 else tensor.view(argument.shape)
-        given[name] = tensor
+        form = outputs[name] if name in outputs else inputs[name[1:]]
+        assert form is not None
+        given[name] = tensor.sum_to_size(form.shape) if form.dim() < 2 else tensor.view(form.shape)
     return given

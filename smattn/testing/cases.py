@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention import attention_map, soft_masked_attention
 from ..call import Call, Problem, acc_dtype, make_call
-from ..canonical import draw_seed, four_axes, per_head, scale_of
+from ..canonical import alpha_of, draw_seed, five_axes, of_batch, one_batch_axis, per_head, scale_of
 
 Results = dict[str, Tensor]  # "out", "lse" or "map", and "dquery", "dkey", "dvalue", "dmask", "dalpha", "dhead_weights"
 
@@ -47,6 +47,11 @@ class Case:
         return replace(self, **tensors)
 
     @property
+    def batch(self) -> Sequence[int]:
+        """The sizes of the batch axes."""
+        return self.query.shape[:-3]
+
+    @property
     def is_map(self) -> bool:
         return self.head_weights is not None
 
@@ -59,15 +64,17 @@ class Case:
 
     def _call(self, seed: Tensor | None) -> Call:
         acc = acc_dtype(self.query.dtype)
+        query, key, value = (one_batch_axis(tensor, 3) for tensor in (self.query, self.key, self.value))
         return make_call(
-            self.query, self.key, None if self.is_map else self.value, self.mask_or_logits(), per_head(self.alpha, self.query),
-            self.key_padding_mask, seed, None if self.head_weights is None else self.head_weights.to(acc).contiguous(),
-            scale=scale_of(self.scale, self.query), dropout_p=self.dropout_p, mask_is_logits=self.mask_logits is not None,
+            query, key, None if self.is_map else value, self.mask_or_logits(),
+            per_head(alpha_of(self.alpha, self.mask, self.mask_logits), query),
+            one_batch_axis(self.key_padding_mask, 1), seed, None if self.head_weights is None else self.head_weights.to(acc).contiguous(),
+            scale=scale_of(self.scale, query), dropout_p=self.dropout_p, mask_is_logits=self.mask_logits is not None,
         )  # fmt: skip
 
     def mask_or_logits(self) -> Tensor | None:
-        """mask or mask_logits, whichever is given, with four axes."""
-        return four_axes(self.mask if self.mask_logits is None else self.mask_logits)
+        """mask or mask_logits, whichever is given, in canonical form."""
+        return five_axes(self.mask if self.mask_logits is None else self.mask_logits, self.batch)
 
     def seed(self) -> Tensor | None:
         """The dropout seed that the call will draw."""
@@ -100,6 +107,7 @@ def make_case(
     Nk: int,
     D: int,
     *,
+    batch: Sequence[int] = (),
     Dv: int | None = None,
     Hkv: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -117,6 +125,7 @@ def make_case(
 
     Args:
         B, H, Nq, Nk, D, Dv, Hkv: sizes; Dv is D and Hkv is H unless given.
+        batch: sizes of several batch axes, whose product is B; mask_shape then has as many.
         mask: "uniform" in [0, 1], "blob" by blob_mask, "logits" (normal, times 3) in place of a mask, or None.
         mask_shape: (B, Nq, Nk) unless given; "blob" takes no other.
         with_lse: the call also returns lse, which has a gradient.
@@ -137,19 +146,20 @@ def make_case(
         m = torch.rand(*(mask_shape or (B, Nq, Nk)), generator=g, dtype=acc).to(device, mask_dtype)
     elif mask == "logits":
         m = 3 * normal(*(mask_shape or (B, Nq, Nk)), to=mask_dtype)
+    axes = tuple(batch) or (B,)
     return Case(
-        query=normal(B, H, Nq, D),
-        key=normal(B, Hkv, Nk, D),
-        value=normal(B, Hkv, Nk, Dv),
+        query=of_batch(normal(B, H, Nq, D), axes),
+        key=of_batch(normal(B, Hkv, Nk, D), axes),
+        value=of_batch(normal(B, Hkv, Nk, Dv), axes),
         mask=None if mask == "logits" else m,
         mask_logits=m if mask == "logits" else None,
         alpha=None if m is None else default_alpha(H).to(device, acc),
-        dout=normal(B, Nq, Nk, to=acc) if as_map else normal(B, H, Nq, Dv),
-        dlse=normal(B, H, Nq, to=acc) if with_lse and not as_map else None,
+        dout=of_batch(normal(B, Nq, Nk, to=acc) if as_map else normal(B, H, Nq, Dv), axes),
+        dlse=of_batch(normal(B, H, Nq, to=acc), axes) if with_lse and not as_map else None,
         head_weights=normal(H, to=acc) if as_map else None,
         dropout_p=dropout_p,
         rng=rng,
-        key_padding_mask=(torch.rand(B, Nk, generator=g) < padded).to(device) if padded else None,
+        key_padding_mask=of_batch((torch.rand(B, Nk, generator=g) < padded).to(device), axes) if padded else None,
         enable_gqa=Hkv != H,
     )
 

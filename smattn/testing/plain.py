@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..canonical import per_head
+from ..call import Call
+from ..canonical import of_batch
 from .cases import Case, Results, with_gradients
 
 
@@ -61,30 +62,34 @@ def run_plain_and_dead(case: Case) -> tuple[Results, Tensor]:
     """
     leaves = {name: t.detach().requires_grad_() for name, t in case.inputs().items()}
     c = case.with_inputs(leaves)
-    problem, padding, seed = c.problem(), c.key_padding_mask, c.seed()
+    call = c.call()
+    problem, padding, seed = call.problem, call.key_padding_mask, call.seed
     groups = problem.H // problem.Hkv
-    k = reference.attended(c.key, padding).repeat_interleave(groups, 1)
-    v = reference.attended(c.value, padding).repeat_interleave(groups, 1)
+    k = reference.attended(call.key, padding).repeat_interleave(groups, 1)
+    v = k if call.value is None else reference.attended(call.value, padding).repeat_interleave(groups, 1)
     keep = None if seed is None else reference.dropout_factor(problem, seed)
-    out, s, p = plain(c.query, k, v, _mask(c), per_head(c.alpha, c.query), scale=c.scale, key_padding_mask=padding, keep=keep)
+    out, s, p = plain(call.query, k, v, _mask(call), call.alpha, scale=problem.scale, key_padding_mask=padding, keep=keep)
     dead = ~p.any(-1)
-    if c.head_weights is not None:
-        amap = (c.head_weights.to(problem.acc_dtype)[:, None, None] * p).sum(1)
+    if call.head_weights is not None:
+        amap = (call.head_weights[:, None, None] * p).sum(1)
         if padding is not None:
             amap = amap.masked_fill(padding[:, None, :], 0)  # the gradient fed to a padded key may be NaN
-        return with_gradients({"map": amap}, leaves, c), dead
-    outputs = {"out": out}
-    alive = replace(c, dout=c.dout.masked_fill(dead[..., None], 0))
+        return with_gradients({"map": of_batch(amap, c.batch)}, leaves, c), dead
+    outputs = {"out": of_batch(out, c.batch)}
+    alive = replace(c, dout=c.dout.masked_fill(of_batch(dead, c.batch)[..., None], 0))
     if c.dlse is not None:
-        outputs["lse"] = torch.logsumexp(s, -1).to(problem.acc_dtype).masked_fill(dead, float("-inf"))
-        alive = replace(alive, dlse=c.dlse.masked_fill(dead, 0))
+        lse = torch.logsumexp(s, -1).to(problem.acc_dtype).masked_fill(dead, float("-inf"))
+        outputs["lse"] = of_batch(lse, c.batch)
+        alive = replace(alive, dlse=c.dlse.masked_fill(of_batch(dead, c.batch), 0))
     return with_gradients(outputs, leaves, alive), dead
 
 
-def _mask(case: Case) -> Tensor | None:
-    """M (B|1, H|1, Nq|1, Nk), from logits where the case has them; 0 at padded keys, (B, ...) then."""
-    mask = case.mask_or_logits()
-    if mask is not None and case.key_padding_mask is not None:
-        padding = case.key_padding_mask[:, None, None, :]
+def _mask(call: Call) -> Tensor | None:
+    """M (B|1, H|1, Nq|1, Nk), from logits where the call has them; 0 at padded keys, (B, ...) then."""
+    if call.mask is None:
+        return None
+    mask = reference.mask_of_the_batch(call.mask, call.problem)
+    if call.key_padding_mask is not None:
+        padding = call.key_padding_mask[:, None, None, :]
         mask = torch.where(padding, torch.zeros((), dtype=mask.dtype, device=mask.device), mask)
-    return mask if mask is None or case.mask_logits is None else torch.sigmoid(mask)
+    return torch.sigmoid(mask) if call.problem.mask_is_logits else mask

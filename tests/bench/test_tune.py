@@ -67,7 +67,7 @@ def test_the_call_of_every_cell_launches_its_tile(arch, table):
         own = tiles.TABLE.get(cell.key(arch))
         marked = tune.present(cell, arch)._replace(stages=100)
         tune.put(cell, arch, marked)
-        launched = [tile for *_, tile in tune.aot.record(cell.job(arch, training=not cell.forward))]
+        launched = [tile for *_, tile in tune.jobs.record(cell.job(arch, training=not cell.forward))]
         assert marked._replace(tma=False) in [tile._replace(tma=False) for tile in launched], cell
         tiles.TABLE.pop(cell.key(arch)) if own is None else tune.put(cell, arch, own)
 
@@ -226,7 +226,7 @@ def test_what_is_compiled_ahead_is_what_is_timed(cell, monkeypatch):
     def seen(kernel, arguments, tile):
         return kernel.__name__, tile, {name: told(value) for name, value in arguments.items()}
 
-    ahead = [seen(*launched) for launched in tune.aot.record(cell.job(ARCH, not cell.forward))]
+    ahead = [seen(*launched) for launched in tune.jobs.record(cell.job(ARCH, not cell.forward))]
 
     class Launches(list):
         def append(self, launched):
@@ -283,10 +283,10 @@ tune.put(cell, 90, present)
 with_descriptors = tune.Cell("forward", 2, 64)
 assert tune.present(with_descriptors, 90).tma
 tune.failure(with_descriptors, 90, tune.present(with_descriptors, 90))
-before, meta = folders(), tune.aot.torch.empty
-tune.aot.torch.empty = lambda *sizes, **more: meta(*sizes, **(more | {"device": "cpu"}))  # real pointers, as in a launch
+before, meta = folders(), tune.jobs.torch.empty
+tune.jobs.torch.empty = lambda *sizes, **more: meta(*sizes, **(more | {"device": "cpu"}))  # real pointers, as in a launch
 for cell in (cell, with_descriptors):
-    for kernel, arguments, tile in tune.aot.record(cell.job(90, training=False)):
+    for kernel, arguments, tile in tune.jobs.record(cell.job(90, training=False)):
         kernel.device_caches.clear()
         kernel.warmup(**arguments, grid=(7,), **tile.options())
 print(folders() - before)

@@ -52,8 +52,10 @@ def test_the_kernels_offered_are_those_of_the_processor_the_fastest_first():
         flags = set(info["flags"].split())
         avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
         needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
+        in_software = "in software" in torch.ops.smattn_cpu.cpu_kernels_reason()  # built with SMATTN_AMX=EMULATED
+        needed["amx"] = needed["avx512bf16"] if in_software else {*needed["avx512bf16"], "amx_tile", "amx_bf16"}
         slow_dot = (info["vendor_id"], int(info["cpu family"]), int(info["model"])) in SLOW_BFLOAT16_DOT
-        order = ["avx512", "avx512bf16", "avx2"] if slow_dot else ["avx512bf16", "avx512", "avx2"]
+        order = ["amx", *(["avx512", "avx512bf16"] if slow_dot else ["avx512bf16", "avx512"]), "avx2"]
         expected = [name for name in order if needed[name] <= flags] + expected
     assert expected == KERNELS
 
@@ -97,6 +99,17 @@ def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
         case = replace(case, alpha=0.01 * case.alpha if mask_dtype else None, value=case.value[:, :, :1].expand_as(case.value).contiguous())
         with forced(name):
             assert_within_budget(run(case, "cpu"), case)
+
+
+@pytest.mark.parametrize("slope", [128, -128, 4096])
+@pytest.mark.parametrize("name", KERNELS)
+def test_scores_that_grow_from_key_to_key(name, slope):
+    """By more than float32 holds as exponents, while the kernels go from one block of keys to the next."""
+    case = make_case(1, 2, 40, 700, 32, dtype=torch.bfloat16, mask_dtype=torch.float32)
+    ramp = torch.linspace(0, slope, 700) + case.mask
+    case = replace(case, mask=ramp, alpha=torch.ones(2))
+    with forced(name):
+        assert_within_budget(run(case, "cpu"), case)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -164,8 +177,10 @@ def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
     assert differing(run(case, "cpu"), run(other, "cpu")) == []
 
 
-def test_several_python_threads_at_once():
-    cases = [make_case(**shape) for shape in SHAPES.values() if "dropout_p" not in shape]  # all threads share torch's generator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_python_threads_at_once(dtype):
+    shapes = [shape for shape in SHAPES.values() if "dropout_p" not in shape]  # all threads share torch's generator
+    cases = [make_case(**shape, dtype=dtype) for shape in shapes]
     alone = [run(case, "cpu") for case in cases]
     start, wrong = threading.Barrier(len(cases)), []
 
@@ -188,7 +203,7 @@ FORK = """
 import os, sys, torch
 from smattn.testing import make_case, run
 torch.set_num_threads(2)
-case = make_case(1, 4, 13, 3001, 32, with_lse=True, padded=0.2)
+case = make_case(1, 4, 13, 3001, 32, dtype=torch.{dtype}, with_lse=True, padded=0.2)
 before = run(case, "cpu")  # torch's threads now exist, and will not in the child
 child = os.fork()
 if child == 0:
@@ -223,8 +238,9 @@ def test_a_large_gradient_is_faulted_in_by_huge_pages():
     assert faults < size / 4096 / 4
 
 
-def test_a_forked_child_with_one_thread():
-    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forked_child_with_one_thread(dtype):
+    result = subprocess.run([sys.executable, "-c", FORK.replace("{dtype}", dtype)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 

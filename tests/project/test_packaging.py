@@ -79,7 +79,7 @@ def test_the_wheel_made_from_the_sdist_installs_and_works(source, tmp_path, monk
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"smattn/{path.relative_to(ROOT / 'smattn')}" for path in (ROOT / "smattn").rglob("*.py")}
-    modules |= {f"smattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules |= {f"smattn/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
     assert names == modules | {"smattn/_cpu.so", "smattn/py.typed", "smattn/kernels/tiles.csv"}
     file, version, *reasons = run_installed(wheel, tmp_path / "site")
     assert Path(file).is_relative_to(tmp_path / "site") and version == wheel.name.split("-")[1] and reasons == []

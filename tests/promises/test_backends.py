@@ -22,6 +22,8 @@ def test_every_name_of_the_signature_has_a_row_and_a_reason():
     status = smattn.backends()
     assert tuple(status) == NAMES
     assert all(bool(s.reasons) != s.available for s in status.values())
+    assert [name for name, s in status.items() if s.notes] == [name for name in ("cpu",) if status[name].available]
+    assert all("kernels" in note for note in status["cpu"].notes)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -8,12 +8,12 @@ import torch
 
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_dead_rows, assert_within_budget, dead_queries, make_case, run
-from tests.support.expected import BACKENDS
+from tests.support.expected import BACKENDS, INTERPRETED
 
 pytestmark = pytest.mark.promise("defined")
-LEARNED = ("reference",)  # backends that hold this promise
-PAIRS = [(name, dtype) for name in LEARNED for dtype in BACKENDS[name].dtypes]
-on_every_backend = pytest.mark.parametrize("name", LEARNED)
+PAIRS = [(name, dtype) for name in BACKENDS for dtype in BACKENDS[name].dtypes]
+SLOW = [pytest.mark.slow] if INTERPRETED else []  # an interpreter takes minutes for all of these; `test_in_every_dtype` is in the fast tier
+on_every_backend = pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name == "triton" else []) for name in BACKENDS])
 on_every_backend_and_dtype = pytest.mark.parametrize("name, dtype", PAIRS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in PAIRS])
 attention_and_map = pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
 few_and_many_queries = pytest.mark.parametrize("Nq", [5, 40, 131])

@@ -126,10 +126,10 @@ def functions(request, device):
     def formulas(*tensors):
         if as_map:
             query, key, mask, alpha, weights = tensors
-            call = make_call(query, key, None, mask[:, None], alpha, None, head_weights=weights, scale=scale)
+            call = make_call(query, key, None, mask[:, None, None], alpha, None, head_weights=weights, scale=scale)
             return reference.attention_map(call)[0].square().sum()
         query, key, value, mask, alpha = tensors
-        call = make_call(query, key, value, mask[:, None], alpha, None, scale=scale)
+        call = make_call(query, key, value, mask[:, None, None], alpha, None, scale=scale)
         out, saved = reference.forward(call, save_out=False, save_mbar=False)
         return out.square().sum() + saved.lse.square().sum()
 

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smattn import ops
 from smattn.call import Needs
-from smattn.canonical import four_axes, per_head
+from smattn.canonical import five_axes, per_head
 from smattn.testing import assert_within_budget, make_case, run
 
 OPTIONS = [
@@ -22,7 +22,7 @@ MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 
 
 def canonical(case):
-    masks = (four_axes(case.mask), four_axes(case.mask_logits))
+    masks = (five_axes(case.mask, case.batch), five_axes(case.mask_logits, case.batch))
     return (case.query, case.key, case.value, *masks, per_head(case.alpha, case.query), case.key_padding_mask, case.seed())
 
 
@@ -66,7 +66,7 @@ def test_opcheck_backward(backend, device, options, needs):
 @pytest.mark.parametrize("options", [{}, {"mask": None}, {"padded": 0.4, "Hkv": 1}, {"mask": "logits"}], ids=str)
 def test_opcheck_maps(map_backend, device, options):
     case = make_case(2, 2, 3, 9, 4, as_map=True, device=device, **options)
-    masks = (four_axes(case.mask), four_axes(case.mask_logits))
+    masks = (five_axes(case.mask, case.batch), five_axes(case.mask_logits, case.batch))
     inputs = (case.query, case.key, *masks, per_head(case.alpha, case.query), case.head_weights, case.key_padding_mask)
     scale = case.problem().scale
     report = torch.library.opcheck(ops.attention_map, requiring_grad((*inputs, scale, False, map_backend)))

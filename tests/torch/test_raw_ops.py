@@ -23,7 +23,7 @@ def raw_op(library, name):
 def inputs():
     return dict(
         query=torch.randn(B, H, NQ, D), key=torch.randn(B, HKV, NK, D), value=torch.randn(B, HKV, NK, DV),
-        mask=torch.rand(B, 1, NQ, NK), mask_is_logits=False, alpha=torch.ones(H), key_padding_mask=None, seed=None,
+        mask=torch.rand(B, 1, 1, NQ, NK), mask_is_logits=False, alpha=torch.ones(H), key_padding_mask=None, seed=None,
         scale=0.3, dropout_p=0.0,
     )  # fmt: skip
 
@@ -69,10 +69,12 @@ REFUSED = [
     (EVERY, dict(alpha=None), "alpha: expected one exactly when there is a mask"),
     (EVERY, dict(alpha=torch.ones(H + 1)), "alpha: expected size 4 on axis 0, got 5"),
     (EVERY, dict(alpha=torch.ones(H, dtype=torch.float64)), "alpha: expected the accumulation dtype"),
-    (EVERY, dict(mask=torch.zeros(B, NQ, NK)), "mask: expected 4 dimensions, got 3"),
-    (EVERY, dict(mask=torch.zeros(B, 2, NQ, NK)), "mask: expected size 1 or query's, got 2, 2, 3"),
-    (EVERY, dict(mask=torch.zeros(B, 1, NQ, NK + 1)), "mask: expected size 5 on axis 3, got 6"),
-    (EVERY, dict(mask=torch.zeros(B, 1, NQ, NK, dtype=torch.bool)), "mask: expected float16, bfloat16, float32 or float64"),
+    (EVERY, dict(mask=torch.zeros(B, 1, NQ, NK)), "mask: expected 5 dimensions, got 4"),
+    (EVERY, dict(mask=torch.zeros(B, 1, 2, NQ, NK)), "mask: expected size 1 or query's, got 2, 1, 2, 3"),
+    (EVERY, dict(mask=torch.zeros(B, 2, 1, NQ, NK)), "mask: expected size 1 or query's, got 2, 2, 1, 3"),
+    (EVERY, dict(mask=torch.zeros(3, 1, 1, NQ, NK)), "mask: expected size 1 or query's, got 3, 1, 1, 3"),
+    (EVERY, dict(mask=torch.zeros(B, 1, 1, NQ, NK + 1)), "mask: expected size 5 on axis 4, got 6"),
+    (EVERY, dict(mask=torch.zeros(B, 1, 1, NQ, NK, dtype=torch.bool)), "mask: expected float16, bfloat16, float32 or float64"),
     (EVERY, dict(key_padding_mask=torch.zeros(B, NK + 1, dtype=torch.bool)), "key_padding_mask: expected size 5 on axis 1, got 6"),
     (EVERY, dict(key_padding_mask=torch.zeros(B, NK)), "key_padding_mask: expected bool"),
     (EVERY, dict(lse=torch.zeros(B, H, NQ + 1)), "lse: expected size 3 on axis 2, got 4"),
@@ -91,7 +93,7 @@ REFUSED = [
     (("backward",), dict(mbar=None), "mbar: expected with dalpha"),
     (BACKWARDS, dict(mask=None, alpha=None), "dmask, dalpha: expected none without a mask"),
     (("attention_map_backward",), dict(dmap=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmap: expected the accumulation dtype"),
-    (BACKWARDS, dict(dmask=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmask: expected a contiguous tensor"),
+    (BACKWARDS, dict(dmask=torch.zeros(B, 1, 1, NQ, NK, dtype=torch.float64)), "dmask: expected a contiguous tensor"),
     (BACKWARDS, dict(dquery=torch.zeros(B, NQ, H, D).transpose(1, 2)), "dquery: expected a contiguous tensor"),
 ]
 CASES = [(op, changed, message) for ops, changed, message in REFUSED for op in ops]

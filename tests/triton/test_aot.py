@@ -23,9 +23,9 @@ MAP_KERNELS = {"map", "map_means", "map_rows"}
 
 ONE_OF_EACH_REGIME = """
 import json, torch
-from smattn.kernels import aot
-jobs = [aot.Job(90, torch.float16, 64, Nq, aot.FEATURES) for Nq in (13, 1045)]
-rows = [row for job in jobs for row in aot.compile_job(job)]
+from smattn.kernels.tools import aot, jobs
+calls = [jobs.Job(90, torch.float16, 64, Nq, jobs.FEATURES) for Nq in (13, 1045)]
+rows = [row for call in calls for row in aot.compile_job(call)]
 broken = {
     "shared": [row._replace(shared=2**20).failure() for row in rows],
     "spill": [row._replace(reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
@@ -74,7 +74,7 @@ def test_one_of_each_regime_compiles():
 
 
 def test_machine_code_of_serialised_wgmma_is_read_as_such():
-    machine_code = pytest.importorskip("smattn.kernels.machine_code")
+    machine_code = pytest.importorskip("smattn.kernels.tools.machine_code")
     assert machine_code.tensor_cores(SERIAL) == ("HGMMA", 1, 1, 2)
     pipelined = SERIAL.replace("R24, gsb0 ;\n", "R24 ;\n").replace("!UPT, gsb0", "!UPT").replace("        /*0120*/", "//")
     assert machine_code.tensor_cores(pipelined)[1:3] == (2, 2)
@@ -82,7 +82,7 @@ def test_machine_code_of_serialised_wgmma_is_read_as_such():
 
 
 def test_it_refuses_to_run_under_the_interpreter():
-    result = without_interpreter("-m", "smattn.kernels.aot", TRITON_INTERPRET="1")
+    result = without_interpreter("-m", "smattn.kernels.tools.aot", TRITON_INTERPRET="1")
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
 
 
@@ -106,7 +106,7 @@ def test_the_table_in_the_results_is_the_whole_product_and_without_a_failure():
 
 @pytest.mark.slow
 def test_every_kernel_chip_and_dtype_compiles():
-    result = without_interpreter("-m", "smattn.kernels.aot", "--sample")
+    result = without_interpreter("-m", "smattn.kernels.tools.aot", "--sample")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [match.groups() for match in ROWS.finditer(result.stdout)]
     counted = int(re.search(r"^(\d+) kernels compiled for sm_80, sm_90, sm_100, 0 failed$", result.stdout, re.MULTILINE)[1])

@@ -18,6 +18,7 @@ if "triton" not in BACKENDS:
     pytest.skip("triton is not expected here", allow_module_level=True)
 
 from smattn.kernels import backend  # noqa: E402
+from smattn.kernels.tools import jobs  # noqa: E402
 
 pytestmark = pytest.mark.promise("Triton kernels")
 
@@ -75,6 +76,13 @@ def test_few_queries_of_a_map(device):
     assert backward_passes(13, ("query", "key", "mask", "alpha"), device, as_map=True) == ["map_means", "map_rows", "few_queries", "reduce"]
 
 
+@pytest.mark.parametrize("Nq", [13, 1045])
+def test_a_map_has_no_gradient_of_value_even_where_every_gradient_is_wanted(Nq):
+    """Ahead-of-time compilation wants them all, and must compile the kernels that calls launch."""
+    passes = [arguments for _, arguments, _ in jobs.record(jobs.Job(90, torch.float16, 64, Nq, jobs.MAP)) if "NEED_DV" in arguments]
+    assert [(arguments["NEED_DK"], arguments["NEED_DV"]) for arguments in passes] == [(True, False)]
+
+
 ALLOCATIONS = {"aten.empty.memory_format", "aten.empty_like.default", "aten.view.dtype", "aten.detach.default"}
 
 
@@ -98,7 +106,7 @@ def few_queries(device, Nq, dtype=torch.float16, options=False, D=32):
         return torch.empty(sizes, dtype=dtype, device=device)
 
     call = make_call(
-        tensor(B, H, Nq, D), tensor(B, Hkv, Nk, D), tensor(B, Hkv, Nk, D), tensor(B, 1, Nq, Nk, dtype=torch.float32),
+        tensor(B, H, Nq, D), tensor(B, Hkv, Nk, D), tensor(B, Hkv, Nk, D), tensor(B, 1, 1, Nq, Nk, dtype=torch.float32),
         tensor(H, dtype=torch.float32), tensor(B, Nk, dtype=torch.bool) if options else None,
         tensor(1, dtype=torch.int64) if options else None, scale=1.0, dropout_p=0.1 if options else 0.0,
     )  # fmt: skip

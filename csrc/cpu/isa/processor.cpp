@@ -1,7 +1,14 @@
 #include "cpu/isa/processor.h"
 
+#include <cerrno>
+#include <cstring>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace smattn::cpu {
@@ -33,6 +40,27 @@ bool has_slow_bfloat16_dot(const Processor& p) {
   for (const Known& known : kSlow) {
     if (p.vendor == known.vendor && p.family == known.family && p.model == known.model) return true;
   }
+  return false;
+}
+
+bool has_tiles() {
+#if defined(__x86_64__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBFloat16) != 0 && (d & kTile) != 0;
+#else
+  return false;
+#endif
+}
+
+bool may_use_tiles([[maybe_unused]] std::string& reason) {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // Linux's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return true;
+  reason = std::string("the system does not let this process use the processor's matrix tiles (arch_prctl: ") + std::strerror(errno) + ")";
+#else
+  reason = "the processor's matrix tiles are used on Linux alone";
+#endif
   return false;
 }
 

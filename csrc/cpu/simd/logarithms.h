@@ -12,7 +12,10 @@ constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558
 inline double to_log2(double x) { return __builtin_fma(x, kLog2e, x * kLog2eRest); }
 inline double to_natural(double x) { return __builtin_fma(x, kLn2, x * kLn2Rest); }
 
-// What to subtract from the exponents of a row: lse, but where that is infinite NaN, as any softmax is there.
-inline double exponent_of(double lse) { return lse - lse == 0 ? to_log2(lse) : __builtin_nan(""); }
+// What to subtract from the exponents of a row: lse; +inf in a dead row, so that P is 0; and NaN where a score is +inf, as any softmax is.
+inline double exponent_of(double lse) {
+  if (lse - lse == 0) return to_log2(lse);
+  return lse < 0 ? __builtin_inf() : __builtin_nan("");
+}
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -26,6 +26,18 @@ constexpr int64_t kStepsPerElement = 1;  // steps in an element
 template <>
 constexpr int64_t kStepsPerElement<BFloat16Pair> = 2;
 
+// What a product reads at a time, so many rows of a and so many steps (elements) of both: whole tiles, where there are any.
+template <class E>
+constexpr int64_t kRowUnit = 1;
+template <class E>
+constexpr int64_t kStepUnit = 1;
+#if defined(SMATTN_TILES)
+template <>
+constexpr int64_t kRowUnit<BFloat16Pair> = 16;
+template <>
+constexpr int64_t kStepUnit<BFloat16Pair> = 16;
+#endif
+
 // An element, wherever it lies.
 template <class E>
 inline E element_at(const void* p) {
@@ -114,6 +126,11 @@ struct Prefetch {
   Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
     const int64_t lines = line == nullptr ? 0 : (last - line) / 64 + 1;
     return {line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
+  }
+  // The same where there are few steps, `count` lines at each.
+  int64_t lines_at_each(int64_t steps) const { return line == nullptr ? 0 : ((last - line) / 64 + steps) / steps; }
+  void lines(int64_t count) {
+    for (; count > 0 && line <= last; --count, line += 64) __builtin_prefetch(line);
   }
   void spread_over(int64_t steps) { advance = last - line > 64 * steps ? 128 : 64; }
   void step() {

@@ -6,8 +6,12 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-constexpr int64_t kQueries = 64;  // at most, in a block
-constexpr int64_t kKeys = 144;    // at most
+// At most so many queries and keys in a block; blocks of keys, and strips of them, are multiples of so many.
+#if defined(SMATTN_TILES)
+constexpr int64_t kQueries = 128, kKeys = 128, kKeyUnit = 32, kStripUnit = 32;
+#else
+constexpr int64_t kQueries = 64, kKeys = 144, kKeyUnit = 8, kStripUnit = 1;
+#endif
 
 // Nq and Nk cut into blocks of nearly equal size: fixed by the shape alone, so that every sum has one order.
 template <class T>
@@ -21,7 +25,7 @@ struct Blocking {
     queries = round_up(blocks_of(Nq, larger_of<int64_t>(query_blocks, 1)), kLanes<T>);
     query_blocks = blocks_of(Nq, larger_of<int64_t>(queries, 1));
     key_blocks = blocks_of(Nk, kKeys);
-    keys = round_up(blocks_of(Nk, larger_of<int64_t>(key_blocks, 1)), 8);
+    keys = round_up(blocks_of(Nk, larger_of<int64_t>(key_blocks, 1)), kKeyUnit);
     key_blocks = blocks_of(Nk, larger_of<int64_t>(keys, 1));
   }
 };
@@ -69,7 +73,8 @@ inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t 
 template <class T>
 inline int64_t strip_keys(int64_t lanes) {
   constexpr int64_t kStripBytes = 9 << 10;
-  return larger_of<int64_t>(1, smaller_of(kKeys, kStripBytes / static_cast<int64_t>(sizeof(T)) / lanes));
+  const int64_t keys = smaller_of(kKeys, kStripBytes / static_cast<int64_t>(sizeof(T)) / lanes);
+  return larger_of(kStripUnit, keys / kStripUnit * kStripUnit);
 }
 inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
   KeyBlock strip;
@@ -80,14 +85,6 @@ inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
     strip.attended -= strip.padded[j];
   }
   return strip;
-}
-
-// False where every key is padding: then out and all gradients are 0.
-inline bool has_keys(const Scores& s, int64_t b) {
-  for (int64_t j = 0; j < s.size.Nk; ++j) {
-    if (s.padding == nullptr || !s.padding[b * s.padding_stride[0] + j * s.padding_stride[1]]) return true;
-  }
-  return false;
 }
 
 inline int64_t kv_head(const Sizes& n, int64_t h) { return h / (n.H / n.Hkv); }

@@ -18,10 +18,17 @@ inline void exp2_of(T* x, const Before& before, const After& after) {
   for (int i = 0; i < kExpAtOnce; ++i) store(x + i * kLanes<T>, after(e[i]));
 }
 
+// The numbered one of the masks, as Tensor4 with no batch axis.
+inline Tensor4 mask_at(const Scores& s, int64_t mask) {
+  Tensor4 own = s.mask;
+  own.data = static_cast<const char*>(s.mask.data) + s.mask_batch.offset_of(mask) * bytes_of(s.mask.dtype);
+  return own;
+}
+
 // M of a query and a key block; padded keys are 0. rows: [kQueries][kKeys], overwritten.
 template <class T>
 inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
-  read_tile<T>(s.mask, b, h, q, k, rows, tile);
+  read_tile<T>(mask_at(s, s.mask_batch.mask_of(b)), 0, h, q, k, rows, tile);
   if (!s.mask_is_logits) return;
   const int64_t size = k.count * q.lanes, whole = round_up(size, kSigmoids<T>);
   fill<T>(tile + size, whole - size, T(0));
@@ -50,16 +57,16 @@ inline void through_sigmoid(const Strided& logits, int64_t columns, T* row) {
   }
 }
 
-// dM of the queries from q on and the keys from k on, [queries][keys] in rows of `stride`, to its place; b and h are those of M's axes.
+// dM of the queries from q on and the keys from k on, [queries][keys] in rows of `stride`, to its place; mask is its number, and h that of M's axis.
 template <class T>
-inline void write_dmask(const Scores& s, int64_t b, int64_t h, int64_t q, int64_t k, T* rows, int64_t stride, int64_t queries, int64_t keys,
-                        void* dmask) {
+inline void write_dmask(const Scores& s, int64_t mask, int64_t h, int64_t q, int64_t k, T* rows, int64_t stride, int64_t queries,
+                        int64_t keys, void* dmask) {
   if (s.mask_is_logits) {
-    Strided logits = rows_of(s.mask, b, h, q);
+    Strided logits = rows_of(mask_at(s, mask), 0, h, q);
     logits.offset += k * s.mask.stride[3];
     for (int64_t i = 0; i < queries; ++i, logits.offset += logits.row_stride) through_sigmoid<T>(logits, keys, rows + i * stride);
   }
-  const int64_t offset = ((b * s.mask_size[1] + h) * s.mask_size[2] + q) * s.size.Nk + k;
+  const int64_t offset = ((mask * s.mask_size[1] + h) * s.mask_size[2] + q) * s.size.Nk + k;
   write_rows<T>(rows, stride, queries, keys, dmask, s.mask.dtype, offset, s.size.Nk);
 }
 

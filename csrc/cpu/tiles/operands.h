@@ -2,7 +2,7 @@
 // A row of n numbers takes row_elements(n) elements, whole vectors; numbers beyond the last are 0.
 #pragma once
 
-#include "cpu/simd/product.h"
+#include "cpu/simd/product_tiles.h"
 #include "cpu/tiles/storage.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -63,7 +63,11 @@ Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, 
 Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second);
 #endif
 
-// Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`.
+// Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`, which holds steps_size elements.
+template <class E>
+inline int64_t steps_size(int64_t count, int64_t columns) {
+  return kStepsPerElement<E> == 1 ? 0 : round_up(packed<E>(count), kStepUnit<E>) * round_up(columns, kLanes<E>);
+}
 template <class E>
 inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* to) {
   if constexpr (kStepsPerElement<E> == 1) {
@@ -74,7 +78,21 @@ inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* t
       const E *first = rows.data + r * rows.stride, *second = r + 1 < count ? first + rows.stride : nullptr;
       for (int64_t c = 0; c < stride; c += kLanes<E>) store(to + r / 2 * stride + c, paired(first, second, c));
     }
+    fill<E>(to + packed<E>(count) * stride, steps_size<E>(count, columns) - packed<E>(count) * stride, E(0));
     return {to, stride};
+  }
+}
+
+// The weights of a sum over the keys, given as elements [step][lane]: as they lie, or where products read tiles of them, turned in `to`.
+template <class E>
+inline auto by_key(E* steps, int64_t count, int64_t lanes, [[maybe_unused]] E* to) {
+  if constexpr (kStepUnit<E> == 1) {
+    return ColumnMajor<E>{steps, lanes};
+  } else {
+    const int64_t whole = round_up(count, kStepUnit<E>);
+    fill<E>(steps + count * lanes, (whole - count) * lanes, E(0));
+    transpose_block<E>(steps, lanes, whole, lanes, to, whole);
+    return RowMajor<E>{to, whole};
   }
 }
 
@@ -101,11 +119,15 @@ inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t strid
   }
 }
 
-// A tile [key][lane] of P or dS.
+// A tile of P or dS, [key][row(lanes)].
 template <class E>
 class WeightTile {
  public:
-  explicit WeightTile(int64_t size) : tile_(packed<E>(size)), steps_(kStepsPerElement<E> == 1 ? 0 : packed<E>(size)) {}
+  explicit WeightTile(int64_t size)
+      : tile_(packed<E>(size)), steps_(kStepsPerElement<E> == 1 ? 0 : packed<E>(size)), turned_(kStepUnit<E> == 1 ? 0 : packed<E>(size)) {}
+
+  // Numbers from key to key: whole steps of a sum over the lanes.
+  static int64_t row(int64_t lanes) { return round_up(lanes, kStepsPerElement<E> * kStepUnit<E>); }
 
   E* get() const { return tile_; }
   void put(int64_t at, Sum<E> x) { put(tile_, at, x); }
@@ -118,15 +140,21 @@ class WeightTile {
 #endif
     if constexpr (kStepsPerElement<E> == 1) store(tile + at, x);
   }
-  RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(lanes)}; }  // for a sum over the lanes
-  ColumnMajor<E> by_key(int64_t keys, int64_t lanes) {                            // over the keys
+  RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(row(lanes))}; }  // for a sum over the lanes
+  auto by_key(int64_t keys, int64_t lanes) {                                           // over the keys
     const Vectors<E> steps = by_step(by_lane(lanes), keys, lanes, steps_.get());
-    return {steps.data, steps.stride};
+    return cpu::SMATTN_UNIT::by_key(const_cast<E*>(steps.data), packed<E>(keys), lanes, turned_.get());
   }
-  int64_t bytes() const { return bytes_in(tile_, steps_); }
+  // What lies beyond the lanes of a few keys is 0.
+  void clear_rest(int64_t first, int64_t keys, int64_t lanes) {
+    for (int64_t j = first; row(lanes) > lanes && j < first + keys; ++j) {
+      for (int64_t lane = lanes; lane < row(lanes); lane += kLanes<typename SumOf<E>::type>) put(j * row(lanes) + lane, Sum<E>{});
+    }
+  }
+  int64_t bytes() const { return bytes_in(tile_, steps_, turned_); }
 
  private:
-  Buffer<E> tile_, steps_;
+  Buffer<E> tile_, steps_, turned_;
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -3,6 +3,8 @@
 // Lanes beyond the last query hold zeros (or what makes their probabilities 0) and are never stored.
 #pragma once
 
+#include <limits>
+
 #include "cpu/simd/logarithms.h"
 #include "cpu/tiles/blocking.h"
 #include "cpu/tiles/operands.h"
@@ -12,6 +14,14 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class T>
 inline T alpha_of(const Scores& s, int64_t h) {
   return s.alpha == nullptr ? T(0) : static_cast<const T*>(s.alpha)[h * s.alpha_stride];
+}
+
+// alpha in base 2. A finite alpha stays finite, so that it leaves a score where M is 0 as it is.
+template <class T>
+inline T alpha_log2_of(const Scores& s, int64_t h) {
+  constexpr T kMost = std::numeric_limits<T>::max();
+  const T alpha = alpha_of<T>(s, h), scaled = alpha * static_cast<T>(kLog2e);
+  return scaled - scaled == T(0) || alpha - alpha != T(0) ? scaled : scaled < T(0) ? -kMost : kMost;
 }
 
 // A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows, pairs as they lie where that
@@ -42,7 +52,9 @@ template <class E>
 inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy,
                              int64_t unit = kStepsPerElement<E>) {
   const Strided rows = rows_of(t, b, g, k.first);
-  const bool whole = t.stride[3] == 1 && size % unit == 0 && rows.row_stride % kStepsPerElement<E> == 0 && k.attended == k.count;
+  unit = larger_of(unit, kStepsPerElement<E> * kStepUnit<E>);
+  const bool whole = t.stride[3] == 1 && size % unit == 0 && k.count % kRowUnit<E> == 0 && rows.row_stride % kStepsPerElement<E> == 0 &&
+                     k.attended == k.count;
   if (whole && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
     return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)),
             rows.row_stride / kStepsPerElement<E>};
@@ -52,6 +64,7 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   for (int64_t j = 0; j < k.count; ++j) {
     if (k.padded[j]) fill<E>(copy + j * stride, stride, E(0));
   }
+  fill<E>(copy + k.count * stride, (round_up(k.count, kRowUnit<E>) - k.count) * stride, E(0));
   return {copy, stride};
 }
 
@@ -94,16 +107,18 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   select_attended(q, k, tile);
 }
 
-// Product sink that stores the result as a tile.
+// Product sink that adds the result to the sums in memory, or stores it where there are none yet. Products in matrix tiles begin and end there.
 template <class T>
-struct StoreTile {
-  T* tile;
-  int64_t lanes;
+struct AddTo {
+  T* sums;
+  int64_t stride;
+  bool is_new;
 
+  T* place(int64_t row, int64_t c) const { return sums + row * stride + c * kLanes<T>; }
   template <int N>
-  void operator()(int64_t j, int64_t c, const Vec<T> (&x)[N]) const {
+  void operator()(int64_t row, int64_t c, const Vec<T> (&x)[N]) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(tile + j * lanes + (c + i) * kLanes<T>, x[i]);
+    for (int i = 0; i < N; ++i) store(place(row, c + i), is_new ? x[i] : load(place(row, c + i)) + x[i]);
   }
 };
 
@@ -111,7 +126,7 @@ struct StoreTile {
 template <class E, class T>
 inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
                          T* tile) {
-  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, StoreTile<T>{tile, q.lanes});
+  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, AddTo<T>{tile, q.lanes, true});
 }
 
 // From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). Queries come multiplied by scale * log2(e), but pairs as they are.
@@ -123,7 +138,7 @@ struct Exponents {
   const T* mask;  // a tile, null where there is none
 
   Exponents(const Scores& s, int64_t h, const T* mask_tile)
-      : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_of<T>(s, h) * static_cast<T>(kLog2e)), mask(mask_tile) {}
+      : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_log2_of<T>(s, h)), mask(mask_tile) {}
 
   Vec<T> operator()(Vec<T> product, int64_t at) const {
     const Vec<T> x = kStepsPerElement<E> > 1 ? product * factor : product;

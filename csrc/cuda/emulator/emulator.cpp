@@ -50,7 +50,6 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   int at_barrier = 0;
-  bool barrier_or = false, barrier_result = false;
   jmp_buf scheduler;
   Fiber* running = nullptr;
 };
@@ -171,8 +170,6 @@ void barrier() {
   Block& b = *block;
   if (++b.at_barrier < static_cast<int>(b.fibers.size())) return hold();
   b.at_barrier = 0;
-  b.barrier_result = b.barrier_or;
-  b.barrier_or = false;
   for (Fiber& fiber : b.fibers) fiber.holding = false;
 }
 
@@ -194,12 +191,6 @@ void sync_warp() {
 }
 
 void sync_block() { emulator::barrier(); }
-
-bool any_in_block(bool x) {
-  emulator::block->barrier_or |= x;
-  emulator::barrier();
-  return emulator::block->barrier_result;
-}
 
 void copy_async(void* to, const void* from, int bytes) {
   emulator::check_shared(to, 16, 16);

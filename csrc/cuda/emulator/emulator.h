@@ -37,7 +37,6 @@ inline int warp_index() { return thread_index() / kWarp; }
 
 void sync_warp();
 void sync_block();
-bool any_in_block(bool x);
 float shuffle_xor(float x, int mask);
 float shuffle(float x, int from);
 

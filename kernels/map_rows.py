@@ -11,21 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call
-from .forward_split import splits_of
+from .forward_split import cut_of
 from .launch import launch
 from .operands import accumulator, score_arguments, strides, tile_of
-from .primitives import (
-    LOG2E,
-    finish_rows,
-    live_keys,
-    live_span,
-    load_alpha,
-    load_mask,
-    load_tile,
-    probabilities,
-    query_program,
-    store_rows,
-)
+from .primitives.load import live_keys, live_span, load_alpha, load_mask, load_tile, mask_offset, query_program
+from .primitives.rows import finish_rows, store_rows
+from .primitives.score import LOG2E, probabilities
 from .tiles import Tile, cdiv
 
 FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
@@ -36,7 +27,7 @@ def _map_means_kernel(
     q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, do_ptr, lse_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod,
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale,
@@ -60,7 +51,7 @@ def _map_means_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        mask_tile = mask_ptr + b * stride_mb + h * stride_mh if MASK_KIND else None
+        mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         p = probabilities(q, k, m, live, lse, scale, alpha, MASK_KIND, ALLOW_TF32, BLOCK_M, BLOCK_N)
         eta += tl.sum(p * load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live), 1)
@@ -88,7 +79,7 @@ def _map_rows_kernel(
         mbar += tl.load(sums + 1, mask=row_ok, other=0.0)
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     if NEED_ROWS:
-        dead = (lse == float("-inf")) & (eta == 0.0)  # not a row whose live scores are all -inf: its eta is NaN
+        dead = lse == float("-inf")
         lse_log2, delta = finish_rows(lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead)
         store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
     if NEED_MBAR:
@@ -100,7 +91,7 @@ def _map_rows_kernel(
 def run(call: Call, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
     """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk)."""
     t, tile = call.problem, tile_of(call, "split")
-    splits, split_blocks = splits_of(call)
+    splits, split_blocks = cut_of(call)
     n_rows = t.B * t.H * t.Nq
     sums = accumulator(call, splits, n_rows, 2)
     means = score_arguments(call, tile) | strides("do", "bhmd", dout) | dict(

@@ -9,7 +9,9 @@ from torch import Tensor
 from ..call import Call
 from .launch import launch
 from .operands import score_arguments, tile_of
-from .primitives import live_keys, load_alpha, load_mask, load_tile, probabilities, store_tile, unless_padding
+from .primitives.load import live_keys, load_alpha, load_mask, load_tile, mask_offset, unless_padding
+from .primitives.score import probabilities
+from .primitives.store import store_tile
 from .tiles import cdiv
 
 
@@ -18,7 +20,7 @@ def _map_kernel(
     q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, weights_ptr, lse_ptr, map_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_mb, stride_mh, stride_mm, stride_mn,
+    stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     H, Nq, Nk, scale,
     GROUP: tl.constexpr, D: tl.constexpr,
@@ -34,7 +36,7 @@ def _map_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row_ok = offs_m < Nq
     live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
-    mask_tile = mask_ptr + b * stride_mb if MASK_KIND else None
+    mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) if MASK_KIND else None
     m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for head in range(0, unless_padding(H, live, HAS_PADDING)):
@@ -54,6 +56,6 @@ def run(call: Call, lse: Tensor, amap: Tensor) -> None:
     """Fill amap (B, Nq, Nk), contiguous, from lse (B, H, Nq)."""
     t, tile = call.problem, tile_of(call, "split")
     arguments = score_arguments(call, tile) | dict(
-        weights_ptr=call.head_weights, lse_ptr=lse, map_ptr=amap, MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[1] > 1
+        weights_ptr=call.head_weights, lse_ptr=lse, map_ptr=amap, MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[2] > 1
     )
     launch(_map_kernel, t.B * cdiv(t.Nq, tile.block_m) * cdiv(t.Nk, tile.block_n), arguments, tile)

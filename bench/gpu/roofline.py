@@ -1,4 +1,4 @@
-"""What bounds each workload, before a GPU is seen: `python -m smattn.kernels.roofline`.
+"""What bounds each workload, before a GPU is seen: `python -m bench.gpu.roofline`.
 
 For every pass that backend.py makes: the microseconds that its matrix products, exponentials, memory and L2 traffic would each take
 alone, at the chip's published rates and with the tiles of tiles.csv, in bfloat16 with a bfloat16 mask. The longest is the limiter. It is
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..call import Problem
-from ..memory import queries_kept_unrounded
-from ..testing import WORKLOADS, Workload
-from .plan import holds_dq, one_tile
-from .tiles import tile
+from smattn.call import Problem
+from smattn.kernels.plan import holds_dq, one_tile
+from smattn.kernels.tiles import tile
+from smattn.memory import queries_kept_unrounded
+from smattn.testing import WORKLOADS, Workload
 
 
 class Chip(NamedTuple):
@@ -68,11 +68,11 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     """Forward alone, forward as it is where gradients are wanted, and backward with all five of them.
 
     Forward then has a third product, for what rounding P to 16 bits lost, and stores the output in float32 too, unless that would take too
-    much memory: primitives.attend. Backward has 5 products where one program holds all queries and dQ, 7 without dQ, else 9.
+    much memory: primitives/softmax.py. Backward has 5 products where one program holds all queries and dQ, 7 without dQ, else 9.
     """
     problem = Problem(
         B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
-        mask_shape=(w.B, 1, w.Nq, w.Nk), device_type="cuda",
+        mask_shape=(w.B, 1, 1, w.Nq, w.Nk), device_type="cuda",
     )  # fmt: skip
     heads, row = w.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES

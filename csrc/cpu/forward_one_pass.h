@@ -1,0 +1,98 @@
+// Scores to weights in one pass, for matrix tiles: the exponents are taken relative to the maximum of the keys before, whatever these hold. A weight
+// may then be above 1, which costs no precision, as long as no sum leaves the range of floats: then the block is done again in two passes.
+#pragma once
+
+#include "cpu/forward_part.h"
+
+namespace smattn::cpu::SMATTN_UNIT {
+
+template <class E>
+class OnePass {
+ public:
+  using T = typename SumOf<E>::type;
+  static constexpr bool kServes = kStepUnit<E> > 1;  // it makes what products in tiles read
+
+  OnePass() : scores_(kServes ? 2 * strip_size() : 0), weights_(kServes ? packed<E>(kKeys) * kQueries : 0) {}
+
+  int64_t bytes() const { return bytes_in(scores_, weights_); }
+
+  // Makes the block's weights and adds to the part's rows. False, and then nothing has changed, where it takes two passes: there are keys that
+  // are padding or do not fill a strip, queries have no finite maximum yet, or the weights have grown too large.
+  bool run(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, int64_t D,
+           bool wants_mbar, const Prefetch& ahead, const ForwardPart<E>& part) {
+    if (k.attended < k.count || k.count % kStrip != 0 || !all_finite(part.row(kMaximum), q.lanes)) return false;
+    T sums[kSums][kQueries] = {};
+    for (int64_t lane = 0; lane < q.lanes; lane += kGroup) {
+      const int64_t lanes = smaller_of(kGroup, q.lanes - lane);
+      const auto products = [&](int64_t first) {
+        if (first >= k.count) return;
+        const Prefetch fetch = lane == 0 ? ahead.part(first, kStrip, k.count) : Prefetch{};
+        product(key.from_row(first), Vectors<E>{query + lane, q.lanes}, kStrip, lanes / kLanes<T>, packed<E>(D), fetch,
+                AddTo<T>{scores(first), kGroup, true});
+      };
+      products(0);
+      for (int64_t first = 0; first < k.count; first += kStrip) {
+        products(first + kStrip);  // before this strip's weights: tiles work beside vectors
+        for (int64_t l = 0; l < lanes; l += kLanes<T>) {
+          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(part.row(kMaximum) + lane + l), wants_mbar, sums);
+        }
+      }
+    }
+    for (int64_t i = 0; i < q.lanes; ++i) {
+      if (!(sums[0][i] <= kLargest)) return false;
+    }
+    constexpr Row kRow[kSums] = {kSum, kRounded, kMbar};
+    for (int s = 0; s < kSums; ++s) {
+      for (int64_t i = 0; i < q.lanes; ++i) part.row(kRow[s])[i] += sums[s][i];
+    }
+    return true;
+  }
+
+  RowMajor<E> weights(const KeyBlock& k) const { return {weights_, packed<E>(k.count)}; }  // [lane][pair of keys]
+
+ private:
+  static constexpr int64_t kStrip = kStripUnit, kGroup = 64;  // keys and lanes together: their scores stay in the first-level cache
+  static constexpr T kLargest = 0x1p20;  // of a block's sum: far below where products with V could overflow that do not otherwise
+  static constexpr int kSums = 3;  // of the weights, of them as rounded, of their products with M
+  static constexpr int64_t strip_size() { return kStrip * kGroup; }
+
+  T* scores(int64_t first) const { return scores_ + first / kStrip % 2 * strip_size(); }
+
+  static bool all_finite(const T* x, int64_t n) {
+    bool finite = true;
+    for (int64_t i = 0; i < n; ++i) finite &= x[i] - x[i] == T(0);
+    return finite;
+  }
+
+  // A strip's weights of one vector of queries, turned.
+  void weigh(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t first, int64_t lane, int64_t keys,
+             Vec<T> subtracted, bool wants_mbar, T (&sums)[3][kQueries]) {
+    const T* mask = wants_mbar ? exponent.mask + first * q.lanes + lane : nullptr;
+    Vec<T> sum = load(sums[0] + lane), rounded = load(sums[1] + lane), mbar = load(sums[2] + lane);
+    Vec<E> pairs[kStrip / 2];
+    for (int64_t j = 0; j < kStrip; j += kExpAtOnce) {
+      Vec<T> p[kExpAtOnce];
+#pragma GCC unroll 8
+      for (int i = 0; i < kExpAtOnce; ++i) p[i] = exponent(load(score + (j + i) * kGroup), (first + j + i) * q.lanes + lane) - subtracted;
+      exp2_of_weights<T, kExpAtOnce>(p);
+      sum += sum_of(p);
+#pragma GCC unroll 8
+      for (int i = 0; mask != nullptr && i < kExpAtOnce; ++i) mbar += p[i] * load(mask + (j + i) * q.lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kExpAtOnce; i += 2) {
+        const Vec<E> pair = paired(p[i], p[i + 1]);
+        rounded += (Vec<T>)(pair << 16) + (Vec<T>)(pair >> 16 << 16);
+        pairs[(j + i) / 2] = pair;
+      }
+    }
+    transpose<E>(pairs);
+    E* to = weights_ + lane * packed<E>(keys) + packed<E>(first);
+    for (int i = 0; i < kLanes<E>; ++i) store(to + i * packed<E>(keys), pairs[i]);
+    store(sums[0] + lane, sum), store(sums[1] + lane, rounded), store(sums[2] + lane, mbar);
+  }
+
+  Buffer<T> scores_;  // [key][kGroup] of two strips
+  Buffer<E> weights_;
+};
+
+}  // namespace smattn::cpu::SMATTN_UNIT

@@ -1,0 +1,94 @@
+"""Scores of a query and a key block, their probabilities, and their gradients.
+
+Scores are in base 2 inside a kernel: a factor log2(e) is folded into the scale and into alpha. What leaves a kernel is in natural units.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
+
+
+@triton.jit
+def dot(a, b, acc, ALLOW_TF32: tl.constexpr):
+    """acc + a @ b in float32. Operands in float32 keep their 24 bits unless ALLOW_TF32."""
+    if INTERPRETED:  # The interpreter would multiply the integers that hold bfloat16. Products of 16-bit floats are exact in float32.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if ALLOW_TF32:
+        return tl.dot(a, b, acc, input_precision="tf32")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def matmul(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, ALLOW_TF32: tl.constexpr):
+    """a @ b in float32, [ROWS, COLS]."""
+    return dot(a, b, tl.zeros([ROWS, COLS], tl.float32), ALLOW_TF32)
+
+
+@triton.jit
+def alpha_in_base_2(alpha):
+    """alpha * log2(e). A finite alpha stays finite, so that it leaves a score where M is 0 as it is."""
+    scaled = alpha * LOG2E
+    too_large = (tl.abs(scaled) == float("inf")) & (tl.abs(alpha) != float("inf"))
+    return tl.where(too_large, tl.where(scaled < 0.0, -LARGEST, LARGEST), scaled)
+
+
+@triton.jit
+def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
+    """Scores in base 2, reference.py (1), and -inf where the key is not live. m: the tile of M, unused without a mask."""
+    s = qk * (scale * LOG2E)
+    if MASK_KIND:
+        s += alpha_in_base_2(alpha) * m
+    return tl.where(live, s, float("-inf"))
+
+
+@triton.jit
+def lse_to_rebuild(lse_log2):
+    """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf."""
+    return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2))
+
+
+@triton.jit
+def probabilities(
+    q, k, m, live, lse, scale, alpha, MASK_KIND: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """P = exp(S - L) of a query and a key block, reference.py (2). It is exactly 0 where a key is not live, also in dead rows."""
+    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+    s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)
+    return tl.where(live[None, :], tl.exp2(s - lse_to_rebuild(lse * LOG2E)[:, None]), 0.0)
+
+
+@triton.jit
+def dropout_keep(seed, i, j, bh, threshold):
+    """Whether dropout keeps a weight: word 0 of Philox4x32-10 of key `seed`, counter (j, i, bh, 0), is at least `threshold`."""
+    word, _, _, _ = tl.philox(seed, j, i, bh, 0)
+    return word >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def score_gradient(
+    a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
+    MASK_KIND: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """P where dropout keeps it, without the 1/(1-p), and dS of a query and a key block, [ROWS, COLS], reference.py (6).
+
+    Queries are the rows, where a, b are Q, K and c, d are dO, V, or they are the columns, where a, b are K, Q and c, d are V, dO.
+    dp: given for a map, else None, and c d^T. live, lse, delta, the indices i of queries and j of keys are shaped to broadcast.
+    """
+    if HAS_DROPOUT:  # Ahead of the products: while random numbers are drawn, nothing else should take registers.
+        keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
+    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, MASK_KIND)
+    if dp is None:
+        dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
+    p = tl.exp2(s - lse_log2)
+    p_kept = p
+    if HAS_DROPOUT:
+        p_kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p_kept, p * (dp - delta)

@@ -1,0 +1,92 @@
+"""The online softmax over the keys of a query block, reference.py (2)-(4)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .load import live_keys, live_span, load_block, load_mask
+from .score import dot, dropout_keep, matmul, score_tile
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST_LOG2 = tl.constexpr(-2.3e38 * 1.4426950408889634)  # A score below counts as -inf, reference.py's LOWEST_SCORE in base 2.
+
+
+@triton.jit
+def softmax_step(s, m_i, l_i):
+    """One step of the online softmax, reference.py (2). Returns p [BLOCK_M, BLOCK_N], the factor for earlier sums, m_i and l_i."""
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
+    rescale = tl.exp2(m_i - m_finite)
+    p = tl.exp2(s - m_finite[:, None])
+    return p, rescale, m_new, l_i * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
+    """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4).
+
+    keep_scale is dropout's 1/(1-p). It is applied here, in float32: applied to P it would add a rounding to 16 bits that dP in backward
+    does not have, and delta would no longer cancel dP where few keys are left.
+    A dead row, without any key to attend to, has l_i = 0: its output is 0 and its logsumexp -inf. A row with a score of +inf is NaN with
+    logsumexp +inf.
+    """
+    dead = l_i == 0.0
+    lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
+    l_i = tl.where(m_i == float("inf"), float("nan"), l_i)
+    out = tl.where(dead[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
+    return out, tl.where(dead, 0.0, mbar / l_i), lse
+
+
+@triton.jit
+def attend(
+    q, k_head, v_head, b, g, mask_ptr, pad_ptr, seed_ptr, alpha,
+    stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
+    offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
+    D: tl.constexpr, DV: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    ALLOW_TF32: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query block to the keys lo..hi, by the online softmax: acc, lost [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
+
+    lo..hi are whole blocks, or end at Nk: the compiler loads in wide words only where it knows that blocks start at multiples.
+    lost is what acc lacks because P was rounded to 16 bits. Backward takes delta from P in float32, and nothing may be missing between the
+    two. lost is a sum of its own, so that the bits of acc do not depend on SAVE_OUT, without which lost is 0.
+    Where the value has no columns, DV = 0, only the rows are computed: the softmax of an attention map.
+    acc, lost and mbar are not yet divided by l_i, nor acc and lost by dropout's 1-p. m_i is in base 2. In a dead row m_i is -inf and l_i 0.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    mbar = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if SAVE_OUT else 0.0
+    lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
+        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
+        qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+        s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
+        p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
+        if SAVE_MBAR:
+            mbar = mbar * rescale + tl.sum(p * m, 1)
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
+            p = tl.where(keep, p, 0.0)
+        if DV > 0:
+            v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+            p_rounded = p.to(v.dtype)
+            acc *= rescale[:, None]
+            if SAVE_OUT:
+                p_lost = (p - p_rounded.to(tl.float32)).to(v.dtype)
+                lost *= rescale[:, None]
+            acc = dot(p_rounded, v, acc, ALLOW_TF32)
+            if SAVE_OUT:
+                lost = dot(p_lost, v, lost, ALLOW_TF32)
+    dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.
+    return acc, lost, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i)

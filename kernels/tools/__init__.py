@@ -1,0 +1,1 @@
+"""What looks at the kernels without running them: `python -m smattn.kernels.tools.aot`."""

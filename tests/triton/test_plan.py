@@ -1,0 +1,76 @@
+"""The plan of Triton's passes: a value that follows from the problem and from which gradients are wanted, and from nothing else."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from smattn.call import Needs, Problem
+from smattn.kernels import plan
+from smattn.kernels.plan import DELTA_FIRST, DELTA_FROM_OUTPUT, DELTA_SWEEP
+
+ALL = Needs(True, True, True, True, True)
+MASK_AND_ALPHA = Needs(False, False, False, True, True)
+QUERY = Needs(True, False, False, False, False)
+
+
+def problem(Nq, D=64, mask=(2, 1, 1, None, 9504), H=8, Hkv=8, dtype=torch.bfloat16):
+    """B = 2 and 9504 keys; None in the mask's shape: as many queries as there are."""
+    shape = None if mask is None else tuple(Nq if size is None else size for size in mask)
+    return Problem(2, H, Hkv, Nq, 9504, D, D, dtype, None if mask is None else dtype, shape, "cuda")
+
+
+PLANS = [  # a problem, needs, whether forward kept its output -> who computes delta, and the passes that run
+    (problem(13, 32), ALL, True, DELTA_FIRST, "few_queries reduce"),
+    (problem(100, 32), ALL, True, DELTA_FIRST, "dq_splits few_queries reduce"),
+    (problem(100, 32), QUERY, True, DELTA_FIRST, "dq_splits reduce"),
+    (problem(100, 32), MASK_AND_ALPHA, True, DELTA_FROM_OUTPUT, "few_queries reduce"),
+    (problem(100, 256), ALL, True, DELTA_FIRST, "dq_splits dkdv dmask reduce"),
+    (problem(13, 32), ALL, False, DELTA_SWEEP, "few_queries reduce"),
+    (problem(1045), ALL, True, DELTA_FROM_OUTPUT, "dkdv dq dmask"),
+    (problem(1045), ALL, False, DELTA_SWEEP, "dkdv dq dmask"),
+    (problem(1045), MASK_AND_ALPHA, True, DELTA_FROM_OUTPUT, "dmask"),
+    (problem(1045, mask=None), ALL._replace(mask=False, alpha=False), True, DELTA_FROM_OUTPUT, "dkdv dq"),
+    (problem(1045, mask=(2, 1, 1, 1, 9504)), ALL, True, DELTA_FROM_OUTPUT, "dkdv dq key_only_rows"),
+    (problem(1045, mask=(1, 1, 8, 1, 9504), Hkv=4), ALL, True, DELTA_FROM_OUTPUT, "dkdv dq dmask"),
+    (problem(13, 32, mask=(1, 1, 8, None, 9504), Hkv=4), ALL, True, DELTA_FIRST, "dq_splits dkdv dmask reduce"),
+]
+PASSES = ("dq_splits", "few_queries", "dkdv", "dq", "dmask", "reduce", "key_only_rows")
+
+
+@pytest.mark.parametrize("case, needs, has_output, delta, passes", PLANS)
+def test_the_passes_of_a_problem(case, needs, has_output, delta, passes):
+    steps = plan.backward(case, needs, has_output, False)
+    assert steps.delta == delta and " ".join(name for name in PASSES if getattr(steps, name)) == passes
+
+
+@pytest.mark.parametrize("Nq, D, has_output", [*product((13, 100, 1045), (32, 256), (True, False))])
+def test_every_gradient_that_is_wanted_has_one_pass(Nq, D, has_output):
+    for wanted in product((False, True), repeat=5):
+        needs = Needs(*wanted)
+        if not any(needs):
+            continue
+        steps = plan.backward(problem(Nq, D), needs, has_output, True)
+        by_few = steps.few_queries
+        assert not needs.query or by_few or steps.dq or steps.dq_splits > 0
+        assert not needs.mask or by_few or steps.dmask or steps.key_only_rows
+        assert not (needs.key or needs.value) or by_few or steps.dkdv
+        assert (steps.dalpha_tiles is not None) == needs.alpha
+        assert not steps.dlse_apart or needs.alpha and not steps.reduce
+
+
+def test_dl_s_term_of_dalpha_is_added_once():
+    """By the last pass where it sums dalpha, else beside delta, and never without an incoming gradient of lse."""
+    for case, has_output, has_dlse in product((problem(13, 32), problem(100, 256), problem(1045)), (True, False), (True, False)):
+        steps = plan.backward(case, ALL, has_output, has_dlse)
+        assert steps.dlse_apart == (has_dlse and not steps.reduce)
+
+
+def test_a_plan_is_printed_by_its_names():
+    printed = repr(plan.backward(problem(1045), ALL, True, False))
+    assert printed.startswith("Backward(delta='a pass of its own, from the output'") and "dmask=True" in printed
+
+
+def test_rows_are_handed_on_unless_one_pass_holds_everything():
+    assert not plan.backward(problem(13, 32), ALL, True, False).keeps_rows
+    assert plan.backward(problem(100, 32), ALL, True, False).keeps_rows and plan.backward(problem(1045), ALL, True, False).keeps_rows
