@@ -72,7 +72,6 @@ def pointing_up(module: str, source: str, is_package: bool = False) -> list[str]
 def test_no_import_points_up(folder):
     files = {name: file for name, file in MODULES.items() if file.is_relative_to(ROOT / folder)}
     wrong = {name: pointing_up(name, file.read_text(), file.name == "__init__.py") for name, file in files.items()}
-    wrong.pop("smattn.kernels.roofline", None)  # it moves to bench, where such imports are allowed
     assert len(files) > 2 and {name: up for name, up in wrong.items() if up} == {}
 
 

@@ -9,6 +9,7 @@ from smattn.call import Needs, Problem
 from smattn.kernels import plan
 from smattn.kernels.plan import DELTA_FIRST, DELTA_FROM_OUTPUT, DELTA_SWEEP
 
+pytestmark = pytest.mark.promise("Triton kernels")
 ALL = Needs(True, True, True, True, True)
 MASK_AND_ALPHA = Needs(False, False, False, True, True)
 QUERY = Needs(True, False, False, False, False)
