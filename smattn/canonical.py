@@ -68,8 +68,10 @@ def two_batch_axes(mask: Tensor, batch: Sequence[int]) -> Tensor | None:
     for elements, size, stride in zip(batch, mask.shape, mask.stride(), strict=False):
         if elements == 1:
             continue
-        merges = bool(sizes) and (sizes[-1] == size == 1 or (sizes[-1] != 1 and size != 1 and strides[-1] == size * stride))
-        if merges:
+        # Sizes are compared with 1 alone: compared with each other, a symbolic one would become a constant.
+        are_shared = bool(sizes) and sizes[-1] == 1 and size == 1
+        are_own = bool(sizes) and sizes[-1] != 1 and size != 1
+        if are_shared or (are_own and strides[-1] == size * stride):
             sizes[-1], strides[-1] = sizes[-1] * size, stride
         else:
             sizes.append(size)

@@ -64,7 +64,7 @@ def _folded_mask(rows: Tensor, is_shared: bool, B: int) -> Tensor | None:
     outer = outer if outer > 1 or inner == 1 else B // inner
     if outer == inner == 1:
         inner = B
-    return two_batch_axes(rows[:1] if is_shared else rows, (len(rows), outer, inner))
+    return two_batch_axes(rows[:1] if is_shared else rows, (rows.shape[0], outer, inner))
 
 
 def _has_gradient_of_mask(arguments: Any) -> bool:

@@ -221,13 +221,9 @@ def _without_rows(dalpha: Tensor | None, dlse: Tensor | None, call: Call, saved:
     """This rank's dalpha without the last term of (8), and that term. It belongs to rows and not to keys, so every rank has added it."""
     if dalpha is None or dlse is None or saved.mbar is None:
         return dalpha, 0.0
-    term, problem = saved.mbar * dlse, call.problem
-    if call.key_padding_mask is None:
-        dead_here = torch.full((problem.B,), problem.Nk == 0, device=term.device)
-    else:
-        dead_here = call.key_padding_mask.all(1)
-    added = term.masked_fill(dead_here[:, None, None], 0).sum((0, 2))
-    return dalpha - added, term.masked_fill(saved.lse == float("-inf"), 0).sum((0, 2))
+    of_rows = (saved.mbar * dlse).masked_fill(saved.lse == float("-inf"), 0).sum((0, 2))
+    is_added = call.problem.Nk > 0  # a rank without keys computes nothing
+    return dalpha - of_rows if is_added else dalpha, of_rows
 
 
 def _sum_over_ranks(grads: tuple[Tensor | None, ...], dtype: torch.dtype, group: dist.ProcessGroup) -> list[Tensor | None]:
