@@ -95,7 +95,7 @@ struct SumArgs {
   int64_t outer = 1, middle = 1, inner = 1, stride_outer = 1, stride_middle = 1;
   int64_t first = 1, second = 1, stride_first = 1, stride_second = 1;  // what is summed over
   Tensor4 logits = {};  // [outer, middle, 1, inner], data null where `to` is no gradient of logits
-  MaskBatch logits_batch;
+  MaskBatch logits_batch = {};
 };
 
 }  // namespace smattn::cuda
