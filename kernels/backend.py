@@ -140,4 +140,4 @@ def _with_empty_value(call: Call) -> Call:
 
 def _buffer_of_m(dmask: Tensor | None) -> Tensor | None:
     """Where M of logits may lie until its gradient is stored. The gradient of a key-only mask is stored too early for that."""
-    return dmask if dmask is not None and dmask.shape[2] > 1 else None
+    return dmask if dmask is not None and dmask.shape[3] > 1 else None
