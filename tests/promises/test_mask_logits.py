@@ -11,7 +11,10 @@ from tests.support.expected import BACKENDS
 
 # M's batch size, its heads (None: no such axis) and whether it has a row for each query
 SHAPES = [(2, True), (1, True), (2, False), (1, False), (2, 2, True), (1, 2, True), (2, 2, False)]
-LENGTHS = [*((shape, 5) for shape in SHAPES), *((shape, 131) for shape in SHAPES if shape in [(2, True), (1, False), (1, 2, True)])]
+LENGTHS = [
+    *((shape, 5) for shape in SHAPES),
+    *((shape, 131) for shape in SHAPES if shape in [(2, True), (1, False), (1, 2, True), (2, 2, False)]),
+]
 
 
 def a_case(shape, Nq, Nk=35, **kw):
