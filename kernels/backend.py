@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..call import Call, Gradients, Needs, Problem, Saved
-from ..memory import new_gradients
+from ..memory import new_gradients, new_outputs
 from . import (
     backward_delta,
     backward_delta_sweep,
@@ -50,23 +50,14 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
     t, call = call.problem, soft_mask.soften(call)
-    out = torch.empty((t.B, t.H, t.Nq, t.Dv), dtype=t.dtype, device=call.query.device)
-    lse = accumulator(call, t.B, t.H, t.Nq)
-    is_rounded = t.dtype != torch.float32
-    out_acc = accumulator(call, *out.shape) if save_out and is_rounded else None
-    mbar = accumulator(call, *lse.shape) if save_mbar and call.mask is not None else None
-    if t.Nk == 0:
-        for tensor in (out, out_acc, mbar):
-            if tensor is not None:
-                tensor.zero_()
-        lse.fill_(float("-inf"))
-    elif not t.is_empty:
+    out, out_acc, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
+    if not t.is_empty:
         cut = forward_split.cut_of(call) if t.Nq <= FEW_QUERIES else None
         if cut is not None and cut.splits > 1:
-            forward_split.run(call, cut, out, lse, out_acc, mbar)
+            forward_split.run(call, cut, out, saved.lse, out_acc, saved.mbar)
         else:
-            forward_full.run(call, out, lse, out_acc, mbar)
-    return out, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
+            forward_full.run(call, out, saved.lse, out_acc, saved.mbar)
+    return out, saved
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import library
 from .call import Call, Gradients, Needs, Problem, Saved
-from .memory import new_gradients
+from .memory import new_gradients, new_outputs
 
 LIBRARY = library.CPU
 LARGEST_HEAD = 256
@@ -37,17 +37,13 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
-    p, query = call.problem, call.query
-    out = query.new_empty((p.B, p.H, p.Nq, p.Dv))
-    lse = query.new_empty((p.B, p.H, p.Nq), dtype=p.acc_dtype)
-    is_rounded = lse.dtype != out.dtype
-    out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and is_rounded else None
-    mbar = torch.empty_like(lse) if save_mbar and call.mask is not None else None
+    p = call.problem
+    out, out_acc, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
     torch.ops.smattn_cpu.forward(
-        query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-        p.scale, p.dropout_p, out, lse, out_acc, mbar,
+        call.query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
+        p.scale, p.dropout_p, out, saved.lse, out_acc, saved.mbar,
     )  # fmt: skip
-    return out, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
+    return out, saved
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import library
 from .call import Call, Gradients, Needs, Problem, Saved
-from .memory import new_gradients
+from .memory import new_gradients, new_outputs
 
 LIBRARY = library.CUDA
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -61,23 +61,14 @@ def _ops() -> Any:
 
 def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
-    p, query = call.problem, call.query
-    out = query.new_empty((p.B, p.H, p.Nq, p.Dv))
-    lse = _accumulator(query, p.B, p.H, p.Nq)
-    is_rounded = p.dtype != torch.float32
-    out_acc = _accumulator(query, *out.shape) if save_out and is_rounded else None
-    mbar = _accumulator(query, *lse.shape) if save_mbar and call.mask is not None else None
-    if p.Nk == 0:
-        for tensor in (out, out_acc, mbar):
-            if tensor is not None:
-                tensor.zero_()
-        lse.fill_(float("-inf"))
-    elif not p.is_empty:
+    p = call.problem
+    out, out_acc, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
+    if not p.is_empty:
         _ops().forward(
-            query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-            p.scale, p.dropout_p, p.allow_tf32, machine.stream(query.device), out, lse, out_acc, mbar,
+            call.query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
+            p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device), out, saved.lse, out_acc, saved.mbar,
         )  # fmt: skip
-    return out, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
+    return out, saved
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:

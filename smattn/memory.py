@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
-from .call import Call, Gradients, Needs, Problem
+from .call import Call, Gradients, Needs, Problem, Saved
 
 PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients divided by this,
 PROMISED_BYTES = 16 << 20  # and these bytes whatever the size of the call
@@ -74,6 +75,25 @@ def partial_dmasks(problem: Problem) -> int:
     """How many float32 gradients of the mask backward may hold beside their sum, where it has no partial gradient of query."""
     elements = math.prod(problem.mask_shape or (0,))
     return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
+
+
+def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Tensor | None, Saved]:
+    """Room for out, for the unrounded out where that is another tensor and wanted, and what backward needs of a forward that fills them.
+
+    Uninitialised, except where there are no keys: then out and mbar are 0, lse is -inf, and nothing is left to compute.
+    """
+    p, device = call.problem, call.query.device
+    out = torch.empty((p.B, p.H, p.Nq, p.Dv), dtype=p.dtype, device=device)
+    lse = torch.empty((p.B, p.H, p.Nq), dtype=p.acc_dtype, device=device)
+    is_rounded = lse.dtype != out.dtype
+    out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and is_rounded else None
+    mbar = torch.empty_like(lse) if save_mbar and call.mask is not None else None
+    if p.Nk == 0:
+        for tensor in (out, out_acc, mbar):
+            if tensor is not None:
+                tensor.zero_()
+        lse.fill_(float("-inf"))
+    return out, out_acc, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
 
 
 def new_gradients(call: Call, needs: Needs) -> Gradients:
