@@ -28,21 +28,33 @@ struct Tensor4 {
 };
 
 // Which mask each batch element reads. The batch is two axes, outer and inner, and a mask has either, both or neither:
-// batch element b = (b / inner, b % inner) reads the mask at (outer|0, inner|0).
+// batch element b = (b / inner, b % inner) reads the mask at (outer|0, inner|0). Int is int64_t, or int where a GPU divides.
 struct MaskBatch {
   int64_t inner = 1;          // size of the inner axis of the batch
   int64_t size[2] = {1, 1};   // the mask's own sizes on the two, outer|1 and inner|1; masks = size[0] * size[1]
-  int64_t stride[2] = {0, 0};  // the mask's strides on them, in place of Tensor4's first
+  int64_t stride[2] = {0, 0};  // the mask's strides on them, 0 on an axis of size 1, in place of Tensor4's first
 
   constexpr int64_t masks() const { return size[0] * size[1]; }
   // The number, in [0, masks), of the mask that batch element b reads.
-  constexpr int64_t mask_of(int64_t b) const { return (size[0] > 1 ? b / inner : 0) * size[1] + (size[1] > 1 ? b % inner : 0); }
+  template <class Int>
+  constexpr Int mask_of(Int b) const {
+    const Int length = static_cast<Int>(inner), outer = size[0] > 1 ? b / length : 0;
+    return size[1] > 1 ? outer * static_cast<Int>(size[1]) + b % length : outer;
+  }
   constexpr int64_t offset_of(int64_t mask) const { return mask / size[1] * stride[0] + mask % size[1] * stride[1]; }
-  // The batch elements in an order in which those that share a mask are neighbours.
+  // offset_of(mask_of(b)), by one division
+  template <class Int>
+  constexpr int64_t offset_at(Int b) const {
+    const Int length = static_cast<Int>(inner), outer = b / length;
+    return outer * stride[0] + (b - outer * length) * stride[1];
+  }
+  // The batch elements in an order in which those that share a mask are neighbours, share_step() apart; the first ones of
+  // neighbouring masks are own_step() apart.
   constexpr int64_t sharers(int64_t batch) const { return batch / masks(); }
+  constexpr int64_t own_step(int64_t batch) const { return size[1] == 1 ? sharers(batch) : 1; }
+  constexpr int64_t share_step() const { return size[1] == 1 ? 1 : masks(); }
   constexpr int64_t at_place(int64_t place, int64_t batch) const {
-    const bool shared_outside = size[0] == 1 && size[1] > 1;
-    return shared_outside ? place / sharers(batch) + place % sharers(batch) * inner : place;
+    return place / sharers(batch) * own_step(batch) + place % sharers(batch) * share_step();
   }
 };
 

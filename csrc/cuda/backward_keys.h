@@ -24,24 +24,28 @@ struct KeysShape {
 
 // A block's place in the call.
 struct KeysWork {
-  int share;                   // which `batches` of those that share a mask, or of all
-  int first_place, last_place;  // of batch elements, in the order of MaskBatch
+  int share;                    // which `batches` of all these are, in the order of MaskBatch
+  int first_batch, last_batch;  // of elements that share a mask, MaskBatch::share_step() apart
   int first_head, first_key, first_query, last_query;
 
+  // In 64 bits, cast at the end: from int arithmetic, which cannot overflow, nvcc derives addresses it then keeps in registers.
   SMATTN_DEVICE KeysWork(const KeysArgs& args, int keys) {
     const Sizes& size = args.call.scores.size;
+    const MaskBatch& batch = args.call.scores.mask_batch;
     const int64_t head_blocks = size.H / args.heads, key_blocks = (size.Nk + keys - 1) / keys;
     const int64_t spans = (size.Nq + args.span - 1) / args.span;
     const int64_t id = block_index(), rest = id / head_blocks;
     first_head = static_cast<int>(id % head_blocks * args.heads);
     first_key = static_cast<int>(rest % key_blocks * keys);
     first_query = static_cast<int>(rest / key_blocks % spans * args.span);
-    const int64_t sharers = args.call.scores.mask_batch.sharers(size.B), shares = (sharers + args.batches - 1) / args.batches;
-    share = static_cast<int>(rest / key_blocks / spans);
-    const int64_t mask = share / shares, first = share % shares * args.batches;
-    first_place = static_cast<int>(mask * sharers + first);
-    last_place = static_cast<int>(mask * sharers + (first + args.batches < sharers ? first + args.batches : sharers)) - 1;
     last_query = static_cast<int>(first_query + args.span < size.Nq ? first_query + args.span : size.Nq);
+    const int64_t sharers = batch.sharers(size.B), shares = (sharers + args.batches - 1) / args.batches;
+    const int64_t number = rest / key_blocks / spans, own = number / shares * batch.own_step(size.B);
+    const int64_t first = number % shares * args.batches;
+    const int64_t last = (first + args.batches < sharers ? first + args.batches : sharers) - 1;
+    share = static_cast<int>(number);
+    first_batch = static_cast<int>(own + first * batch.share_step());
+    last_batch = static_cast<int>(own + last * batch.share_step());
   }
 };
 
@@ -63,9 +67,9 @@ template <int QUERIES, int WARPS>
 SMATTN_DEVICE void store_tile_sum(const KeysArgs& args, const KeysWork& work, Head at, float* sums) {
   const Scores& scores = args.call.scores;
   const bool map = args.tile_sum == TileSum::kMap;
-  const int64_t number = scores.mask_batch.mask_of(at.b), b = map ? at.b : number;
+  const int64_t b = map ? at.b : scores.mask_batch.mask_of(at.b);
   const int64_t h = args.tile_per_head ? at.h : 0, heads = args.tile_per_head ? scores.size.H : 1;
-  const int64_t base = (b * heads + h) * scores.size.Nq, mask = scores.mask_batch.offset_of(number) + at.h * scores.mask.stride[1];
+  const int64_t base = (b * heads + h) * scores.size.Nq, mask = scores.mask_batch.offset_at(at.b) + at.h * scores.mask.stride[1];
   for (int query = work.first_query; query < work.last_query; query += QUERIES) {
     const Place<QUERIES, true> place({scores, at.b, static_cast<int>(scores.size.Nk)}, query, work.first_key + 16 * warp_index());
     const PrivateTile<QUERIES> tile{sums + (query - work.first_query) / QUERIES * QUERIES * 16 * WARPS};
@@ -98,8 +102,8 @@ SMATTN_DEVICE void store_row_sums(const KeysArgs& args, const KeysWork& work, He
   const Scores& scores = args.call.scores;
   const Sizes& size = scores.size;
   const int group = static_cast<int>(size.H / size.Hkv), rows = static_cast<int>(args.row_per_head ? size.H : size.Hkv);
-  const int64_t row = work.share * rows + (args.row_per_head ? at.h : at.h / group);
-  const bool first = at.b == scores.mask_batch.at_place(work.first_place, size.B) && (args.row_per_head || at.h % group == 0);
+  const int64_t row = static_cast<int64_t>(work.share) * rows + (args.row_per_head ? at.h : at.h / group);
+  const bool first = at.b == work.first_batch && (args.row_per_head || at.h % group == 0);
   const float alpha = alpha_of(scores, at.h);
   for (int half = 0; half < 2; ++half) {
     const float sum = alpha * row_sum(row_sums[half]);
@@ -223,8 +227,7 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
   const int last_head = work.first_head + static_cast<int>(args.heads) - 1;
   Tile<DKEY ? D : 8> dkey;
   Tile<DVALUE ? D : 8> dvalue;
-  for (int place = work.first_place; place <= work.last_place; ++place) {
-    const int b = static_cast<int>(scores.mask_batch.at_place(place, size.B));
+  for (int b = work.first_batch; b <= work.last_batch; b += static_cast<int>(scores.mask_batch.share_step())) {
     for (int h = work.first_head; h <= last_head; ++h) {
       const int g = h / group;
       if (h == work.first_head || h % group == 0) {
@@ -239,7 +242,7 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
       float row_sums[2] = {0.0f, 0.0f};
       keys_head<Math, D, DKEY, DVALUE>({args, {b, h}, k, v, dkey, dvalue, row_sums}, work, stages, states, sums);
       if (args.row_out != nullptr) store_row_sums(args, work, {b, h}, key, row_sums);
-      const bool finished = (place == work.last_place && h == last_head) || (args.tile_per_head && args.batches == 1);
+      const bool finished = (b == work.last_batch && h == last_head) || (args.tile_per_head && args.batches == 1);
       if (args.tile_sum != TileSum::kNone && finished) store_tile_sum<Shape::kQueries, Shape::kWarps>(args, work, {b, h}, sums);
       if ((h + 1) % group != 0) continue;
       if constexpr (DKEY)

@@ -113,7 +113,7 @@ SMATTN_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_fast(-kLog2E *
 // The tile of M, 0 where a key is not live, and past the last query, where P must not outgrow 16 bits.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void load_mask(Tile<COLS>& m, const Scores& scores, Head at, const Place<COLS, KEYS_IN_ROWS>& place) {
-  load_elements(m, scores.mask, at, place, scores.mask_batch.offset_of(scores.mask_batch.mask_of(at.b)));
+  load_elements(m, scores.mask, at, place, scores.mask_batch.offset_at(at.b));
   if (!scores.mask_is_logits) return;
   m.for_each([&](float& x, int half, int slot) { x = place.has(half, slot) ? sigmoid(x) : 0.0f; });
 }
