@@ -39,7 +39,7 @@ def _forward_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    acc, lost, mbar, m_i, l_i = attend(
+    acc, mbar, m_i, l_i, divisor = attend(
         q,
         head_of(k_ptr, b, g, stride_kb, stride_kh),
         head_of(v_ptr, b, g, stride_vb, stride_vh),
@@ -49,13 +49,12 @@ def _forward_kernel(
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
-        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
+    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
     if SAVE_OUT:
-        unrounded, _, _ = softmax_finish(acc + lost, mbar, m_i, l_i, keep_scale)
-        store_tile(out_acc_ptr + bh * Nq * DV, unrounded, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
-    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, keep_scale)
+        store_tile(out_acc_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
     tl.store(lse_ptr + bh * Nq + offs_m, lse, mask=row_ok)
     if SAVE_MBAR:

@@ -5,7 +5,6 @@ One program per (batch, split, query block, head), heads fastest; the number of 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +28,7 @@ def cut_of(call: Call) -> plan.Forward:
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _partial_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, acc_ptr, lost_ptr, rows_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, acc_ptr, rows_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -38,7 +37,7 @@ def _partial_kernel(
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     h, _, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
@@ -48,7 +47,7 @@ def _partial_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    acc, lost, mbar, m_i, l_i = attend(
+    acc, mbar, m_i, l_i, divisor = attend(
         q,
         head_of(k_ptr, b, g, stride_kb, stride_kh),
         head_of(v_ptr, b, g, stride_vb, stride_vh),
@@ -59,22 +58,21 @@ def _partial_kernel(
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), Nq, Nk,
         scale, drop_threshold,
-        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_OUT, SAVE_MBAR, ALLOW_TF32,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]
     store_tile(acc_ptr + row * DV, acc, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
-    if SAVE_OUT:
-        store_tile(lost_ptr + row * DV, lost, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
-    rows = rows_ptr + 3 * row
-    tl.store(rows + 3 * offs_m, m_i, mask=row_ok)
-    tl.store(rows + 3 * offs_m + 1, l_i, mask=row_ok)
-    tl.store(rows + 3 * offs_m + 2, mbar, mask=row_ok)
+    rows = rows_ptr + 4 * row
+    tl.store(rows + 4 * offs_m, m_i, mask=row_ok)
+    tl.store(rows + 4 * offs_m + 1, l_i, mask=row_ok)
+    tl.store(rows + 4 * offs_m + 2, divisor, mask=row_ok)
+    tl.store(rows + 4 * offs_m + 3, mbar, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
 def _merge_kernel(
-    acc_ptr, lost_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
+    acc_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
     DV: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -83,24 +81,22 @@ def _merge_kernel(
     dv_ok = offs_dv < DV
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for split in range(0, n_splits):
-        m_i = tl.maximum(m_i, tl.load(rows_ptr + 3 * (split * n_rows + offs_m), mask=row_ok, other=0.0))
+        m_i = tl.maximum(m_i, tl.load(rows_ptr + 4 * (split * n_rows + offs_m), mask=row_ok, other=0.0))
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    divisor = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for split in range(0, n_splits):
-        rows = rows_ptr + 3 * (split * n_rows + offs_m)
+        rows = rows_ptr + 4 * (split * n_rows + offs_m)
         m_split = tl.load(rows, mask=row_ok, other=0.0)
         weight = tl.where(m_split == m_i, 1.0, tl.exp2(m_split - m_i))  # 1 where both are -inf
         l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
-        mbar += weight * tl.load(rows + 2, mask=row_ok, other=0.0)
+        divisor += weight * tl.load(rows + 2, mask=row_ok, other=1.0)
+        mbar += weight * tl.load(rows + 3, mask=row_ok, other=0.0)
         acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
-        if SAVE_OUT:
-            lost += weight[:, None] * load_tile(lost_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
+    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
     if SAVE_OUT:
-        unrounded, _, _ = softmax_finish(acc + lost, mbar, m_i, l_i, keep_scale)
-        store_tile(out_acc_ptr, unrounded, offs_m, offs_dv, DV, row_ok, dv_ok)
-    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, keep_scale)
+        store_tile(out_acc_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
     store_tile(out_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
     tl.store(lse_ptr + offs_m, lse, mask=row_ok)
     if SAVE_MBAR:
@@ -112,16 +108,15 @@ def run(call: Call, cut: plan.Forward, out: Tensor, lse: Tensor, out_acc: Tensor
     t, tile = call.problem, tile_of(call, "split")
     (splits, split_blocks), n_rows = cut, t.B * t.H * t.Nq
     acc = accumulator(call, splits, n_rows, t.Dv)
-    lost = torch.empty_like(acc) if out_acc is not None else None
-    rows = accumulator(call, splits, n_rows, 3)  # m_i, l_i, mbar
+    rows = accumulator(call, splits, n_rows, 4)  # m_i, l_i, divisor, mbar
     partial = attention_arguments(call, tile)
     partial.update(
-        acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
-        SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
+        acc_ptr=acc, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
+        SAVE_MBAR=mbar is not None,
     )
     launch(_partial_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
-        acc_ptr=acc, lost_ptr=lost, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar,
+        acc_ptr=acc, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar,
         n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
         BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip

@@ -51,8 +51,7 @@ def forward(problem: Problem, block_m: int, block_n: int) -> Forward:
     p, blocks = problem, cdiv(problem.Nk, block_n)
     rows = p.B * p.H * p.Nq
     wanted = SPLIT_PROGRAMS // (p.B * p.H * cdiv(p.Nq, block_m))
-    outputs = 1 if p.dtype == p.acc_dtype else 2  # with what rounding P to 16 bits lost
-    affordable = PARTIAL_OUTPUTS // (4 * rows * (outputs * p.Dv + 3))
+    affordable = PARTIAL_OUTPUTS // (4 * rows * (p.Dv + 4))  # each row of a part is its output, and four sums
     most = cdiv(p.Nk, 2 * block_n)
     split_blocks = cdiv(blocks, max(1, min(wanted, affordable, most)))
     return Forward(cdiv(blocks, split_blocks), split_blocks)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from smattn.call import Problem
+from smattn.call import Needs, Problem
 from smattn.kernels.plan import holds_dq, one_tile
 from smattn.kernels.tiles import tile
 from smattn.memory import queries_kept_unrounded
@@ -67,8 +67,8 @@ class Estimate(NamedTuple):
 def passes(w: Workload, arch: int) -> Iterator[Pass]:
     """Forward alone, forward as it is where gradients are wanted, and backward with all five of them.
 
-    Forward then has a third product, for what rounding P to 16 bits lost, and stores the output in float32 too, unless that would take too
-    much memory: primitives/softmax.py. Backward has 5 products where one program holds all queries and dQ, 7 without dQ, else 9.
+    Forward then stores the output in float32 too, unless that would take too much memory. Backward has 5 products where one program holds
+    all queries and dQ, 7 without dQ, else 9.
     """
     problem = Problem(
         B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
@@ -76,12 +76,12 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     )  # fmt: skip
     heads, row = w.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES
-    unrounded = heads * queries_kept_unrounded(problem) * w.D * 4
+    unrounded = heads * queries_kept_unrounded(problem, Needs(*(True,) * 5)) * w.D * 4
 
     def forwards(l2: int) -> Iterator[Pass]:
         memory = queries + keys + mask
         yield Pass("forward", 2, 1, memory, l2)
-        yield Pass("forward+out", 3 if unrounded else 2, 1, memory + unrounded, l2 + unrounded)
+        yield Pass("forward+out", 2, 1, memory + unrounded, l2 + unrounded)
 
     if one_tile(problem):
         yield from forwards(queries + keys + w.H * mask)

@@ -23,8 +23,8 @@ def softmax_step(s, m_i, l_i):
 
 
 @triton.jit
-def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
-    """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4).
+def softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale):
+    """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4). acc is divided by divisor, see attend.
 
     keep_scale is dropout's 1/(1-p). It is applied here, in float32: applied to P it would add a rounding to 16 bits that dP in backward
     does not have, and delta would no longer cancel dP where few keys are left.
@@ -33,8 +33,10 @@ def softmax_finish(acc, mbar, m_i, l_i, keep_scale):
     """
     dead = l_i == 0.0
     lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
-    l_i = tl.where(m_i == float("inf"), float("nan"), l_i)
-    out = tl.where(dead[:, None], 0.0, acc * (keep_scale / l_i)[:, None])
+    infinite = m_i == float("inf")
+    l_i = tl.where(infinite, float("nan"), l_i)
+    divisor = tl.where(infinite, float("nan"), divisor)
+    out = tl.where(dead[:, None], 0.0, acc * (keep_scale / divisor)[:, None])
     return out, tl.where(dead, 0.0, mbar / l_i), lse
 
 
@@ -44,26 +46,26 @@ def attend(
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
     offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
-    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
-    ALLOW_TF32: tl.constexpr,
+    MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_MBAR: tl.constexpr, ALLOW_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query block to the keys lo..hi, by the online softmax: acc, lost [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i.
+    """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i, divisor.
 
     lo..hi are whole blocks, or end at Nk: the compiler loads in wide words only where it knows that blocks start at multiples.
-    lost is what acc lacks because P was rounded to 16 bits. Backward takes delta from P in float32, and nothing may be missing between the
-    two. lost is a sum of its own, so that the bits of acc do not depend on SAVE_OUT, without which lost is 0.
+    l_i is the sum of P, and divisor that of P as V is multiplied by it, rounded where V has 16 bits. Divided by that, acc is a mean of V,
+    and delta (5), which is made of it, cancels a dP that is the same for all keys.
     Where the value has no columns, DV = 0, only the rows are computed: the softmax of an attention map.
-    acc, lost and mbar are not yet divided by l_i, nor acc and lost by dropout's 1-p. m_i is in base 2. In a dead row m_i is -inf and l_i 0.
+    acc and mbar are not yet divided, nor acc by dropout's 1-p. m_i is in base 2. In a dead row m_i is -inf and l_i 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    ROUNDS: tl.constexpr = DV > 0 and q.dtype != tl.float32
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    divisor = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    lost = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32) if SAVE_OUT else 0.0
     lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -75,18 +77,16 @@ def attend(
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
             mbar = mbar * rescale + tl.sum(p * m, 1)
-        if HAS_DROPOUT:
-            keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
-            p = tl.where(keep, p, 0.0)
         if DV > 0:
+            p = p.to(q.dtype)
+            if ROUNDS:
+                divisor = divisor * rescale + tl.sum(p.to(tl.float32), 1)
+            if HAS_DROPOUT:
+                keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
+                p = tl.where(keep, p, 0.0)
             v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-            p_rounded = p.to(v.dtype)
-            acc *= rescale[:, None]
-            if SAVE_OUT:
-                p_lost = (p - p_rounded.to(tl.float32)).to(v.dtype)
-                lost *= rescale[:, None]
-            acc = dot(p_rounded, v, acc, ALLOW_TF32)
-            if SAVE_OUT:
-                lost = dot(p_lost, v, lost, ALLOW_TF32)
+            acc = dot(p, v, acc * rescale[:, None], ALLOW_TF32)
+    if not ROUNDS:
+        divisor = l_i
     dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.
-    return acc, lost, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i)
+    return acc, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i), divisor

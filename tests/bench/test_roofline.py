@@ -17,7 +17,7 @@ H200 = next(chip for chip in CHIPS if chip.name == "H200")
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_backward_is_five_or_seven_products_for_few_queries_and_nine_for_many(name, chip):
     forward, keeping, *backward = passes(WORKLOADS[name], chip.arch)
-    assert (forward.products, keeping.products) == (2, 3)
+    assert (forward.products, keeping.products) == (2, 2)
     assert sum(p.products for p in backward) == {1: 5, 2: 7, 3: 9}[len(backward)]
     assert (len(backward) == 3) == (WORKLOADS[name].Nq > 128)
     assert all(p.memory > 0 and p.l2 >= forward.memory for p in (forward, keeping, *backward))
@@ -32,18 +32,18 @@ def test_few_queries_by_hand():
     assert time.memory == pytest.approx(1e6 * 2 * (8 * 2 * 32 * (13 + 7424) + 13 * 7424) / 4.8e12)
     assert time.limiter() == "memory"
     kept = estimate(w, H200, keeping)
-    assert kept.matmul == pytest.approx(1.5 * time.matmul)
+    assert kept.matmul == time.matmul
     assert kept.memory - time.memory == pytest.approx(1e6 * 4 * 8 * 13 * 32 / 4.8e12)
 
 
 def test_the_products_of_forward_are_those_of_the_kernel():
-    """The loop over keys has Q K^T, P V and, only where the output is kept, the rounding error of P times V."""
+    """The loop over keys has Q K^T and P V, whether or not the output is kept."""
     source = inspect.getsource(softmax.attend.fn)
-    assert source.count("matmul(") + source.count(" dot(") == 3 and source.index("if SAVE_OUT:\n") < source.index("lost = dot(")
+    assert source.count("matmul(") + source.count(" dot(") == 2
 
 
 def test_an_output_that_is_not_kept_costs_nothing(monkeypatch):
-    monkeypatch.setattr(roofline, "queries_kept_unrounded", lambda problem: 0)
+    monkeypatch.setattr(roofline, "queries_kept_unrounded", lambda problem, needs: 0)
     for w in WORKLOADS.values():
         forward, keeping, *_ = passes(w, H200.arch)
         assert keeping[1:] == forward[1:]

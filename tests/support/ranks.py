@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 
 def in_processes(function: Callable[[int, int], Any], world: int, folder: Path, transport: str = "gloo") -> list[Any]:
     """Calls function(rank, world) in `world` processes; returns their results in the order of ranks. Over "nccl" each has its own GPU."""
-    # A fork saves each process the import of torch. But CUDA does not outlive a fork, and neither does autograd that has used it.
-    method = "spawn" if torch.cuda.is_available() else "fork"
+    # A fork saves each process the import of torch. But the autograd of a torch that is built for CUDA does not outlive one.
+    method = "fork" if torch.version.cuda is None else "spawn"
     mp.start_processes(_worker, (function, world, str(folder), transport), nprocs=world, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 

@@ -18,7 +18,8 @@ class ZeroCall:
     """The sizes and options of a forward and backward of soft_masked_attention, or of its map, over tensors of zeros.
 
     mask says for each of the axes batch, head and query whether M has it or is of size 1 there; None means no mask. layout says how M
-    lies in memory. Hkv is H unless given. threads is the number of CPU threads; None leaves it to torch.
+    lies in memory. Hkv is H unless given. rows is the size of a second batch axis, along which M is shared. threads is the number of CPU
+    threads; None leaves it to torch.
     """
 
     B: int
@@ -35,10 +36,12 @@ class ZeroCall:
     threads: int | None = None
     as_map: bool = False
     logits: bool = False  # mask_logits in place of the mask
+    rows: int | None = None
 
     def case(self, device: str = "cpu") -> Case:
         """The call's tensors. They are never written, so that a system that commits memory lazily commits none for them."""
         dtype, Hkv = getattr(torch, self.dtype), self.Hkv or self.H
+        batch = (self.B,) if self.rows is None else (self.B, self.rows)
 
         def zeros(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
@@ -47,18 +50,19 @@ class ZeroCall:
         if self.mask is not None:
             B, H, Nq = (n if has else 1 for n, has in zip((self.B, self.H, self.Nq), self.mask, strict=True))
             mask = zeros(B, H, Nq, self.Nk) if H > 1 else laid_out(zeros, (B, Nq, self.Nk), self.layout)
+            mask = mask if self.rows is None else mask[:, None]
         return Case(
-            query=zeros(self.B, self.H, self.Nq, self.D),
-            key=zeros(self.B, Hkv, self.Nk, self.D),
-            value=zeros(self.B, Hkv, self.Nk, self.D),
+            query=zeros(*batch, self.H, self.Nq, self.D),
+            key=zeros(*batch, Hkv, self.Nk, self.D),
+            value=zeros(*batch, Hkv, self.Nk, self.D),
             mask=None if self.logits else mask,
             mask_logits=mask if self.logits else None,
             alpha=None if mask is None else zeros(self.H, dtype=torch.float32),
-            dout=zeros(self.B, self.Nq, self.Nk, dtype=torch.float32) if self.as_map else zeros(self.B, self.H, self.Nq, self.D),
+            dout=zeros(self.B, self.Nq, self.Nk, dtype=torch.float32) if self.as_map else zeros(*batch, self.H, self.Nq, self.D),
             head_weights=zeros(self.H, dtype=torch.float32) if self.as_map else None,
-            dlse=zeros(self.B, self.H, self.Nq, dtype=torch.float32) if self.options else None,
+            dlse=zeros(*batch, self.H, self.Nq, dtype=torch.float32) if self.options else None,
             dropout_p=0.1 if self.options else 0.0,
-            key_padding_mask=zeros(self.B, self.Nk, dtype=torch.bool) if self.options else None,
+            key_padding_mask=zeros(*batch, self.Nk, dtype=torch.bool) if self.options else None,
             enable_gqa=Hkv != self.H,
         )
 
@@ -91,6 +95,8 @@ def laid_out(zeros: Callable[..., torch.Tensor], shape: tuple[int, int, int], la
 MAP_GRADIENTS = ("query", "key", "mask", "alpha", "head_weights")
 LOGITS_MAP_GRADIENTS = ("query", "key", "mask_logits", "alpha", "head_weights")
 WITH_LOGITS = dict(logits=True, needs=("query", "key", "value", "mask_logits", "alpha"))
+BIAS = ("query", "key", "value", "mask")
+TRIANGLE = ZeroCall(2, 16, 64, 64, 16, needs=BIAS, rows=64, mask=(True, True, True))
 CALLS = {
     "B1 H8 Nq1024 Nk16384 D32": ZeroCall(1, 8, 1024, 16384, 32),
     "queries100 at Nk 65536": ZeroCall(4, 8, 100, 65536, 32),
@@ -123,6 +129,8 @@ CALLS = {
     "half, logits, few queries": ZeroCall(4, 8, 100, 65536, 32, dtype="bfloat16", **WITH_LOGITS),
     "logits, map": ZeroCall(1, 8, 1024, 16384, 32, needs=LOGITS_MAP_GRADIENTS, as_map=True, logits=True),
     "half, one mask a head for many batches": ZeroCall(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
+    "triangle attention, B2 N64": TRIANGLE,
+    "half, triangle attention of 384": ZeroCall(1, 4, 384, 384, 32, dtype="bfloat16", needs=BIAS, rows=384, mask=(True, True, True)),
 }
 MANY_THREADS = {
     "many heads": ZeroCall(1, 32, 64, 1024, 128, threads=8),
