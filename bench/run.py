@@ -29,7 +29,7 @@ from bench.measuring.validate import interpreted_triton
 from bench.reporting.rows import BOTH, FORWARD, OURS
 from smattn.testing import WORKLOADS
 
-SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls")  # A CPU does these in minutes.
+SHORT = ("hodor_train", "hodor_infer", "queries100_b1", "self1k", "vit_cls", "pair128")  # A CPU does these in minutes.
 ALSO_COLD = ("hodor_train", "hodor_infer")  # In use a network runs between two calls, so keys and values come from memory.
 COLD_ON_A_GPU = (*ALSO_COLD, "queries100", "queries100_b1", "video64k")  # Memory bounds these.
 GRAPHS = ("hodor_train", "hodor_infer")  # Their launches cost more than the work.
@@ -53,13 +53,17 @@ def check_interpreted(job: Job) -> None:
 def chosen_cells(args: argparse.Namespace, on_a_gpu: bool) -> list[Cell]:
     """The cells that the command line asks for. The masks of a shape stand side by side, for what a peer compiles serves both."""
     workloads = args.workloads or (list(WORKLOADS) if args.full or on_a_gpu else SHORT)
-    masks = ("uniform", "blob") if args.full or on_a_gpu else ("uniform",)
+    masks = 2 if args.full or on_a_gpu else 1
     dtypes = (torch.float32, torch.bfloat16) if args.full else (torch.bfloat16,) if on_a_gpu else (torch.float32,)
     if args.dtypes:
         dtypes = tuple(getattr(torch, name) for name in args.dtypes)
     cold, graphs = (COLD_ON_A_GPU, GRAPHS) if on_a_gpu else (ALSO_COLD, ())
-    order = product(workloads, dtypes, (FORWARD, BOTH), masks)
-    return [Cell(WORKLOADS[w], m, t, args.device, d, also_cold=w in cold, also_graph=w in graphs) for w, t, d, m in order]
+    order = product(workloads, dtypes, (FORWARD, BOTH))
+    return [
+        Cell(WORKLOADS[name], mask, dtype, args.device, direction, also_cold=name in cold, also_graph=name in graphs)
+        for name, dtype, direction in order
+        for mask in WORKLOADS[name].masks[:masks]
+    ]
 
 
 def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Contestant], began: float) -> dict[str, str]:
@@ -76,7 +80,7 @@ def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Cont
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="every named workload, uniform and blob masks, float32 and bfloat16")
+    parser.add_argument("--full", action="store_true", help="every named workload, every kind of mask, float32 and bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only these")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")

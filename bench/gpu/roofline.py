@@ -7,6 +7,7 @@ an estimate from below, of what is asked for: padding to whole tiles, launches, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,12 +71,13 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     Forward then stores the output in float32 too, unless that would take too much memory. Backward has 5 products where one program holds
     all queries and dQ, 7 without dQ, else 9.
     """
+    mask_dtype, mask_heads, sharers = (torch.bfloat16, 1, w.H) if w.rows is None else (torch.float32, w.H, w.rows)
     problem = Problem(
-        B=w.B, H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=torch.bfloat16,
-        mask_shape=(w.B, 1, 1, w.Nq, w.Nk), device_type="cuda",
+        B=math.prod(w.batch), H=w.H, Hkv=w.H, Nq=w.Nq, Nk=w.Nk, D=w.D, Dv=w.D, dtype=torch.bfloat16, mask_dtype=mask_dtype,
+        mask_shape=(w.B, 1, mask_heads, w.Nq, w.Nk), device_type="cuda",
     )  # fmt: skip
-    heads, row = w.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
-    queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * w.Nq * w.Nk * BYTES
+    heads, row = problem.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
+    queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * mask_heads * w.Nq * w.Nk * mask_dtype.itemsize
     unrounded = heads * queries_kept_unrounded(problem, Needs(*(True,) * 5)) * w.D * 4
 
     def forwards(l2: int) -> Iterator[Pass]:
@@ -84,9 +86,9 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
         yield Pass("forward+out", 2, 1, memory + unrounded, l2 + unrounded)
 
     if one_tile(problem):
-        yield from forwards(queries + keys + w.H * mask)
+        yield from forwards(queries + keys + sharers * mask)
         if not holds_dq(problem):
-            yield Pass("dq", 3, 1, queries + keys + mask, queries + keys + w.H * mask)
+            yield Pass("dq", 3, 1, queries + keys + mask, queries + keys + sharers * mask)
         owned = 2 * (queries + keys + mask)
         yield Pass("few_queries", 5 if holds_dq(problem) else 4, 1, owned, owned)
         return
@@ -95,15 +97,15 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
         shape = tile(kernel, problem, arch)
         return -(-w.Nq // shape.block_m), -(-w.Nk // shape.block_n)
 
-    yield from forwards(blocks("forward")[0] * keys + w.H * mask)
-    yield Pass("dkdv", 4, 1, queries + 2 * keys + mask, blocks("dkdv")[1] * queries + w.H * mask)
-    yield Pass("dq", 3, 1, 2 * queries + keys + mask, blocks("dq")[0] * keys + w.H * mask)
+    yield from forwards(blocks("forward")[0] * keys + sharers * mask)
+    yield Pass("dkdv", 4, 1, queries + 2 * keys + mask, blocks("dkdv")[1] * queries + sharers * mask)
+    yield Pass("dq", 3, 1, 2 * queries + keys + mask, blocks("dq")[0] * keys + sharers * mask)
     of_queries, of_keys = blocks("dmask")
     yield Pass("dmask", 2, 1, queries + keys + 2 * mask, of_keys * queries + of_queries * keys + 2 * mask)
 
 
 def estimate(w: Workload, chip: Chip, p: Pass) -> Estimate:
-    scores = w.B * w.H * w.Nq * w.Nk
+    scores = math.prod(w.batch) * w.H * w.Nq * w.Nk
     amounts = (p.products * 2 * w.D * scores, p.exponentials * scores, p.memory, p.l2)
     rates = (chip.matmul, chip.exp2, chip.memory, chip.l2)
     return Estimate(*(1e6 * amount / rate for amount, rate in zip(amounts, rates, strict=True)))

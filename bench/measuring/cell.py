@@ -47,7 +47,7 @@ class Cell:
     def smaller(self) -> Cell:
         """The same call with few queries and keys."""
         w = self.workload
-        return replace(self, workload=replace(w, B=1, Nq=min(w.Nq, 16), Nk=min(w.Nk, 64)))
+        return replace(self, workload=replace(w, B=1, rows=w.rows and 2, Nq=min(w.Nq, 16), Nk=min(w.Nk, 64)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,11 +90,14 @@ def _outline(workload: Workload, mask: str, dtype: torch.dtype) -> Case:
 def bind(attend: Attend, case: Case, direction: str, gradients: int = 5) -> Step:
     """The call to measure. It returns the output, and with BOTH the gradients of the first so many of query, key, value, mask and alpha.
 
-    A mask that all heads share is given with a head axis of size 1.
+    A mask that all heads share is given with a head axis of size 1, and an alpha that is a float as a tensor without a gradient.
     """
-    assert case.mask is not None and isinstance(case.alpha, Tensor)
+    assert case.mask is not None and case.alpha is not None
     mask = case.mask[:, None] if case.mask.dim() == 3 else case.mask
-    inputs = (case.query, case.key, case.value, mask, case.alpha)
+    alpha = case.alpha
+    if not isinstance(alpha, Tensor):
+        alpha, gradients = torch.full(case.query.shape[-3:-2], alpha, device=case.query.device), min(gradients, 4)
+    inputs = (case.query, case.key, case.value, mask, alpha)
     if direction == FORWARD:
 
         def forward() -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """What one would use instead of smattn. Each peer is one function of (query, key, value, mask, alpha), with what makes it ready to call.
 
-query (B, H, Nq, D), key and value (B, H, Nk, D), mask (B|1, 1, Nq|1, Nk), not expanded, alpha (H,). If you can tune a peer, we are glad.
+query (B, H, Nq, D), key and value (B, H, Nk, D), mask (B|1, H|1, Nq|1, Nk), not expanded, alpha (H,); or a second batch axis, along which
+the mask has size 1, and B = 1. If you can tune a peer, we are glad.
 """
 
 from __future__ import annotations
@@ -23,27 +24,35 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
-    scores = (query @ key.mT) * query.shape[3] ** -0.5 + alpha[:, None, None].to(mask.dtype) * mask
+    scores = (query @ key.mT) * query.shape[-1] ** -0.5 + alpha[:, None, None].to(mask.dtype) * mask
     return torch.softmax(scores, -1).to(value.dtype) @ value
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
-    bias = alpha[:, None, None].to(mask.dtype) * mask  # (B, H, Nq, Nk)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    bias = (alpha[:, None, None].to(mask.dtype) * mask).to(query.dtype)  # (B, H, Nq, Nk)
+    out = F.scaled_dot_product_attention(*map(_one_batch_axis, (query, key, value)), attn_mask=_one_batch_axis(bias))
+    return out.view(query.shape)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
-    def soft_mask(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + alpha[h] * mask[b, 0, i, j]
+    mask = _one_batch_axis(mask)
+    batches, heads = (size > 1 for size in mask.shape[:2])
 
-    out = flex_attention(query, key, value, score_mod=soft_mask)
+    def soft_mask(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + alpha[h] * mask[b if batches else 0, h if heads else 0, i, j]
+
+    out = flex_attention(*map(_one_batch_axis, (query, key, value)), score_mod=soft_mask)
     assert isinstance(out, Tensor)
-    return out
+    return out.view(query.shape)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(*map(_one_batch_axis, (query, key, value))).view(query.shape)
+
+
+def _one_batch_axis(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -4)
 
 
 @dataclass(frozen=True)

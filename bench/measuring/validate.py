@@ -7,6 +7,7 @@ CPU reads.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def _case(workload: Workload, mask: str, dtype: torch.dtype, device: str) -> Cas
 
 def validate_case(backend: str, case: Case, w: Workload, mask: str) -> Validation:
     rows = errors(run(case, backend=backend), case)
-    shape, dtype = (w.B, w.H, w.Nq, w.Nk, w.D), name_of(case.query.dtype)
+    shape, dtype = (math.prod(w.batch), w.H, w.Nq, w.Nk, w.D), name_of(case.query.dtype)
     return Validation(f"smattn/{backend}", w.name, shape, mask, dtype, {row.name: _as_dict(row) for row in rows})
 
 
@@ -82,14 +83,15 @@ def largest(device: str) -> int:
 
 def fitting(w: Workload, scores: int = LARGEST["cpu"]) -> Workload:
     """The workload with as much of its batch, then heads, then queries as so many scores hold. Keys and head size stay."""
-    B = min(w.B, max(1, scores // (w.H * w.Nq * w.Nk)))
-    H = min(w.H, max(1, scores // (B * w.Nq * w.Nk)))
-    return replace(w, B=B, H=H, Nq=min(w.Nq, max(1, scores // (B * H * w.Nk))))
+    rows = w.rows and min(w.rows, max(1, scores // (w.H * w.Nq * w.Nk)))
+    B = min(w.B, max(1, scores // ((rows or 1) * w.H * w.Nq * w.Nk)))
+    H = min(w.H, max(1, scores // ((rows or 1) * B * w.Nq * w.Nk)))
+    return replace(w, B=B, rows=rows, H=H, Nq=min(w.Nq, max(1, scores // ((rows or 1) * B * H * w.Nk))))
 
 
 def reduced(w: Workload) -> Workload:
     """A workload small enough for an interpreter, and still of several blocks."""
-    return replace(w, B=1, H=2, Nq=min(w.Nq, 136), Nk=min(w.Nk, 100))
+    return replace(w, B=1, rows=w.rows and 2, H=2, Nq=min(w.Nq, 136), Nk=min(w.Nk, 100))
 
 
 def interpreted_triton(names: list[str]) -> list[Validation] | str:

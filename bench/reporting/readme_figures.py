@@ -28,7 +28,7 @@ def with_readme_figures(readme: str, files: list[str]) -> str:
             continue
         busy, cells = {key.inputs for key in disturbed(rows)}, dict[str, dict[str, Duel]]()
         for key, duel in duels(rows).items():
-            if key.cache == WARM and key.mask == "uniform":
+            if key.cache == WARM and key.mask != "blob":
                 cells.setdefault(f"{key.workload}, {key.dtype}{' †' * (key.inputs in busy)}", {})[key.direction] = duel
         shown += [(file, label, of) for label, of in cells.items()]
     return BLOCK.sub(lambda _: block(shown[:ROWS]), readme)

@@ -24,7 +24,7 @@ class Row:
 
     workload: str
     shape: tuple[int, ...]  # B, H, Nq, Nk, D
-    mask: str  # "uniform", "blob", or "none" for the ceilings
+    mask: str  # "uniform", "blob", "bias", or "none" for the ceilings
     dtype: str
     direction: str  # FORWARD or BOTH, which has the gradients of mask and alpha too
     cache: str  # WARM, COLD or GRAPH

@@ -126,7 +126,8 @@ def make_case(
     Args:
         B, H, Nq, Nk, D, Dv, Hkv: sizes; Dv is D and Hkv is H unless given.
         batch: sizes of several batch axes, whose product is B; mask_shape then has as many.
-        mask: "uniform" in [0, 1], "blob" by blob_mask, "logits" (normal, times 3) in place of a mask, or None.
+        mask: "uniform" in [0, 1], "blob" by blob_mask, "bias" (normal, and alpha is the float 1), "logits" (normal, times 3) in place of a
+            mask, or None.
         mask_shape: (B, Nq, Nk) unless given; "blob" takes no other.
         with_lse: the call also returns lse, which has a gradient.
         as_map: a case of attention_map.
@@ -144,6 +145,8 @@ def make_case(
         m = blob_mask(B, Nq, Nk, g).to(device, mask_dtype)
     elif mask == "uniform":
         m = torch.rand(*(mask_shape or (B, Nq, Nk)), generator=g, dtype=acc).to(device, mask_dtype)
+    elif mask == "bias":
+        m = normal(*(mask_shape or (B, Nq, Nk)), to=mask_dtype)
     elif mask == "logits":
         m = 3 * normal(*(mask_shape or (B, Nq, Nk)), to=mask_dtype)
     axes = tuple(batch) or (B,)
@@ -153,7 +156,7 @@ def make_case(
         value=of_batch(normal(B, Hkv, Nk, Dv), axes),
         mask=None if mask == "logits" else m,
         mask_logits=m if mask == "logits" else None,
-        alpha=None if m is None else default_alpha(H).to(device, acc),
+        alpha=None if m is None else 1.0 if mask == "bias" else default_alpha(H).to(device, acc),
         dout=of_batch(normal(B, Nq, Nk, to=acc) if as_map else normal(B, H, Nq, Dv), axes),
         dlse=of_batch(normal(B, H, Nq, to=acc), axes) if with_lse and not as_map else None,
         head_weights=normal(H, to=acc) if as_map else None,

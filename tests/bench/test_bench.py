@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import time
 from dataclasses import replace
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY, REFERENCE, tiny, refuses, job = bench_runs.TINY, bench_runs.REFERENCE, bench_runs.tiny, bench_runs.refuses, bench_runs.job
 EAGER, COMPILED, SDPA, FLEX = peers.PEERS
+PAIR = replace(tiny(), workload=bench_runs.TINY_PAIR, mask="bias")
 SCRATCH = 64 * 2**20
 
 
@@ -116,12 +118,13 @@ def test_extra_memory_of_a_call_that_fails_is_an_error_not_a_number():
 
 @pytest.mark.parametrize("peer", [EAGER, SDPA, FLEX], ids=lambda peer: peer.name)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_peers_compute_the_same_thing(peer):
-    case = tiny().case()
+@pytest.mark.parametrize("cell", [tiny(), PAIR], ids=["a mask for all heads", "a bias for all rows"])
+def test_peers_compute_the_same_thing(peer, cell):
+    case = cell.case()
     direction = rows.FORWARD if peer.forward_only_on else rows.BOTH
     out, *grads = bind(peer.function, case, direction)()
     results = {"out": out} | {f"d{name}": g.view_as(case.inputs()[name]) for name, g in zip(case.inputs(), grads, strict=False)}
-    assert len(results) == (1 if direction == rows.FORWARD else 6)
+    assert len(results) == (1 if direction == rows.FORWARD else 1 + len(case.inputs()))
     for row in errors(results, case):
         assert row.within, str(row)
 
@@ -233,7 +236,7 @@ def test_a_backend_is_not_timed_where_it_is_outside_the_budget_or_broken(job, mo
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda w: w.name)
 def test_validated_shapes_fit_and_keep_keys_and_head_size(workload):
     w = validate.fitting(workload)
-    assert 1 <= w.B * w.H * w.Nq * w.Nk <= validate.LARGEST["cpu"]
+    assert 1 <= math.prod(w.batch) * w.H * w.Nq * w.Nk <= validate.LARGEST["cpu"]
     assert (w.Nk, w.D) == (workload.Nk, workload.D)
     on_a_gpu = validate.fitting(workload, validate.LARGEST["cuda"])
     assert (on_a_gpu.H, on_a_gpu.Nq) == (workload.H, workload.Nq), "the kernel that is timed is the one that was checked"

@@ -14,6 +14,7 @@ from bench.reporting import rows
 from smattn.testing import Workload
 
 TINY = Workload("hodor_infer", 1, 2, 5, 40, 8, "tiny")  # It has a known name, which reports look up.
+TINY_PAIR = Workload("pair128", 1, 2, 5, 40, 16, "tiny", rows=3)
 REFERENCE = peers.ours("reference")
 
 
