@@ -31,8 +31,9 @@ class Backward {
   void run(int64_t group, int64_t slot, int64_t split) {
     for (int64_t pair = 0; pair < plan_.pairs; ++pair) pairs_[pair] = plan_.pair(group, pair);
     slot_ = slot;
-    begins_dmask_ = !plan_.batches_take_turns() || plan_.first_place(group) % plan_.sharers == 0;
-    ends_dmask_ = !plan_.batches_take_turns() || (plan_.first_place(group) + plan_.batches) % plan_.sharers == 0;
+    begins_dmask_ = !plan_.adds_up_dmask() || plan_.turn(group) == 0;
+    ends_dmask_ = !plan_.adds_up_dmask() || (plan_.shares == 1 && plan_.turn(group) == plan_.turns - 1);
+    dmask_total_ = parts_.dmask_total + plan_.share(group) * plan_.dmask_tiles_size(t_.scores.mask_size);
     fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
     const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
     clear_own_part(split);
@@ -139,7 +140,7 @@ class Backward {
     T* dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0);
     if (tile && pair.first_of_mask && !begins_dmask_) {
       const QueryBlock q = query_block(plan_.blocking, qb);
-      copy<T>(parts_.dmask_total + plan_.dmask_tile(pair.h, q, k_), k_.count * q.lanes, dmask);
+      copy<T>(dmask_total_ + plan_.dmask_tile(pair.h, q, k_), k_.count * q.lanes, dmask);
     }
     T* own_dvalue = dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
     void* dvalue = direct ? static_cast<char*>(t_.dvalue) + row * n_.Dv * bytes : static_cast<void*>(own_dvalue);
@@ -170,7 +171,6 @@ class Backward {
   }
 
   void finish_dmask(int64_t split, int64_t pair_index, const QueryBlock& q, const KeyBlock& k, const T* tile) {
-    const int64_t* size = t_.scores.mask_size;
     const Pair& pair = pairs_[pair_index];
     if (!plan_.tile_dmask) {
       const int64_t own = plan_.dmask_rows > 1 ? pair_index : 0;
@@ -185,11 +185,8 @@ class Backward {
       return;
     }
     if (!pair.last_of_mask) return;
-    if (!ends_dmask_) return copy<T>(tile, k.count * q.lanes, parts_.dmask_total + plan_.dmask_tile(pair.h, q, k));
-    const int64_t stride = round_up(k.count, kLanes<T>);
-    transpose_block<T>(tile, q.lanes, stride, q.lanes, rows_, stride);
-    const int64_t mask = t_.scores.mask_batch.mask_of(pair.b), h = size[1] == 1 ? 0 : pair.h;
-    write_dmask<T>(t_.scores, mask, h, q.first, k.first, rows_, stride, q.count, k.count, t_.dmask);
+    if (!ends_dmask_) return copy<T>(tile, k.count * q.lanes, dmask_total_ + plan_.dmask_tile(pair.h, q, k));
+    store_dmask_tile<T>(t_, t_.scores.mask_batch.mask_of(pair.b), pair.h, q, k, tile, rows_);
   }
 
   void clear_own_part(int64_t split) {
@@ -213,7 +210,8 @@ class Backward {
   KeyTiles<E> keys_read_{};
   KeyBlock k_;
   int64_t slot_ = 0;
-  bool begins_dmask_ = true, ends_dmask_ = true;  // among the groups that share M
+  bool begins_dmask_ = true, ends_dmask_ = true;  // among the groups that add to one dM
+  T* dmask_total_ = nullptr;  // that dM
   Held block_read_, kv_read_, mask_read_, dmap_read_;
 };
 
@@ -231,6 +229,8 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
       backward.run(first + item / plan.splits, item / plan.splits, item % plan.splits);
     });
     if (plan.dmask_rows > 0) store_key_dmask(task, plan, parts, first, groups, threads);
+    if (plan.shares > 1 && plan.mask_of(first + groups) > plan.mask_of(first))
+      store_shares(task, plan, parts, plan.mask_of(first), threads);
     if (!plan.wants_parts) continue;
     parallel_for(threads, plan.part_items() / plan.round * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) store_sum(task, plan, parts, first, item);

@@ -1,9 +1,10 @@
 // How backward is cut into items that run in parallel, so that dK, dV and dM are each summed by one thread in one order.
 //
 // A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
-// and all pairs that share M where dM has the queries' extent (of many batches so many as memory holds: then a group begins with the dM
-// that the last one left). Batch elements are taken in the order of MaskBatch, in which those that share M are neighbours; a `place` is one's
-// number in that order. An item is a group and a share of its outer blocks:
+// and all pairs that share M where dM has the queries' extent. Of many batches so many are in a group as leave room for many threads;
+// then those that share M are cut into shares, which have a dM each, and a group begins with the dM that the last one of its share left.
+// The shares' dM are added up in order. Batch elements are taken in the order of MaskBatch, in which those that share M are neighbours;
+// a `place` is one's number in that order. An item is a group and a part of its outer blocks:
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
@@ -75,6 +76,7 @@ struct BackwardPlan {
   bool tile_dmask;  // dM has the queries' extent: summed over a group's pairs in a tile
   int64_t sharers;  // of one M: how many batch elements read it
   bool batch_inside;
+  int64_t shares, turns;  // of the sharers of one M: parts that go side by side, each adding to a dM of its own, and the groups of one part
   int64_t batches, kv_heads;  // in a group
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
   bool pairs_innermost;  // else the inner blocks are
@@ -98,15 +100,19 @@ struct BackwardPlan {
     mask_batch_ = s.mask_batch;
     sharers = mask_batch_.sharers(n.B);
     batch_inside = tile_dmask && sharers > 1;
-    // every thread has its group's tiles and sums
-    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
-    const int64_t batch_size = n.H * n.Nq * round_up(n.D, kLanes<T>) + n.H * blocking.queries * query_row + n.Hkv * dkv_size();
-    batches = batch_inside ? largest_divisor(sharers, bytes / 2 / static_cast<int64_t>(sizeof(T)) / batch_size) : 1;
+    mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
+    const int64_t dmask_bytes = dmask_tiles_size(s.mask_size) * static_cast<int64_t>(sizeof(T));
+    shares = batch_inside ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
+    // Every thread has its group's tiles and sums: so few batch elements that there is room for many threads.
+    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
+    const int64_t row_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
+    const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * row_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
+    batches = batch_inside ? largest_divisor(sharers / shares, bytes / 16 / batch_bytes) : 1;
+    turns = sharers / shares / batches;
     groups = n.B / batches * groups_of_a_batch();
     kvs = batches * kv_heads;
     pairs = kvs * (n.H / n.Hkv);
-    mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
     const int64_t row = round_up(n.D, kLanes<T>) + (outer_keys ? round_up(n.Dv, kLanes<T>) : 0);
     const int64_t sums = outer_keys ? kvs * blocking.keys * row : pairs * blocking.queries * row;
@@ -115,17 +121,21 @@ struct BackwardPlan {
     dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
     const int64_t group_bytes = part_bytes(outer_keys) / groups + dmask_rows * n.Nk * static_cast<int64_t>(sizeof(T));
     round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
-    if (batches_take_turns()) round = largest_divisor(groups_of_a_batch(), round);  // no two that share M
+    if (adds_up_dmask()) round = largest_divisor(groups_of_a_turn(), round);  // no two that add to one dM
     splits = splits_within(bytes);
   }
 
-  bool batches_take_turns() const { return batch_inside && batches < sharers; }
+  // Whether dM is made of more than one group's, in BackwardParts::dmask_total.
+  bool adds_up_dmask() const { return batch_inside && batches < sharers; }
   int64_t dmask_tile(int64_t h, const QueryBlock& q, const KeyBlock& k) const {  // its place in what one group leaves for the next
     const int64_t head = mask_by_head_ ? h : 0, qb = q.first / blocking.queries, kb = k.first / blocking.keys;
     return ((head * blocking.query_blocks + qb) * blocking.key_blocks + kb) * blocking.keys * blocking.queries;
   }
+  int64_t dmask_tiles_size(const int64_t* mask_size) const {  // of one M
+    return mask_size[1] * blocking.query_blocks * blocking.key_blocks * blocking.keys * blocking.queries;
+  }
   int64_t dmask_total_size(const int64_t* mask_size) const {
-    if (batches_take_turns()) return mask_size[1] * blocking.query_blocks * blocking.key_blocks * blocking.keys * blocking.queries;
+    if (adds_up_dmask()) return shares * dmask_tiles_size(mask_size);
     return dmask_rows > 0 && round < groups ? mask_size[0] * mask_size[1] * n.Nk : 0;
   }
   int64_t outer_blocks() const { return outer_keys ? blocking.key_blocks : blocking.query_blocks; }
@@ -143,7 +153,12 @@ struct BackwardPlan {
     return wants_parts ? part_items() * (outer_keys ? dquery_size() : dkv_size()) : 0;
   }
 
-  int64_t first_place(int64_t group) const { return group / groups_of_a_batch() * batches; }
+  // The groups of an M are ordered by turn, then by share, then by head.
+  int64_t groups_of_a_turn() const { return shares * groups_of_a_batch(); }
+  int64_t turn(int64_t group) const { return group / groups_of_a_turn() % turns; }
+  int64_t share(int64_t group) const { return group / groups_of_a_batch() % shares; }
+  int64_t mask_of(int64_t group) const { return group / (turns * groups_of_a_turn()); }
+  int64_t first_place(int64_t group) const { return mask_of(group) * sharers + (share(group) * turns + turn(group)) * batches; }
   int64_t batch_at(int64_t place) const { return mask_batch_.at_place(place, n.B); }
   int64_t first_kv_head(int64_t group) const { return group % groups_of_a_batch() * kv_heads; }
 
@@ -165,6 +180,8 @@ struct BackwardPlan {
   }
 
  private:
+  static constexpr int64_t kItems = 32;  // wanted side by side
+
   bool mask_by_head_;
   MaskBatch mask_batch_;
 
@@ -178,7 +195,6 @@ struct BackwardPlan {
   }
 
   int64_t splits_within(int64_t bytes) const {
-    constexpr int64_t kItems = 32;
     const int64_t one = larger_of<int64_t>(1, part_size() * static_cast<int64_t>(sizeof(T)));
     const int64_t most = smaller_of(larger_of<int64_t>(1, bytes / one), larger_of<int64_t>(1, outer_blocks()));
     const int64_t wanted = smaller_of(most, blocks_of(kItems, larger_of<int64_t>(1, round)));

@@ -11,7 +11,7 @@ template <class T>
 struct BackwardParts {
   Buffer<T> sums;    // [split][group of a round][pair][query block][dQ] or [split][group of a round][batch, kv head][key block][dK, dV]
   Buffer<T> dmask;   // [dmask_parts][group of a round][row][Nk], of an M without the queries' extent
-  Buffer<T> dmask_total;  // where groups take turns: [B|1, H|1, Nk] of such an M, else [H|1, query block, key block][key][lane]
+  Buffer<T> dmask_total;  // where groups add up dM: [B|1, H|1, Nk] of such an M, else [share][H|1, query block, key block][key][lane]
   Buffer<T> dalpha;  // [split][B, H]
   int64_t sums_size, dmask_size, dalpha_size;  // of one split
 
@@ -108,6 +108,36 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
       } else {
         for (int64_t j = 0; j < count; ++j) total[j] = sum[j];
       }
+    }
+  });
+}
+
+// A tile of dM, [key][lane], to its rows. rows: scratch of a tile's size.
+template <class T>
+inline void store_dmask_tile(const BackwardTask<T>& t, int64_t mask, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* tile,
+                             T* rows) {
+  const int64_t stride = round_up(k.count, kLanes<T>), head = t.scores.mask_size[1] == 1 ? 0 : h;
+  transpose_block<T>(tile, q.lanes, stride, q.lanes, rows, stride);
+  write_dmask<T>(t.scores, mask, head, q.first, k.first, rows, stride, q.count, k.count, t.dmask);
+}
+
+// dM of one M, whose groups are all done, from the sums of its shares in their order.
+template <class T>
+inline void store_shares(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, int64_t mask,
+                         ParallelFor threads) {
+  const int64_t blocks = plan.blocking.query_blocks * plan.blocking.key_blocks, share_size = plan.dmask_tiles_size(t.scores.mask_size);
+  parallel_for(threads, t.scores.mask_size[1] * blocks, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> tile(kKeys * kQueries), rows(kKeys * kQueries);
+    for (int64_t item = begin; item < end; ++item) {
+      const QueryBlock q = query_block(plan.blocking, item / plan.blocking.key_blocks % plan.blocking.query_blocks);
+      const KeyBlock k = key_block(t.scores, plan.blocking, plan.batch_at(mask * plan.sharers), item % plan.blocking.key_blocks);
+      const int64_t h = item / blocks, size = k.count * q.lanes;
+      const T* from = parts.dmask_total + plan.dmask_tile(h, q, k);
+      copy<T>(from, size, tile.get());
+      for (int64_t share = 1; share < plan.shares; ++share) {
+        for (int64_t i = 0; i < size; ++i) tile[i] += from[share * share_size + i];
+      }
+      store_dmask_tile<T>(t, mask, h, q, k, tile, rows);
     }
   });
 }

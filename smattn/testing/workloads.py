@@ -52,6 +52,7 @@ WORKLOADS = {
         Workload("vit_cls_d48", 4, 16, 1045, 1045, 48, "the head size of the token-masking paper's ViT"),
         Workload("pair128", 1, 4, 128, 128, 32, "triangle attention of AlphaFold-like models", rows=128),
         Workload("pair384", 1, 4, 384, 384, 32, "the same at a usual crop", rows=384),
+        Workload("pair512", 1, 4, 512, 512, 32, "the same at a large crop", rows=512),
     )
 }
 

@@ -188,8 +188,9 @@ def test_a_map_with_scores_of_plus_infinity_is_nan_where_it_is_in_plain_torch(ma
         assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
 
 
-@pytest.mark.parametrize("mask", ["uniform", "blob"])
-@pytest.mark.parametrize("name", ["hodor_infer", "hodor_train", "vit_cls"])
+@pytest.mark.parametrize(
+    "name, mask", [("pair128", "bias"), *product(["hodor_infer", "hodor_train", "vit_cls"], ["uniform", "blob"])]
+)
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_named_workloads(backend, device, name, mask):
