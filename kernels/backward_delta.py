@@ -16,7 +16,7 @@ from .primitives.load import load_tile
 from .primitives.rows import load_dlse, rows_of, store_rows
 from .tiles import Tile, block_of, cdiv
 
-TILE = Tile(block_m=16, block_n=1, warps=4, stages=1)  # 16 rows a program
+TILE = Tile(block_m=8, block_n=1, warps=4, stages=1)  # 8 rows a program
 
 
 @triton.jit(do_not_specialize=["Nq"])

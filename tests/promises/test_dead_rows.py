@@ -17,6 +17,7 @@ on_every_backend = pytest.mark.parametrize("name", [pytest.param(name, marks=SLO
 on_every_backend_and_dtype = pytest.mark.parametrize("name, dtype", PAIRS, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in PAIRS])
 attention_and_map = pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
 few_and_many_queries = pytest.mark.parametrize("Nq", [5, 40, 131])
+of_few_and_many_queries = pytest.mark.parametrize("Nq, lowest", [(5, "float32"), (40, "-inf"), (131, "float32")])
 
 INF = float("inf")
 LOWEST = {  # what rules a key out at alpha = 1, and the dtype of the mask it is written in
@@ -27,6 +28,9 @@ LOWEST = {  # what rules a key out at alpha = 1, and the dtype of the mask it is
     "-inf in float16": (-INF, torch.float16),
 }
 every_lowest = pytest.mark.parametrize("lowest", LOWEST)
+of_few_queries_in_every_way_and_of_many = pytest.mark.parametrize(
+    "Nq, lowest", [*((5, lowest) for lowest in LOWEST), (40, "-inf"), (131, "float32"), (131, "-inf")]
+)
 FINITE = [name for name, (value, _) in LOWEST.items() if value != -INF]
 NK = 35
 
@@ -56,8 +60,7 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@every_lowest
-@few_and_many_queries
+@of_few_queries_in_every_way_and_of_many
 @attention_and_map
 @on_every_backend
 def test_a_row_that_the_mask_rules_out(name, device, as_map, Nq, lowest):
@@ -87,8 +90,7 @@ def test_the_lowest_float64_of_a_float64_mask(name, device, as_map):
     assert_within_budget(run(case, name), case)
 
 
-@every_lowest
-@few_and_many_queries
+@of_few_queries_in_every_way_and_of_many
 @attention_and_map
 @on_every_backend
 def test_a_row_that_the_mask_rules_out_in_part(name, device, as_map, Nq, lowest):
@@ -133,9 +135,11 @@ def test_gradients_are_finite_differences_where_rows_are_dead(name, device, as_m
 SHAPES = [*product((1, 2), (1, 4), (1, 2)), *product((1, 2), (1, 2))]
 
 
-@pytest.mark.parametrize("lowest", ["float32", "-inf"])
-@pytest.mark.parametrize("Nq", [5, 131])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, Nq, lowest",
+    [*product(SHAPES, [5], ["float32", "-inf"]), *product([(1, 1, 1), (1, 4, 2), (2, 1, 2), (2, 4, 1)], [131], ["float32"])],
+    ids=str,
+)
 @attention_and_map
 @on_every_backend
 def test_a_mask_and_padding_that_leave_no_key_together_in_every_broadcast(name, device, as_map, shape, Nq, lowest):
@@ -225,8 +229,7 @@ def test_logits_under_an_alpha_that_is_out_of_range(name, device, Nq):
     assert not results["dmask_logits"].any()
 
 
-@pytest.mark.parametrize("lowest", ["float32", "-inf"])
-@few_and_many_queries
+@of_few_and_many_queries
 @on_every_backend
 def test_dropout(name, device, Nq, lowest):
     case = without_dalpha(a_case(lowest, Nq, dropout_p=0.5, padded=0.3, device=device))
@@ -235,8 +238,7 @@ def test_dropout(name, device, Nq, lowest):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), INF, -INF])
-@pytest.mark.parametrize("lowest", ["float32", "-inf"])
-@few_and_many_queries
+@of_few_and_many_queries
 @on_every_backend
 def test_the_gradient_fed_to_a_dead_lse_may_be_anything(name, device, Nq, lowest, bad):
     case = without_dalpha(a_case(lowest, Nq, device=device))
@@ -245,8 +247,7 @@ def test_the_gradient_fed_to_a_dead_lse_may_be_anything(name, device, Nq, lowest
     assert same_bits(clean, run(replace(case, dlse=case.dlse.masked_fill(dead_queries(case), bad)), name))
 
 
-@pytest.mark.parametrize("lowest", ["float32", "-inf"])
-@few_and_many_queries
+@of_few_and_many_queries
 @attention_and_map
 @on_every_backend
 def test_a_dead_row_changes_nothing_else(name, device, as_map, Nq, lowest):

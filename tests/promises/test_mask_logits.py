@@ -48,8 +48,7 @@ def test_a_map_within_budget(map_backend, device, shape, Nq):
 
 
 @pytest.mark.promise("exact")
-@pytest.mark.parametrize("Nq", [5, 131])
-@pytest.mark.parametrize("own", [True, False], ids=["logits of the dtype", "float32 logits"])
+@pytest.mark.parametrize("own, Nq", [(True, 5), (False, 5), (True, 131)], ids=["logits of the dtype", "float32 logits", "many queries"])
 def test_dtypes_with_padding_and_dropout(backend, dtype, device, own, Nq):
     mask_dtype = dtype if own else torch.float32
     case = poisoned(a_case((2, True), Nq, dtype=dtype, mask_dtype=mask_dtype, padded=0.4, dropout_p=0.2, with_lse=True, device=device))

@@ -2,7 +2,6 @@
 
 import copy
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -142,10 +141,8 @@ def test_what_is_no_mask2former_or_is_soft_already_is_refused(original):
         soften_mask2former(soften_mask2former(copy.deepcopy(original)))
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_rows():
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    import mask2former_cost
+def test_the_committed_costs_are_those_of_every_part_and_kind_of_mask():
+    from examples.mask2former_cost import MASKS, PARTS, Cost
+    from examples.shared.rows import RESULTS, read
 
-    rows = mask2former_cost.read(examples / "results" / "mask2former_cost.csv")
-    assert [row[:2] for row in rows] == list(product(mask2former_cost.PARTS, mask2former_cost.MASKS))
-    assert mask2former_cost.table(rows) in (examples / "README.md").read_text()
+    assert [row[:2] for row in read(RESULTS / "mask2former_cost.csv", Cost)] == list(product(PARTS, MASKS))
