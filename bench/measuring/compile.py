@@ -57,6 +57,7 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
 def _compile(contestant: Contestant, cell: Cell, threads: int) -> None:
     """Run the call once, so that what it compiles is on disk. threads: the number for which a CPU's code is compiled."""
     gpu = on_a_gpu(cell.device)
+    torch.compiler.reset()  # Else it has too many shapes of a peer, and gives up.
     torch.set_num_threads(1 if gpu else threads)
     torch._inductor.config.compile_threads = 1  # type: ignore[attr-defined]  # Else each process starts one for every core.
     if why_not(contestant, cell) or (not gpu and (os.cpu_count() or 1) * cell.score_bytes > free_memory()):

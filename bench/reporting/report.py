@@ -141,7 +141,10 @@ def error_body(rows: list[Row]) -> list[list[str]]:
     for key, e in checked.items():
         line = []
         for name in TENSORS:
-            t = e["tensors"][name]
+            t = e["tensors"].get(name)
+            if t is None:  # a bias has an alpha without a gradient
+                line.append("–")
+                continue
             share = max(error / allowed if error else 0.0 for error, allowed in zip(t["error"], t["allowed"], strict=True))
             line.append(f"{t['error'][0]:.0e} / {t['plain'][0]:.0e}, {share:.0%}")
         body.append([f"{' '.join(key)}, {' '.join(map(str, e['shape']))}", *line])
