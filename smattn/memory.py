@@ -4,10 +4,10 @@ During forward and backward a fused backend holds, besides inputs, outputs and g
 
     a quarter of the bytes of all those, and 16 MiB.
 
-Forward leaves rows to backward, and the unrounded output only as far as `queries_kept_unrounded` says; RESERVED is always left to the
-passes of backward. Where Triton's kernels split the keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds
-`partial_dqueries` partial gradients of query beside what forward left, or `partial_dmasks` of the mask. These shares are the same on
-every chip, because the number of splits decides the order of the sums.
+Forward leaves rows to backward, and the unrounded output only as far as `queries_kept_unrounded` says. Where Triton's kernels split the
+keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of query beside what
+forward left, or `partial_dmasks` of the mask. These shares are the same on every chip, because the number of splits decides the order
+of the sums.
 
 The C++ backends plan in C++ and cannot import this file. csrc/memory.h has the promise as two constants, which their plans share out.
 """
@@ -25,31 +25,30 @@ PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients 
 PROMISED_BYTES = 16 << 20  # and these bytes whatever the size of the call
 
 PARTIAL_OUTPUTS = 9 * PROMISED_BYTES // 16  # forward's outputs of splits of the keys, whatever the size of the call
-RESERVED = PROMISED_BYTES // 2  # left to backward's passes beside what forward keeps
+KEPT_BYTES = PROMISED_BYTES // 4  # what forward keeps: a promised share of the inputs, and these bytes
 DQUERY_BYTES = 3 * PROMISED_BYTES // 8  # backward's partial gradients of query, with what forward kept: these bytes
 DQUERY_SHARE = 5  # and inputs, outputs and gradients divided by this, which leaves some of the promise to the other buffers
-DMASK_BYTES = 7 * RESERVED // 8  # backward's partial gradients of the mask and their sum, whatever the size of the call
+DMASK_BYTES = 5 * PROMISED_BYTES // 8  # backward's partial gradients of the mask and their sum: a promised share of the mask, and these
 
 
-def promised_bytes(problem: Problem, needs: Needs) -> int:
-    """Bytes that a call may hold, if these gradients are wanted. The gradient of the output is an input of backward."""
-    return (_bytes_of_inputs(problem) + _bytes_of_gradients(problem, needs)) // PROMISED_SHARE + PROMISED_BYTES
-
-
-def bytes_kept(problem: Problem, with_mbar: bool) -> int:
+def bytes_kept(problem: Problem) -> int:
     """Bytes that forward saves for backward if it keeps the unrounded output, and backward's own 8 bytes for each query of each head."""
     columns = problem.Dv if problem.acc_dtype != problem.dtype else 0
-    return 4 * problem.B * problem.H * problem.Nq * (3 + with_mbar + columns)
+    return 4 * problem.B * problem.H * problem.Nq * (4 + columns)
 
 
-def queries_kept_unrounded(problem: Problem, needs: Needs) -> int:
+def share_kept(problem: Problem) -> int:
+    """The most bytes that forward may keep. The share of the gradients is left to backward, which is slow where it has no room."""
+    return _bytes_of_inputs(problem) // PROMISED_SHARE + KEPT_BYTES
+
+
+def queries_kept_unrounded(problem: Problem) -> int:
     """For how many queries forward also leaves the unrounded output, where `out` is rounded: all, or none if that would be too much.
 
-    Without it backward sums delta as P*dP, reference.py (5). The formula does not compare sizes: for symbolic ones that would be a guard,
-    and torch.export would lose its dynamic lengths. torch.compile makes one graph for each of the two cases.
+    Without it backward sums delta as P*dP, reference.py (5). The formula has no comparison: for symbolic sizes that would be a guard, and
+    torch.export would lose its dynamic lengths. torch.compile makes one graph for each of the two cases.
     """
-    share = promised_bytes(problem, needs) - RESERVED - _bytes_of_key_sums(problem, needs)
-    times_it_fits = torch.sym_max(0, share) // torch.sym_max(1, bytes_kept(problem, needs.alpha))
+    times_it_fits = share_kept(problem) // torch.sym_max(1, bytes_kept(problem))
     return problem.Nq * torch.sym_min(1, times_it_fits)
 
 
@@ -57,15 +56,14 @@ def partial_dqueries(problem: Problem, needs: Needs) -> int:
     """How many float32 gradients of query backward may hold at once, beside what forward kept."""
     p = problem
     held = _bytes_of_inputs(p) + _bytes_of_gradients(p, needs)
-    share = held // DQUERY_SHARE + DQUERY_BYTES - bytes_kept(p, with_mbar=True)
+    share = held // DQUERY_SHARE + DQUERY_BYTES - bytes_kept(p)
     return max(0, share) // (4 * p.B * p.H * p.Nq * p.D)
 
 
 def partial_dmasks(problem: Problem) -> int:
     """How many float32 gradients of the mask backward may hold beside their sum, where it has no partial gradient of query."""
     elements = math.prod(problem.mask_shape or (0,))
-    left = promised_bytes(problem, Needs(False, False, False, mask=True, alpha=False)) - bytes_kept(problem, with_mbar=True)
-    return max(DMASK_BYTES, left - RESERVED // 8) // max(1, 4 * elements) - 1
+    return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
 
 
 def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Tensor | None, Saved]:
@@ -109,13 +107,6 @@ def _bytes_of_gradients(problem: Problem, needs: Needs) -> int:
     p = problem
     rows = needs.query * p.H * p.Nq * p.D + p.Hkv * p.Nk * (needs.key * p.D + needs.value * p.Dv)
     return p.B * rows * p.dtype.itemsize + needs.mask * _bytes_of_mask(p)
-
-
-def _bytes_of_key_sums(problem: Problem, needs: Needs) -> int:
-    """Bytes of the sums over queries that become the gradient of a mask without queries, at most one row for each head."""
-    if not needs.mask or problem.mask_shape is None or problem.mask_shape[3] > 1:
-        return 0
-    return 4 * problem.B * problem.H * problem.Nk
 
 
 def _bytes_of_mask(problem: Problem) -> int:

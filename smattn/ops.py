@@ -121,7 +121,7 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = resolve(call.problem, a.backend, "forward")
     needs = Needs(*a.needs)
     keeps_out = needs.scores and call.problem.acc_dtype != call.problem.dtype
-    save_out = keeps_out and queries_kept_unrounded(call.problem, needs) > 0
+    save_out = keeps_out and queries_kept_unrounded(call.problem) > 0
     with inside_an_op(a.query.device):
         out, saved = chosen.forward(call, save_out=save_out, save_mbar=needs.alpha)
     out_acc = saved.out
@@ -138,7 +138,7 @@ def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept: tuple[int, ...] = (0,)
     needs = Needs(*a.needs)
     if needs.scores and acc != a.query.dtype:
-        kept = (B, H, queries_kept_unrounded(attention_call(a).problem, needs), Dv)
+        kept = (B, H, queries_kept_unrounded(attention_call(a).problem), Dv)
     rows = (B, H, Nq)
     return (
         a.query.new_empty((*rows, Dv)),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from smattn.call import Needs, Problem
+from smattn.call import Problem
 from smattn.kernels.plan import holds_dq, one_tile
 from smattn.kernels.tiles import tile
 from smattn.memory import queries_kept_unrounded
@@ -78,7 +78,7 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     )  # fmt: skip
     heads, row = problem.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * mask_heads * w.Nq * w.Nk * mask_dtype.itemsize
-    unrounded = heads * queries_kept_unrounded(problem, Needs(*(True,) * 5)) * w.D * 4
+    unrounded = heads * queries_kept_unrounded(problem) * w.D * 4
 
     def forwards(l2: int) -> Iterator[Pass]:
         memory = queries + keys + mask

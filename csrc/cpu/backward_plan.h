@@ -103,7 +103,8 @@ struct BackwardPlan {
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     const int64_t dmask_bytes = dmask_tiles_size(s.mask_size) * static_cast<int64_t>(sizeof(T));
-    shares = batch_inside ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
+    const int64_t masks = larger_of<int64_t>(1, mask_batch_.masks());
+    shares = batch_inside ? largest_divisor(sharers, smaller_of(kItems / masks / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
     // Every thread has its group's tiles and sums: so few batch elements that there is room for many threads.
     const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
     const int64_t row_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;

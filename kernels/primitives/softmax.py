@@ -9,6 +9,7 @@ from .load import live_keys, live_span, load_block, load_mask
 from .score import dot, dropout_keep, matmul, score_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
+FLOAT16_SCALE = tl.constexpr(2.0**15)  # P is multiplied by it before it is rounded to float16, where many small ones would become 0.
 LOWEST_LOG2 = tl.constexpr(-2.3e38 * 1.4426950408889634)  # A score below counts as -inf, reference.py's LOWEST_SCORE in base 2.
 
 
@@ -78,6 +79,8 @@ def attend(
         if SAVE_MBAR:
             mbar = mbar * rescale + tl.sum(p * m, 1)
         if DV > 0:
+            if q.dtype == tl.float16:
+                p = p * FLOAT16_SCALE
             p = p.to(q.dtype)
             if ROUNDS:
                 divisor = divisor * rescale + tl.sum(p.to(tl.float32), 1)
@@ -87,6 +90,6 @@ def attend(
             v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
             acc = dot(p, v, acc * rescale[:, None], ALLOW_TF32)
     if not ROUNDS:
-        divisor = l_i
+        divisor = l_i  # elsewhere it is multiplied by FLOAT16_SCALE where acc is
     dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.
     return acc, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i), divisor

@@ -43,7 +43,7 @@ def test_the_products_of_forward_are_those_of_the_kernel():
 
 
 def test_an_output_that_is_not_kept_costs_nothing(monkeypatch):
-    monkeypatch.setattr(roofline, "queries_kept_unrounded", lambda problem, needs: 0)
+    monkeypatch.setattr(roofline, "queries_kept_unrounded", lambda problem: 0)
     for w in WORKLOADS.values():
         forward, keeping, *_ = passes(w, H200.arch)
         assert keeping[1:] == forward[1:]

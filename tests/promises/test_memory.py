@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from smattn.call import Needs, Problem
-from smattn.memory import bytes_kept, promised_bytes, queries_kept_unrounded
+from smattn.call import Problem
+from smattn.memory import bytes_kept, queries_kept_unrounded, share_kept
 from smattn.testing import run
 from tests.support.expected import BACKENDS, DEVICE
 from tests.support.meters import extra_of_launchers, extra_on_cuda, extra_resident, peak_allocated, size
@@ -79,32 +79,25 @@ def test_a_bias_that_rows_share_is_not_expanded(fused_backend):
         assert extra < 0.5 * expanded, f"{extra / 2**20:.1f} MiB, the expanded bias has {expanded / 2**20:.1f}"
 
 
-ALL = Needs(True, True, True, True, True)
-BIAS = ALL._replace(alpha=False)
 PAIR384 = Problem(
     B=384, H=4, Hkv=4, Nq=384, Nk=384, D=32, Dv=32, dtype=torch.bfloat16, mask_dtype=torch.float32,
     mask_shape=(1, 1, 4, 384, 384), device_type="cuda",
 )  # fmt: skip
 PAIR512 = PAIR384._replace(B=512, Nq=512, Nk=512, mask_shape=(1, 1, 4, 512, 512))
+SELF = PAIR384._replace(B=4, H=8, Hkv=8, Nq=1024, Nk=1024, D=64, Dv=64, mask_shape=(4, 1, 1, 1024, 1024))
 NO_MASK = PAIR384._replace(B=16, H=16, Hkv=16, Nq=4096, Nk=4096, D=64, Dv=64, mask_dtype=None, mask_shape=None)
 
 
 @pytest.mark.parametrize(
-    "problem, needs, kept, promised, fits",
-    [
-        (PAIR384, BIAS, 82.6, 93.5, True),
-        (PAIR384, ALL, 84.9, 93.5, True),
-        (PAIR384, BIAS._replace(query=False, key=False, value=False), 82.6, 65.1, False),
-        (PAIR512, BIAS, 146.8, 153.1, False),
-        (NO_MASK, BIAS._replace(mask=False), 281.0, 285.2, False),
-    ],
-    ids=["pair384", "pair384 and alpha", "pair384, the bias alone", "N 512", "16 batches of 4096 without a mask"],
+    "problem, kept, share, fits",
+    [(PAIR384, 84.9, 52.0, False), (PAIR512, 151.0, 89.1, False), (NO_MASK, 285.2, 172.0, False), (SELF, 8.9, 13.6, True)],
+    ids=["pair384", "N 512", "16 batches of 4096 without a mask", "self1k of 4"],
 )
-def test_the_unrounded_output_is_kept_where_it_leaves_the_passes_their_share(problem, needs, kept, promised, fits):
+def test_the_unrounded_output_is_kept_where_it_leaves_backward_room(problem, kept, share, fits):
     """In MB: what is kept is 4 bytes for each column of the output, each lse, each mbar, and 8 for backward's row."""
-    assert bytes_kept(problem, needs.alpha) / 1e6 == pytest.approx(kept, abs=0.05)
-    assert promised_bytes(problem, needs) / 1e6 == pytest.approx(promised, abs=0.05)
-    assert queries_kept_unrounded(problem, needs) == (problem.Nq if fits else 0)
+    assert bytes_kept(problem) / 1e6 == pytest.approx(kept, abs=0.05)
+    assert share_kept(problem) / 1e6 == pytest.approx(share, abs=0.05)
+    assert queries_kept_unrounded(problem) == (problem.Nq if fits else 0)
 
 
 def test_the_meter_of_allocations_sees_a_score_tensor():

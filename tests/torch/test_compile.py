@@ -47,7 +47,7 @@ def test_forward_and_backward_in_one_graph_for_every_length(backend, device, dyn
     assert len(compilations) == 1 and 0 not in compilations
 
 
-def kept_where_keys_are_many(problem, needs):
+def kept_where_keys_are_many(problem):
     """As memory.queries_kept_unrounded, at sizes that compile in a moment."""
     return problem.Nq * torch.sym_min(1, problem.Nk // torch.sym_max(1, problem.Nq))
 
