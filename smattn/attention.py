@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import AttentionMap, SoftMaskedAttention, apply, needs_of
+from .autograd import AttentionMap, SoftMaskedAttention, apply, outputs_to_save
 from .backends import resolve
 from .canonical import allow_tf32, alpha_of, autocast, draw_seed, five_axes, of_batch, one_batch_axis, per_head, scale_of
 from .validate import validate
@@ -86,6 +86,7 @@ def soft_masked_attention(
     batch = query.shape[:-3]
     query, key, value = (one_batch_axis(tensor, 3) for tensor in (query, key, value))
     alpha_h = per_head(alpha_of(alpha, mask, mask_logits), query)
+    save_out, save_mbar = outputs_to_save(query, key, mask, mask_logits, alpha_h)
     arguments = ops.ForwardArguments(
         query=query,
         key=key,
@@ -98,7 +99,8 @@ def soft_masked_attention(
         scale=scale_of(scale, query),
         dropout_p=float(dropout_p),
         allow_tf32=allow_tf32(query),
-        needs=needs_of(query, key, value, mask if mask_logits is None else mask_logits, alpha_h),
+        save_out=save_out,
+        save_mbar=save_mbar,
         backend=backend or "",
     )
     if dropout_p > 0:

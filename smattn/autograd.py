@@ -30,10 +30,14 @@ from .vmap import fold_or_loop
 NO_SECOND = "smattn: second derivatives of soft-masked attention are not implemented"
 
 
-def needs_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, alpha: Tensor | None) -> list[bool]:
-    """`needs` of ops.forward. mask: M, or its logits."""
-    inputs = (query, key, value, mask, alpha)
-    return [torch.is_grad_enabled() and _requires_grad(tensor) for tensor in inputs]
+def outputs_to_save(
+    query: Tensor, key: Tensor, mask: Tensor | None, mask_logits: Tensor | None, alpha: Tensor | None
+) -> tuple[bool, bool]:
+    """save_out and save_mbar of ops.forward: whether some gradient will read the unrounded output, and mbar."""
+    if not torch.is_grad_enabled():
+        return False, False
+    save_mbar = _requires_grad(alpha)
+    return save_mbar or _requires_grad(query) or _requires_grad(key) or _requires_grad(mask) or _requires_grad(mask_logits), save_mbar
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -43,14 +47,14 @@ def _requires_grad(tensor: Tensor | None) -> bool:
     return (tensor.view_as(tensor) if torch.compiler.is_compiling() else tensor).requires_grad
 
 
-def with_needs_of_inner_tensors(arguments: tuple[Any, ...]) -> ForwardArguments:
-    """Arguments of ops.forward with the gradients of these very tensors among the needs.
+def with_saves_for_inner_tensors(arguments: tuple[Any, ...]) -> ForwardArguments:
+    """Arguments of ops.forward that also save what the gradients of these very tensors will read.
 
-    The needs were found where the tensors were wrapped, by vmap or in an exported graph, and a wrapper does not tell of its inner tensor.
+    The flags were set where the tensors were wrapped, by vmap or in an exported graph, and a wrapper does not tell of its inner tensor.
     """
     a = ForwardArguments(*arguments)
-    inner = needs_of(a.query, a.key, a.value, a.mask if a.mask_logits is None else a.mask_logits, a.alpha)
-    return a._replace(needs=[outer or here for outer, here in zip(a.needs, inner, strict=True)])
+    save_out, save_mbar = outputs_to_save(a.query, a.key, a.mask, a.mask_logits, a.alpha)
+    return a._replace(save_out=a.save_out or save_out, save_mbar=a.save_mbar or save_mbar)
 
 
 def apply(function: type[Function], op: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -95,7 +99,7 @@ class SoftMaskedAttention(Function):
         ctx.mark_non_differentiable(out_acc, mbar)
         ctx.set_materialize_grads(False)
         was_rounded = out_acc.dtype != out.dtype
-        unrounded = out_acc if Needs(*a.needs).scores and was_rounded else out
+        unrounded = out_acc if a.save_out and was_rounded else out
         ctx.save_for_backward(
             a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed, unrounded, lse, mbar
         )  # fmt: skip
@@ -225,7 +229,7 @@ def _refuse_a_lost_graph(*grads: Tensor | None) -> None:
 
 
 def _vmap_forward(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    return fold_or_loop(call, info.batch_size, with_needs_of_inner_tensors(arguments), ForwardArguments(*in_dims))
+    return fold_or_loop(call, info.batch_size, with_saves_for_inner_tensors(arguments), ForwardArguments(*in_dims))
 
 
 def _vmap_map(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -237,7 +241,7 @@ def _autograd_kernel(function: type[Function], op: Any) -> Callable[..., Any]:
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            return function.apply(*(with_needs_of_inner_tensors(arguments) if op is ops.forward else arguments))
+            return function.apply(*(with_saves_for_inner_tensors(arguments) if op is ops.forward else arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 

@@ -103,11 +103,6 @@ class Needs(NamedTuple):
     alpha: bool
     head_weights: bool = False
 
-    @property
-    def scores(self) -> bool:
-        """Whether attention's backward needs dS, and for its delta (5) the output."""
-        return self.query or self.key or self.mask or self.alpha
-
 
 class Gradients(NamedTuple):
     """The gradients of one call, each in its input's shape and dtype, None where none is wanted."""

@@ -41,7 +41,8 @@ def backward(*arguments: Any, **_: Any) -> int:
     """Q K^T again; dO V^T unless dV alone is wanted; then one product each for dQ, dK, dV. dM and dalpha have none of their own."""
     a: Any = BackwardArguments(*arguments)
     needs = Needs(*a.needs)
-    return _product(a.query, a.key, (1 + needs.query + needs.key) * a.query[3] + (needs.scores + needs.value) * a.value[3])
+    of_scores = needs.query or needs.key or needs.mask or needs.alpha
+    return _product(a.query, a.key, (1 + needs.query + needs.key) * a.query[3] + (of_scores + needs.value) * a.value[3])
 
 
 @register_flop_formula(torch.ops.smattn.attention_map)

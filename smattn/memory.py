@@ -104,6 +104,7 @@ def _bytes_of_inputs(problem: Problem) -> int:
 
 
 def _bytes_of_gradients(problem: Problem, needs: Needs) -> int:
+    """Bytes of the wanted gradients of query, key, value and mask."""
     p = problem
     rows = needs.query * p.H * p.Nq * p.D + p.Hkv * p.Nk * (needs.key * p.D + needs.value * p.Dv)
     return p.B * rows * p.dtype.itemsize + needs.mask * _bytes_of_mask(p)

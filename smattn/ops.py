@@ -34,7 +34,8 @@ class ForwardArguments(NamedTuple):
     scale: float
     dropout_p: float
     allow_tf32: bool
-    needs: list[bool]  # the fields of Needs: the gradients that backward will be asked for
+    save_out: bool
+    save_mbar: bool
     backend: str
 
 
@@ -119,15 +120,14 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = ForwardArguments(*arguments)
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "forward")
-    needs = Needs(*a.needs)
-    keeps_out = needs.scores and call.problem.acc_dtype != call.problem.dtype
-    save_out = keeps_out and queries_kept_unrounded(call.problem) > 0
+    is_rounded = a.save_out and call.problem.acc_dtype != call.problem.dtype
+    save_out = is_rounded and queries_kept_unrounded(call.problem) > 0
     with inside_an_op(a.query.device):
-        out, saved = chosen.forward(call, save_out=save_out, save_mbar=needs.alpha)
+        out, saved = chosen.forward(call, save_out=save_out, save_mbar=a.save_mbar)
     out_acc = saved.out
     if out_acc is None:
         B, H, _, Dv = out.shape
-        out_acc = saved.lse.new_empty((B, H, 0, Dv) if keeps_out else (0,))
+        out_acc = saved.lse.new_empty((B, H, 0, Dv) if is_rounded else (0,))
     mbar = saved.lse.new_empty(0) if saved.mbar is None else saved.mbar
     return out, saved.lse, out_acc, mbar
 
@@ -136,15 +136,14 @@ def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = ForwardArguments(*arguments)
     (B, H, Nq, _), Dv, acc = a.query.shape, a.value.shape[3], acc_dtype(a.query.dtype)
     kept: tuple[int, ...] = (0,)
-    needs = Needs(*a.needs)
-    if needs.scores and acc != a.query.dtype:
+    if a.save_out and acc != a.query.dtype:
         kept = (B, H, queries_kept_unrounded(attention_call(a).problem), Dv)
     rows = (B, H, Nq)
     return (
         a.query.new_empty((*rows, Dv)),
         a.query.new_empty(rows, dtype=acc),
         a.query.new_empty(kept, dtype=acc),
-        a.query.new_empty(rows if needs.alpha and a.alpha is not None else (0,), dtype=acc),
+        a.query.new_empty(rows if a.save_mbar and a.alpha is not None else (0,), dtype=acc),
     )
 
 

@@ -84,9 +84,10 @@ def largest(device: str) -> int:
 def fitting(w: Workload, scores: int = LARGEST["cpu"]) -> Workload:
     """The workload with as much of its batch, then heads, then queries as so many scores hold. Keys and head size stay."""
     rows = w.rows and min(w.rows, max(1, scores // (w.H * w.Nq * w.Nk)))
-    B = min(w.B, max(1, scores // ((rows or 1) * w.H * w.Nq * w.Nk)))
-    H = min(w.H, max(1, scores // ((rows or 1) * B * w.Nq * w.Nk)))
-    return replace(w, B=B, rows=rows, H=H, Nq=min(w.Nq, max(1, scores // ((rows or 1) * B * H * w.Nk))))
+    scores //= rows or 1  # those of each row
+    B = min(w.B, max(1, scores // (w.H * w.Nq * w.Nk)))
+    H = min(w.H, max(1, scores // (B * w.Nq * w.Nk)))
+    return replace(w, B=B, rows=rows, H=H, Nq=min(w.Nq, max(1, scores // (B * H * w.Nk))))
 
 
 def reduced(w: Workload) -> Workload:

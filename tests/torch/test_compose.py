@@ -100,6 +100,22 @@ def test_vmap_of_grad_of_a_map(map_backend, device, batched):
         torch.testing.assert_close(got, torch.stack(expected))
 
 
+@pytest.mark.parametrize("needed", ["query", "alpha", "mask"])
+def test_a_mapped_query_is_one_call_of_forward_whatever_requires_grad(device, needed, monkeypatch):
+    case, calls = make_case(4, 2, 3, 9, 4, batch=(2, 2), mask_shape=(1, 2, 2, 3, 9), device=device), []
+    forward = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda *args, **saves: calls.append(args) or forward(*args, **saves))
+    leaf = getattr(case, needed).requires_grad_()
+    queries = torch.stack([case.query, case.query * 2, case.query * 3])
+
+    def call(query):
+        return soft_masked_attention(query, case.key, case.value, case.mask, case.alpha, backend="reference")
+
+    out = vmap(call)(queries)
+    assert len(calls) == 1 and out.requires_grad and leaf.requires_grad
+    assert_all_close(out.unbind(), [call(query) for query in queries.unbind()])
+
+
 def test_vmap_over_another_axis_and_nested(backend, device):
     query, key, value, mask, alpha = inputs(a_case(device))
     queries = torch.stack([query, query * 2, query * 3], 2)

@@ -31,7 +31,7 @@ def call_of(case):
 
 
 def forward(case, backend, save=True):
-    return ops.forward(*canonical(case), *call_of(case), [save] * len(GRADIENTS), backend)
+    return ops.forward(*canonical(case), *call_of(case), save, save and case.alpha is not None, backend)
 
 
 def requiring_grad(arguments):
@@ -43,7 +43,7 @@ def requiring_grad(arguments):
 @pytest.mark.parametrize("save", [True, False])
 def test_opcheck_forward(backend, device, options, save):
     case = make_case(2, 2, 3, 9, 4, Dv=5, device=device, **options)
-    arguments = (*canonical(case), *call_of(case), [save] * len(GRADIENTS), backend)
+    arguments = (*canonical(case), *call_of(case), save, save, backend)
     report = torch.library.opcheck(ops.forward, requiring_grad(arguments))
     assert set(report.values()) == {"SUCCESS"}
 
