@@ -1,10 +1,10 @@
 // How backward is cut into items that run in parallel, so that dK, dV and dM are each summed by one thread in one order.
 //
 // A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
-// and all pairs that share M where dM has the queries' extent. Of many batches so many are in a group as leave room for many threads;
-// then those that share M are cut into shares, which have a dM each, and a group begins with the dM that the last one of its share left.
-// The shares' dM are added up in order. Batch elements are taken in the order of MaskBatch, in which those that share M are neighbours;
-// a `place` is one's number in that order. An item is a group and a part of its outer blocks:
+// and all pairs that share M where dM has the queries' extent. Of many batches so many are in a group as memory holds: then a group
+// begins with the dM that the last one left. Where that makes few groups, the batches that share M are cut into shares, which have a dM
+// each and go side by side; the shares' dM are added up in order. Batch elements are taken in the order of MaskBatch, in which those that
+// share M are neighbours; a `place` is one's number in that order. An item is a group and a part of its outer blocks:
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
@@ -103,13 +103,14 @@ struct BackwardPlan {
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     const int64_t dmask_bytes = dmask_tiles_size(s.mask_size) * static_cast<int64_t>(sizeof(T));
-    const int64_t masks = larger_of<int64_t>(1, mask_batch_.masks());
-    shares = batch_inside ? largest_divisor(sharers, smaller_of(kItems / masks / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
-    // Every thread has its group's tiles and sums: so few batch elements that there is room for many threads.
+    // Where the masks' heads make few groups, and dM is small beside the other sums: a larger dM would take what a share is to save.
+    const bool cut = batch_inside && mask_batch_.masks() * groups_of_a_batch() < kItems && dmask_bytes <= bytes / 4;
+    shares = cut ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
+    // Every thread has its group's tiles and sums. Where many threads are to have a share, a group is small.
     const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
     const int64_t row_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
     const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * row_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
-    batches = batch_inside ? largest_divisor(sharers / shares, bytes / 16 / batch_bytes) : 1;
+    batches = batch_inside ? largest_divisor(sharers / shares, bytes / (cut ? 16 : 2) / batch_bytes) : 1;
     turns = sharers / shares / batches;
     groups = n.B / batches * groups_of_a_batch();
     kvs = batches * kv_heads;
