@@ -19,10 +19,11 @@
 #define SMATTN_MASK "Tensor? mask, bool mask_is_logits, Tensor? alpha, "
 #define SMATTN_FORWARD(where)                                                                                                          \
   "forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, " where \
-  "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_acc, Tensor(d!)? mbar) -> ()"
+  "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? remainder, Tensor(d!)? mbar) -> ()"
 #define SMATTN_BACKWARD(where)                                                                                          \
   "backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK                                     \
-  "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor lse, Tensor? mbar, float scale, float dropout_p, " where \
+  "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor? remainder, Tensor lse, Tensor? mbar, " \
+  "float scale, float dropout_p, " where \
   "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()"
 #define SMATTN_ATTENTION_MAP(where)                                                                               \
   "attention_map(" SMATTN_SCORES SMATTN_MASK "Tensor head_weights, Tensor? key_padding_mask, float scale, " where \
@@ -204,7 +205,7 @@ class Reader {
 // Of the params, all but the seed of dropout, which each library reads in its own way.
 
 inline ForwardParams forward_params(Reader& in, const Tensor& value, double dropout_p, const Tensor& out, const Tensor& lse,
-                                    const Optional& out_acc, const Optional& mbar) {
+                                    const Optional& remainder, const Optional& mbar) {
   ForwardParams f{};
   f.value = in.read_value(value);
   f.scores = in.scores;
@@ -212,7 +213,7 @@ inline ForwardParams forward_params(Reader& in, const Tensor& value, double drop
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
   f.out = in.output(out, "out", in.dtype, {B, H, Nq, Dv});
   f.lse = in.output(lse, "lse", in.acc, {B, H, Nq});
-  f.out_acc = in.output(out_acc, "out_acc", in.acc, {B, H, Nq, Dv});
+  f.remainder = in.output(remainder, "remainder", in.dtype, {B, H, Nq, Dv});
   f.mbar = in.output(mbar, "mbar", in.acc, {B, H, Nq});
   return f;
 }
@@ -220,7 +221,7 @@ inline ForwardParams forward_params(Reader& in, const Tensor& value, double drop
 // What forward left, and where the gradients of its outputs are.
 struct Saved {
   const Tensor& dout;
-  const Optional &dlse, &out;
+  const Optional &dlse, &out, &remainder;
   const Tensor& lse;
   const Optional& mbar;
 };
@@ -233,7 +234,11 @@ inline BackwardParams backward_params(Reader& in, const Tensor& value, double dr
   g.dropout.p = dropout_p;
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   g.dout = in.read_like_query(saved.dout, "dout", {B, H, Nq, Dv});
-  if (saved.out.has_value() && to.any()) g.out = in.read_accumulated(*saved.out, "out", {B, H, Nq, Dv});  // dV alone needs no delta
+  if (saved.out.has_value() && to.any()) {  // dV alone needs no delta
+    g.out = in.read_like_query(*saved.out, "out", {B, H, Nq, Dv});
+    STD_TORCH_CHECK(saved.remainder.has_value() == (in.dtype != in.acc), "remainder: expected exactly with an out of 16 bits");
+    if (saved.remainder.has_value()) g.remainder = in.read_like_query(*saved.remainder, "remainder", {B, H, Nq, Dv});
+  }
   g.lse = in.contiguous(saved.lse, "lse", in.acc, {B, H, Nq});
   g.dlse = in.contiguous(saved.dlse, "dlse", in.acc, {B, H, Nq});
   g.mbar = in.contiguous(saved.mbar, "mbar", in.acc, {B, H, Nq});

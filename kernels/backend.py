@@ -50,13 +50,13 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
     t, call = call.problem, soft_mask.soften(call)
-    out, out_acc, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
+    out, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
     if not t.is_empty:
         cut = forward_split.cut_of(call) if t.Nq <= FEW_QUERIES else None
         if cut is not None and cut.splits > 1:
-            forward_split.run(call, cut, out, saved.lse, out_acc, saved.mbar)
+            forward_split.run(call, cut, out, saved)
         else:
-            forward_full.run(call, out, saved.lse, out_acc, saved.mbar)
+            forward_full.run(call, out, saved)
     return out, saved
 
 
@@ -66,11 +66,11 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     to_fill = which_are_given(grads)
     if problem.is_empty or not any(to_fill):
         return grads
-    out, lse, mbar = saved
+    out, remainder, lse, mbar = saved
     steps = plan.backward(problem, to_fill, out is not None, dlse is not None)
     if steps.delta == plan.DELTA_FIRST:
         values = accumulator(call, *lse.shape, 2) if steps.keeps_rows else None
-        backward_passes.run(steps, call, call, dout, Rows(values, out, lse, dlse), mbar, grads)
+        backward_passes.run(steps, call, call, dout, Rows(values, out, remainder, lse, dlse), mbar, grads)
         return grads
     call_with_mask = soft_mask.soften(call, _buffer_of_m(grads.mask))
     values, dalpha_rows = accumulator(call, *lse.shape, 2), None
@@ -80,8 +80,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     if out is None:
         backward_delta_sweep.run(call_with_mask, dout, lse, dlse, mbar, values, dalpha_rows)
     else:
-        backward_delta.run(out, dout, lse, dlse, mbar, values, dalpha_rows)
-    backward_passes.run(steps, call, call_with_mask, dout, Rows(values, None, lse, dlse), mbar, grads)
+        backward_delta.run(out, remainder, dout, lse, dlse, mbar, values, dalpha_rows)
+    backward_passes.run(steps, call, call_with_mask, dout, Rows(values, lse=lse, dlse=dlse), mbar, grads)
     if grads.alpha is not None and dalpha_rows is not None:
         # Added separately: inside the sum over tiles it would change the order, and dlse = 0, which torch.compile passes, must give
         # the same bits as dlse = None.

@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import launch
 from .operands import strides
 from .primitives.load import load_tile
-from .primitives.rows import load_dlse, rows_of, store_rows
+from .primitives.rows import load_dlse, load_unrounded, rows_of, store_rows
 from .tiles import Tile, block_of, cdiv
 
 TILE = Tile(block_m=8, block_n=1, warps=4, stages=1)  # 8 rows a program
@@ -21,7 +21,7 @@ TILE = Tile(block_m=8, block_n=1, warps=4, stages=1)  # 8 rows a program
 
 @triton.jit(do_not_specialize=["Nq"])
 def _delta_kernel(
-    out_ptr, do_ptr, lse_ptr, dl_ptr, mbar_ptr, rows_ptr, dalpha_ptr,
+    out_ptr, remainder_ptr, do_ptr, lse_ptr, dl_ptr, mbar_ptr, rows_ptr, dalpha_ptr,
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
     H, Nq,
     DV: tl.constexpr, HAS_DLSE: tl.constexpr, NEED_DALPHA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -35,9 +35,8 @@ def _delta_kernel(
     offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
-    dv_ok = offs_dv < DV
-    out = load_tile(out_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, dv_ok).to(tl.float32)
-    do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, dv_ok).to(tl.float32)
+    out = load_unrounded(out_ptr, remainder_ptr, bh, offs_m, offs_dv, row_ok, Nq, DV)
+    do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV).to(tl.float32)
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
     lse_log2, delta, dead = rows_of(out, do, lse, dl)
@@ -59,11 +58,14 @@ def partials(queries: int) -> int:
     return cdiv(queries, TILE.block_m)
 
 
-def run(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
+def run(
+    out: Tensor, remainder: Tensor | None, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None,
+    rows: Tensor, dalpha: Tensor | None,
+) -> None:  # fmt: skip
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (partials(Nq), B, H), which only dlse can make other than 0."""
     B, H, Nq, Dv = out.shape
     arguments = dict(
-        out_ptr=out, do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
+        out_ptr=out, remainder_ptr=remainder, do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         **strides("do", "bhmd", dout), **strides("dl", "bhm", dlse), H=H, Nq=Nq,
         DV=Dv, HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None, BLOCK_M=TILE.block_m, BLOCK_DV=block_of(Dv),
     )  # fmt: skip

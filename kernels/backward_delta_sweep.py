@@ -1,4 +1,4 @@
-"""The first step of backward where forward left no unrounded output: delta is summed over the keys as P*dP, reference.py (5).
+"""The first step of backward where forward left no remainder of its output: delta is summed over the keys as P*dP, reference.py (5).
 
 Two products more for each tile of scores, and no memory: for calls whose queries outweigh everything else. What is stored is what
 backward_delta.py stores.

@@ -36,7 +36,7 @@ from .tiles import Tile, cdiv
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
-    out_ptr, lse_ptr, dl_ptr,
+    out_ptr, remainder_ptr, lse_ptr, dl_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -58,8 +58,8 @@ def _dq_kernel(
     q_head, do_head, rows_head = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq
     if FIRST_PASS:
         lse_log2, delta = first_rows(
-            do_head, out_ptr + bh * Nq * DV, lse_ptr + bh * Nq, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
-            offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
+            do_head, out_ptr, remainder_ptr, lse_ptr, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
+            bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
         )  # fmt: skip
         store_rows(rows_head, lse_log2, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
     else:

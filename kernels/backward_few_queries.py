@@ -26,7 +26,7 @@ from .tiles import cdiv
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _few_queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr,
-    mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, lse_ptr, dl_ptr,
+    mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -69,7 +69,7 @@ def _few_queries_kernel(
                     do_ptr + b * stride_dob, weights_ptr, rows_ptr, mbar_ptr,
                     dq_ptr + (split * B + b) * H * Nq * D if NEED_DQ else None, dk_ptr, dv_ptr, dmask_ptr,
                     dalpha_ptr + tl.cast(n_block, tl.int64) * B * H if NEED_DALPHA else None,
-                    out_ptr, lse_ptr, dl_ptr + b * stride_dlb if HAS_DLSE else None,
+                    out_ptr, remainder_ptr, lse_ptr, dl_ptr + b * stride_dlb if HAS_DLSE else None,
                     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
                     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
                     b, tl.cast(group, tl.int64), offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
@@ -91,7 +91,7 @@ def _few_queries_kernel(
 @triton.jit
 def _kv_head(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, lse_ptr, dl_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr,
     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
     b, g, offs_m, offs_n, live, started, m, dm, H, Nq, Nk, scale, drop_threshold, keep_scale,
@@ -122,8 +122,8 @@ def _kv_head(
         do_head = do_ptr + h * stride_doh
         if FIRST_PASS:
             lse_log2, delta = first_rows(
-                do_head, out_ptr + bh * Nq * DV, lse_ptr + bh * Nq, dl_ptr + h * stride_dlh if HAS_DLSE else None,
-                offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
+                do_head, out_ptr, remainder_ptr, lse_ptr, dl_ptr + h * stride_dlh if HAS_DLSE else None,
+                bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
             )  # fmt: skip
         else:
             lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)

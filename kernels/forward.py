@@ -9,19 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Saved
 from . import descriptors
 from .launch import launch
 from .operands import attention_arguments
 from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
 from .primitives.softmax import attend, softmax_finish
-from .primitives.store import store_tile
+from .primitives.store import store_output
 from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, out_ptr, remainder_ptr, lse_ptr, mbar_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -30,7 +30,7 @@ def _forward_kernel(
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr,
+    SAVE_MBAR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     h, _, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
@@ -53,19 +53,17 @@ def _forward_kernel(
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
-    if SAVE_OUT:
-        store_tile(out_acc_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
-    store_tile(out_ptr + bh * Nq * DV, out, offs_m, offs_dv, DV, row_ok, offs_dv < DV)
+    store_output(out_ptr, remainder_ptr, out, bh * Nq, offs_m, offs_dv, row_ok, DV)
     tl.store(lse_ptr + bh * Nq + offs_m, lse, mask=row_ok)
     if SAVE_MBAR:
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
 
 
-def run(call: Call, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
-    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous."""
+def run(call: Call, out: Tensor, saved: Saved) -> None:
+    """Fill out (B, H, Nq, Dv), and saved as far as it has tensors."""
     t, tile = call.problem, descriptors.tile(call, "forward", call.key, call.value, takes_padding=False)
     arguments = attention_arguments(call, tile) | descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
-        out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None
+        out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar, SAVE_MBAR=saved.mbar is not None
     )
     launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Saved
 from . import plan
 from .launch import launch
 from .operands import accumulator, attention_arguments, tile_of
 from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
 from .primitives.softmax import attend, softmax_finish
-from .primitives.store import store_tile
+from .primitives.store import store_output, store_tile
 from .tiles import Tile, block_of, cdiv
 
 MERGE = Tile(block_m=4, block_n=1, warps=4, stages=1)  # 4 rows a program
@@ -72,13 +72,12 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=["n_splits"])
 def _merge_kernel(
-    acc_ptr, rows_ptr, out_ptr, lse_ptr, out_acc_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
-    DV: tl.constexpr, SAVE_OUT: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    acc_ptr, rows_ptr, out_ptr, remainder_ptr, lse_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
+    DV: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < n_rows
-    dv_ok = offs_dv < DV
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for split in range(0, n_splits):
         m_i = tl.maximum(m_i, tl.load(rows_ptr + 4 * (split * n_rows + offs_m), mask=row_ok, other=0.0))
@@ -93,18 +92,16 @@ def _merge_kernel(
         l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
         divisor += weight * tl.load(rows + 2, mask=row_ok, other=1.0)
         mbar += weight * tl.load(rows + 3, mask=row_ok, other=0.0)
-        acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, dv_ok)
+        acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV)
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
-    if SAVE_OUT:
-        store_tile(out_acc_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
-    store_tile(out_ptr, out, offs_m, offs_dv, DV, row_ok, dv_ok)
+    store_output(out_ptr, remainder_ptr, out, 0, offs_m, offs_dv, row_ok, DV)
     tl.store(lse_ptr + offs_m, lse, mask=row_ok)
     if SAVE_MBAR:
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
 
-def run(call: Call, cut: plan.Forward, out: Tensor, lse: Tensor, out_acc: Tensor | None, mbar: Tensor | None) -> None:
-    """Fill out (B, H, Nq, Dv), lse (B, H, Nq) and, where given, the unrounded out and mbar; all contiguous. cut: cut_of."""
+def run(call: Call, cut: plan.Forward, out: Tensor, saved: Saved) -> None:
+    """Fill out (B, H, Nq, Dv), and saved as far as it has tensors. cut: cut_of."""
     t, tile = call.problem, tile_of(call, "split")
     (splits, split_blocks), n_rows = cut, t.B * t.H * t.Nq
     acc = accumulator(call, splits, n_rows, t.Dv)
@@ -112,12 +109,12 @@ def run(call: Call, cut: plan.Forward, out: Tensor, lse: Tensor, out_acc: Tensor
     partial = attention_arguments(call, tile)
     partial.update(
         acc_ptr=acc, rows_ptr=rows, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows,
-        SAVE_MBAR=mbar is not None,
+        SAVE_MBAR=saved.mbar is not None,
     )
     launch(_partial_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
-        acc_ptr=acc, rows_ptr=rows, out_ptr=out, lse_ptr=lse, out_acc_ptr=out_acc, mbar_ptr=mbar,
-        n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_OUT=out_acc is not None, SAVE_MBAR=mbar is not None,
+        acc_ptr=acc, rows_ptr=rows, out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar,
+        n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_MBAR=saved.mbar is not None,
         BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip
     launch(_merge_kernel, cdiv(n_rows, MERGE.block_m), merge, MERGE)

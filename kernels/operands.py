@@ -22,13 +22,15 @@ class Rows(NamedTuple):
     """lse in base 2 and delta of each query: the row values that every pass of backward reads."""
 
     values: Tensor | None  # (B, H, Nq, 2) float32
-    out: Tensor | None = None  # (B, H, Nq, Dv), unrounded: given where the first pass is to compute the values from it
+    out: Tensor | None = None  # (B, H, Nq, Dv), given where the first pass is to compute the values from it
+    remainder: Tensor | None = None  # of out, where it is rounded
     lse: Tensor | None = None  # (B, H, Nq) float32
     dlse: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         return strides("dl", "bhm", self.dlse) | dict(
-            out_ptr=self.out, lse_ptr=self.lse, dl_ptr=self.dlse, FIRST_PASS=self.out is not None, HAS_DLSE=self.dlse is not None
+            out_ptr=self.out, remainder_ptr=self.remainder, lse_ptr=self.lse, dl_ptr=self.dlse,
+            FIRST_PASS=self.out is not None, HAS_DLSE=self.dlse is not None,
         )
 
 

@@ -47,7 +47,7 @@ DELTA_GIVEN = "the map's rows"
 
 @lru_cache
 def forward(problem: Problem, block_m: int, block_n: int) -> Forward:
-    """How forward cuts the keys, whether or not the unrounded output is wanted, so that the bits do not depend on that either."""
+    """How forward cuts the keys, whether or not backward will follow, so that the bits do not depend on that either."""
     p, blocks = problem, cdiv(problem.Nk, block_n)
     rows = p.B * p.H * p.Nq
     wanted = SPLIT_PROGRAMS // (p.B * p.H * cdiv(p.Nq, block_m))
@@ -59,7 +59,7 @@ def forward(problem: Problem, block_m: int, block_n: int) -> Forward:
 
 @lru_cache
 def backward(problem: Problem, needs: Needs, has_output: bool, has_dlse: bool) -> Backward:
-    """Backward of attention. has_output: forward kept the unrounded output."""
+    """Backward of attention. has_output: forward left all of the output."""
     plan, fits = passes_after_delta(problem, needs), fits_in_one_tile(problem, needs)
     queries_come_first = fits or plan.dq_splits > 0  # then the last pass adds dL's term to dalpha
     if has_output and queries_come_first and (not fits or computes_delta_itself(problem, needs)):

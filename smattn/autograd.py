@@ -33,7 +33,7 @@ NO_SECOND = "smattn: second derivatives of soft-masked attention are not impleme
 def outputs_to_save(
     query: Tensor, key: Tensor, mask: Tensor | None, mask_logits: Tensor | None, alpha: Tensor | None
 ) -> tuple[bool, bool]:
-    """save_out and save_mbar of ops.forward: whether some gradient will read the unrounded output, and mbar."""
+    """save_out and save_mbar of ops.forward: whether some gradient will read the output and what rounding took from it, and mbar."""
     if not torch.is_grad_enabled():
         return False, False
     save_mbar = _requires_grad(alpha)
@@ -86,7 +86,7 @@ keep_dynamo_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class SoftMaskedAttention(Function):
-    """(out, lse, out_acc, mbar) of ops.forward, the first two differentiable."""
+    """(out, lse, remainder, mbar) of ops.forward, the first two differentiable."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -95,13 +95,11 @@ class SoftMaskedAttention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         a = ForwardArguments(*inputs)
-        out, lse, out_acc, mbar = output
-        ctx.mark_non_differentiable(out_acc, mbar)
+        out, lse, remainder, mbar = output
+        ctx.mark_non_differentiable(remainder, mbar)
         ctx.set_materialize_grads(False)
-        was_rounded = out_acc.dtype != out.dtype
-        unrounded = out_acc if a.save_out and was_rounded else out
         ctx.save_for_backward(
-            a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed, unrounded, lse, mbar
+            a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed, out, remainder, lse, mbar
         )  # fmt: skip
         ctx.options = (a.scale, a.dropout_p, a.allow_tf32, a.backend)
 
@@ -110,14 +108,14 @@ class SoftMaskedAttention(Function):
         if dout is None and dlse is None:
             return (None,) * len(ForwardArguments._fields)
         _refuse_a_lost_graph(dout, dlse)
-        query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, lse, mbar = ctx.saved_tensors
+        query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, remainder, lse, mbar = ctx.saved_tensors
         scale, dropout_p, allow_tf32, backend = ctx.options
         if dout is None:
             dout = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
         wanted: Any = ForwardArguments(*ctx.needs_input_grad)
         needs = Needs(wanted.query, wanted.key, wanted.value, wanted.mask or wanted.mask_logits, wanted.alpha)
         a = BackwardArguments(
-            dout, dlse, query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, lse, mbar,
+            dout, dlse, query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, remainder, lse, mbar,
             scale, dropout_p, allow_tf32, list(needs), backend,
         )  # fmt: skip
         dquery, dkey, dvalue, dmask, dalpha = _gradients(_AttentionBackward, ops.backward, ops.compute_backward, a)

@@ -25,6 +25,9 @@ class Sharing(NamedTuple):
     share_step: int
 
 
+REMAINDER_SCALE = 256  # else the remainder of a small float16 would be rounded to a multiple of 2^-24; a power of two rounds nothing
+
+
 class Problem(NamedTuple):
     """Sizes, dtypes and flags of one call: all that a backend needs to say whether it can run the call, and how."""
 
@@ -86,11 +89,25 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward leaves to backward, contiguous and in the accumulation dtype."""
+    """What forward leaves to backward, contiguous. Rows are in the accumulation dtype."""
 
-    out: Tensor | None  # (B, H, Nq, Dv), the output before it is rounded; without it backward sums delta as P*dP, reference.py (5)
+    out: Tensor | None  # (B, H, Nq, Dv), the output; without it backward sums delta as P*dP, reference.py (5)
+    remainder: Tensor | None  # in out's dtype, REMAINDER_SCALE times what rounding took from it; None where nothing was rounded
     lse: Tensor  # (B, H, Nq)
     mbar: Tensor | None  # (B, H, Nq), reference.py (8), for the gradient of alpha
+
+
+def without_rounding(saved: Saved) -> Tensor:
+    """The output in the accumulation dtype, from the first two fields of Saved."""
+    assert saved.out is not None, "forward was not asked to save its output"
+    out = saved.out.to(saved.lse.dtype)
+    return out if saved.remainder is None else out + saved.remainder.to(out.dtype) / REMAINDER_SCALE
+
+
+def with_remainder(unrounded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The first two fields of Saved, from the output in the accumulation dtype."""
+    out = unrounded.to(dtype)
+    return out, None if out.dtype == unrounded.dtype else ((unrounded - out) * REMAINDER_SCALE).to(dtype)
 
 
 class Needs(NamedTuple):

@@ -38,10 +38,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
     p = call.problem
-    out, out_acc, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
+    out, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
     torch.ops.smattn_cpu.forward(
         call.query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-        p.scale, p.dropout_p, out, saved.lse, out_acc, saved.mbar,
+        p.scale, p.dropout_p, out, saved.lse, saved.remainder, saved.mbar,
     )  # fmt: skip
     return out, saved
 
@@ -53,7 +53,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     torch.ops.smattn_cpu.backward(
         dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
         call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-        saved.out, saved.lse.contiguous(), mbar, p.scale, p.dropout_p,
+        saved.out, saved.remainder, saved.lse.contiguous(), mbar, p.scale, p.dropout_p,
         grads.query, grads.key, grads.value, grads.mask, grads.alpha,
     )  # fmt: skip
     return grads

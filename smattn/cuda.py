@@ -62,11 +62,12 @@ def _ops() -> Any:
 def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Equations (1)-(4) of reference.py: out (B, H, Nq, Dv), and what backward needs of it."""
     p = call.problem
-    out, out_acc, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
+    out, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
     if not p.is_empty:
         _ops().forward(
             call.query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-            p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device), out, saved.lse, out_acc, saved.mbar,
+            p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
+            out, saved.lse, saved.remainder, saved.mbar,
         )  # fmt: skip
     return out, saved
 
@@ -78,8 +79,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     if not p.is_empty and _some(grads):
         _ops().backward(
             dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
-            call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed, saved.out, saved.lse.contiguous(), mbar,
-            p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
+            call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
+            saved.out, saved.remainder, saved.lse.contiguous(), mbar, p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
             grads.query, grads.key, grads.value, grads.mask, grads.alpha,
         )  # fmt: skip
     return grads

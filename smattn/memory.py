@@ -4,10 +4,10 @@ During forward and backward a fused backend holds, besides inputs, outputs and g
 
     a quarter of the bytes of all those, and 16 MiB.
 
-Forward leaves rows to backward, and the unrounded output only as far as `queries_kept_unrounded` says. Where Triton's kernels split the
-keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of query beside what
-forward left, or `partial_dmasks` of the mask. These shares are the same on every chip, because the number of splits decides the order
-of the sums.
+Forward leaves rows to backward, and what rounding took from the output only as far as `queries_with_remainder` says. Where Triton's
+kernels split the keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of
+query beside what forward left, or `partial_dmasks` of the mask. These shares are the same on every chip, because the number of splits
+decides the order of the sums.
 
 The C++ backends plan in C++ and cannot import this file. csrc/memory.h has the promise as two constants, which their plans share out.
 """
@@ -32,9 +32,9 @@ DMASK_BYTES = 5 * PROMISED_BYTES // 8  # backward's partial gradients of the mas
 
 
 def bytes_kept(problem: Problem) -> int:
-    """Bytes that forward saves for backward if it keeps the unrounded output, and backward's own 8 bytes for each query of each head."""
-    columns = problem.Dv if problem.acc_dtype != problem.dtype else 0
-    return 4 * problem.B * problem.H * problem.Nq * (4 + columns)
+    """Bytes that forward saves for backward if it keeps out's remainder, and backward's own 8 bytes for each query of each head."""
+    remainder = problem.Dv * problem.dtype.itemsize if problem.acc_dtype != problem.dtype else 0
+    return problem.B * problem.H * problem.Nq * (16 + remainder)
 
 
 def share_kept(problem: Problem) -> int:
@@ -42,8 +42,8 @@ def share_kept(problem: Problem) -> int:
     return _bytes_of_inputs(problem) // PROMISED_SHARE + KEPT_BYTES
 
 
-def queries_kept_unrounded(problem: Problem) -> int:
-    """For how many queries forward also leaves the unrounded output, where `out` is rounded: all, or none if that would be too much.
+def queries_with_remainder(problem: Problem) -> int:
+    """For how many queries forward also leaves what rounding takes from `out`: all, or none if that would be too much.
 
     Without it backward sums delta as P*dP, reference.py (5). The formula has no comparison: for symbolic sizes that would be a guard, and
     torch.export would lose its dynamic lengths. torch.compile makes one graph for each of the two cases.
@@ -66,23 +66,22 @@ def partial_dmasks(problem: Problem) -> int:
     return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
 
 
-def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Tensor | None, Saved]:
-    """Room for out, for the unrounded out where that is another tensor and wanted, and what backward needs of a forward that fills them.
+def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
+    """Room for out, and for what backward needs of a forward that fills both.
 
     Uninitialised, except where there are no keys: then out and mbar are 0, lse is -inf, and nothing is left to compute.
     """
     p, device = call.problem, call.query.device
     out = torch.empty((p.B, p.H, p.Nq, p.Dv), dtype=p.dtype, device=device)
     lse = torch.empty((p.B, p.H, p.Nq), dtype=p.acc_dtype, device=device)
-    is_rounded = lse.dtype != out.dtype
-    out_acc = torch.empty_like(out, dtype=lse.dtype) if save_out and is_rounded else None
+    remainder = torch.empty_like(out) if save_out and lse.dtype != out.dtype else None
     mbar = torch.empty_like(lse) if save_mbar and call.mask is not None else None
     if p.Nk == 0:
-        for tensor in (out, out_acc, mbar):
+        for tensor in (out, remainder, mbar):
             if tensor is not None:
                 tensor.zero_()
         lse.fill_(float("-inf"))
-    return out, out_acc, Saved(out_acc if is_rounded or not save_out else out, lse, mbar)
+    return out, Saved(out if save_out else None, remainder, lse, mbar)
 
 
 def new_gradients(call: Call, needs: Needs) -> Gradients:

@@ -4,8 +4,8 @@ Only here is a call a flat list of arguments, which is what torch's dispatcher a
 names and its order; the schema is made from it. Tensors are canonical (see canonical.py).
 
 `backend` is "" for the best one on the tensors' device, so that a program compiled or exported on one device calls, on another, what that
-device has. Results that nobody asked for are empty tensors of shape (0,), because an op cannot return None. out_acc, the unrounded out, is
-(B, H, 0, Dv) where it would take too much memory; passed to backward as `out`, that asks for delta without it.
+device has. Results that nobody asked for are empty tensors of shape (0,), because an op cannot return None. remainder, what rounding
+took from out, is (B, H, 0, Dv) where it would take too much memory; passed to backward, that asks for delta without the output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import resolve
 from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call
-from .memory import queries_kept_unrounded
+from .memory import queries_with_remainder
 
 
 class ForwardArguments(NamedTuple):
@@ -51,6 +51,7 @@ class BackwardArguments(NamedTuple):
     key_padding_mask: Tensor | None
     seed: Tensor | None
     out: Tensor
+    remainder: Tensor
     lse: Tensor
     mbar: Tensor
     scale: float
@@ -120,16 +121,16 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = ForwardArguments(*arguments)
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "forward")
-    is_rounded = a.save_out and call.problem.acc_dtype != call.problem.dtype
-    save_out = is_rounded and queries_kept_unrounded(call.problem) > 0
+    is_rounded = call.problem.acc_dtype != call.problem.dtype
+    save_out = a.save_out and is_rounded and queries_with_remainder(call.problem) > 0
     with inside_an_op(a.query.device):
         out, saved = chosen.forward(call, save_out=save_out, save_mbar=a.save_mbar)
-    out_acc = saved.out
-    if out_acc is None:
+    remainder = out.new_empty(0) if saved.remainder is None else saved.remainder
+    if a.save_out and is_rounded and saved.remainder is None:
         B, H, _, Dv = out.shape
-        out_acc = saved.lse.new_empty((B, H, 0, Dv) if is_rounded else (0,))
+        remainder = out.new_empty((B, H, 0, Dv))
     mbar = saved.lse.new_empty(0) if saved.mbar is None else saved.mbar
-    return out, saved.lse, out_acc, mbar
+    return out, saved.lse, remainder, mbar
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,12 +138,12 @@ def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, H, Nq, _), Dv, acc = a.query.shape, a.value.shape[3], acc_dtype(a.query.dtype)
     kept: tuple[int, ...] = (0,)
     if a.save_out and acc != a.query.dtype:
-        kept = (B, H, queries_kept_unrounded(attention_call(a).problem), Dv)
+        kept = (B, H, queries_with_remainder(attention_call(a).problem), Dv)
     rows = (B, H, Nq)
     return (
         a.query.new_empty((*rows, Dv)),
         a.query.new_empty(rows, dtype=acc),
-        a.query.new_empty(kept, dtype=acc),
+        a.query.new_empty(kept),
         a.query.new_empty(rows if a.save_mbar and a.alpha is not None else (0,), dtype=acc),
     )
 
@@ -151,10 +152,11 @@ def compute_backward(*arguments: Any) -> tuple[Tensor, ...]:
     a = BackwardArguments(*arguments)
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "backward")
-    out = a.out if a.out.shape[2] == call.problem.Nq else None
+    remainder = a.remainder if a.remainder.dim() == 4 and a.remainder.shape[2] == call.problem.Nq else None
+    out = a.out if remainder is not None or a.out.dtype == a.lse.dtype else None
     mbar = a.mbar if a.mbar.dim() == 3 else None
     with inside_an_op(a.query.device):
-        grads = chosen.backward(call, Saved(out, a.lse, mbar), a.dout, a.dlse, Needs(*a.needs))
+        grads = chosen.backward(call, Saved(out, remainder, a.lse, mbar), a.dout, a.dlse, Needs(*a.needs))
     return _of_attention(grads, a.query)
 
 
@@ -227,7 +229,7 @@ def _register(name: str, arguments: type, returns: str, implementation: Callable
 
 forward = _register(
     "forward", ForwardArguments,
-    "Tensor out, Tensor lse, Tensor out_acc, Tensor mbar",
+    "Tensor out, Tensor lse, Tensor remainder, Tensor mbar",
     compute_forward, fake_forward,
 )  # fmt: skip
 backward = _register(

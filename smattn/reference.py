@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients, Needs, Problem, Saved
+from .call import Call, Gradients, Needs, Problem, Saved, with_remainder
 
 LOWEST_SCORE = -2.3e38  # a score below counts as -inf: in base 2, which the kernels compute in, float32 ends at -2.36e38
 _LOW32 = 0xFFFFFFFF
@@ -66,10 +66,9 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
     """Equations (1)-(4): out (B, H, Nq, Dv), and what backward needs of it."""
     t = softmax(call)
     weights = t.p if call.seed is None else t.p * dropout_factor(call.problem, call.seed)
-    unrounded = weights @ query_head_values(call)  # (3)
-    out = unrounded.to(call.problem.dtype)
+    out, remainder = with_remainder(weights @ query_head_values(call), call.problem.dtype)  # (3)
     mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else None
-    return out, Saved(unrounded if save_out else None, t.lse, mbar)
+    return out, Saved(out if save_out else None, remainder if save_out else None, t.lse, mbar)
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:

@@ -16,7 +16,7 @@ import torch
 from smattn.call import Problem
 from smattn.kernels.plan import holds_dq, one_tile
 from smattn.kernels.tiles import tile
-from smattn.memory import queries_kept_unrounded
+from smattn.memory import queries_with_remainder
 from smattn.testing import WORKLOADS, Workload
 
 
@@ -68,8 +68,8 @@ class Estimate(NamedTuple):
 def passes(w: Workload, arch: int) -> Iterator[Pass]:
     """Forward alone, forward as it is where gradients are wanted, and backward with all five of them.
 
-    Forward then stores the output in float32 too, unless that would take too much memory. Backward has 5 products where one program holds
-    all queries and dQ, 7 without dQ, else 9.
+    Forward then stores what rounding took from the output too, unless that would take too much memory. Backward has 5 products where
+    one program holds all queries and dQ, 7 without dQ, else 9.
     """
     mask_dtype, mask_heads, sharers = (torch.bfloat16, 1, w.H) if w.rows is None else (torch.float32, w.H, w.rows)
     problem = Problem(
@@ -78,12 +78,12 @@ def passes(w: Workload, arch: int) -> Iterator[Pass]:
     )  # fmt: skip
     heads, row = problem.B * w.H, 2 * w.D * BYTES  # of a query and its dO, of a key and its value
     queries, keys, mask = heads * w.Nq * row, heads * w.Nk * row, w.B * mask_heads * w.Nq * w.Nk * mask_dtype.itemsize
-    unrounded = heads * queries_kept_unrounded(problem) * w.D * 4
+    remainder = heads * queries_with_remainder(problem) * w.D * BYTES
 
     def forwards(l2: int) -> Iterator[Pass]:
         memory = queries + keys + mask
         yield Pass("forward", 2, 1, memory, l2)
-        yield Pass("forward+out", 2, 1, memory + unrounded, l2 + unrounded)
+        yield Pass("forward+out", 2, 1, memory + remainder, l2 + remainder)
 
     if one_tile(problem):
         yield from forwards(queries + keys + sharers * mask)

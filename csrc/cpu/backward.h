@@ -260,7 +260,7 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dvalue = p.dvalue,
                              .dmask = p.dmask,
                              .dalpha = static_cast<T*>(p.dalpha),
-                             .unrounded_out = p.out.data != nullptr && p.out.dtype != p.scores.dtype};
+                             .has_remainder = p.remainder.data != nullptr};
   if (task.wants_ds()) {
     compute_delta<E>(p, threads, delta.get());
   } else {

@@ -15,13 +15,15 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
     forward_pass<E>(means, threads);
   } else {
     parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> dout(n.Dv), out(n.Dv);
+      const Buffer<T> dout(n.Dv), out(n.Dv), remainder(n.Dv);
+      if (p.remainder.data == nullptr) fill<T>(remainder, n.Dv, T(0));
       for (int64_t bh = begin; bh < end; ++bh) {
         for (int64_t i = 0; i < n.Nq; ++i) {
           read_rows<T>(rows_of(p.dout, bh / n.H, bh % n.H, i), 1, n.Dv, dout, n.Dv);
           read_rows<T>(rows_of(p.out, bh / n.H, bh % n.H, i), 1, n.Dv, out, n.Dv);
+          if (p.remainder.data != nullptr) read_rows<T>(rows_of(p.remainder, bh / n.H, bh % n.H, i), 1, n.Dv, remainder, n.Dv);
           T sum = 0;
-          for (int64_t d = 0; d < n.Dv; ++d) sum += dout[d] * out[d];
+          for (int64_t d = 0; d < n.Dv; ++d) sum += dout[d] * (out[d] + remainder[d] * T(1 / kRemainderScale));
           delta[bh * n.Nq + i] = sum;
         }
       }

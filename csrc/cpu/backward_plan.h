@@ -29,7 +29,7 @@ struct BackwardTask {
   const T* mbar;  // [B, H, Nq]
   void *dquery, *dkey, *dvalue, *dmask;
   T* dalpha;  // [H]
-  bool unrounded_out;  // held in memory beside the rounded one
+  bool has_remainder;  // what rounding took from out is held in memory too
 
   bool wants_ds() const { return dquery != nullptr || dkey != nullptr || dmask != nullptr || dalpha != nullptr; }
 };
@@ -55,7 +55,7 @@ struct BackwardMemory {
                              key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
     const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
     const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
-    held = (query * (4 + (t.unrounded_out ? n.Dv : 0)) +  // lse, mbar, delta and dlse
+    held = (query * (4 + (t.has_remainder ? n.Dv / 2 : 0)) +  // lse, mbar, delta and dlse
             (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) *
            static_cast<int64_t>(sizeof(T));
     io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;

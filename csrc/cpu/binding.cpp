@@ -21,19 +21,19 @@ uint64_t value_of(const int64_t* seed) { return seed == nullptr ? 0 : static_cas
 
 void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
              const Optional& padding, const Optional& seed, double scale, double dropout_p, const Tensor& out, const Tensor& lse,
-             const Optional& out_acc, const Optional& mbar) {
+             const Optional& remainder, const Optional& mbar) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, out_acc, mbar);
+  smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar);
   params.dropout.seed = value_of(in.seed(seed, dropout_p));
   smattn::cpu::selected().forward(params, torch_threads);
 }
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
               bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
-              const Tensor& lse, const Optional& mbar, double scale, double dropout_p, const Optional& dquery, const Optional& dkey,
+              const Optional& remainder, const Tensor& lse, const Optional& mbar, double scale, double dropout_p, const Optional& dquery, const Optional& dkey,
               const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const Saved saved{dout, dlse, out, lse, mbar};
+  const Saved saved{dout, dlse, out, remainder, lse, mbar};
   smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
   params.dropout.seed = value_of(in.seed(seed, dropout_p));
   smattn::cpu::selected().backward(params, torch_threads);

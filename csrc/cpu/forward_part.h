@@ -119,7 +119,7 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
     for (int64_t d = 0; d < n.Dv; ++d) part.out[i * part.stride + d] *= inverse[i];
   }
   write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out, p.scores.dtype, row * n.Dv, n.Dv);
-  if (p.out_acc != nullptr) write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out_acc, DTypeOf<T>::value, row * n.Dv, n.Dv);
+  if (p.remainder != nullptr) write_remainders<T>(part.out, part.stride, q.count, n.Dv, p.remainder, p.scores.dtype, row * n.Dv);
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -28,7 +28,8 @@ struct ForwardArgs {
   int64_t splits = 1;  // ranges of keys
   int64_t split_keys = 1;  // a range's length, a multiple of the key tile
   void* out = nullptr;  // ForwardParams
-  float *lse = nullptr, *out_acc = nullptr, *mbar = nullptr;
+  void* remainder = nullptr;
+  float *lse = nullptr, *mbar = nullptr;
   float* eta = nullptr;  // (B, H, Nq), null when not asked for
   float* partial_out = nullptr;  // (splits, B, H, Nq, Dv)
   PartialRow* partial_rows = nullptr;  // (splits, B, H, Nq)
@@ -43,7 +44,7 @@ struct alignas(16) RowState {
 
 struct RowsArgs {
   Call call;
-  Tensor4 dout = {}, out = {};  // out in float32; data null where sums takes their place
+  Tensor4 dout = {}, out = {}, remainder = {};  // data null where sums takes their place; of remainder also where out is not rounded
   const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
   const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
   const float* head_weights = nullptr;  // of attention_map

@@ -11,10 +11,11 @@ constexpr int kRowsThreads = 128;
 // <dO, O>
 SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i) {
   const auto row = [&](const Tensor4& x) { return at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2]; };
-  const int64_t dout = row(args.dout), out = row(args.out);
+  const int64_t dout = row(args.dout), out = row(args.out), remainder = row(args.remainder);
   float sum = 0.0f;
   for (int64_t col = lane_index(); col < args.call.scores.size.Dv; col += kWarp) {
-    const float o = load_element(args.out, out + col * args.out.stride[3]);
+    float o = load_element(args.out, out + col * args.out.stride[3]);
+    if (args.remainder.data != nullptr) o += load_element(args.remainder, remainder + col * args.remainder.stride[3]) / kRemainderScale;
     sum = fmaf(load_element(args.dout, dout + col * args.dout.stride[3]), o, sum);
   }
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);

@@ -52,9 +52,9 @@ void check_has_scores(const Reader& in) {
 
 void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
              const Optional& padding, const Optional& seed, double scale, double dropout_p, bool allow_tf32, int64_t stream,
-             const Tensor& out, const Tensor& lse, const Optional& out_acc, const Optional& mbar) {
+             const Tensor& out, const Tensor& lse, const Optional& remainder, const Optional& mbar) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, out_acc, mbar);
+  const smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar);
   check_has_scores(in);
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, in.seed(seed, dropout_p));
@@ -63,10 +63,10 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
               bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
-              const Tensor& lse, const Optional& mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream,
+              const Optional& remainder, const Tensor& lse, const Optional& mbar, double scale, double dropout_p, bool allow_tf32, int64_t stream,
               const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const Saved saved{dout, dlse, out, lse, mbar};
+  const Saved saved{dout, dlse, out, remainder, lse, mbar};
   const smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
   check_has_scores(in);
   Scratch scratch{query, {}};

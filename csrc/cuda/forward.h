@@ -146,8 +146,10 @@ SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, 
   }
   if (args.out == nullptr) return;
   softmax.out.scale_rows(factor);
-  if (args.out_acc != nullptr) store_floats(softmax.out, args.out_acc + first_row * depth, rows, depth);
   store_tile(softmax.out, shared, row, static_cast<T*>(args.out) + first_row * depth, rows, depth);
+  if (sizeof(T) > 2 || args.remainder == nullptr) return;
+  softmax.out.for_each([](float& x, int, int) { x = (x - to_float(rounded<T>(x))) * kRemainderScale; });
+  store_tile(softmax.out, shared, row, static_cast<T*>(args.remainder) + first_row * depth, rows, depth);
 }
 
 template <int D>

@@ -31,8 +31,9 @@ SMATTN_DEVICE void forward_merge_block(const ForwardArgs& args) {
     for (int64_t i = 0; i < args.splits; ++i)
       sum = fmaf(args.partial_out[(i * rows + row) * size.Dv + col], factor_of(args.partial_rows[i * rows + row].m), sum);
     sum *= factor * args.call.keep_scale;
-    round_to(static_cast<T*>(args.out)[row * size.Dv + col], sum);
-    if (args.out_acc != nullptr) args.out_acc[row * size.Dv + col] = sum;
+    const int64_t at = row * size.Dv + col;
+    round_to(static_cast<T*>(args.out)[at], sum);
+    if (args.remainder != nullptr) round_to(static_cast<T*>(args.remainder)[at], (sum - to_float(rounded<T>(sum))) * kRemainderScale);
   }
 }
 

@@ -140,8 +140,8 @@ void forward(const ForwardParams& params, const Context& context) {
   const Scores& scores = params.scores;
   run_forward({.call = call_of(scores, params.value, params.dropout.p, context),
                .out = params.out,
+               .remainder = params.remainder,
                .lse = static_cast<float*>(params.lse),
-               .out_acc = static_cast<float*>(params.out_acc),
                .mbar = static_cast<float*>(params.mbar)},
               passes_for(scores.dtype, std::max(scores.size.D, scores.size.Dv), context.allow_tf32), context);
 }
@@ -161,6 +161,7 @@ void backward(const BackwardParams& params, const Context& context) {
   if (params.out.data != nullptr) {
     r.dout = params.dout;
     r.out = params.out;
+    r.remainder = params.remainder;
   } else if (wanted.dquery != nullptr || wanted.dkey != nullptr || wanted.dmask != nullptr || wanted.dalpha != nullptr) {
     auto* sums = allocate<float>(count, context);
     backward_rows({.call = call, .lse = lse, .rows = rows}, context);

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .load import load_tile
 from .score import LOG2E, lse_to_rebuild
+from .store import REMAINDER_SCALE
 
 
 @triton.jit
@@ -26,20 +27,30 @@ def load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE: tl.constexpr):
 
 @triton.jit
 def rows_of(out, do, lse, dl):
-    """lse in base 2 and delta, from the float32 output and its gradient, reference.py (5), and which rows are dead."""
+    """lse in base 2 and delta, from the unrounded output and its gradient, reference.py (5), and which rows are dead."""
     dead = lse == float("-inf")
     lse_log2, delta = finish_rows(lse * LOG2E, tl.sum(out * do, 1) - dl, dead)
     return lse_log2, delta, dead
 
 
 @triton.jit
-def first_rows(do_ptr, out_ptr, lse_ptr, dl_ptr, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm,
+def load_unrounded(out_ptr, remainder_ptr, bh, offs_m, offs_dv, row_ok, Nq, DV: tl.constexpr):
+    """The output of a query block in float32: what forward stored, and what rounding took from it. bh: b * H + h."""
+    out = load_tile(out_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV).to(tl.float32)
+    if remainder_ptr is not None:
+        remainder = load_tile(remainder_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV)
+        out += remainder.to(tl.float32) * (1.0 / REMAINDER_SCALE)
+    return out
+
+
+@triton.jit
+def first_rows(do_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr, bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm,
                Nq, DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
-    """rows_of a query block, for backward's first pass. The pointers are those of this (batch, head)."""
+    """rows_of a query block, for backward's first pass. The pointers to do and dl are those of this (batch, head)."""
     row_ok = offs_m < Nq
     do = load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV).to(tl.float32)
-    out = load_tile(out_ptr, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV).to(tl.float32)
-    lse = tl.load(lse_ptr + offs_m, mask=row_ok, other=float("-inf"))
+    out = load_unrounded(out_ptr, remainder_ptr, bh, offs_m, offs_dv, row_ok, Nq, DV)
+    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("-inf"))
     lse_log2, delta, _ = rows_of(out, do, lse, load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE))
     return lse_log2, delta
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...call import REMAINDER_SCALE as _REMAINDER_SCALE
 from .load import LOGITS, load_tile
 from .score import LOG2E
+
+REMAINDER_SCALE = tl.constexpr(_REMAINDER_SCALE)
 
 
 @triton.jit
@@ -14,6 +17,15 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
     """Store a tile to a contiguous matrix of n_cols columns, rounded once to its dtype."""
     offsets = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
     tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+
+
+@triton.jit
+def store_output(out_ptr, remainder_ptr, out, first_row, rows, cols, row_ok, DV: tl.constexpr):
+    """Store a block of the output, and what rounding takes from it where backward wants that. first_row: the row that row 0 is."""
+    store_tile(out_ptr + first_row * DV, out, rows, cols, DV, row_ok, cols < DV)
+    if remainder_ptr is not None:
+        rounded = out.to(out_ptr.dtype.element_ty).to(tl.float32)
+        store_tile(remainder_ptr + first_row * DV, (out - rounded) * REMAINDER_SCALE, rows, cols, DV, row_ok, cols < DV)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class Variant(NamedTuple):
     group: int = 1
     dlse: bool = False
     tf32: bool = False
-    keep_out: bool = True  # unrounded, for delta
+    keep_out: bool = True  # with its remainder, for delta
     logits: bool = False  # in place of M
     misaligned: bool = False  # rows of query, key and value an odd number of elements apart: no descriptors
     as_map: bool = False  # attention_map's call, whose gradients are those of query, key, mask, alpha and head weights
@@ -58,7 +58,7 @@ OTHERS = (
     Variant("mask per head, shared by the batch", mask=(1, 2, 2), group=2),
     Variant("key-only mask", mask=(2, 1, 1), padding=True, dlse=True),
     Variant("key-only mask a head for the batch", mask=(1, 2, 1), group=2),
-    Variant("no unrounded output", keep_out=False, dropout=True, padding=True, dlse=True),
+    Variant("no remainder", keep_out=False, dropout=True, padding=True, dlse=True),
     Variant("mask and alpha only", needs=Needs(False, False, False, mask=True, alpha=True)),
     Variant("alpha only", needs=Needs(False, False, False, False, alpha=True)),
     Variant("query only", needs=Needs(True, False, False, False, False)),

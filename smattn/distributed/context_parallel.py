@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from ..autograd import NO_SECOND
 from ..backends import resolve
-from ..call import Call, Gradients, Needs, Problem, Saved, make_call
+from ..call import Call, Gradients, Needs, Problem, Saved, make_call, with_remainder, without_rounding
 from ..canonical import allow_tf32, alpha_of, autocast, five_axes, of_batch, one_batch_axis, per_head, scale_of
 from ..ops import inside_an_op
 from ..validate import validate
@@ -127,7 +127,7 @@ class _Arguments(NamedTuple):
 
 
 class _BackwardArguments(NamedTuple):
-    """What _ContextParallelBackward takes. The first nine are what _ContextParallel saves; the rows are over the keys of all ranks."""
+    """What _ContextParallelBackward takes. The first ten are what _ContextParallel saves; the rows are over the keys of all ranks."""
 
     query: Tensor
     key: Tensor
@@ -136,6 +136,7 @@ class _BackwardArguments(NamedTuple):
     alpha: Tensor | None
     key_padding_mask: Tensor | None
     out: Tensor
+    remainder: Tensor | None
     lse: Tensor
     mbar: Tensor | None
     dout: Tensor | None  # None: zeros
@@ -160,11 +161,12 @@ class _ContextParallel(Function):
         chosen = resolve(a.problem, a.backend, "forward")
         with inside_an_op(a.query.device):
             _, own = chosen.forward(_call(a), save_out=True, save_mbar=wanted["alpha"])
-        out, lse, mbar = _merge(own, a.group)
-        ctx.save_for_backward(a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask, out, lse, mbar)
+        unrounded, lse, mbar = _merge(own, a.group)
+        out, remainder = with_remainder(unrounded, a.problem.dtype)
+        ctx.save_for_backward(a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask, out, remainder, lse, mbar)
         ctx.options = dict(problem=a.problem, group=a.group, backend=a.backend)
         ctx.set_materialize_grads(False)
-        return out.to(a.problem.dtype), lse.clone()
+        return out, lse.clone()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -184,7 +186,7 @@ class _ContextParallelBackward(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         a = _BackwardArguments(*arguments)
-        call, saved = _call(a), Saved(a.out, a.lse, a.mbar)
+        call, saved = _call(a), Saved(a.out, a.remainder, a.lse, a.mbar)
         chosen = resolve(a.problem, a.backend, "backward")
         dout = a.query.new_zeros(()).expand_as(a.out) if a.dout is None else a.dout
         with inside_an_op(a.query.device):
@@ -202,8 +204,7 @@ class _ContextParallelBackward(Function):
 
 def _merge(own: Saved, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
     """From O (B, H, Nq, Dv), L and mbar (B, H, Nq) over this rank's keys, those over all ranks' keys, in the accumulation dtype."""
-    out, lse, mbar = own
-    assert out is not None, "context parallelism asks every backend for the unrounded output"
+    out, lse, mbar = without_rounding(own), own.lse, own.mbar
     largest = lse.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     weight = torch.where(lse == largest, 1.0, torch.exp(lse - largest))  # 1, not NaN, where no rank has a key

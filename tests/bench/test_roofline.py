@@ -33,17 +33,17 @@ def test_few_queries_by_hand():
     assert time.limiter() == "memory"
     kept = estimate(w, H200, keeping)
     assert kept.matmul == time.matmul
-    assert kept.memory - time.memory == pytest.approx(1e6 * 4 * 8 * 13 * 32 / 4.8e12)
+    assert kept.memory - time.memory == pytest.approx(1e6 * 2 * 8 * 13 * 32 / 4.8e12)
 
 
 def test_the_products_of_forward_are_those_of_the_kernel():
-    """The loop over keys has Q K^T and P V, whether or not the output is kept."""
+    """The loop over keys has Q K^T and P V, whether or not its remainder is kept."""
     source = inspect.getsource(softmax.attend.fn)
     assert source.count("matmul(") + source.count(" dot(") == 2
 
 
-def test_an_output_that_is_not_kept_costs_nothing(monkeypatch):
-    monkeypatch.setattr(roofline, "queries_kept_unrounded", lambda problem: 0)
+def test_a_remainder_that_is_not_kept_costs_nothing(monkeypatch):
+    monkeypatch.setattr(roofline, "queries_with_remainder", lambda problem: 0)
     for w in WORKLOADS.values():
         forward, keeping, *_ = passes(w, H200.arch)
         assert keeping[1:] == forward[1:]

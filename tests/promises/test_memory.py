@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from smattn.call import Problem
-from smattn.memory import bytes_kept, queries_kept_unrounded, share_kept
+from smattn.memory import bytes_kept, queries_with_remainder, share_kept
 from smattn.testing import run
 from tests.support.expected import BACKENDS, DEVICE
 from tests.support.meters import extra_of_launchers, extra_on_cuda, extra_resident, peak_allocated, size
@@ -84,20 +84,20 @@ PAIR384 = Problem(
     mask_shape=(1, 1, 4, 384, 384), device_type="cuda",
 )  # fmt: skip
 PAIR512 = PAIR384._replace(B=512, Nq=512, Nk=512, mask_shape=(1, 1, 4, 512, 512))
-SELF = PAIR384._replace(B=4, H=8, Hkv=8, Nq=1024, Nk=1024, D=64, Dv=64, mask_shape=(4, 1, 1, 1024, 1024))
 NO_MASK = PAIR384._replace(B=16, H=16, Hkv=16, Nq=4096, Nk=4096, D=64, Dv=64, mask_dtype=None, mask_shape=None)
+FEW_KEYS = NO_MASK._replace(Nk=64)
 
 
 @pytest.mark.parametrize(
     "problem, kept, share, fits",
-    [(PAIR384, 84.9, 52.0, False), (PAIR512, 151.0, 89.1, False), (NO_MASK, 285.2, 172.0, False), (SELF, 8.9, 13.6, True)],
-    ids=["pair384", "N 512", "16 batches of 4096 without a mask", "self1k of 4"],
+    [(PAIR384, 47.2, 52.0, True), (PAIR512, 83.9, 89.1, True), (NO_MASK, 151.0, 172.0, True), (FEW_KEYS, 151.0, 105.9, False)],
+    ids=["pair384", "N 512", "16 batches of 4096 without a mask", "4096 queries of 16 batches over 64 keys"],
 )
-def test_the_unrounded_output_is_kept_where_it_leaves_backward_room(problem, kept, share, fits):
-    """In MB: what is kept is 4 bytes for each column of the output, each lse, each mbar, and 8 for backward's row."""
+def test_the_remainder_is_kept_where_it_leaves_backward_room(problem, kept, share, fits):
+    """In MB: what is kept is 2 bytes for each column of the output, 4 for each lse and each mbar, and 8 for backward's row."""
     assert bytes_kept(problem) / 1e6 == pytest.approx(kept, abs=0.05)
     assert share_kept(problem) / 1e6 == pytest.approx(share, abs=0.05)
-    assert queries_kept_unrounded(problem) == (problem.Nq if fits else 0)
+    assert queries_with_remainder(problem) == (problem.Nq if fits else 0)
 
 
 def test_the_meter_of_allocations_sees_a_score_tensor():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smattn import reference
-from smattn.call import Needs
+from smattn.call import Needs, Saved, with_remainder, without_rounding
 from smattn.testing import assert_within_budget, errors, make_case, run
 
 pytestmark = pytest.mark.promise("exact")
@@ -31,19 +31,30 @@ def with_large_values(case):
     return replace(case, value=case.value + 64)
 
 
-def by_design(case, *, divided_by_rounded, kept_in_float32):
-    """Gradients by a kernel of such a design: what divides P rounded @ V, and in what dtype O is kept for delta."""
+def by_design(case, *, divided_by_rounded, kept):
+    """Gradients by a kernel of such a design: what divides P rounded @ V, and what is kept of O for delta."""
     call = case.call()
     t = reference.softmax(call)
     p = (t.s - t.s.amax(-1, keepdim=True)).exp()
     rounded = p.to(case.query.dtype).float()
     value, dout = case.value.float(), case.dout.float()
     out = rounded @ value / (rounded if divided_by_rounded else p).sum(-1, keepdim=True)
-    kept = out if kept_in_float32 else out.to(case.query.dtype).float()
-    ds = t.p * (dout @ value.mT - (dout * kept).sum(-1, keepdim=True))
+    ds = t.p * (dout @ value.mT - (dout * kept(out, case.query.dtype)).sum(-1, keepdim=True))
     grads = reference.score_gradients(call, t, ds, torch.zeros_like(t.lse), Needs(True, True, False, True, False))
     named = {"dquery": grads.query, "dkey": grads.key, "dmask": grads.mask}
     return {name: grad.view(case.inputs()[name[1:]].shape) for name, grad in named.items()}
+
+
+def in_float32(out, dtype):
+    return out
+
+
+def in_16_bits(out, dtype):
+    return out.to(dtype).float()
+
+
+def in_16_bits_and_their_remainder(out, dtype):
+    return without_rounding(Saved(*with_remainder(out, dtype), lse=out, mbar=None))
 
 
 def calls_caught(of, dtype, **design):
@@ -54,20 +65,21 @@ def calls_caught(of, dtype, **design):
 @pytest.mark.promise("the budget can fail")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("of", [with_equal_values, with_large_values])
-def test_a_design_that_divides_by_the_rounded_sum_and_keeps_float32_always_passes(of, dtype):
-    assert calls_caught(of, dtype, divided_by_rounded=True, kept_in_float32=True) == 0
+@pytest.mark.parametrize("kept", [in_float32, in_16_bits_and_their_remainder])
+def test_a_design_that_divides_by_the_rounded_sum_and_keeps_all_of_the_output_always_passes(kept, of, dtype):
+    assert calls_caught(of, dtype, divided_by_rounded=True, kept=kept) == 0
 
 
 @pytest.mark.promise("the budget can fail")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_values_that_are_all_alike_catch_a_division_by_the_unrounded_sum(dtype):
-    assert calls_caught(with_equal_values, dtype, divided_by_rounded=False, kept_in_float32=True) > CALLS / 2
+    assert calls_caught(with_equal_values, dtype, divided_by_rounded=False, kept=in_float32) > CALLS / 2
 
 
 @pytest.mark.promise("the budget can fail")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_large_values_catch_an_output_that_is_kept_in_16_bits(dtype):
-    assert calls_caught(with_large_values, dtype, divided_by_rounded=True, kept_in_float32=False) > CALLS / 2
+    assert calls_caught(with_large_values, dtype, divided_by_rounded=True, kept=in_16_bits) > CALLS / 2
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)

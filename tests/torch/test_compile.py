@@ -48,13 +48,13 @@ def test_forward_and_backward_in_one_graph_for_every_length(backend, device, dyn
 
 
 def kept_where_keys_are_many(problem):
-    """As memory.queries_kept_unrounded, at sizes that compile in a moment."""
+    """As memory.queries_with_remainder, at sizes that compile in a moment."""
     return problem.Nq * torch.sym_min(1, problem.Nk // torch.sym_max(1, problem.Nq))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_one_graph_with_the_unrounded_output_kept_and_one_without(backend, device, compiler, monkeypatch):
-    monkeypatch.setattr(ops, "queries_kept_unrounded", kept_where_keys_are_many)
+def test_one_graph_with_the_remainder_kept_and_one_without(backend, device, compiler, monkeypatch):
+    monkeypatch.setattr(ops, "queries_with_remainder", kept_where_keys_are_many)
     counter = CompileCounterWithBackend(compiler)
 
     def call(*inputs):

@@ -30,14 +30,14 @@ def inputs():
 
 def forward_arguments():
     rows = torch.empty(B, H, NQ)
-    return inputs() | dict(out=torch.empty(B, H, NQ, DV), lse=rows, out_acc=None, mbar=torch.empty_like(rows))
+    return inputs() | dict(out=torch.empty(B, H, NQ, DV), lse=rows, remainder=None, mbar=torch.empty_like(rows))
 
 
 def backward_arguments():
     rows = torch.zeros(B, H, NQ)
     out = torch.zeros(B, H, NQ, DV)
     grads = {f"d{name}": torch.empty_like(t) for name, t in inputs().items() if isinstance(t, torch.Tensor)}
-    return inputs() | dict(dout=torch.zeros_like(out), dlse=None, out=out, lse=rows, mbar=rows.clone()) | grads
+    return inputs() | dict(dout=torch.zeros_like(out), dlse=None, out=out, remainder=None, lse=rows, mbar=rows.clone()) | grads
 
 
 def map_arguments():
@@ -89,7 +89,8 @@ REFUSED = [
     (EVERY[2:], dict(head_weights=torch.ones(H, dtype=torch.float64)), "head_weights: expected a contiguous tensor"),
     (("backward",), dict(dout=torch.zeros(B, H, NQ + 1, DV)), "dout: expected size 3 on axis 2, got 4"),
     (("backward",), dict(dout=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "dout: expected query's dtype"),
-    (("backward",), dict(out=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "out: expected the accumulation dtype"),
+    (("backward",), dict(out=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "out: expected query's dtype"),
+    (("backward",), dict(remainder=torch.zeros(B, H, NQ, DV)), "remainder: expected exactly with an out of 16 bits"),
     (("backward",), dict(mbar=None), "mbar: expected with dalpha"),
     (BACKWARDS, dict(mask=None, alpha=None), "dmask, dalpha: expected none without a mask"),
     (("attention_map_backward",), dict(dmap=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmap: expected the accumulation dtype"),

@@ -1,6 +1,8 @@
 // How the tensors, of any dtype and stride, become dense blocks of the accumulation dtype T and back.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/tiles/buffer.h"
 #include "dtype.h"
 #include "params.h"
@@ -79,6 +81,22 @@ inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t colu
     auto* data = static_cast<decltype(type)>(to) + offset;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; ++c) narrow(from[r * stride + c], data[r * to_stride + c]);
+    }
+  });
+}
+
+// kRemainderScale times what write_rows rounds away, in the same dtype, to consecutive rows of `columns` elements that start at element `offset`.
+template <class T>
+inline void write_remainders(const T* from, int64_t stride, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset) {
+  with_storage(dtype, [&](auto* type) {
+    auto* data = static_cast<decltype(type)>(to) + offset;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const T x = from[r * stride + c];
+        std::remove_pointer_t<decltype(type)> rounded;
+        narrow(x, rounded);
+        narrow(static_cast<T>((x - widen(rounded)) * kRemainderScale), data[r * columns + c]);
+      }
     }
   });
 }
