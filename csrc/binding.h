@@ -20,10 +20,10 @@
 #define SMATTN_FORWARD(where)                                                                                                          \
   "forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, " where \
   "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? remainder, Tensor(d!)? mbar) -> ()"
-#define SMATTN_BACKWARD(where)                                                                                          \
-  "backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK                                     \
+#define SMATTN_BACKWARD(where)                                                                         \
+  "backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK                    \
   "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor? remainder, Tensor lse, Tensor? mbar, " \
-  "float scale, float dropout_p, " where \
+  "float scale, float dropout_p, " where                                                               \
   "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()"
 #define SMATTN_ATTENTION_MAP(where)                                                                               \
   "attention_map(" SMATTN_SCORES SMATTN_MASK "Tensor head_weights, Tensor? key_padding_mask, float scale, " where \

@@ -14,7 +14,7 @@ from . import plan
 from .launch import launch
 from .operands import accumulator, attention_arguments, tile_of
 from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
-from .primitives.softmax import attend, softmax_finish
+from .primitives.softmax import attend, rescaled, softmax_finish
 from .primitives.store import store_output, store_tile
 from .tiles import Tile, block_of, cdiv
 
@@ -91,7 +91,7 @@ def _merge_kernel(
         weight = tl.where(m_split == m_i, 1.0, tl.exp2(m_split - m_i))  # 1 where both are -inf
         l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
         divisor += weight * tl.load(rows + 2, mask=row_ok, other=1.0)
-        mbar += weight * tl.load(rows + 3, mask=row_ok, other=0.0)
+        mbar += rescaled(weight, tl.load(rows + 3, mask=row_ok, other=0.0))
         acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV)
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
     store_output(out_ptr, remainder_ptr, out, 0, offs_m, offs_dv, row_ok, DV)

@@ -30,8 +30,8 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
               bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
-              const Optional& remainder, const Tensor& lse, const Optional& mbar, double scale, double dropout_p, const Optional& dquery, const Optional& dkey,
-              const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
+              const Optional& remainder, const Tensor& lse, const Optional& mbar, double scale, double dropout_p, const Optional& dquery,
+              const Optional& dkey, const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   const Saved saved{dout, dlse, out, remainder, lse, mbar};
   smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);

@@ -65,6 +65,12 @@ inline void add_weighted(const T* weight, int64_t rows, int64_t stride, const T*
   }
 }
 
+// factor * sum, but 0 where factor is 0: a sum of M over keys whose weight has vanished may be infinite.
+template <class T>
+inline Vec<T> rescaled(Vec<T> factor, Vec<T> sum) {
+  return factor == T(0) ? Vec<T>{} : factor * sum;
+}
+
 // The parts of `splits` splits, `distance` apart, into one, in their order.
 template <class E, class T>
 inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, int64_t splits, int64_t distance, const ForwardPart<E>& to) {
@@ -83,7 +89,7 @@ inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, i
       store(weight + lane, w);
       for (int row = kSum; row < kRows; ++row) {
         T* sum = to.row(static_cast<Row>(row)) + lane;
-        store(sum, load(sum) + w * load(from.row(static_cast<Row>(row)) + lane));
+        store(sum, load(sum) + rescaled<T>(w, load(from.row(static_cast<Row>(row)) + lane)));
       }
     }
     add_weighted(weight, q.count, to.stride, from.out, to.out);

@@ -4,6 +4,8 @@
 // Without a value only the rows are computed: lse, mbar, and eta of (10).
 #pragma once
 
+#include <type_traits>
+
 #include "work.h"
 
 namespace smattn::cuda {
@@ -23,6 +25,9 @@ constexpr float kLowestScore = -2.3e38f * kLog2E;
 
 // What is subtracted from scores whose largest is `top`: where that is infinite, infinities stay what they are.
 SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f : top; }
+
+// factor * sum, but 0 where factor is 0: a sum of M over keys whose weight has vanished may be infinite.
+SMATTN_DEVICE float rescaled(float factor, float sum) { return factor == 0.0f ? 0.0f : factor * sum; }
 
 // One warp's online softmax over its rows.
 template <int D>
@@ -50,9 +55,10 @@ struct Softmax {
     out.scale_rows(rescale);
   }
 
-  // Before V is multiplied by p.
+  // Before V is multiplied by p. Weights of float16 are scaled first, for many small ones would be rounded to 0; `settle` takes the scale out.
   template <class T, int COLS>
   SMATTN_DEVICE void add_weights(Tile<COLS>& p) {
+    if constexpr (std::is_same_v<T, Half>) p.for_each([](float& x, int, int) { x *= 0x1p15f; });
     if constexpr (sizeof(T) == 2) p.for_each([&](float& x, int half, int) { rounded[half] += to_float(smattn::cuda::rounded<T>(x)); });
   }
 
@@ -75,8 +81,8 @@ struct Softmax {
   SMATTN_DEVICE float rescale_to(int half, float top, float& factor) {
     factor = exp2_fast(m[half] - finite(top));
     rounded[half] *= factor;
-    average[0][half] *= factor;
-    average[1][half] *= factor;
+    average[0][half] = rescaled(factor, average[0][half]);
+    average[1][half] = rescaled(factor, average[1][half]);
     return top;
   }
 

@@ -20,7 +20,7 @@ SMATTN_DEVICE void forward_merge_block(const ForwardArgs& args) {
     const PartialRow part = args.partial_rows[i * rows + row];
     const float factor = factor_of(part.m);
     l += part.l * factor;
-    for (int which = 0; which < 2; ++which) average[which] += part.average[which] * factor;
+    for (int which = 0; which < 2; ++which) average[which] += rescaled(factor, part.average[which]);
   }
   float lse;
   const float factor = finish_row(m, l, lse);

@@ -24,6 +24,12 @@ def softmax_step(s, m_i, l_i):
 
 
 @triton.jit
+def rescaled(factor, sums):
+    """factor * sums, but 0 where factor is 0: a sum of M over keys whose weight has vanished may be infinite."""
+    return tl.where(factor == 0.0, 0.0, factor * sums)
+
+
+@triton.jit
 def softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale):
     """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4). acc is divided by divisor, see attend.
 
@@ -77,7 +83,7 @@ def attend(
         s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
-            mbar = mbar * rescale + tl.sum(p * m, 1)
+            mbar = rescaled(rescale, mbar) + tl.sum(p * m, 1)
         if DV > 0:
             if q.dtype == tl.float16:
                 p = p * FLOAT16_SCALE

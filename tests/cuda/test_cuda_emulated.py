@@ -16,6 +16,7 @@ from smattn.testing import assert_within_budget, make_case, run
 from tests.support import emulated_cuda
 from tests.support.emulated_cuda import kernels_left_out
 from tests.support.meters import peak_allocated, size
+from tests.support.odd_weights import leading_keys_out_of_range, many_weights_below_float16
 from tests.support.zero_calls import CALLS, LAYOUTS, ZeroCall, calls
 
 pytestmark = [pytest.mark.promise("CUDA kernels"), pytest.mark.slow]  # compiling takes a minute first
@@ -181,3 +182,20 @@ def test_the_suite_over_the_emulated_device(names):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]
     assert "where cuda must run" in result.stdout  # and no other
+
+
+@pytest.mark.parametrize("Nq", [5, 70])
+@pytest.mark.parametrize("as_map", [False, True], ids=["attention", "map"])
+def test_leading_keys_whose_sum_of_m_is_out_of_range(as_map, Nq):
+    case = leading_keys_out_of_range(Nq, as_map=as_map)
+    results = run(case, "cuda")
+    assert results["dalpha"].isfinite().all()
+    assert_within_budget(results, case)
+
+
+@pytest.mark.parametrize("Nq", [5, 70])
+def test_weights_that_are_small_for_float16_count(Nq):
+    case = many_weights_below_float16(Nq)
+    results = run(case, "cuda")
+    assert (results["out"] > 0.1).all()
+    assert_within_budget(results, case)

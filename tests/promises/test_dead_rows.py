@@ -9,6 +9,7 @@ import torch
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_dead_rows, assert_within_budget, dead_queries, make_case, run
 from tests.support.expected import BACKENDS, INTERPRETED
+from tests.support.odd_weights import leading_keys_out_of_range
 
 pytestmark = pytest.mark.promise("defined")
 PAIRS = [(name, dtype) for name in BACKENDS for dtype in BACKENDS[name].dtypes]
@@ -194,6 +195,15 @@ def test_an_alpha_of_zero_makes_no_nan_but_in_its_own_gradient(name, device, as_
     dalpha = results.pop("dalpha")
     assert dalpha[1:3].isfinite().all()
     assert torch.equal(dead_queries(case), queries(case, 0, slice(1, 3), 1) if len(rows) == 1 else queries(case, []))
+    assert_within_budget(results, case)
+
+
+@pytest.mark.parametrize("Nq", [5, 70])
+@attention_and_map
+def test_leading_keys_whose_sum_of_m_is_out_of_range(backend, device, as_map, Nq):
+    case = leading_keys_out_of_range(Nq, as_map=as_map, device=device)
+    results = run(case, backend)
+    assert results["dalpha"].isfinite().all()
     assert_within_budget(results, case)
 
 

@@ -8,6 +8,7 @@ import torch
 from smattn import reference
 from smattn.call import Needs, Saved, with_remainder, without_rounding
 from smattn.testing import assert_within_budget, errors, make_case, run
+from tests.support.odd_weights import many_weights_below_float16
 
 pytestmark = pytest.mark.promise("exact")
 HALF = [torch.float16, torch.bfloat16]
@@ -98,3 +99,11 @@ def test_values_that_are_all_alike_leave_no_gradient_in_any_regime(fused_backend
     case = make_case(2, 4, Nq, Nk, 32, Hkv=2, dtype=half, mask_dtype=torch.float32 if fine_mask else half, padded=0.2)
     case = with_equal_values(case)
     assert_within_budget(run(case, fused_backend, needs=NEEDS), case)
+
+
+@pytest.mark.parametrize("Nq", [5, 70])
+def test_weights_that_are_small_for_float16_count(fused_backend, device, Nq):
+    case = many_weights_below_float16(Nq, device=device)
+    results = run(case, fused_backend)
+    assert (results["out"] > 0.1).all()
+    assert_within_budget(results, case)
