@@ -53,6 +53,7 @@ WORKLOADS = {
         Workload("pair128", 1, 4, 128, 128, 32, "triangle attention of AlphaFold-like models", rows=128),
         Workload("pair384", 1, 4, 384, 384, 32, "the same at a usual crop", rows=384),
         Workload("pair512", 1, 4, 512, 512, 32, "the same at a large crop", rows=512),
+        Workload("windows", 64, 3, 49, 49, 32, "shifted windows of a Swin transformer, whose bias 8 images share", rows=8),
     )
 }
 
