@@ -29,17 +29,19 @@ def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
-    bias = (alpha[:, None, None].to(mask.dtype) * mask).to(query.dtype)  # (B, H, Nq, Nk)
+    bias = (alpha[:, None, None].to(mask.dtype) * mask).to(query.dtype)
+    if 1 < bias.shape[:-3].numel() < query.shape[:-3].numel():
+        bias = bias.expand(*query.shape[:-3], -1, -1, -1)  # It takes a bias for each batch element or for all of them, nothing between.
     out = F.scaled_dot_product_attention(*map(_one_batch_axis, (query, key, value)), attn_mask=_one_batch_axis(bias))
     return out.view(query.shape)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, alpha: Tensor) -> Tensor:
     mask = _one_batch_axis(mask)
-    batches, heads = (size > 1 for size in mask.shape[:2])
+    has_heads, sharers = mask.shape[1] > 1, query.shape[:-3].numel() // mask.shape[0]
 
     def soft_mask(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + alpha[h] * mask[b if batches else 0, h if heads else 0, i, j]
+        return score + alpha[h] * mask[b if sharers == 1 else b // sharers, h if has_heads else 0, i, j]
 
     out = flex_attention(*map(_one_batch_axis, (query, key, value)), score_mod=soft_mask)
     assert isinstance(out, Tensor)
