@@ -18,7 +18,7 @@ def on_emulated_chips(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["units"])
+@pytest.mark.parametrize("name", ["units", "sums"])
 def test_on_emulated_chips(name):
     result = on_emulated_chips("-m", "not slow", f"tests/gpu_emulator/test_{name}.py")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
