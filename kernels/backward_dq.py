@@ -28,7 +28,7 @@ from .primitives.load import (
     query_program,
 )
 from .primitives.rows import first_rows, load_rows, store_rows
-from .primitives.score import dot, score_gradient
+from .primitives.score import dot, rounded_product, score_gradient
 from .primitives.store import store_tile
 from .tiles import Tile, cdiv
 
@@ -92,7 +92,7 @@ def _dq_kernel(
         if NEED_DQ:
             dq = dot(ds.to(k.dtype), k, dq, ALLOW_TF32)
         if NEED_DALPHA:
-            dalpha += tl.sum(ds * (m - mbar[:, None]), 1)
+            dalpha += tl.sum(rounded_product(ds, m - mbar[:, None]), 1)
     if NEED_DQ:
         store_tile(dq_ptr + (split * B * H + bh) * Nq * D, dq * dq_scale, offs_m, offs_d, D, row_ok, offs_d < D)
     if NEED_DALPHA:

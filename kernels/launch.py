@@ -18,6 +18,9 @@ class Recorder:
     arch: int
     launches: list[tuple[Any, dict[str, Any], Tile]] = field(default_factory=list)
 
+    def take(self, kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
+        self.launches.append((kernel, arguments, tile))
+
 
 _recorder: Recorder | None = None
 
@@ -31,7 +34,7 @@ def record(recorder: Recorder | None) -> None:
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
     """Start `programs` programs of a kernel on the current stream."""
     if _recorder is not None:
-        _recorder.launches.append((kernel, arguments, tile))
+        _recorder.take(kernel, programs, arguments, tile)
     else:
         kernel[(programs,)](**arguments, **tile.options())
 

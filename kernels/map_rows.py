@@ -16,7 +16,7 @@ from .launch import launch
 from .operands import accumulator, score_arguments, strides, tile_of
 from .primitives.load import live_keys, live_span, load_alpha, load_mask, load_tile, mask_offset, query_program
 from .primitives.rows import finish_rows, store_rows
-from .primitives.score import LOG2E, probabilities
+from .primitives.score import LOG2E, probabilities, rounded_product
 from .tiles import Tile, cdiv
 
 FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
@@ -54,9 +54,10 @@ def _map_means_kernel(
         mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         p = probabilities(q, k, m, live, lse, scale, alpha, MASK_KIND, ALLOW_TF32, BLOCK_M, BLOCK_N)
-        eta += tl.sum(p * load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live), 1)
+        do = load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live)
+        eta += tl.sum(rounded_product(p, do), 1)
         if NEED_MBAR:
-            mbar += tl.sum(p * m, 1)
+            mbar += tl.sum(rounded_product(p, m), 1)
     sums = sums_ptr + 2 * (split.to(tl.int64) * n_rows + bh * Nq)
     tl.store(sums + 2 * offs_m, eta, mask=row_ok)
     tl.store(sums + 2 * offs_m + 1, mbar, mask=row_ok)

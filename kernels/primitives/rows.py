@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .load import load_tile
-from .score import LOG2E, lse_to_rebuild
+from .score import LOG2E, lse_to_rebuild, rounded_product
 from .store import REMAINDER_SCALE
 
 
@@ -29,7 +29,7 @@ def load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE: tl.constexpr):
 def rows_of(out, do, lse, dl):
     """lse in base 2 and delta, from the unrounded output and its gradient, reference.py (5), and which rows are dead."""
     dead = lse == float("-inf")
-    lse_log2, delta = finish_rows(lse * LOG2E, tl.sum(out * do, 1) - dl, dead)
+    lse_log2, delta = finish_rows(lse * LOG2E, tl.sum(rounded_product(out, do), 1) - dl, dead)
     return lse_log2, delta, dead
 
 

@@ -32,6 +32,19 @@ def matmul(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, ALLOW_TF32: tl.constexp
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b in float32, rounded by itself, which a product that is summed over lanes has to be.
+
+    A compiler may contract a product and the addition of what another lane holds to one fma, and then two lanes that hold the same sum have
+    different last bits. mul.rn is never contracted.
+    """
+    if INTERPRETED:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def alpha_in_base_2(alpha):
     """alpha * log2(e). A finite alpha stays finite, so that it leaves a score where M is 0 as it is."""
     scaled = alpha * LOG2E
@@ -91,4 +104,4 @@ def score_gradient(
     if HAS_DROPOUT:
         p_kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p_kept, p * (dp - delta)
+    return p_kept, rounded_product(p, dp - delta)

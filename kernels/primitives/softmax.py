@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .load import live_keys, live_span, load_block, load_mask
-from .score import dot, dropout_keep, matmul, score_tile
+from .score import dot, dropout_keep, matmul, rounded_product, score_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
 FLOAT16_SCALE = tl.constexpr(2.0**15)  # P is multiplied by it before it is rounded to float16, where many small ones would become 0.
@@ -83,7 +83,7 @@ def attend(
         s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:
-            mbar = rescaled(rescale, mbar) + tl.sum(p * m, 1)
+            mbar = rescaled(rescale, mbar) + tl.sum(rounded_product(p, m), 1)
         if DV > 0:
             if q.dtype == tl.float16:
                 p = p * FLOAT16_SCALE

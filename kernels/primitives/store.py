@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...call import REMAINDER_SCALE as _REMAINDER_SCALE
 from .load import LOGITS, load_tile
-from .score import LOG2E
+from .score import LOG2E, rounded_product
 
 REMAINDER_SCALE = tl.constexpr(_REMAINDER_SCALE)
 
@@ -55,7 +55,7 @@ def store_mask_tile(
 def store_dalpha(ptr, ds, m, mbar_ptr, offs_m, row_ok):
     """Store the share of a tile of dS in dalpha, reference.py (8). mbar_ptr: of this (batch, head)."""
     mbar = tl.load(mbar_ptr + offs_m, mask=row_ok, other=0.0)
-    tl.store(ptr, tl.sum(tl.sum(ds * (m - mbar[:, None]), 1), 0))
+    tl.store(ptr, tl.sum(tl.sum(rounded_product(ds, m - mbar[:, None]), 1), 0))
 
 
 @triton.jit

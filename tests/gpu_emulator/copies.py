@@ -1,0 +1,120 @@
+"""Asynchronous copies of threads to shared memory, PTX ISA 9.7.9.25: cp.async.
+
+A copy lands as late as the program allows, at the wait for its group. Until then its place holds what it held, and nobody may read or
+write it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .memory import Array, Fault
+from .memory_access import Place
+from .parser import Immediate, Instruction
+from .translate import Step, Translator, instruction
+
+if TYPE_CHECKING:
+    from .machine import Group
+
+
+class Copy(NamedTuple):
+    """Bytes on their way, flat: each one's program in the group, offset in shared memory, value, and the warp that sent it."""
+
+    row: Array
+    offset: Array
+    value: Array
+    warp: Array
+
+    def places(self, group: Group) -> Array:
+        return self.row * group.shared.size + self.offset
+
+    def rows(self, chosen: Array) -> Copy:
+        """The part of the chosen programs, numbered anew."""
+        number, keep = np.cumsum(chosen) - 1, chosen[self.row]
+        return Copy(number[self.row[keep]], *(part[keep] for part in self[1:]))
+
+
+@dataclass
+class Copying:
+    """The cp.async of a group: those of no group yet, and the groups in order."""
+
+    loose: list[Copy] = field(default_factory=list)
+    groups: list[list[Copy]] = field(default_factory=list)
+
+    def rows(self, chosen: Array, group: Group) -> Copying:
+        return Copying([copy.rows(chosen) for copy in self.loose], [[copy.rows(chosen) for copy in each] for each in self.groups])
+
+    def wait(self, group: Group, left: int) -> None:
+        """Land all but the latest `left` groups."""
+        while len(self.groups) > left:
+            for copy in self.groups.pop(0):
+                group.shared.end_copy(copy.places(group), copy.value, (copy.warp + 1).astype(np.uint8))
+                group.shared.unfenced[copy.places(group)] = 1
+
+    def check_end(self) -> None:
+        if any(len(copy.row) for each in (self.loose, *self.groups) for copy in each):
+            raise Fault("racecheck", "the program ends before a copy that it started")
+
+
+@instruction(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)*")
+def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.9.25.3.1: 4, 8 or 16 bytes a thread. With a source size, the bytes beyond it are zeros and are not read."""
+    to, source = Place(translator, each.operands[0]), Place(translator, each.operands[1])
+    size = each.operands[2]
+    assert isinstance(size, Immediate)
+    width = size.value
+    read_slot = translator.slot(each.operands[3], "b32") if len(each.operands) > 3 else None
+
+    def run(group: Group, active: Array | None) -> None:
+        row, warp = group.rows(active), group.warp(active)
+        addresses, places = source.of(group, active), to.of(group, active)
+        values = np.zeros((len(row), width), np.uint8)
+        reads = np.ones(len(row), bool) if read_slot is None else group.pick(group.registers[read_slot], active) == width
+        if read_slot is not None and not (reads | (group.pick(group.registers[read_slot], active) == 0)).all():
+            raise Fault("refused", "cp.async that reads a part of its bytes")
+        if reads.any():
+            lanes = group.lanes(active)
+            lanes = lanes._replace(program=lanes.program[reads], warp=lanes.warp[reads])
+            group.launch.counts.global_access("load", addresses[reads], width, group, group.put(reads, active))
+            values[reads] = group.launch.memory.load(addresses[reads], min(width, 4), width // min(width, 4), lanes).view(np.uint8)
+        index = group.shared.index(row, places, width, 1)  # for its checks
+        offsets = (index[:, 0] * width - row * group.shared.size)[:, None] + np.arange(width)
+        copy = Copy(np.repeat(row, width), offsets.reshape(-1), values.reshape(-1), np.repeat(warp, width))
+        group.shared.begin_copy(copy.places(group), copy.warp)
+        group.copying.loose.append(copy)
+
+    return Step(run, ())
+
+
+@instruction(r"cp\.async\.commit_group")
+def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.9.25.3.2."""
+
+    def run(group: Group, active: Array | None) -> None:
+        if active is not None:
+            raise Fault("refused", "cp.async.commit_group of some threads")
+        group.copying.groups.append(group.copying.loose)
+        group.copying.loose = []
+
+    return Step(run, ())
+
+
+@instruction(r"cp\.async\.wait_(group|all)")
+def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.9.25.3.3: until at most so many of the latest groups are under way."""
+    left = 0
+    if match[1] == "group":
+        assert isinstance(each.operands[0], Immediate)
+        left = each.operands[0].value
+
+    def run(group: Group, active: Array | None) -> None:
+        if match[1] == "all":
+            group.copying.groups.append(group.copying.loose)
+            group.copying.loose = []
+        group.copying.wait(group, left)
+
+    return Step(run, ())

@@ -1,0 +1,103 @@
+"""What a launch executes: instructions by class, tensor operations, requests to memory."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .memory import Array
+
+if TYPE_CHECKING:
+    from .machine import Group
+    from .translate import Block
+
+# The first class whose pattern an opcode begins with. An instruction is counted for each warp that issues it, guarded or not.
+CLASSES = {
+    "tensor": r"mma|wgmma\.mma", "exp2": r"ex2", "special": r"(lg2|rcp|sqrt|rsqrt|div)\.", "global": r"(ld|st)\.global|cp\.async\.c[ag]",
+    "shared": r"(ld|st)\.(volatile\.)?shared|[ls][dt]matrix", "float": r"(add|sub|mul|fma|max|min|abs|neg)\.\w*\.?\w*\.?f(16|32)",
+    "wait": r"bar|cp\.async|mbarrier|fence|wgmma", "exchange": r"shfl|redux|vote|elect", "branch": r"bra|ret|exit",
+}  # fmt: skip
+PRODUCT = re.compile(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)|wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)")
+
+
+@lru_cache
+def class_of(opcode: str) -> str:
+    return next((name for name, pattern in CLASSES.items() if re.match(pattern, opcode)), "integer")
+
+
+@lru_cache
+def flops_of(opcode: str) -> float:
+    """Of a tensor instruction, for each warp."""
+    match = PRODUCT.match(opcode)
+    if match is None:
+        return 0
+    sizes = [int(size) for size in match.groups() if size]
+    return 2 * sizes[0] * sizes[1] * sizes[2] / (4 if opcode.startswith("w") else 1)
+
+
+@dataclass
+class Counts:
+    """Of a launch, summed over its warps."""
+
+    detailed: bool = False  # whether requests to memory are counted too, which takes time
+    instructions: Counter[str] = field(default_factory=Counter)
+    tensor_flops: float = 0
+    requests: Counter[str] = field(default_factory=Counter)  # of warps: "load", "store" and "shared"
+    sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes that these touch in global memory
+    requested_bytes: Counter[str] = field(default_factory=Counter)
+    wavefronts: int = 0  # passes over the 32 banks of shared memory
+    element_loads: int = 0  # requests whose threads load 2 bytes each
+
+    def block(self, block: Block, group: Group) -> None:
+        if group.mask is None:
+            warps = group.shape[0] * group.warps
+        else:
+            warps = int(group.mask.reshape(group.shape[0], group.warps, -1).any(2).sum())
+        for each in block.instructions:
+            self.instructions[class_of(each.opcode)] += warps
+            self.tensor_flops += flops_of(each.opcode) * warps
+
+    def global_access(self, kind: str, addresses: Array, size: int, group: Group, active: Array | None) -> None:
+        if not self.detailed or len(addresses) == 0:
+            return
+        warp = group.rows(active) * group.warps + group.warp(active)
+        pieces = [addresses.astype(np.int64) + at for at in range(0, size, 32)]
+        keys = np.concatenate([warp * 2**48 + piece // 32 % 2**48 for piece in pieces])
+        self.sectors[kind] += len(np.unique(keys))
+        warps = len(np.unique(warp))
+        self.requests[kind] += warps
+        self.requested_bytes[kind] += len(addresses) * size
+        self.element_loads += warps if kind == "load" and size == 2 else 0
+
+    def shared_access(self, addresses: Array, size: int, group: Group, active: Array | None) -> None:
+        """A request of more than 128 bytes is served a part of the warp at a time. Each part takes as many passes as its fullest bank."""
+        if not self.detailed or len(addresses) == 0:
+            return
+        warp = group.rows(active) * group.warps + group.warp(active)
+        self.requests["shared"] += len(np.unique(warp))
+        lane = np.broadcast_to(np.arange(group.threads) % 32, group.shape).reshape(-1)
+        lane = lane if active is None else lane[active.reshape(-1)]
+        part = warp * 4 + lane * max(4, size) // 128
+        words = np.unique(np.concatenate([part * 2**20 + addresses.astype(np.int64) // 4 + at for at in range(max(1, size // 4))]))
+        banks, counts = np.unique(words // 2**20 * 32 + words % 32, return_counts=True)
+        fullest = np.zeros(int(part.max()) + 1, np.int64)
+        np.maximum.at(fullest, banks // 32, counts)
+        self.wavefronts += int(fullest.sum())
+
+    def tensor_copy(self, size: int) -> None:
+        self.requests["tensor copy"] += 1
+        self.requested_bytes["tensor copy"] += size
+
+    def add(self, other: Counts) -> None:
+        self.instructions += other.instructions
+        self.tensor_flops += other.tensor_flops
+        self.requests += other.requests
+        self.sectors += other.sectors
+        self.requested_bytes += other.requested_bytes
+        self.wavefronts += other.wavefronts
+        self.element_loads += other.element_loads

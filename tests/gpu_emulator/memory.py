@@ -1,0 +1,136 @@
+"""Global memory: the storages of a launch's tensors in one simulated address space, with guards between them, and every access checked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+BASE = 0x7F00_0000_0000
+GUARD = 1024  # bytes before and after each allocation that belong to nobody
+ALIGNMENT = 1024  # an allocation keeps its address modulo this, on which alignment depends
+OUTSIDE, UNWRITTEN, WRITTEN = 0, 1, 3  # the state of a byte
+UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
+
+
+class Fault(Exception):
+    """What the program does is wrong, or undefined: the kind, what happened, and once known the instruction."""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(kind, what)
+        self.kind, self.what, self.where = kind, what, ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.what} ({self.where})"
+
+
+class Lanes(NamedTuple):
+    """The threads that take part in an access, as flat arrays, and when."""
+
+    program: Array
+    warp: Array
+    interval: int  # how many barriers the programs have passed
+
+
+class GlobalMemory:
+    """One array of bytes, and beside it the state of each byte, and for every two bytes who wrote them when."""
+
+    def __init__(self) -> None:
+        self._allocations: list[tuple[int, Array, Array | None]] = []  # offset, the owner's bytes, and their states where some hold nothing
+        self._size = GUARD
+
+    def add(self, data: Array, address: int, state: Array | None = None) -> int:
+        """Take in the bytes of a storage, and return where kernels find it. Without a state every byte holds something."""
+        start = self._size + (address - self._size) % ALIGNMENT
+        self._allocations.append((start, data, state))
+        self._size = -(-(start + data.size + GUARD) // ALIGNMENT) * ALIGNMENT
+        return BASE + start
+
+    def begin(self) -> None:
+        self.data = np.full(self._size, 0xFF, np.uint8)  # NaN in every type
+        self.state = np.full(self._size, OUTSIDE, np.uint8)
+        for start, data, state in self._allocations:
+            self.data[start : start + data.size] = data
+            self.state[start : start + data.size] = WRITTEN if state is None else state
+        self._writer = np.zeros(self._size // 2, np.int64)  # 1 + program * 64 + warp; 0: nobody in this launch
+        self._interval = np.zeros(self._size // 2, np.int32)
+        self._was_written = False
+
+    def finish(self) -> None:
+        """Give the owners their bytes back."""
+        for start, data, state in self._allocations:
+            data[:] = self.data[start : start + data.size]
+            if state is not None:
+                state[:] = self.state[start : start + data.size]
+
+    def load(self, addresses: Array, size: int, count: int, lanes: Lanes) -> Array:
+        """(threads, count) elements of `size` bytes, adjacent for each thread."""
+        index = self._index(addresses, size, count)
+        self._check_state(index, size, "load")
+        if self._was_written:
+            self._check_writer(self._halves(index, size), lanes, "load of what it stored")
+        return self.data.view(UNSIGNED[size])[index]
+
+    def store(self, addresses: Array, values: Array, lanes: Lanes) -> None:
+        size, count = values.dtype.itemsize, values.shape[1]
+        index = self._index(addresses, size, count)
+        outside = self.state.view(UNSIGNED[size])[index] == 0
+        if outside.any():
+            raise Fault("memcheck", f"store outside every tensor, {describe(addresses, outside)}")
+        halves = self._halves(index, size)
+        if self._was_written:
+            self._check_writer(halves, lanes, "store over what it stored")
+        data = self.data.view(UNSIGNED[size])
+        data[index] = values
+        if (differs := data[index] != values).any():
+            raise Fault("repeatability", f"threads store different values to one address, {describe(addresses, differs)}")
+        self.state.view(UNSIGNED[size])[index] = _repeated(WRITTEN, size)
+        self._writer[halves] = (1 + lanes.program * 64 + lanes.warp)[:, None]
+        self._interval[halves] = lanes.interval
+        self._was_written = True
+
+    def _index(self, addresses: Array, size: int, count: int) -> Array:
+        offsets = addresses.astype(np.int64) - BASE
+        total = size * count
+        outside = (offsets < 0) | (offsets > self.data.size - total)
+        if outside.any():
+            raise Fault("memcheck", f"access outside of memory, {describe(addresses, outside)}")
+        if (misaligned := offsets % total != 0).any():
+            raise Fault("memcheck", f"access of {total} bytes that is not aligned, {describe(addresses, misaligned)}")
+        return offsets[:, None] // size + np.arange(count)
+
+    def _halves(self, index: Array, size: int) -> Array:
+        """Pairs of bytes that elements lie in."""
+        if size <= 2:
+            return index * size // 2
+        return (index[:, :, None] * (size // 2) + np.arange(size // 2)).reshape(len(index), -1)
+
+    def _check_state(self, index: Array, size: int, access: str) -> None:
+        states = self.state.view(UNSIGNED[size])[index]
+        if (states == _repeated(WRITTEN, size)).all():
+            return
+        outside = states == 0
+        kind = "outside every tensor" if outside.any() else "of memory that was never written"
+        wrong = outside if outside.any() else states != _repeated(WRITTEN, size)
+        raise Fault("memcheck", f"{access} {kind}, {describe(index * size + BASE, wrong)}")
+
+    def _check_writer(self, halves: Array, lanes: Lanes, access: str) -> None:
+        """Two programs of a launch run at any time. Two warps of a program are in order only where a barrier lies between."""
+        writer = self._writer[halves]
+        foreign = (writer > 0) & ((writer - 1) // 64 != lanes.program[:, None])
+        if foreign.any():
+            raise Fault("racecheck", f"another program's {access}")
+        recent = (writer > 0) & ((writer - 1) % 64 != lanes.warp[:, None]) & (self._interval[halves] == lanes.interval)
+        if recent.any():
+            raise Fault("racecheck", f"another warp's {access}, and no barrier between")
+
+
+def _repeated(byte: int, size: int) -> int:
+    return int.from_bytes(bytes([byte]) * size, "little")
+
+
+def describe(addresses: Array, wrong: Array) -> str:
+    """How many accesses are wrong, and the first."""
+    rows = wrong.reshape(len(addresses), -1).any(1)
+    return f"{int(rows.sum())} of {len(addresses)} threads, first at 0x{int(addresses.reshape(len(addresses), -1)[rows][0, 0]):x}"

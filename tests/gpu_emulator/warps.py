@@ -1,0 +1,116 @@
+"""Instructions by which the threads of a warp exchange values, PTX ISA 9.7.9 and 9.7.13, and the barrier of a program."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .memory import Array, Fault
+from .parser import Immediate, Instruction, Refused
+from .translate import Step, Translator, instruction, results_of
+
+if TYPE_CHECKING:
+    from .machine import Group
+
+
+def by_warp(group: Group, value: Array) -> Array:
+    """(programs, warps, 32): what each lane holds."""
+    return np.broadcast_to(value, group.shape).reshape(group.shape[0], group.warps, 32)
+
+
+def full_warps(active: Array | None, name: str) -> None:
+    """Whoever takes part waits for its whole warp, since all of the masks that compilers give are full."""
+    if active is not None:
+        warps = active.reshape(active.shape[0], -1, 32)
+        if (warps.any(2) & ~warps.all(2)).any():
+            raise Fault("deadlock", f"{name} of a whole warp, whose lanes are not all there")
+
+
+@instruction(r"shfl\.sync\.(bfly|idx|up|down)\.b32")
+def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.9.9: each lane reads another's register. Operand c clamps the lane to a segment; where it lies outside, a lane reads itself."""
+    to, inside = results_of(translator, each.operands[0], "b32")
+    source, by, clamp = (translator.slot(operand, "b32") for operand in each.operands[1:4])
+    mode = match[1]
+
+    def run(group: Group, active: Array | None) -> None:
+        full_warps(active, "shfl.sync")
+        lane = np.arange(32)
+        b, c = by_warp(group, group.registers[by]).astype(np.int64) & 31, by_warp(group, group.registers[clamp]).astype(np.int64)
+        segment = (c >> 8) & 31
+        last = (lane & segment) | (c & 31 & ~segment)
+        first = lane & segment
+        wanted = {"bfly": lane ^ b, "idx": first | (b & ~segment), "up": lane - b, "down": lane + b}[mode]
+        found = wanted >= last if mode == "up" else wanted <= last
+        values = by_warp(group, group.registers[source])
+        group.registers[to] = np.take_along_axis(values, np.where(found, wanted, lane), 2).reshape(group.shape)
+        if inside is not None:
+            group.registers[inside] = found.reshape(group.shape)
+
+    return Step(run, (to,) if inside is None else (to, inside))
+
+
+REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce, "and": np.bitwise_and.reduce}
+
+
+@instruction(r"redux\.sync\.(max|min|add|or|and)\.([sub]32)")
+def reduce(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.13.11: of the integers of all lanes, to all of them."""
+    to, source = (translator.slot(operand, "b32") for operand in each.operands[:2])
+    combine, kind = REDUCTIONS[match[1]], np.int32 if match[2] == "s32" else np.uint32
+
+    def run(group: Group, active: Array | None) -> None:
+        full_warps(active, "redux.sync")
+        values = by_warp(group, group.registers[source]).view(kind)
+        total = combine(values, axis=2, keepdims=True).astype(kind).view(np.uint32)
+        group.registers[to] = np.broadcast_to(total, values.shape).reshape(group.shape)
+
+    return Step(run, (to,))
+
+
+@instruction(r"elect\.sync")
+def elect(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.13.15: one lane of the warp is the leader. Which one is not specified; here it is lane 0."""
+    to, chosen = results_of(translator, each.operands[0], "b32")
+    assert chosen is not None
+
+    def run(group: Group, active: Array | None) -> None:
+        full_warps(active, "elect.sync")
+        group.registers[to] = np.zeros((1, 1), np.uint32)
+        group.registers[chosen] = np.arange(group.threads)[None] % 32 == 0
+
+    return Step(run, (to, chosen))
+
+
+@instruction(r"vote\.sync\.(ballot\.b32|any\.pred|all\.pred)")
+def vote(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.13.9."""
+    kind = "b32" if "ballot" in match[1] else "pred"
+    to, source = translator.slot(each.operands[0], kind), translator.slot(each.operands[1], "pred")
+
+    def run(group: Group, active: Array | None) -> None:
+        full_warps(active, "vote.sync")
+        lanes = by_warp(group, group.registers[source])
+        if kind == "b32":
+            result = (lanes.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(2, dtype=np.uint32, keepdims=True)
+        else:
+            result = lanes.any(2, keepdims=True) if "any" in match[1] else lanes.all(2, keepdims=True)
+        group.registers[to] = np.broadcast_to(result, lanes.shape).reshape(group.shape)
+
+    return Step(run, (to,))
+
+
+@instruction(r"bar\.sync|barrier\.sync(?:\.aligned)?")
+def barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.13.1. Only barrier 0 of all threads: a barrier of some warps belongs to warp specialisation, which no kernel here uses."""
+    if each.operands != (Immediate(0),):
+        raise Refused(f"barrier {each.operands}")
+    return Step(lambda group, active: group.barrier(active), ())
+
+
+@instruction(r"bar\.warp\.sync")
+def warp_barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    """9.7.13.2: lanes of a warp are never apart here."""
+    return Step(lambda group, active: full_warps(active, "bar.warp.sync"), ())
