@@ -21,86 +21,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 
 import smattn
+from bench.gpu.cells import BACKWARD, FORWARD, VARIANTS, Cell
 from bench.measuring.clock import cache_flush, time_interleaved, timing, warm_up
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
 from smattn.kernels import tiles as table
 from smattn.kernels.chip import arch_of, generation
-from smattn.kernels.tiles import FEW_QUERIES, HEAD_SIZES, Key, Table, Tile
-from smattn.kernels.tools import aot, jobs
-from smattn.testing import Case, errors, make_case, run
+from smattn.kernels.tiles import HEAD_SIZES, Table, Tile
+from smattn.kernels.tools import aot
+from smattn.testing import Case, errors, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CSV, NOTES = ROOT / "kernels" / "tiles.csv", ROOT / "build" / "tune.jsonl"
 Call = Callable[..., Any]  # takes a function and its arguments, and calls it in whatever process
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
 MARGIN = 1.03
 COMPILING = 60.0  # seconds that the compiler has for all tiles of a cell
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 FEWER = 4  # A check against float64 divides the keys, and many queries, by this.
-# Queries -> B, H, Nk of the calls that tiles are timed in.
-SHAPES = {4096: (2, 8, 4096), 100: (4, 8, 16384), 60: (4, 8, 16384), 30: (2, 8, 9504), 13: (2, 8, 9504)}
-# Kernel -> queries of the call that launches it.
-FORWARD = {"forward": 4096, "split_64": 60, "split_32": 30, "split_16": 13}
-BACKWARD = {"dq": 4096, "dkdv": 4096, "dmask": 4096, "split_dq": 100, "few_128": 100, "few_64": 60, "few_32": 30, "few_16": 13}
-# The calls whose lines are searched: "pointers" serve those that can have no descriptors.
-VARIANTS = {"plain": jobs.PLAIN, "pointers": jobs.MISALIGNED}
-
-
-class Cell(NamedTuple):
-    """One tile of the table, and with it the call that it is timed in."""
-
-    kernel: str
-    itemsize: int
-    head: int
-    call: str = "plain"
-
-    @property
-    def forward(self) -> bool:
-        """Whether the tile is timed in forward, else in backward."""
-        return self.kernel in FORWARD
-
-    @property
-    def Nq(self) -> int:
-        return (FORWARD | BACKWARD)[self.kernel]
-
-    def case(self, device: str, fewer: int = 1) -> Case:
-        B, H, Nk = SHAPES[self.Nq]
-        Nq, dtype = self.Nq if self.Nq <= FEW_QUERIES else self.Nq // fewer, DTYPES[self.itemsize]
-        return self.laid_out(make_case(B, H, Nq, Nk // fewer, self.head, dtype=dtype, mask_dtype=dtype, device=device))
-
-    def laid_out(self, case: Case) -> Case:
-        """The case as the variant has it: its rows lie an odd number of elements apart where that is misaligned."""
-        if not VARIANTS[self.call].misaligned:
-            return case
-        operands = {name: getattr(case, name) for name in ("query", "key", "value", "dout")}
-        return replace(case, **{name: torch.cat([x, x[..., :1]], -1)[..., :-1] for name, x in operands.items()})
-
-    def job(self, arch: int, training: bool = True) -> jobs.Job:
-        """What `case` launches: forward and backward, or forward alone, as it is timed."""
-        known, dtype, (B, H, Nk) = max(chip for chip in aot.SHARED_MEMORY if chip <= arch), DTYPES[self.itemsize], SHAPES[self.Nq]
-        variant = VARIANTS[self.call]._replace(training=training, mask_dtype=dtype)
-        return jobs.Job(known, dtype, self.head, self.Nq, variant, B, H, Nk)
-
-    def key(self, arch: int) -> Key:
-        """This chip's line, whether or not the table has it."""
-        return Key(self.kernel, self.call, generation(arch), self.itemsize, self.head)
-
-    def text(self) -> str:
-        kind = "" if self.call == "plain" else f" {self.call}"
-        return f"{self.kernel}{kind} {str(DTYPES[self.itemsize])[6:]} D={self.head}"
-
-
 def cells(arch: int, kernels: Sequence[str] = (), heads: Sequence[int] = HEAD_SIZES) -> Iterator[Cell]:
     """A cell for each line that this chip reads or whose place it could take, 16-bit elements first."""
     read = [key for key in table.TABLE if key.chip in table.CHIPS[generation(arch)] and key.call in VARIANTS]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import tune
+from bench.gpu import cells, tune
 from smattn.kernels import tiles
 from smattn.kernels.tiles import TABLE, Key, Tile
+from smattn.kernels.tools import jobs
+from smattn.testing import make_case
 
 pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +55,7 @@ def test_the_call_of_every_cell_launches_its_tile(arch, table):
         own = tiles.TABLE.get(cell.key(arch))
         marked = tune.present(cell, arch)._replace(stages=100)
         tune.put(cell, arch, marked)
-        launched = [tile for *_, tile in tune.jobs.record(cell.job(arch, training=not cell.forward))]
+        launched = [tile for *_, tile in jobs.record(cell.job(arch, training=not cell.forward))]
         assert marked._replace(tma=False) in [tile._replace(tma=False) for tile in launched], cell
         tiles.TABLE.pop(cell.key(arch)) if own is None else tune.put(cell, arch, own)
 
@@ -70,7 +72,7 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
 
     odd = tune.present(cell, ARCH)._replace(stages=7)
     tune.put(cell, ARCH, odd)
-    dtype = tune.DTYPES[cell.itemsize]
+    dtype = cells.DTYPES[cell.itemsize]
     case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, mask_dtype=dtype, device=device))
     call = None
     with launches_recorded(ARCH) as recorder:
@@ -195,7 +197,7 @@ def test_a_search_goes_on_where_the_last_one_ended(table, monkeypatch, tmp_path,
 
 
 def test_what_is_timed_is_the_pass_of_the_kernel():
-    case = tune.make_case(1, 2, 13, 40, 32)
+    case = make_case(1, 2, 13, 40, 32)
     forward, backward = (tune.the_pass(tune.Cell(kernel, 4, 32), case) for kernel in ("split_16", "few_16"))
     assert forward().shape == case.query.shape and not forward().requires_grad
     grads = backward()

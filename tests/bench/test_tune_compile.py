@@ -12,8 +12,9 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.gpu import tune
+from bench.gpu import cells, tune
 from smattn.kernels.tiles import Tile
+from smattn.kernels.tools import jobs
 from tests.support.meters import launches_recorded
 
 pytestmark = pytest.mark.promise("benchmarks")
@@ -26,8 +27,8 @@ CELLS = list(tune.cells(ARCH, heads=[64]))
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.itemsize == 2], ids=tune.Cell.text)
 def test_what_is_compiled_ahead_is_what_is_timed(cell, monkeypatch):
     """Every argument is compared, because dtypes, strides and sizes decide what Triton compiles."""
-    monkeypatch.setattr(tune, "SHAPES", {Nq: (2, 4, 2048) for Nq in tune.SHAPES})
-    monkeypatch.setitem(tune.SHAPES, 256, (2, 4, 2048))
+    monkeypatch.setattr(cells, "SHAPES", {Nq: (2, 4, 2048) for Nq in cells.SHAPES})
+    monkeypatch.setitem(cells.SHAPES, 256, (2, 4, 2048))
     for kernels in (tune.FORWARD, tune.BACKWARD):
         monkeypatch.setitem(kernels, cell.kernel, min(cell.Nq, 256)) if cell.kernel in kernels else None
 
@@ -39,7 +40,7 @@ def test_what_is_compiled_ahead_is_what_is_timed(cell, monkeypatch):
     def seen(kernel, arguments, tile):
         return kernel.__name__, tile, {name: told(value) for name, value in arguments.items()}
 
-    ahead = [seen(*launched) for launched in tune.jobs.record(cell.job(ARCH, not cell.forward))]
+    ahead = [seen(*launched) for launched in jobs.record(cell.job(ARCH, not cell.forward))]
 
     class Launches(list):
         def append(self, launched):
@@ -80,6 +81,7 @@ COMPILE = """
 import os
 import triton
 from bench.gpu import tune
+from smattn.kernels.tools import jobs
 from triton.backends.compiler import GPUTarget
 from smattn.kernels.tiles import Tile as T
 class Driver:  # of a GPU that is not there
@@ -96,10 +98,10 @@ tune.put(cell, 90, present)
 with_descriptors = tune.Cell("forward", 2, 64)
 assert tune.present(with_descriptors, 90).tma
 tune.failure(with_descriptors, 90, tune.present(with_descriptors, 90))
-before, meta = folders(), tune.jobs.torch.empty
-tune.jobs.torch.empty = lambda *sizes, **more: meta(*sizes, **(more | {"device": "cpu"}))  # real pointers, as in a launch
+before, meta = folders(), jobs.torch.empty
+jobs.torch.empty = lambda *sizes, **more: meta(*sizes, **(more | {"device": "cpu"}))  # real pointers, as in a launch
 for cell in (cell, with_descriptors):
-    for kernel, arguments, tile in tune.jobs.record(cell.job(90, training=False)):
+    for kernel, arguments, tile in jobs.record(cell.job(90, training=False)):
         kernel.device_caches.clear()
         kernel.warmup(**arguments, grid=(7,), **tile.options())
 print(folders() - before)
