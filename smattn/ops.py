@@ -128,7 +128,7 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if out_acc is None:
         B, H, _, Dv = out.shape
         out_acc = saved.lse.new_empty((B, H, 0, Dv) if is_rounded else (0,))
-    mbar = saved.lse.new_empty(0) if saved.mbar is None else saved.mbar
+    mbar = saved.lse.new_empty((0,)) if saved.mbar is None else saved.mbar
     return out, saved.lse, out_acc, mbar
 
 
@@ -208,7 +208,7 @@ def _of_map(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
 
 def _without_none(query: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
     """The gradients, with an empty tensor in the place of each that nobody asked for."""
-    return tuple([query.new_empty(0) if grad is None else grad for grad in grads])
+    return tuple([query.new_empty((0,)) if grad is None else grad for grad in grads])
 
 
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", list[bool]: "bool[]", str: "str"}
