@@ -11,15 +11,11 @@ pytestmark = pytest.mark.promise("composes")
 
 
 class TensorWithMeta(torch.Tensor):
-    """As MONAI's MetaTensor: every result is one again, and new_empty takes the shape as one argument and no other form."""
+    """As MONAI's MetaTensor: every result is one again, and new_empty takes the shape as one tuple and in no other form."""
 
-    def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+    def new_empty(self, size, **options):
         assert isinstance(size, tuple), f"size: expected a tuple, got {size!r}"
-        return self.as_subclass(torch.Tensor).new_empty(size, dtype=dtype, device=device, requires_grad=requires_grad).as_subclass(type(self))
-
-    def new_zeros(self, size, dtype=None, device=None, requires_grad=False):
-        assert isinstance(size, tuple), f"size: expected a tuple, got {size!r}"
-        return self.as_subclass(torch.Tensor).new_zeros(size, dtype=dtype, device=device, requires_grad=requires_grad).as_subclass(type(self))
+        return self.as_subclass(torch.Tensor).new_empty(size, **options).as_subclass(type(self))
 
 
 @pytest.fixture(params=["cpu", "reference"])
