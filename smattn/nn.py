@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .alpha import HoldsAlpha, is_alpha
 from .attention import soft_masked_attention
+from .hints import of_picture
 
 Masking = Literal["soft", "detached", "hard", "none"]
 
@@ -111,6 +112,7 @@ class SoftMaskedAttention(HoldsAlpha, _ProjectedAttention):
         Raises:
             TypeError, ValueError: as smattn.soft_masked_attention.
         """
+        _check_mask(mask, key)
         return self._attend(query, key, value, mask, self.scaling_factors, key_padding_mask)
 
 
@@ -125,9 +127,7 @@ class HardMaskedAttention(_ProjectedAttention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, key_padding_mask: Tensor | None = None
     ) -> Tensor:
         """As SoftMaskedAttention.forward."""
-        if not isinstance(mask, Tensor) or mask.dim() not in (3, 4):
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk), got {got}")
+        _check_mask(mask, key)
         attended = mask > 0.5
         present = attended
         if key_padding_mask is not None:
@@ -204,6 +204,8 @@ class SoftMaskedTransformerLayer(nn.Module):
         Returns:
             (B, Nq, embed_dim).
         """
+        if self.masking != "none":
+            _check_mask(mask, features)
         if self.masking == "detached":
             mask = mask.detach()
         masks = () if self.masking == "none" else (mask,)
@@ -234,6 +236,14 @@ def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any
     learnable = [p for name, p in named if is_alpha(name)]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": learnable, "lr": alpha_lr, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _check_mask(mask: Any, features: Tensor) -> None:
+    """Refuse what is no mask over features (B, Nk, width). The function that is called later refuses the rest."""
+    keys = features.shape[-2]
+    if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-1] != keys:
+        got = f"{tuple(mask.shape)}{of_picture('mask', mask, keys)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk) with Nk = {keys}, got {got}")
 
 
 def _plus(x: Tensor, position: Tensor | None) -> Tensor:

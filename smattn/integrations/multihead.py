@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..alpha import HoldsAlpha
 from ..attention import attention_map, soft_masked_attention
+from ..validate import fits
 
 
 class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
@@ -103,7 +104,7 @@ class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
         q, k, v = self._projected(query, key, value)
         alpha: float | Tensor | None = None if mask is None else self.scaling_factors
         if attn_mask is not None:
-            mask, alpha = self._added_to_scores(attn_mask, q), 1.0
+            mask, alpha = _added_to_scores(attn_mask, q, k), 1.0
         options: dict[str, Any] = dict(key_padding_mask=key_padding_mask)
         out = soft_masked_attention(q, k, v, mask, alpha, dropout_p=self.dropout if self.training else 0.0, **options)
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
@@ -118,13 +119,22 @@ class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
         parts = zip(inputs, weights, biases, strict=True)
         return [F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x, weight, bias in parts]
 
-    def _added_to_scores(self, attn_mask: Tensor, q: Tensor) -> Tensor:
-        """attn_mask as a mask whose alpha is 1."""
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, float("-inf"))
-        return attn_mask[None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if f"{prefix}scaling_factors" in missing:  # the state dict is an nn.MultiheadAttention's: alpha stays as it is
             missing.remove(f"{prefix}scaling_factors")
+
+
+def _added_to_scores(attn_mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """attn_mask as a mask whose alpha is 1, for q (B, H, Nq, D) and k (B, H, Nk, D)."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask: expected dtype torch.bool or a floating one, got {attn_mask.dtype}")
+    (B, H, Nq, _), Nk = q.shape, k.shape[2]
+    if not fits(attn_mask.shape, (Nq, Nk)) and not fits(attn_mask.shape, (B * H, Nq, Nk)):
+        wanted = f"(Nq, Nk) = ({Nq}, {Nk}) or (B * H, Nq, Nk) = ({B * H}, {Nq}, {Nk})"
+        raise ValueError(f"attn_mask: expected shape {wanted}, got {tuple(attn_mask.shape)}")
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, float("-inf"))
+    return attn_mask[None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (B, H))
