@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
+from torch.jit._trace import is_tracing
 
 from . import ops
 from .call import Needs
@@ -37,7 +38,7 @@ def outputs_to_save(
 
     A trace does not say, so that it is the same with gradients and without: the op's autograd kernel, at the end of this file, asks again.
     """
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or is_tracing():
         return False, False
     save_mbar = _requires_grad(alpha)
     return save_mbar or _requires_grad(query) or _requires_grad(key) or _requires_grad(mask) or _requires_grad(mask_logits), save_mbar
@@ -69,7 +70,7 @@ def apply(function: type[Function], op: Callable[..., Any], arguments: tuple[Any
         if torch.compiler.is_exporting():
             return op(*arguments)
         keep_dynamo_out()
-    elif torch.jit.is_tracing():
+    elif is_tracing():
         return op(*arguments)  # A trace would hold a Function as Python code, which cannot be saved.
     elif not torch._C._are_functorch_transforms_active():
         # torch._functorch.utils.unwrap_dead_wrappers, by a list, which is twice as quick
