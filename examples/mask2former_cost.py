@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from examples.shared.rows import RESULTS, write
 from smattn.integrations import soften_mask2former
@@ -84,7 +85,7 @@ def seconds_of(step: Callable[[], Tensor]) -> float:
 def times(part: str) -> list[tuple[float, ...]]:
     """ROUNDS rounds of the seconds of each of MASKS, taken in turn. The first step of each does not count."""
     steps = [step_of(part, masks) for masks in MASKS]
-    return [tuple(seconds_of(step) for step in steps) for _ in range(1 + ROUNDS)][1:]
+    return [tuple(seconds_of(step) for step in steps) for _ in tqdm(range(1 + ROUNDS), desc=part)][1:]
 
 
 def resident(name: str) -> int:

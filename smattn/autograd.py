@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
+from torch.jit._trace import is_tracing
 
 from . import ops
 from .call import Needs
@@ -33,8 +34,11 @@ NO_SECOND = "smattn: second derivatives of soft-masked attention are not impleme
 def outputs_to_save(
     query: Tensor, key: Tensor, mask: Tensor | None, mask_logits: Tensor | None, alpha: Tensor | None
 ) -> tuple[bool, bool]:
-    """save_out and save_mbar of ops.forward: whether some gradient will read the output and what rounding took from it, and mbar."""
-    if not torch.is_grad_enabled():
+    """save_out and save_mbar of ops.forward: whether some gradient will read the output and its remainder, and mbar.
+
+    A trace does not say, so that it is the same with gradients and without: the op's autograd kernel, at the end of this file, asks again.
+    """
+    if not torch.is_grad_enabled() or is_tracing():
         return False, False
     save_mbar = _requires_grad(alpha)
     return save_mbar or _requires_grad(query) or _requires_grad(key) or _requires_grad(mask) or _requires_grad(mask_logits), save_mbar
@@ -66,6 +70,8 @@ def apply(function: type[Function], op: Callable[..., Any], arguments: tuple[Any
         if torch.compiler.is_exporting():
             return op(*arguments)
         keep_dynamo_out()
+    elif is_tracing():
+        return op(*arguments)  # A trace would hold a Function as Python code, which cannot be saved.
     elif not torch._C._are_functorch_transforms_active():
         # torch._functorch.utils.unwrap_dead_wrappers, by a list, which is twice as quick
         arguments = tuple([unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in arguments])

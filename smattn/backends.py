@@ -36,17 +36,20 @@ class Status(NamedTuple):
 @dataclass(frozen=True)
 class Backend:
     name: str
-    device_types: tuple[str, ...]
+    device_types: tuple[str, ...] | None  # None stands for every device
     module: str
-    default_on: tuple[str, ...]  # device types on which backend=None considers it
+    default_on: tuple[str, ...]  # device types on which backend=None considers it before the reference
+
+    def runs_on(self, device_type: str) -> bool:
+        return self.device_types is None or device_type in self.device_types
 
     def load(self) -> ModuleType:
         return _import(self.module)
 
     def unsupported_reasons(self, problem: Problem, operation: str) -> list[str]:
         """Why this backend cannot run `operation` ("forward" or "attention_map") on such a call; empty when it can."""
-        if problem.device_type not in self.device_types:
-            return [f"it does not run on device type {problem.device_type!r}, only on {', '.join(self.device_types)}"]
+        if not self.runs_on(problem.device_type):
+            return [f"it does not run on device type {problem.device_type!r}, only on {', '.join(self.device_types or ())}"]
         try:
             module = self.load()
         except ImportError as error:
@@ -59,13 +62,13 @@ TABLE = (
     Backend("triton", ("cuda", "cpu"), "smattn.kernels.backend", default_on=("cuda",)),
     Backend("cuda", ("cuda", "cpu"), "smattn.cuda", default_on=("cuda",)),
     Backend("cpu", ("cpu",), "smattn.cpu", default_on=("cpu",)),
-    Backend("reference", ("cuda", "cpu"), "smattn.reference", default_on=("cuda", "cpu")),
+    Backend("reference", None, "smattn.reference", default_on=("cuda", "cpu")),  # the last resort on every device: it is plain torch
 )
 NAMES = tuple(row.name for row in TABLE)
 
 
 def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
-    """The module that runs this call: the one named, or for "" the first of the table that can.
+    """The module that runs this call: the one named, or for "" the first of the table that can. The reference, its last, always can.
 
     Raises ValueError with every reason if the one named cannot run it. Warns once if none but the reference can.
     """
@@ -75,17 +78,17 @@ def resolve(problem: Problem, name: str, operation: str) -> ModuleType:
         if reasons:
             raise ValueError(f"backend={name!r} cannot run this call: {'; '.join(reasons)}")
         return chosen.load()
+    *fused, reference = TABLE
     refused: list[str] = []
-    for row in TABLE:
-        if problem.device_type not in row.default_on:
+    for row in fused:
+        if row.runs_on(problem.device_type) and problem.device_type not in row.default_on:
             continue
         reasons = row.unsupported_reasons(problem, operation)
         if not reasons:
-            if row.name == "reference":
-                _warn_once(f"smattn runs on the reference, which is slow and holds whole score tensors: {'; '.join(refused)}")
             return row.load()
         refused.append(f"{row.name}: {', '.join(reasons)}")
-    raise ValueError(f"no backend runs this call on device type {problem.device_type!r}: {'; '.join(refused)}")
+    _warn_once(f"smattn runs on the reference, which is slow and holds whole score tensors: {'; '.join(refused)}")
+    return reference.load()
 
 
 def backends() -> dict[str, Status]:
@@ -93,7 +96,8 @@ def backends() -> dict[str, Status]:
 
     A backend is available when it runs a small float32 call on one of the machine's devices.
     """
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
     table = {}
     for row in TABLE:
         reasons = {device: row.unsupported_reasons(_probe(device), "forward") for device in devices}

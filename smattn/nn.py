@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .alpha import HoldsAlpha, is_alpha
 from .attention import soft_masked_attention
+from .hints import of_picture
 
 Masking = Literal["soft", "detached", "hard", "none"]
-HODOR_ALPHA = (32.0, 32.0, 16.0, 16.0, 8.0, 8.0, 4.0, 4.0)
 
 __all__ = ["HardMaskedAttention", "Masking", "SoftMaskedAttention", "SoftMaskedTransformerLayer", "parameter_groups"]
 
@@ -29,10 +30,15 @@ class _ProjectedAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.head_dim = embed_dim // num_heads
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
+        _ProjectedAttention.reset_parameters(self)  # of this class: a subclass's needs what is not there yet
+
+    def reset_parameters(self) -> None:
+        """Start again, as a module must that comes from the meta device: weights by Xavier's rule, biases 0, and alpha's first value."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
@@ -45,7 +51,8 @@ class _ProjectedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, alpha: float | Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor:
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D), never copied
+            # (B, H, N, D), never copied. A tensor-parallel projection has some of the heads, each of the same size.
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         dropout_p = self.dropout if self.training else 0.0
@@ -56,7 +63,7 @@ class _ProjectedAttention(nn.Module):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
 
 
-class SoftMaskedAttention(_ProjectedAttention):
+class SoftMaskedAttention(HoldsAlpha, _ProjectedAttention):
     """Multi-head attention steered by a soft mask: softmax(Q K^T / sqrt(D) + alpha_h * M) V between the usual four projections.
 
     Args:
@@ -68,7 +75,8 @@ class SoftMaskedAttention(_ProjectedAttention):
             from nearly a hard mask to one that sees its context and carries a gradient that is not saturated.
         learnable_alpha: alpha is a parameter, else a buffer. Give it its own learning rate by parameter_groups.
 
-    Its state dict has HODOR's names: q_proj, k_proj, v_proj, out_proj and scaling_factors (H,), which is alpha.
+    Its state dict has HODOR's names: q_proj, k_proj, v_proj, out_proj and scaling_factors (H,), which is alpha. A cast of the module to
+    16 bits leaves alpha in float32. Where tensor parallelism splits the projections over heads, alpha must be given the same heads.
     """
 
     def __init__(
@@ -81,12 +89,11 @@ class SoftMaskedAttention(_ProjectedAttention):
         learnable_alpha: bool = True,
     ) -> None:
         super().__init__(embed_dim, num_heads, dropout, bias)
-        alpha = initial_alpha(alpha_init, num_heads)
-        self.scaling_factors: Tensor
-        if learnable_alpha:
-            self.scaling_factors = nn.Parameter(alpha)
-        else:
-            self.register_buffer("scaling_factors", alpha)
+        self._hold_alpha(alpha_init, num_heads, learnable_alpha)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_alpha()
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, key_padding_mask: Tensor | None = None
@@ -105,6 +112,7 @@ class SoftMaskedAttention(_ProjectedAttention):
         Raises:
             TypeError, ValueError: as smattn.soft_masked_attention.
         """
+        _check_mask(mask, key)
         return self._attend(query, key, value, mask, self.scaling_factors, key_padding_mask)
 
 
@@ -119,9 +127,7 @@ class HardMaskedAttention(_ProjectedAttention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, key_padding_mask: Tensor | None = None
     ) -> Tensor:
         """As SoftMaskedAttention.forward."""
-        if not isinstance(mask, Tensor) or mask.dim() not in (3, 4):
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk), got {got}")
+        _check_mask(mask, key)
         attended = mask > 0.5
         present = attended
         if key_padding_mask is not None:
@@ -170,6 +176,11 @@ class SoftMaskedTransformerLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self) -> None:
+        """Start everything inside again, as a module must that comes from the meta device."""
+        for module in (self.self_attention, self.cross_attention, self.feed_forward[0], self.feed_forward[-1], *self.norms):
+            module.reset_parameters()
+
     def forward(
         self,
         query: Tensor,
@@ -193,6 +204,8 @@ class SoftMaskedTransformerLayer(nn.Module):
         Returns:
             (B, Nq, embed_dim).
         """
+        if self.masking != "none":
+            _check_mask(mask, features)
         if self.masking == "detached":
             mask = mask.detach()
         masks = () if self.masking == "none" else (mask,)
@@ -218,21 +231,19 @@ def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any
 
         optimizer = torch.optim.AdamW(smattn.nn.parameter_groups(model, alpha_lr=1e-2), lr=1e-4, weight_decay=0.05)
     """
-    alphas = {id(m.scaling_factors): m.scaling_factors for m in model.modules() if isinstance(getattr(m, "scaling_factors", None), Tensor)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in alphas]
-    learnable = [alpha for alpha in alphas.values() if alpha.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    others = [p for name, p in named if not is_alpha(name)]
+    learnable = [p for name, p in named if is_alpha(name)]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": learnable, "lr": alpha_lr, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def initial_alpha(alpha_init: float | Sequence[float] | None, num_heads: int) -> Tensor:
-    if alpha_init is None:
-        # head h lies (h + 1/2) / H of the way through the pattern
-        alpha_init = [HODOR_ALPHA[(2 * h + 1) * len(HODOR_ALPHA) // (2 * num_heads)] for h in range(num_heads)]
-    alpha = torch.as_tensor(alpha_init, dtype=torch.float32)
-    if alpha.dim() > 1 or (alpha.dim() == 1 and len(alpha) != num_heads):
-        raise ValueError(f"alpha_init: expected a number or {num_heads} of them, one a head, got shape {tuple(alpha.shape)}")
-    return alpha.detach().clone().expand(num_heads).contiguous()
+def _check_mask(mask: Any, features: Tensor) -> None:
+    """Refuse what is no mask over features (B, Nk, width). The function that is called later refuses the rest."""
+    keys = features.shape[-2]
+    if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-1] != keys:
+        got = f"{tuple(mask.shape)}{of_picture('mask', mask, keys)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk) with Nk = {keys}, got {got}")
 
 
 def _plus(x: Tensor, position: Tensor | None) -> Tensor:

@@ -125,11 +125,11 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     save_out = a.save_out and is_rounded and queries_with_remainder(call.problem) > 0
     with inside_an_op(a.query.device):
         out, saved = chosen.forward(call, save_out=save_out, save_mbar=a.save_mbar)
-    remainder = out.new_empty(0) if saved.remainder is None else saved.remainder
+    remainder = out.new_empty((0,)) if saved.remainder is None else saved.remainder
     if a.save_out and is_rounded and saved.remainder is None:
         B, H, _, Dv = out.shape
         remainder = out.new_empty((B, H, 0, Dv))
-    mbar = saved.lse.new_empty(0) if saved.mbar is None else saved.mbar
+    mbar = saved.lse.new_empty((0,)) if saved.mbar is None else saved.mbar
     return out, saved.lse, remainder, mbar
 
 
@@ -210,7 +210,7 @@ def _of_map(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
 
 def _without_none(query: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
     """The gradients, with an empty tensor in the place of each that nobody asked for."""
-    return tuple([query.new_empty(0) if grad is None else grad for grad in grads])
+    return tuple([query.new_empty((0,)) if grad is None else grad for grad in grads])
 
 
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", list[bool]: "bool[]", str: "str"}
@@ -221,8 +221,7 @@ def _register(name: str, arguments: type, returns: str, implementation: Callable
     """Define an op whose schema is the fields of `arguments`, and return it."""
     fields = (f"{SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items())
     library.define(f"{name}({', '.join(fields)}) -> ({returns})")
-    for device_key in ("CPU", "CUDA"):
-        library.impl(name, implementation, device_key)
+    library.impl(name, implementation, "CompositeExplicitAutograd")  # on every device: the table of backends says what runs there
     torch.library.register_fake(f"smattn::{name}", fake, lib=library)
     return getattr(torch.ops.smattn, name).default
 

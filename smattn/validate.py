@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import hints
 from .backends import NAMES
 from .call import acc_dtype
 from .canonical import two_batch_axes
@@ -68,14 +69,14 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: boo
         _check_rows("value", value, "(B, Hkv, Nk, Dv)", query)
     batch, (H, _, D) = query.shape[:-3], query.shape[-3:]
     Hkv, Nk = key.shape[-3], key.shape[-2]
-    if not _fits(key.shape[:-3], batch) or key.shape[-1] != D:
+    if not fits(key.shape[:-3], batch) or key.shape[-1] != D:
         _refuse("key", f"shape (B, Hkv, Nk, D) with B = {_sizes(batch)} and D = {D}", _shape(key))
-    if value is not None and not _fits(value.shape[:-1], (*batch, Hkv, Nk)):
+    if value is not None and not fits(value.shape[:-1], (*batch, Hkv, Nk)):
         _refuse("value", f"shape (B, Hkv, Nk, Dv) with (B, Hkv, Nk) = ({_sizes(batch)}, {Hkv}, {Nk})", _shape(value))
     if Hkv != H and not enable_gqa:
-        _refuse("key", f"as many heads as query, {H} (fewer need enable_gqa=True)", str(Hkv))
+        _refuse("key", f"as many heads as query, {H} (fewer need enable_gqa=True)", f"{Hkv}{hints.of_swapped_heads(query, key)}")
     if H % Hkv != 0:
-        _refuse("key", f"a number of heads that divides query's {H}", str(Hkv))
+        _refuse("key", f"a number of heads that divides query's {H}", f"{Hkv}{hints.of_swapped_heads(query, key)}")
 
 
 def _check_rows(name: str, given: Any, form: str, query: Tensor) -> None:
@@ -99,8 +100,9 @@ def _check_mask(name: str, mask: Tensor | None, alpha: float | Tensor | None, qu
     _check_floating(name, mask, query)
     sizes = (*batch, Nq) if mask.dim() == len(batch) + 2 else (*batch, H, Nq)
     if mask.dim() != len(sizes) + 1 or mask.shape[-1] != Nk or not all(m == 1 or m == n for m, n in zip(mask.shape, sizes)):  # noqa: B905
+        hint = hints.of_picture(name, mask, Nk) or hints.of_swapped_mask(mask, query, key)
         wanted = "(B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk)"
-        _refuse(name, f"shape {wanted} with B = {_sizes(batch)}, H = {H}, Nq = {Nq}, Nk = {Nk}", _shape(mask))
+        _refuse(name, f"shape {wanted} with B = {_sizes(batch)}, H = {H}, Nq = {Nq}, Nk = {Nk}", f"{_shape(mask)}{hint}")
     if len(batch) > 1 and two_batch_axes(mask if len(sizes) > len(batch) + 1 else mask.unsqueeze(-3), batch) is None:
         one_change = "batch axes that are all of size 1 up to one place and not after it, or the reverse, and whose strides merge"
         _refuse(name, one_change, f"{_shape(mask)} with strides {mask.stride()}")
@@ -132,8 +134,9 @@ def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None
     _check_tensor("key_padding_mask", key_padding_mask, query)
     if key_padding_mask.dtype != torch.bool:
         _refuse("key_padding_mask", "dtype torch.bool, True = padding", str(key_padding_mask.dtype))
-    if not _fits(key_padding_mask.shape, (*batch, Nk)):
-        _refuse("key_padding_mask", f"shape (B, Nk) = ({_sizes(batch)}, {Nk})", _shape(key_padding_mask))
+    if not fits(key_padding_mask.shape, (*batch, Nk)):
+        hint = hints.of_swapped_padding(key_padding_mask.shape, key)
+        _refuse("key_padding_mask", f"shape (B, Nk) = ({_sizes(batch)}, {Nk})", f"{_shape(key_padding_mask)}{hint}")
 
 
 def _check_number(name: str, expected: str, number: Any) -> None:
@@ -154,8 +157,10 @@ def _check_range(name: str, number: float, query: Tensor) -> None:
 
 
 def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        _wrong_type(name, "a torch.Tensor", tensor)
+    is_distributed = type(tensor).__name__ == "DTensor"  # asked by name, because its import takes longer than that of smattn
+    if is_distributed or not isinstance(tensor, Tensor):
+        hint = " that is no DTensor (smattn.distributed.sharded_attention takes those)" if is_distributed else ""
+        _wrong_type(name, f"a torch.Tensor{hint}", tensor)
     if tensor.layout != torch.strided or tensor.is_nested:
         _refuse(name, "a dense tensor", "a nested one" if tensor.is_nested else str(tensor.layout))
     if tensor.device != query.device:
@@ -169,7 +174,7 @@ def _check_floating(name: str, tensor: Any, query: Tensor) -> None:
         _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
 
 
-def _fits(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+def fits(shape: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether they are the same. torch.Size's own comparison would make symbolic sizes concrete."""
     return len(shape) == len(sizes) and all(a == b for a, b in zip(shape, sizes, strict=True))
 

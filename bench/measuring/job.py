@@ -176,5 +176,5 @@ def default_backend(cell: Cell) -> str:
 def available_backends(device: str) -> list[str]:
     """The backends of the device. Triton is not among a CPU's, where it is interpreted."""
     kind = torch.device(device).type
-    names = [row.name for row in TABLE if kind in row.device_types and not (kind == "cpu" and row.name == "triton")]
+    names = [row.name for row in TABLE if row.runs_on(kind) and not (kind == "cpu" and row.name == "triton")]
     return [name for name in names if smattn.backends()[name].available]

@@ -1,36 +1,43 @@
-"""Pictures and index images on disk, and the one error that says what is wrong with them."""
+"""Pictures and index images on disk, and lists of their names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from .commands import DataError
 
-class DataError(ValueError):
-    """Something is wrong with the data; the message begins with the file."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+VOID = 255  # the index of pixels that belong to nothing, in VOC and in DAVIS
 
 
-@contextmanager
-def said_in_one_line() -> Iterator[None]:
-    """End a command with the line of a DataError instead of a traceback."""
+def voc_palette() -> np.ndarray:
+    """VOC's and DAVIS's colours, uint8 (256, 3). The bits of an index, three at a time, become the high bits of red, green and blue."""
+    index = np.arange(256)
+    channels = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def read_names(path: Path, of: str) -> list[str]:
+    """The names that a text file lists, one a line; a name may have spaces in it. `of` says what they are names of."""
+    if not path.exists():
+        raise DataError(path, "no such file")
     try:
-        yield
-    except DataError as error:
-        raise SystemExit(str(error)) from None
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(path, f"cannot be read: {error}") from error
+    names = [name for name in names if name]
+    if not names:
+        raise DataError(path, f"names no {of}")
+    return names
 
 
 def opened(path: Path) -> Image.Image:
     """The image, of which only the header has been read."""
     try:
         return Image.open(path)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # whatever the readers raise, it is the file
         raise DataError(path, f"cannot be read: {error}") from error
 
 
@@ -39,7 +46,7 @@ def decoded(path: Path) -> Image.Image:
     image = opened(path)
     try:
         image.load()
-    except (OSError, SyntaxError) as error:
+    except Exception as error:
         raise DataError(path, f"cannot be read: {error}") from error
     return image
 
@@ -51,15 +58,15 @@ def shape_of(path: Path) -> tuple[int, int]:
 
 
 def read_index(path: Path) -> np.ndarray:
-    """The index of each pixel of a palette PNG, uint8 (height, width)."""
+    """The index of each pixel of a palette or grey PNG, uint8 (height, width)."""
     image = decoded(path)
-    if image.mode not in ("P", "L"):
+    if image.mode not in ("P", "L", "1"):
         raise DataError(path, f"expected a palette PNG, got mode {image.mode}")
-    return np.array(image)
+    return np.array(image.convert("L") if image.mode == "1" else image)
 
 
-def save_index(index: np.ndarray, path: Path, palette: np.ndarray) -> None:
-    """Save an index uint8 (height, width) as a PNG with that palette, uint8 (colours, 3)."""
+def save_index(index: np.ndarray, path: Path) -> None:
+    """Save an index uint8 (height, width) as a PNG of 8 bits with VOC's palette."""
     image = Image.fromarray(index).convert("P")
-    image.putpalette(palette.ravel().tolist())
-    image.save(path)
+    image.putpalette(voc_palette().ravel().tolist())
+    image.save(path, bits=8)

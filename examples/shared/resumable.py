@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .commands import DataError, read_checkpoint
+
 
 class Resumable:
     """A model, its optimizer and the step that they have reached. A subclass sets these attributes and defines `advance`."""
@@ -46,13 +48,25 @@ class Resumable:
         os.replace(path.with_suffix(".part"), path)
 
     def restore(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.device, weights_only=True)
-        if saved["run"] != dataclasses.asdict(self.run):
-            raise ValueError(f"{path}: a checkpoint of another run, {saved['run']}; this one is {dataclasses.asdict(self.run)}")
+        saved = read_checkpoint(path, self.device, "run", "step", "model", "optimizer", "schedule")
+        if differences := _differences(saved["run"], dataclasses.asdict(self.run)):
+            raise DataError(path, f"a checkpoint of another run, with {'; '.join(differences)}")
         self.step = saved["step"]
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], within: str = "") -> list[str]:
+    """What the two runs do not have in common, "name value there, not value here" each."""
+    found = []
+    for name in sorted(there.keys() | here.keys()):
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other, f"{within}{name}.")
+        elif one != other:
+            found.append(f"{within}{name} {one}, not {other}")
+    return found
 
 
 def warmup_and_cosine(step: int, config: Any) -> float:
@@ -63,9 +77,11 @@ def warmup_and_cosine(step: int, config: Any) -> float:
 
 
 def train(trainer: Resumable, out: Path, resume: bool = False, save_every: int = 100, stop: int | None = None) -> None:
-    """Train to the last step, or to `stop`. Writes out/log.csv and out/checkpoint.pt."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Train to the last step, or to `stop`. Writes out/log.csv and out/checkpoint.pt, and without `resume` never over those of a run."""
     checkpoint, log, kept = out / "checkpoint.pt", out / "log.csv", []
+    if not resume and (checkpoint.exists() or log.exists()):
+        raise DataError(out, "has a run in it already: --resume goes on with it, another --out keeps it")
+    out.mkdir(parents=True, exist_ok=True)
     if resume and checkpoint.exists():
         trainer.restore(checkpoint)
         with open(log, newline="") as file:  # The steps after the checkpoint will be repeated.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.shared.commands import MissingPackage, SettingError
+
 from .config import Config
 
 
@@ -37,12 +39,12 @@ class TimmBackbone(nn.Module):
         try:
             import timm
         except ImportError as error:
-            raise ImportError(f"backbone {name!r} is timm's: pip install timm") from error
+            raise MissingPackage(f"backbone {name!r} is timm's: pip install timm") from error
         size = {"img_size": (height or 224, height or 224), "strict_img_size": False} if name.startswith("swin") else {}
         wanted = (-4, -3, -2)  # all but the stage at stride 32, which is not even built
         self.body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=wanted, **size)
         if (strides := self.body.feature_info.reduction()) != [4, 8, 16]:
-            raise ValueError(f"backbone {name!r}: expected maps at strides 4, 8 and 16, got {strides}")
+            raise SettingError(f"backbone {name!r}: expected maps at strides 4, 8 and 16, got {strides}")
         self.channels_last = self.body.output_fmt == "NHWC"
         self.channels = self.body.feature_info.channels()
 

@@ -13,10 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import smattn
 from examples.shared.rows import RESULTS, write
@@ -75,11 +77,10 @@ def main() -> None:
         csv.writer(sys.stdout, lineterminator="\n").writerow(measure(*a.one))
         return
     costs = []
-    for size in SIZES:
-        for backend in ("default", "reference"):
-            command = [sys.executable, "-m", "examples.vos.cost", "--one", size, backend]
-            (line,) = csv.reader([subprocess.run(command, check=True, capture_output=True, text=True).stdout])
-            costs.append(Cost(size, backend, float(line[2]), int(line[3])))
+    for size, backend in tqdm(list(product(SIZES, ("default", "reference"))), desc="cost"):
+        command = [sys.executable, "-m", "examples.vos.cost", "--one", size, backend]
+        (line,) = csv.reader([subprocess.run(command, check=True, capture_output=True, text=True).stdout])
+        costs.append(Cost(size, backend, float(line[2]), int(line[3])))
     write(a.out, costs, decimals=3)
     print(table(costs))
 

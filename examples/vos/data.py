@@ -2,6 +2,9 @@
 
     JPEGImages/480p/<clip>/00000.jpg    Annotations/480p/<clip>/00000.png (palette, index = object)    ImageSets/2017/{train,val}.txt
 
+Frames may be PNG. Objects may have any numbers from 1 to 254, and 255 is void, which counts as background. A grey annotation of 0 and 255
+alone is the mask of one object, as in DAVIS 2016.
+
 Training reads the first annotation of a clip and no other, and only through `first_mask`.
 """
 
@@ -9,25 +12,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from examples.shared.images import DataError, decoded, read_index, shape_of
+from examples.shared.commands import DataError
+from examples.shared.images import VOID, decoded, opened, read_index, read_names, shape_of
 
 RESOLUTION, YEAR = "480p", "2017"
+FRAMES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip on disk that has been checked: the first frame's annotation has at least one object, and no number is left out."""
+    """One clip on disk that has been checked: the first frame's annotation has at least one object."""
 
     name: str
     frames: tuple[Path, ...]
     annotations: Path  # folder
-    objects: int
+    ids: tuple[int, ...]  # the index that each object has in the annotations, ascending
+
+    @property
+    def objects(self) -> int:
+        return len(self.ids)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -54,39 +65,29 @@ class Clip:
     def _one_hot(self, t: int) -> Tensor:
         path = self._annotation(self.frames[t])
         index = read_annotation(path)
-        if index.max() > self.objects:
-            raise DataError(path, f"palette index {index.max()}, but the first frame has {self.objects} objects")
+        if unknown := sorted(indices_of(index) - {VOID, *self.ids}):
+            raise DataError(path, f"object {unknown[0]}, which the first frame does not show")
         height, width = shape_of(self.frames[t])
         if index.shape != (height, width):
             raise DataError(path, f"is {index.shape[1]}x{index.shape[0]}, its frame {width}x{height}")
-        return torch.from_numpy(index[None] == np.arange(1, self.objects + 1)[:, None, None]).float()
+        return torch.from_numpy(index[None] == np.array(self.ids)[:, None, None]).float()
 
 
 def read_clips(root: Path, split: str) -> list[Clip]:
     """The clips that ImageSets names for "train" or "val"."""
-    names = root / "ImageSets" / YEAR / f"{split}.txt"
-    if not names.exists():
-        raise DataError(names, "no such file")
-    clips = [read_clip(root, name) for name in names.read_text().split()]
-    if not clips:
-        raise DataError(names, "names no clip")
-    return clips
+    names = read_names(root / "ImageSets" / YEAR / f"{split}.txt", "clip")
+    return [read_clip(root, name) for name in tqdm(names, desc=split, leave=False)]
 
 
 def read_clip(root: Path, name: str) -> Clip:
     images, annotations = (root / kind / RESOLUTION / name for kind in ("JPEGImages", "Annotations"))
-    frames = tuple(sorted(images.glob("*.jpg")))
+    frames = tuple(sorted((path for path in images.glob("*") if path.suffix.lower() in FRAMES), key=lambda path: path.stem))
     if not frames:
-        raise DataError(images, "no .jpg frame here")
-    first = annotations / f"{frames[0].stem}.png"
-    index = read_annotation(first)
-    objects = int(index.max())
-    if objects == 0:
-        raise DataError(first, "no object in the first frame")
-    empty = sorted(set(range(1, objects + 1)) - set(np.unique(index).tolist()))
-    if empty:
-        raise DataError(first, f"object {empty[0]} of {objects} is empty in the first frame")
-    clip = Clip(name, frames, annotations, objects)
+        raise DataError(images, "no .jpg or .png frame here")
+    for one, other in pairwise(frames):
+        if one.stem == other.stem:
+            raise DataError(images, f"frame {one.stem} is there twice, as {' and '.join(sorted((one.suffix, other.suffix)))}")
+    clip = Clip(name, frames, annotations, _objects(annotations / f"{frames[0].stem}.png"))
     clip.first_mask()
     height, width = shape_of(frames[0])
     for frame in frames[1:]:
@@ -95,8 +96,24 @@ def read_clip(root: Path, name: str) -> Clip:
     return clip
 
 
+def _objects(path: Path) -> tuple[int, ...]:
+    """The indices of the objects in the first frame's annotation."""
+    shown = indices_of(read_annotation(path))
+    is_mask = shown == {VOID} and opened(path).mode != "P"
+    if not is_mask:
+        shown -= {VOID}
+    if not shown:
+        raise DataError(path, "no object in the first frame")
+    return tuple(sorted(shown))
+
+
+def indices_of(index: np.ndarray) -> set[int]:
+    """The indices that an annotation has besides 0, the background."""
+    return set(np.bincount(index.ravel(), minlength=256).nonzero()[0].tolist()) - {0}
+
+
 def read_annotation(path: Path) -> np.ndarray:
-    """The object of each pixel, uint8 (height, width), 0 = background."""
+    """The index of each pixel, uint8 (height, width), 0 = background, 255 = void."""
     if not path.exists():
         raise DataError(path, "no annotation")
     return read_index(path)

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import add_device, checked_device, of_this_system, read_checkpoint, said_in_one_line
 from examples.shared.rows import write
 
 from .batches import resized, resized_mask
 from .config import Config
 from .cycle import soft_masks
 from .data import Clip, read_clips
-from .metrics import Score, frame_scores, mean_scores
+from .metrics import Score, frame_scores, mean_scores, official
 from .model import VOS
 from .pictures import save_pictures, save_sheet
 
@@ -42,7 +42,7 @@ def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
     given = resized_mask(first, image(0).shape[-2:])
     annotated, past = model.encode(model.features(image(0)), given[None].to(device), present), []
     labels = [torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)]
-    for t in range(1, len(clip)):
+    for t in tqdm(range(1, len(clip)), desc=clip.name, leave=False):
         frame = model.features(image(t))
         logits = model.decode([annotated, *past], present, frame)
         past = [*past, model.encode(frame, soft_masks(logits), present)][-config.history :]
@@ -53,15 +53,17 @@ def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
 def score(clip: Clip, labels: list[Tensor]) -> list[Score]:
     """The scores of the annotated frames. As in DAVIS, the first frame, which was given, and the last do not count."""
     frames = [t for t in clip.annotated() if 0 < t < len(clip) - 1]
-    return [one for t in frames for one in frame_scores(clip.name, t, labels[t], clip.mask(t))]
+    bar = tqdm(frames, desc=f"scores of {clip.name}", leave=False)
+    return [one for t in bar for one in frame_scores(clip.name, t, labels[t], clip.mask(t))]
 
 
 def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     """The model of a checkpoint, and its configuration."""
-    saved = torch.load(checkpoint, map_location=device, weights_only=True)
-    config = Config(**saved["run"]["config"])
-    model = VOS(config, saved["run"]["masking"]).to(device)
-    model.load_state_dict(saved["model"])
+    saved = read_checkpoint(checkpoint, device, "run", "model")
+    with of_this_system(checkpoint):
+        config = Config(**saved["run"]["config"])
+        model = VOS(config, saved["run"]["masking"]).to(device)
+        model.load_state_dict(saved["model"])
     return model, config
 
 
@@ -72,21 +74,21 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="where overlays, GIFs, labels, sheet.png and scores.csv go")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     a = parser.parse_args()
-    model, config = load(a.checkpoint, a.device)
+    model, config = load(a.checkpoint, checked_device(a.device))
     scores: list[Score] = []
     for clip in tqdm(read_clips(a.data, a.split), desc="clips"):
         labels = propagate(model, clip, config)
         scores += score(clip, labels)
-        save_pictures(a.out, clip.name, [clip.image(t) for t in range(len(clip))], labels)
+        save_pictures(a.out, clip, labels)
     if scores:
         write(a.out / "scores.csv", scores, decimals=4)
         of_clips = {name: mean_scores([one for one in scores if one.clip == name])[0] for name in {one.clip: None for one in scores}}
         ranked = sorted(of_clips, key=of_clips.__getitem__, reverse=True)
         shown = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
         save_sheet(a.out, shown)
-        print("J&F {:.1f}  J {:.1f}  F {:.1f}".format(*mean_scores(scores)))
+        print("  ".join(f"{name} {value:.1f}" for name, value in official(scores).items()))
         print("sheet.png: best, median and worst clip,", ", ".join(f"{name} {of_clips[name]:.1f}" for name in shown))
 
 

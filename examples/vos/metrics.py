@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BOUND = 0.008  # Boundaries agree within this share of the picture's diagonal.
+RECALLED = 0.5  # A frame whose score is above this is recalled.
 
 
 def region(predicted: Tensor, true: Tensor) -> float:
@@ -68,3 +70,23 @@ def mean_scores(scores: list[Score]) -> tuple[float, float, float]:
     means = [[sum(s.J for s in frames) / len(frames), sum(s.F for s in frames) / len(frames)] for frames in objects.values()]
     J, F_ = (100 * sum(column) / len(means) for column in zip(*means, strict=True))
     return (J + F_) / 2, J, F_
+
+
+def official(scores: list[Score]) -> dict[str, float]:
+    """The columns of DAVIS's own table, in percent: mean, recall and decay of J and F over each object's frames, averaged over objects."""
+    objects: dict[tuple[str, int], list[Score]] = {}
+    for score in sorted(scores, key=lambda score: score.frame):
+        objects.setdefault((score.clip, score.object), []).append(score)
+    columns = {}
+    for name in ("J", "F"):
+        values = [[getattr(score, name) for score in frames] for frames in objects.values()]
+        columns[f"{name}-Mean"] = 100 * statistics.mean(statistics.mean(v) for v in values)
+        columns[f"{name}-Recall"] = 100 * statistics.mean(statistics.mean(one > RECALLED for one in v) for v in values)
+        columns[f"{name}-Decay"] = 100 * statistics.mean(decay(v) for v in values)
+    return {"J&F-Mean": (columns["J-Mean"] + columns["F-Mean"]) / 2, **columns}
+
+
+def decay(values: list[float]) -> float:
+    """The mean over the first quarter of an object's frames less that over the last. Neighbouring quarters share the frame between them."""
+    end, start = (math.floor(share * (len(values) - 1) + 0.5) for share in (0.25, 0.75))
+    return statistics.mean(values[: end + 1]) - statistics.mean(values[start:])

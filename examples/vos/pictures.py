@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from examples.shared.images import save_index
+from examples.shared.images import save_index, voc_palette
 
+from .data import Clip
 from .metrics import edges
-from .synthetic import PALETTE
 
 
 def overlay(image: Tensor, label: Tensor) -> Image.Image:
     """Tint the objects of image (3, H, W) in [0, 1] by label, int (H, W) with 0 = background. Tiny pictures are enlarged."""
     pixels = (image.movedim(0, -1).numpy() * 255).astype(np.uint8)
-    colours = PALETTE[1 + (label.numpy() - 1) % (len(PALETTE) - 1)]
+    colours = voc_palette()[label.numpy()]
     tinted = np.where((label > 0).numpy()[..., None], pixels // 2 + colours // 2, pixels)
     for o in label.unique().tolist():
         if o:
@@ -26,15 +27,20 @@ def overlay(image: Tensor, label: Tensor) -> Image.Image:
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
-def save_pictures(folder: Path, name: str, images: list[Tensor], labels: list[Tensor]) -> None:
-    """Write folder/name/00000.png and so on, folder/name.gif, and the labels under folder/labels/name."""
-    overlays = [overlay(image, label) for image, label in zip(images, labels, strict=True)]
-    for kind in (folder / name, folder / "labels" / name):
+def save_pictures(folder: Path, clip: Clip, labels: list[Tensor]) -> None:
+    """Write the clip's frames as folder/<clip>/00000.png and so on, folder/<clip>.gif, and the labels under folder/labels/<clip>.
+
+    In the labels' files the objects have the indices of the clip's annotations.
+    """
+    shown, indexed = folder / clip.name, folder / "labels" / clip.name
+    for kind in (shown, indexed):
         kind.mkdir(parents=True, exist_ok=True)
-    for t, (picture, label) in enumerate(zip(overlays, labels, strict=True)):
-        picture.save(folder / name / f"{t:05}.png")
-        save_index(label.numpy().astype(np.uint8), folder / "labels" / name / f"{t:05}.png", PALETTE)
-    overlays[0].save(folder / f"{name}.gif", save_all=True, append_images=overlays[1:], duration=120, loop=0)
+    overlays, ids = [], np.array([0, *clip.ids], np.uint8)
+    for t, label in enumerate(tqdm(labels, desc=f"pictures of {clip.name}", leave=False)):
+        overlays.append(overlay(clip.image(t), label))
+        overlays[-1].save(shown / f"{t:05}.png")
+        save_index(ids[label.numpy()], indexed / f"{t:05}.png")
+    overlays[0].save(folder / f"{clip.name}.gif", save_all=True, append_images=overlays[1:], duration=120, loop=0)
 
 
 def save_sheet(folder: Path, names: list[str], columns: int = 5) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import said_in_one_line
 from examples.shared.resumable import train
 from examples.shared.rows import RESULTS, read, write
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import read_checkpoint, said_in_one_line
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -123,7 +123,7 @@ def main() -> None:
     config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
     clips, rows = read_clips(a.data, "train"), read(a.out.with_suffix(".csv"), Row)
     judged = clips if a.alone else read_clips(a.data, a.split)
-    start = torch.load(a.start, weights_only=True)["model"] if a.start else None
+    start = read_checkpoint(a.start, "cpu", "model")["model"] if a.start else None
     done = {(row.contestant, row.seed) for row in rows}
     for seed in range(a.seeds):
         for name in a.contestants:

@@ -19,8 +19,6 @@ from examples.shared.images import save_index
 
 from .data import RESOLUTION, YEAR
 
-PALETTE = np.array([[0, 0, 0], [200, 40, 40], [40, 160, 60], [210, 180, 40], [40, 80, 200]], np.uint8)
-
 
 @dataclass
 class Thing:
@@ -123,7 +121,7 @@ def write_clips(
             folder.mkdir(parents=True, exist_ok=True)
         for t, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
             Image.fromarray(picture).save(folders[0] / f"{t:05}.jpg", quality=95)
-            save_index(label, folders[1] / f"{t:05}.png", PALETTE)
+            save_index(label, folders[1] / f"{t:05}.png")
 
 
 def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import add_device, checked_device, read_checkpoint, said_in_one_line
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 
@@ -91,11 +91,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="a checkpoint whose weights to begin with")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     a = parser.parse_args()
+    device = checked_device(a.device)
     config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
-    start = torch.load(a.start, map_location=a.device, weights_only=True)["model"] if a.start else None
-    trainer = Trainer(Run(config, a.masking, a.cycles, a.seed), read_clips(a.data, "train"), a.device, start)
+    start = read_checkpoint(a.start, device, "model")["model"] if a.start else None
+    trainer = Trainer(Run(config, a.masking, a.cycles, a.seed), read_clips(a.data, "train"), device, start)
     train(trainer, a.out, a.resume)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from examples.shared.commands import SettingError
+
 
 @dataclass(frozen=True)
 class Config:
@@ -29,11 +31,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.size % self.patch:
-            raise ValueError(f"size: expected a multiple of the patch, {self.patch}, got {self.size}")
+            raise SettingError(f"size: expected a multiple of the patch, {self.patch}, got {self.size}")
         if self.width % self.heads:
-            raise ValueError(f"width: expected a multiple of the {self.heads} heads, got {self.width}")
+            raise SettingError(f"width: expected a multiple of the {self.heads} heads, got {self.width}")
         if not 0 <= self.masking_rate <= 1:
-            raise ValueError(f"masking_rate: expected a probability in [0, 1], got {self.masking_rate}")
+            raise SettingError(f"masking_rate: expected a probability in [0, 1], got {self.masking_rate}")
 
     @property
     def grid(self) -> int:

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from examples.shared.images import DataError, decoded, read_index, shape_of
+from examples.shared.commands import DataError
+from examples.shared.images import VOID, decoded, read_index, read_names, shape_of
 
-IGNORE = 255
+IGNORE = VOID
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -70,21 +72,16 @@ class Scenes:
 def read_scenes(root: Path, split: str) -> Scenes:
     """The images that ImageSets names for "train" or "val"."""
     listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not listed.exists():
-        raise DataError(listed, "no such file")
-    classes = read_classes(root)
-    scenes = tuple(_read_scene(root, name, classes) for name in listed.read_text().split())
-    if not scenes:
-        raise DataError(listed, "names no image")
-    return Scenes(classes, scenes)
+    names, classes = read_names(listed, "image"), read_classes(root)
+    return Scenes(classes, tuple(_read_scene(root, name, classes) for name in tqdm(names, desc=split, leave=False)))
 
 
 def read_classes(root: Path) -> tuple[str, ...]:
     """The classes that classes.txt names, one a line; where there is no such file, VOC's twenty."""
     path = root / "classes.txt"
-    classes = tuple(path.read_text().split()) if path.exists() else VOC_CLASSES
-    if not classes:
-        raise DataError(path, "names no class")
+    classes = tuple(read_names(path, "class")) if path.exists() else VOC_CLASSES
+    if len(classes) >= IGNORE:
+        raise DataError(path, f"names {len(classes)} classes, but an index PNG holds 254 beside the background and what is ignored")
     return classes
 
 
@@ -115,7 +112,7 @@ def _labels(path: Path, classes: tuple[str, ...]) -> tuple[int, ...]:
         raise DataError(path, "image without labels: no object is named")
     unknown = sorted(names - set(classes))
     if unknown:
-        raise DataError(path, f"class {unknown[0]!r} is none of the {len(classes)}: {' '.join(classes)}")
+        raise DataError(path, f"class {unknown[0]!r} is none of the {len(classes)}: {', '.join(classes)}")
     return tuple(sorted(classes.index(name) for name in names))
 
 

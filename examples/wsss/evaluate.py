@@ -11,27 +11,34 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import said_in_one_line
 
 from .data import IGNORE, read_mask, read_scenes
 
 
 class Confusion:
-    """Counts pixels by (true class, predicted class) over a whole set. Pixels whose truth is IGNORE do not count."""
+    """Counts pixels by (true class, predicted class) over a whole set.
+
+    Pixels whose truth is IGNORE do not count. Where only the prediction is IGNORE, a pixel is a miss of its true class.
+    """
 
     def __init__(self, classes: int) -> None:
-        self.count = torch.zeros(classes + 1, classes + 1, dtype=torch.int64)  # background first
+        # Background comes first. The last column has the misses that are no class's.
+        self.count = torch.zeros(classes + 1, classes + 2, dtype=torch.int64)
 
     def add(self, mask: Tensor, truth: Tensor) -> None:
         """Count a mask and its truth, both int64 (H, W)."""
-        n, counted = len(self.count), truth != IGNORE
-        self.count += torch.bincount(n * truth[counted] + mask[counted], minlength=n * n).view(n, n)
+        rows, columns = self.count.shape
+        counted = truth != IGNORE
+        predicted = torch.where(mask == IGNORE, columns - 1, mask)[counted]
+        self.count += torch.bincount(columns * truth[counted] + predicted, minlength=rows * columns).view(rows, columns)
 
     def iou(self) -> Tensor:
         """The IoU of each class over the whole set, (1 + C,); NaN for a class that is neither in the masks nor in the truth."""
         both = self.count.diagonal()
-        return both / (self.count.sum(0) + self.count.sum(1) - both)
+        return both / (self.count[:, :-1].sum(0) + self.count.sum(1) - both)
 
     def miou(self) -> float:
         """The mean IoU in percent, background included."""
@@ -63,7 +70,8 @@ def main() -> None:
     parser.add_argument("--masks", type=Path, required=True, help="a folder with a <name>.png for every image of the split")
     a = parser.parse_args()
     data = read_scenes(a.data, a.split)
-    masks = (read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in data.scenes)
+    scenes = tqdm(data.scenes, desc="scores", leave=False)
+    masks = (read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in scenes)
     confusion = score(masks, (scene.mask() for scene in data.scenes), len(data.classes))
     for name, iou in zip(("background", *data.classes), confusion.iou().tolist(), strict=True):
         print(f"{name:12} {100 * iou:5.1f}")

@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from examples.shared.images import voc_palette
+
 from .data import Scene
-from .synthetic import voc_palette
 
 SIDE, GAP, TITLE = 128, 4, 14
 

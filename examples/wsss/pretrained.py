@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
+from examples.shared.commands import MissingPackage, SettingError
+
 if TYPE_CHECKING:
     from .model import ViT
 
@@ -17,7 +19,7 @@ def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"the weights of {name!r} are timm's: pip install timm") from error
+        raise MissingPackage(f"the weights of {name!r} are timm's: pip install timm") from error
     theirs = timm.create_model(name, pretrained=pretrained, num_classes=0).state_dict()
     class_token, positions = theirs.pop("cls_token")[0], theirs.pop("pos_embed")[0]
     ours = model.state_dict()
@@ -25,7 +27,7 @@ def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
     wrong = sorted(shared ^ set(theirs)) or sorted(key for key in shared if ours[key].shape != theirs[key].shape)
     if wrong:
         c = model.config
-        raise ValueError(f"{name}: not a ViT of width {c.width}, patch {c.patch} and depth {c.depth}: {wrong[0]}")
+        raise SettingError(f"{name}: not a ViT of width {c.width}, patch {c.patch} and depth {c.depth}: {wrong[0]}")
     model.load_state_dict(theirs, strict=False)
     side = int(len(positions) ** 0.5)
     prefix = len(positions) - side**2  # The class token's position comes first.

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.images import DataError, said_in_one_line, save_index
+from examples.shared.commands import DataError, add_device, checked_device, said_in_one_line
+from examples.shared.images import save_index
 
 from .data import Scenes, read_scenes
 from .evaluate import score
 from .model import ViT
-from .synthetic import voc_palette
 from .train import load
 
 UNDECIDED = -1
@@ -75,28 +76,19 @@ def pseudo_mask(maps: Tensor, probability: Tensor, present: Tensor, thresholds: 
 
 
 def filled(label: Tensor) -> Tensor:
-    """Give each UNDECIDED pixel of (H, W) the label of the nearest decided one; where none is decided, all become background.
-
-    Two passes are exact: the first finds the nearest decided pixel in each column, the second the nearest of those along the row.
-    """
-    H, W = label.shape
-    decided = label != UNDECIDED
-    if decided.all() or not decided.any():
-        return label.clamp_min(0)
-    row, far = torch.arange(H)[:, None], 4 * (H + W)
-    above = torch.where(decided, row, -far).cummax(0).values
-    below = torch.where(decided, row, far).flip(0).cummin(0).values.flip(0)
-    nearest = torch.where(row - above <= below - row, above, below)  # (H, W): a row of the same column, far off where it has none
-    column = torch.arange(W)
-    squared = (nearest - row).square()[:, None, :] + (column[:, None] - column).square()  # (H, W, W), to the columns of the last axis
-    there = squared.argmin(-1)
-    return torch.where(decided, label, label[nearest.gather(1, there), there])
+    """Give each UNDECIDED pixel of (H, W) the label of the nearest decided one; where none is decided, all become background."""
+    undecided = label == UNDECIDED
+    if undecided.all():
+        return torch.zeros_like(label)
+    row, column = distance_transform_edt(undecided.numpy(), return_distances=False, return_indices=True)
+    return label[torch.from_numpy(row).long(), torch.from_numpy(column).long()]
 
 
 def pseudo_masks(seen: Seen, data: Scenes, thresholds: Thresholds) -> list[Tensor]:
     """The mask of each image, at its own size."""
     masks = []
-    for scene, maps, probability in zip(data.scenes, seen.maps, seen.probability, strict=True):
+    images = zip(tqdm(data.scenes, desc="pseudo-masks", leave=False), seen.maps, seen.probability, strict=True)
+    for scene, maps, probability in images:
         masks.append(pseudo_mask(enlarged(maps, scene.shape()), probability, scene.present(), thresholds))
     return masks
 
@@ -116,8 +108,8 @@ def choose(seen: Seen, data: Scenes) -> Thresholds:
 def save_masks(masks: list[Tensor], data: Scenes, out: Path) -> None:
     """Write out/<name>.png for each image, with VOC's palette."""
     out.mkdir(parents=True, exist_ok=True)
-    for scene, mask in zip(data.scenes, masks, strict=True):
-        save_index(mask.to(torch.uint8).numpy(), out / f"{scene.name}.png", voc_palette())
+    for scene, mask in zip(tqdm(data.scenes, desc="writing", leave=False), masks, strict=True):
+        save_index(mask.to(torch.uint8).numpy(), out / f"{scene.name}.png")
 
 
 @said_in_one_line()
@@ -128,12 +120,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="where the masks go")
     parser.add_argument("--thresholds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="otherwise chosen on training images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     a = parser.parse_args()
-    model, classes = load(a.checkpoint, a.device)
+    model, classes = load(a.checkpoint, checked_device(a.device))
     data = read_scenes(a.data, a.split)
     if data.classes != classes:
-        raise DataError(a.data, f"classes {' '.join(data.classes)}; the checkpoint's are {' '.join(classes)}")
+        raise DataError(a.data, f"classes {', '.join(data.classes)}; the checkpoint's are {', '.join(classes)}")
     if a.thresholds:
         thresholds = Thresholds(*a.thresholds)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import add_device, checked_device, said_in_one_line
 
 from .data import IGNORE, Scenes, read_mask, read_scenes
 from .evaluate import score
@@ -77,7 +77,7 @@ def predict(network: Network, data: Scenes, size: int) -> list[Tensor]:
     """The mask of each image at its own size, int64 (H, W), 0 = background."""
     network.eval()
     device, masks = next(network.parameters()).device, []
-    for scene in data.scenes:
+    for scene in tqdm(data.scenes, desc="predictions", leave=False):
         logits = network(scene.image(size)[None].to(device).float() / 255)
         masks.append(F.interpolate(logits, scene.shape(), mode="bilinear")[0].argmax(0).cpu())
     return masks
@@ -97,11 +97,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="images are resized to squares of this side")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     a = parser.parse_args()
+    device = checked_device(a.device)
     data, val = read_scenes(a.data, "train"), read_scenes(a.data, "val")
-    masks = [read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in data.scenes]
-    predictions = predict(fit(data, masks, a.size, a.seed, a.device, a.steps), val, a.size)
+    scenes = tqdm(data.scenes, desc="masks", leave=False)
+    masks = [read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in scenes]
+    predictions = predict(fit(data, masks, a.size, a.seed, device, a.steps), val, a.size)
     save_masks(predictions, val, a.out)
     print(f"mIoU {score(predictions, [scene.mask() for scene in val.scenes], len(val.classes)).miou():.1f}")
 

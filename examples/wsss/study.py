@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import said_in_one_line
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -73,7 +74,8 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
     seen, thresholds, pseudo = judged(all_heads=False)
     open_heads = sum(model.open_heads())
     everything = pseudo if open_heads == config.depth * config.heads else judged(all_heads=True)[2]
-    counts = [tokens_right(enlarged(maps, true.shape), true) for maps, true in zip(seen.maps, truth, strict=True)]
+    images = zip(tqdm(seen.maps, desc="token accuracy", leave=False), truth, strict=True)
+    counts = [tokens_right(enlarged(maps, true.shape), true) for maps, true in images]
     right, shown = map(sum, zip(*counts, strict=True))
     present = torch.stack([scene.present() for scene in val.scenes])
     told = ((seen.probability > 0.5) == present).float().mean().item()

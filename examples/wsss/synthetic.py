@@ -26,13 +26,6 @@ PAIRS = len(CLASSES) // 2
 TOGETHER = 0.5  # the probability that a pair shows both its classes
 
 
-def voc_palette() -> np.ndarray:
-    """VOC's colours, uint8 (256, 3). The bits of an index, three at a time, become the high bits of red, green and blue."""
-    index = np.arange(256)
-    channels = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(channels, -1).astype(np.uint8)
-
-
 def scene(rng: np.random.Generator, side: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """A picture uint8 (side, side, 3), its index uint8 (side, side) with borders, and its classes, each of which shows."""
     while True:
@@ -125,7 +118,7 @@ def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, s
     for i, name in enumerate(tqdm(names["train"] + names["val"], desc="scenes")):
         picture, index, labels = scene(np.random.default_rng([seed, i]), side)
         Image.fromarray(picture).save(folders["JPEGImages"] / f"{name}.jpg", quality=95)
-        save_index(index, folders["SegmentationClass"] / f"{name}.png", voc_palette())
+        save_index(index, folders["SegmentationClass"] / f"{name}.png")
         annotation = ElementTree.Element("annotation")
         for label in labels:
             ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "name").text = CLASSES[label]

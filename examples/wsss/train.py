@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.shared.images import said_in_one_line
+from examples.shared.commands import add_device, checked_device, of_this_system, read_checkpoint, said_in_one_line
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 
 from . import losses
@@ -100,9 +100,10 @@ def parameter_groups(model: ViT) -> list[dict[str, Any]]:
 
 def load(checkpoint: Path, device: str = "cpu") -> tuple[ViT, tuple[str, ...]]:
     """The model of a checkpoint, in evaluation mode, and the names of its classes."""
-    saved = torch.load(checkpoint, map_location=device, weights_only=True)
-    model = ViT(Config(**saved["run"]["config"]), len(saved["run"]["classes"])).to(device)
-    model.load_state_dict(saved["model"])
+    saved = read_checkpoint(checkpoint, device, "run", "model")
+    with of_this_system(checkpoint):
+        model = ViT(Config(**saved["run"]["config"]), len(saved["run"]["classes"])).to(device)
+        model.load_state_dict(saved["model"])
     return model.eval(), tuple(saved["run"]["classes"])
 
 
@@ -121,12 +122,13 @@ def main() -> None:
     parser.add_argument("--timm", help="a timm ViT whose weights to begin with, instead of the configuration's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     a = parser.parse_args()
+    device = checked_device(a.device)
     instead = ("size", "steps", "batch", "masking_rate", "diversity", "sparsity", "register", "gates", "timm")
     config = dataclasses.replace(CONFIGS[a.config], **{name: getattr(a, name) for name in instead if getattr(a, name) is not None})
     data = read_scenes(a.data, "train")
-    train(Trainer(Run(config, data.classes, a.seed), data, a.device), a.out, a.resume)
+    train(Trainer(Run(config, data.classes, a.seed), data, device), a.out, a.resume)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ original's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..alpha import NAME as ALPHA
+from ..alpha import initial_alpha
 from .multihead import SoftMaskedMultiheadAttention
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,7 +29,8 @@ def soften_mask2former(
     """Change a Mask2Former in place: soft-masked cross-attention in every decoder layer, with a gradient to the predicted masks.
 
     Parameters are shared, not copied. Each layer's cross_attn gets one more, alpha, as scaling_factors (H,): give it a learning rate of its
-    own by smattn.nn.parameter_groups. State dicts of the original load before and after, strictly.
+    own by smattn.nn.parameter_groups. State dicts of the original load before and after, strictly. The arguments are kept in the model's
+    config, and what save_pretrained then writes is read by `soft_mask2former_class`.
 
     Args:
         model: transformers' Mask2FormerModel, Mask2FormerForUniversalSegmentation, or any module with their decoder inside.
@@ -48,7 +52,47 @@ def soften_mask2former(
         decoder.mask_predictor = _SoftMaskPredictor(decoder.mask_predictor.mask_embedder, sharpness)
         for layer in decoder.layers:
             layer.cross_attn = _SoftCrossAttention.from_module(layer.cross_attn, alpha_init, learnable_alpha)
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        start = None if alpha_init is None else list(initial_alpha(alpha_init, decoders[0].layers[0].cross_attn.num_heads))
+        config.soft_masks = dict(alpha_init=start, learnable_alpha=learnable_alpha, sharpness=sharpness)
     return model
+
+
+@cache
+def soft_mask2former_class(kind: type[Model]) -> type[Model]:
+    """The class of a softened Mask2Former, by which from_pretrained reads what save_pretrained wrote of one, alpha included.
+
+        soft = soft_mask2former_class(Mask2FormerForUniversalSegmentation).from_pretrained(folder)
+
+    It also reads what was saved of the original, whose masks become soft with the defaults of `soften_mask2former`. The original's own
+    from_pretrained reads a softened model as a hard one, and says that scaling_factors were not used.
+
+    Args:
+        kind: transformers' Mask2FormerModel, Mask2FormerForUniversalSegmentation, or a subclass of either.
+
+    Returns:
+        A subclass of the same name. alpha stays in float32 whatever dtype is asked for.
+    """
+    base: Any = kind
+
+    class Soft(base):  # type: ignore[misc]  # a base that is known only here
+        _keep_in_fp32_modules_strict = [*(base._keep_in_fp32_modules_strict or ()), ALPHA]
+
+        def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
+            super().__init__(config, *inputs, **options)
+            soften_mask2former(self, **getattr(config, "soft_masks", {}))
+
+        @classmethod
+        def from_pretrained(cls, *inputs: Any, output_loading_info: bool = False, **options: Any) -> Any:
+            model, info = super().from_pretrained(*inputs, output_loading_info=True, **options)
+            for name, module in model.named_modules():
+                if f"{name}.{ALPHA}" in info["missing_keys"]:  # transformers leaves unset what it does not know how to begin
+                    module._reset_alpha()
+            return (model, info) if output_loading_info else model
+
+    Soft.__name__, Soft.__qualname__, Soft.__module__ = kind.__name__, kind.__qualname__, __name__
+    return Soft
 
 
 class _SoftMaskPredictor(nn.Module):

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..alpha import HoldsAlpha
 from ..attention import attention_map, soft_masked_attention
-from ..nn import initial_alpha
+from ..validate import fits
 
 
-class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
+class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
     """nn.MultiheadAttention whose forward also takes a soft mask. `from_module` makes one that shares the parameters of its module.
 
     Its state dict is that of nn.MultiheadAttention, and scaling_factors (H,), which is alpha. One without scaling_factors loads as well.
     """
-
-    scaling_factors: Tensor
 
     @classmethod
     def from_module(
@@ -44,12 +43,14 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         if set(made._parameters) - set(module._parameters):
             raise ValueError("module: expected parameters of its own, got computed ones, parametrized say")
         made.out_proj = module.out_proj
-        alpha = initial_alpha(alpha_init, module.num_heads).to(module.out_proj.weight.device)
-        if learnable_alpha:
-            made.scaling_factors = nn.Parameter(alpha)
-        else:
-            made.register_buffer("scaling_factors", alpha)
+        made._hold_alpha(alpha_init, module.num_heads, learnable_alpha, module.out_proj.weight.device)
         return made.train(module.training)
+
+    def reset_parameters(self) -> None:
+        """Start again, as a module must that comes from the meta device."""
+        self.out_proj.reset_parameters()
+        self._reset_parameters()
+        self._reset_alpha()
 
     def forward(
         self,
@@ -68,6 +69,7 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query, key, value, need_weights: as in nn.MultiheadAttention, batched. Weights are those before dropout; a pass computes them.
+                Nested tensors, which nn.TransformerEncoder makes, are taken where nn.MultiheadAttention takes them: in its fast path.
             key_padding_mask: bool (B, Nk), True = padding, or what nn.TransformerEncoderLayer makes of that: floating, -inf at padding and
                 0 elsewhere, or else a RuntimeError. A query with no key left gives zeros, not NaN.
             attn_mask: as in nn.MultiheadAttention, (Nq, Nk) or (B * H, Nq, Nk), bool or added to the scores; not together with mask.
@@ -81,6 +83,10 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: an argument is not as above, or as in smattn.soft_masked_attention.
         """
+        if any(x.is_nested for x in (query, key, value)):
+            if mask is not None:
+                raise ValueError("query: expected a dense tensor beside a soft mask, got a nested one")
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if query.dim() != 3:
             raise ValueError(f"query: expected a batched, 3-D tensor, got shape {tuple(query.shape)}")
         if need_weights and not average_attn_weights:
@@ -98,7 +104,7 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._projected(query, key, value)
         alpha: float | Tensor | None = None if mask is None else self.scaling_factors
         if attn_mask is not None:
-            mask, alpha = self._added_to_scores(attn_mask, q), 1.0
+            mask, alpha = _added_to_scores(attn_mask, q, k), 1.0
         options: dict[str, Any] = dict(key_padding_mask=key_padding_mask)
         out = soft_masked_attention(q, k, v, mask, alpha, dropout_p=self.dropout if self.training else 0.0, **options)
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
@@ -111,15 +117,24 @@ class SoftMaskedMultiheadAttention(nn.MultiheadAttention):
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if joint is None else joint.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         parts = zip(inputs, weights, biases, strict=True)
-        return [F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, weight, bias in parts]
-
-    def _added_to_scores(self, attn_mask: Tensor, q: Tensor) -> Tensor:
-        """attn_mask as a mask whose alpha is 1."""
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, float("-inf"))
-        return attn_mask[None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
+        return [F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x, weight, bias in parts]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if f"{prefix}scaling_factors" in missing:  # the state dict is an nn.MultiheadAttention's: alpha stays as it is
             missing.remove(f"{prefix}scaling_factors")
+
+
+def _added_to_scores(attn_mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """attn_mask as a mask whose alpha is 1, for q (B, H, Nq, D) and k (B, H, Nk, D)."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask: expected dtype torch.bool or a floating one, got {attn_mask.dtype}")
+    (B, H, Nq, _), Nk = q.shape, k.shape[2]
+    if not fits(attn_mask.shape, (Nq, Nk)) and not fits(attn_mask.shape, (B * H, Nq, Nk)):
+        wanted = f"(Nq, Nk) = ({Nq}, {Nk}) or (B * H, Nq, Nk) = ({B * H}, {Nq}, {Nk})"
+        raise ValueError(f"attn_mask: expected shape {wanted}, got {tuple(attn_mask.shape)}")
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, float("-inf"))
+    return attn_mask[None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (B, H))

@@ -197,7 +197,7 @@ def test_inference_writes_scores_and_pictures(written, tmp_path, monkeypatch, ca
     arguments = ["infer", "--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
     infer.main()
-    assert capsys.readouterr().out.startswith("J&F ")
+    assert capsys.readouterr().out.startswith("J&F-Mean ")
     clip = read_clips(written, "val")[0]
     with open(tmp_path / "shown" / "scores.csv", newline="") as file:
         assert sum(1 for _ in file) == 1 + clip.objects * 3  # neither the first frame nor the last

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.shared.images import DataError
-from examples.vos import figures, infer, study, synthetic, train
+from examples.shared.commands import DataError
+from examples.shared.images import read_index, save_index, voc_palette
+from examples.vos import figures, infer, pictures, study, synthetic, train
 from examples.vos.data import read_clip, read_clips
 from tests.support import vos_clips
 
@@ -93,11 +94,6 @@ def no_object(images, annotations):
     return annotations / "00000.png"
 
 
-def an_empty_object(images, annotations):
-    repaint(annotations / "00000.png", lambda label: label * 2)
-    return annotations / "00000.png"
-
-
 def colours_instead_of_a_palette(images, annotations):
     Image.open(annotations / "00000.png").convert("RGB").save(annotations / "00000.png")
     return annotations / "00000.png"
@@ -107,11 +103,10 @@ def colours_instead_of_a_palette(images, annotations):
     "spoil, says",
     [
         (missing_first, "no annotation"),
-        (no_frames, "no .jpg frame here"),
+        (no_frames, "no .jpg or .png frame here"),
         (annotation_of_another_size, "is 45x40, its frame 48x40"),
         (frame_of_another_size, "is 10x10, the first frame 48x40"),
         (no_object, "no object in the first frame"),
-        (an_empty_object, "object 1 of . is empty in the first frame"),
         (colours_instead_of_a_palette, "expected a palette PNG, got mode RGB"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -126,9 +121,99 @@ def test_bad_data_is_one_error_that_names_the_file(data, spoil, says):
 def test_a_palette_index_beyond_the_objects(data):
     path = paths(data)[1] / "00003.png"
     repaint(path, lambda label: label + 4)
-    with pytest.raises(DataError, match="palette index . but the first frame has . objects".replace(" but", ", but")) as error:
+    with pytest.raises(DataError, match=r"object \d, which the first frame does not show") as error:
         read_clip(data, "train-001").mask(3)
     assert str(error.value).startswith(str(path))
+
+
+def test_gaps_in_the_numbers_of_objects(data):
+    """They are kept: what is predicted has the numbers of the annotation, by which others will compare it."""
+    before = read_clip(data, "train-001")
+    masks = [before.mask(t) for t in range(len(before))]
+    for path in paths(data)[1].glob("*.png"):
+        repaint(path, lambda label: label * 3)
+    clip = read_clip(data, "train-001")
+    assert clip.ids == tuple(3 * o for o in before.ids)
+    assert all(torch.equal(clip.mask(t), mask) for t, mask in enumerate(masks))
+    pictures.save_pictures(data / "out", clip, [study.copied(clip)] * len(clip))
+    assert read_index(data / "out" / "labels" / "train-001" / "00002.png").tolist() == read_index(paths(data)[1] / "00000.png").tolist()
+
+
+def test_void_is_background(data):
+    path = paths(data)[1] / "00000.png"
+    before = read_clip(data, "train-001")
+    masks = {t: before.mask(t) for t in (0, 3)}
+
+    def with_void(label):
+        label = label.clone()
+        label[:4] = 255
+        return label
+
+    for name in ("00000.png", "00003.png"):
+        repaint(path.with_name(name), with_void)
+    clip = read_clip(data, "train-001")
+    assert clip.objects == before.objects
+    for t, mask in masks.items():
+        assert torch.equal(clip.mask(t)[:, 4:], mask[:, 4:]) and not clip.mask(t)[:, :4].any()
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_a_file_of_0_and_255_is_the_mask_of_one_object(data, mode):
+    before, folder = read_clip(data, "train-001"), paths(data)[1]
+    masks = [before.mask(t).amax(0) for t in range(len(before))]
+    for path in folder.glob("*.png"):
+        Image.fromarray(((read_index(path) > 0) * 255).astype(np.uint8)).convert(mode).save(path)
+    clip = read_clip(data, "train-001")
+    assert clip.objects == 1
+    assert all(torch.equal(clip.mask(t)[0], mask) for t, mask in enumerate(masks))
+
+
+def test_nothing_but_void_is_no_object(data):
+    """In a palette PNG 255 is void, whatever else the file has."""
+    path = paths(data)[1] / "00000.png"
+    repaint(path, lambda label: (label > 0).to(torch.uint8) * 255)
+    with pytest.raises(DataError, match="no object in the first frame"):
+        read_clip(data, "train-001")
+
+
+def test_frames_may_be_png(data):
+    before, folder = read_clip(data, "train-001"), paths(data)[0]
+    pictures = [before.image(t) for t in range(len(before))]
+    for path in folder.glob("*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"))
+        if path.stem != "00002":
+            path.unlink()
+    with pytest.raises(DataError, match="00002 is there twice, as .jpg and .png"):
+        read_clip(data, "train-001")
+    (folder / "00002.jpg").rename(folder / "00002.JPG")
+    (folder / "00002.png").unlink()
+    clip = read_clip(data, "train-001")
+    assert [path.name for path in clip.frames] == ["00000.png", "00001.png", "00002.JPG", "00003.png", "00004.png"]
+    assert all(torch.equal(clip.image(t), picture) for t, picture in enumerate(pictures)) and clip.annotated() == before.annotated()
+
+
+def test_clips_with_names_of_two_words(data):
+    for folder in paths(data):
+        folder.rename(folder.with_name("a street"))
+    (data / "ImageSets" / "2017" / "train.txt").write_text("a street \r\n\n")
+    assert [clip.name for clip in read_clips(data, "train")] == ["a street"]
+
+
+def test_labels_of_many_objects_have_vocs_palette_in_8_bits(tmp_path):
+    index = np.arange(255, dtype=np.uint8).reshape(15, 17)
+    save_index(index, tmp_path / "many.png")
+    save_index(index.clip(max=3), tmp_path / "few.png")
+    for name in ("many", "few"):  # nothing is left out of the palette for want of a pixel
+        image = Image.open(tmp_path / f"{name}.png")
+        assert image.mode == "P" and np.array(image.getpalette(), np.uint8).reshape(-1, 3).tolist() == voc_palette().tolist()
+        assert (tmp_path / f"{name}.png").read_bytes()[24] == 8  # the bit depth of its header
+    assert np.array_equal(read_index(tmp_path / "many.png"), index)
+
+
+def test_objects_beyond_the_fifteenth_have_colours_of_their_own():
+    label = torch.arange(64).view(8, 8).repeat_interleave(24, 0).repeat_interleave(24, 1)
+    inside = np.array(pictures.overlay(torch.zeros(3, *label.shape), label))[12::24, 12::24]
+    assert len(np.unique(inside.reshape(-1, 3), axis=0)) == 64
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["jpeg", "png"])
@@ -142,7 +227,7 @@ def test_a_truncated_file(data, kind):
     assert str(error.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("content, says", [(None, "no such file"), ("", "names no clip"), ("nothing-here", "no .jpg frame here")])
+@pytest.mark.parametrize("content, says", [(None, "no such file"), ("", "names no clip"), ("nothing-here", "no .jpg or .png frame here")])
 def test_a_list_of_clips_that_is_wrong(data, content, says):
     names = data / "ImageSets" / "2017" / "train.txt"
     names.unlink() if content is None else names.write_text(content)

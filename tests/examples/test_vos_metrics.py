@@ -78,6 +78,30 @@ def test_scores_are_means_over_frames_then_objects():
     assert metrics.mean_scores(scores) == (100 * (0.75 + 0.75) / 2, 75.0, 75.0)
 
 
+def test_recall_and_decay_are_those_of_the_official_table():
+    """Recall is the share of frames above a half; decay the mean of the first quarter less that of the last, whose ends both count."""
+    Score = metrics.Score
+    J = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    scores = [Score("a", t, 1, j, 1.0) for t, j in enumerate(J, 1)] + [Score("a", t, 2, 0.6, 0.0) for t in range(1, 10)]
+    official = metrics.official(scores)
+    assert list(official) == ["J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay"]
+    first, last = (1.0 + 0.9 + 0.8) / 3, (0.4 + 0.3 + 0.2) / 3
+    assert official["J-Mean"] == pytest.approx(100 * (sum(J) / 9 + 0.6) / 2)
+    assert official["J-Recall"] == pytest.approx(100 * (5 / 9 + 1) / 2)
+    assert official["J-Decay"] == pytest.approx(100 * ((first - last) + 0) / 2)
+    assert (official["F-Mean"], official["F-Recall"], official["F-Decay"]) == (50, 50, 0)
+    assert official["J&F-Mean"] == pytest.approx((official["J-Mean"] + 50) / 2)
+    assert metrics.official(list(reversed(scores))) == official  # frames count by their numbers
+
+
+@pytest.mark.parametrize("frames, ends", [(1, (1, 1)), (2, (1, 1)), (3, (2, 1)), (6, (2, 2)), (68, (18, 18))])
+def test_quarters_are_cut_as_the_official_code_cuts_them(frames, ends):
+    """The bounds are 1 + i (n - 1) / 4 for i from 0 to 4, halves rounded up."""
+    values = [float(t) for t in range(frames)]
+    first, last = (sum(part) / len(part) for part in (values[: ends[0]], values[-ends[1] :]))
+    assert metrics.decay(values) == pytest.approx(first - last)
+
+
 def test_each_object_is_scored_for_itself():
     label = torch.zeros(40, 40, dtype=torch.int64)
     label[square(5, 5, 10)] = 2

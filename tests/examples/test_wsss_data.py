@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from examples.shared.images import DataError
+from examples.shared.commands import DataError
+from examples.shared.images import voc_palette
 from examples.wsss import synthetic
 from examples.wsss.data import IGNORE, VOC_CLASSES, read_scenes
 from tests.support import wsss_scenes
@@ -42,8 +43,26 @@ def test_classes_are_those_of_voc_where_none_are_named(data):
     assert {scene.labels for scene in read_scenes(data, "train").scenes} == {(VOC_CLASSES.index("sheep"),)}
 
 
+def test_names_of_two_words(data):
+    names = [*CLASSES[:-1], "traffic light"]
+    (data / "classes.txt").write_text("".join(f"{name} \r\n" for name in names) + "\n")
+    for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationClass", "png")):
+        (data / kind / f"train-00001.{suffix}").rename(data / kind / f"a street.{suffix}")
+    (data / "Annotations" / "a street.xml").write_text("<annotation><object><name>traffic light</name></object></annotation>")
+    (data / "ImageSets" / "Segmentation" / "train.txt").write_text("a street\n\n")
+    scenes = read_scenes(data, "train")
+    assert scenes.classes == tuple(names) and [(scene.name, scene.labels) for scene in scenes.scenes] == [("a street", (5,))]
+    assert scenes.scenes[0].mask().shape == (32, 32)
+
+
+def test_more_classes_than_indices_are_refused(data):
+    (data / "classes.txt").write_text("".join(f"class {i}\n" for i in range(255)))
+    with pytest.raises(DataError, match="names 255 classes, but an index PNG holds 254 beside the background and what is ignored"):
+        read_scenes(data, "train")
+
+
 def test_the_palette_is_vocs():
-    assert synthetic.voc_palette()[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
+    assert voc_palette()[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]
     ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import smattn
-from smattn.integrations import soften_mask2former
+from smattn.integrations import soft_mask2former_class, soften_mask2former
 
 pytestmark = [pytest.mark.promise("modules"), pytest.mark.slow]
 LAYERS = 4
@@ -139,6 +139,51 @@ def test_what_is_no_mask2former_or_is_soft_already_is_refused(original):
         soften_mask2former(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="soft already"):
         soften_mask2former(soften_mask2former(copy.deepcopy(original)))
+
+
+SETTINGS = [{}, {"alpha_init": 3.0, "sharpness": 2.5}, {"alpha_init": [1.0, 2.0], "learnable_alpha": False}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("kind", ["Mask2FormerModel", "Mask2FormerForUniversalSegmentation"])
+def test_a_softened_model_survives_saving_and_loading_bit_for_bit(kind, settings, pictures, tmp_path):
+    soft = soften_mask2former(tiny(kind), **settings)
+    with torch.no_grad():
+        for name, tensor in soft.state_dict().items():
+            if name.endswith("scaling_factors"):
+                tensor.add_(torch.rand(2))  # as if it had learned
+        soft.save_pretrained(tmp_path)
+        soft_class = soft_mask2former_class(type(soft))
+        loaded = soft_class.from_pretrained(tmp_path)
+        assert soft_class is soft_mask2former_class(type(soft)) and not loaded.training
+        state, loaded_state = soft.state_dict(), loaded.state_dict()
+        assert state.keys() == loaded_state.keys() and all(torch.equal(tensor, loaded_state[name]) for name, tensor in state.items())
+        parameters, loaded_parameters = (dict(m.named_parameters()).keys() for m in (soft, loaded))
+        assert parameters == loaded_parameters
+        for got, expected in zip(*(m(pixel_values=pictures).to_tuple()[:2] for m in (loaded, soft)), strict=True):
+            assert all(map(torch.equal, *(x if isinstance(x, tuple) else (x,) for x in (got, expected))))
+        loaded.save_pretrained(tmp_path / "again")
+        again = soft_class.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+
+
+def test_what_was_saved_of_the_original_begins_with_the_defaults(whole, tmp_path):
+    whole.save_pretrained(tmp_path)
+    soft, info = soft_mask2former_class(type(whole)).from_pretrained(tmp_path, output_loading_info=True)
+    assert len(info["missing_keys"]) == LAYERS and not info["unexpected_keys"]
+    alphas = {name: tensor.tolist() for name, tensor in soft.state_dict().items() if name.endswith("scaling_factors")}
+    assert set(alphas) == set(info["missing_keys"]) and all(alpha == [16, 4] for alpha in alphas.values())
+    state = soft.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_alpha_is_float32_in_a_model_that_is_loaded_in_bfloat16(tmp_path):
+    soft = soften_mask2former(tiny(), alpha_init=[1.001, 2.003])
+    soft.save_pretrained(tmp_path)
+    loaded = soft_mask2former_class(type(soft)).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {name.endswith("scaling_factors"): p.dtype for name, p in loaded.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert torch.equal(loaded.transformer_module.decoder.layers[0].cross_attn.scaling_factors, torch.tensor([1.001, 2.003]))
 
 
 def test_the_committed_costs_are_those_of_every_part_and_kind_of_mask():

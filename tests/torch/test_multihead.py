@@ -183,3 +183,36 @@ def test_a_boolean_window_and_padding_that_leave_a_query_no_key_give_zeros_and_f
         nothing = module.out_proj(torch.zeros(WIDTH))
     assert torch.equal(out[1, 0], nothing) and not torch.equal(out[0, 0], nothing)
     assert not weights[1, 0].any() and all(x.grad.isfinite().all() for x in (query, key, value, *module.parameters()) if x.grad is not None)
+
+
+def nested(*lengths):
+    return torch.nested.nested_tensor([torch.randn(n, 16) for n in lengths])
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_it_takes_the_nested_tensors_that_torchs_encoder_makes(activation, hooked):
+    """A hook keeps the layer from its fast path, but not the encoder from nesting."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, activation=activation)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([[3], [5]])
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=padding)
+        for one in encoder.layers:
+            one.self_attn = SoftMaskedMultiheadAttention.from_module(one.self_attn)
+            if hooked:
+                one.self_attn.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), expected)
+
+
+def test_nested_tensors_are_taken_as_torch_takes_them():
+    original = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    drop_in, x = SoftMaskedMultiheadAttention.from_module(original), nested(3, 5)
+    with torch.no_grad():
+        for got, expected in zip(drop_in(x, x, x)[0].unbind(), original(x, x, x)[0].unbind(), strict=True):
+            assert torch.equal(got, expected)
+        with pytest.raises(ValueError, match="query: expected a dense tensor beside a soft mask, got a nested one"):
+            drop_in(x, x, x, mask=torch.rand(2, 5, 5))
+    with pytest.raises(AssertionError, match="NestedTensor outside of its fast path"):  # torch's own refusal
+        drop_in(x, x, x)

@@ -1,0 +1,79 @@
+"""What the examples' commands have in common: devices, checkpoints, and one line in place of a traceback for what a user can put right."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CommandError(Exception):
+    """Something that a user can put right, in one line."""
+
+
+class SettingError(CommandError, ValueError):
+    """A setting that is impossible."""
+
+
+class MissingPackage(CommandError, ImportError):
+    """A package that is needed for what was asked for."""
+
+
+class DataError(CommandError, ValueError):
+    """Something is wrong with the data; the message begins with the file."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+
+
+@contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """End a command with one line instead of a traceback, where it fails by a CommandError or for a file that the system refuses."""
+    try:
+        yield
+    except CommandError as error:
+        raise SystemExit(str(error)) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise SystemExit(f"{error.filename}: {error.strerror}") from None
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def checked_device(name: str) -> str:
+    """The device that --device names. Raises SettingError where the machine or this torch does not have it."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise SettingError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def read_checkpoint(path: Path, device: str, *parts: str) -> dict[str, Any]:
+    """What examples/shared/resumable.py saved. Raises DataError where the file is missing, or has not all these parts."""
+    if not path.exists():
+        raise DataError(path, "no such checkpoint")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises what its parts happen to raise
+        raise DataError(path, f"not a checkpoint: {str(error).splitlines()[0]}") from error
+    missing = [part for part in parts if not isinstance(saved, dict) or part not in saved]
+    if missing:
+        raise DataError(path, f"not a checkpoint: it has no {missing[0]!r}")
+    return saved
+
+
+@contextmanager
+def of_this_system(path: Path) -> Iterator[None]:
+    """Make a DataError of what goes wrong where a model is built by the words of a checkpoint, and filled with its weights."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise DataError(path, f"not a checkpoint of this system: {str(error).splitlines()[0]}") from error

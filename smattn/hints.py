@@ -1,0 +1,33 @@
+"""What a refused call probably meant: words in brackets for the end of its error, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+SWAPPED = " (query and key look like (B, N, H, D): transpose axes 1 and 2)"
+
+
+def of_picture(name: str, mask: Tensor, keys: int) -> str:
+    """For a mask that has the keys as a picture, (..., h, w) with h * w = Nk."""
+    *_, height, width = (0, 0, *mask.shape)
+    if mask.dim() < 3 or height * width != keys:
+        return ""
+    return f" (its last two axes hold {keys} keys: flatten them, by {name}.flatten(-2))"
+
+
+def of_swapped_heads(query: Tensor, key: Tensor) -> str:
+    """For a key with other heads than query: rows and heads changed places if the axis after them agrees and cannot be the rows."""
+    (heads, rows), (key_heads, key_rows) = query.shape[-3:-1], key.shape[-3:-1]
+    return SWAPPED if rows == key_rows and (heads % key_heads != 0 or heads > rows) else ""
+
+
+def of_swapped_mask(mask: Tensor, query: Tensor, key: Tensor) -> str:
+    """For a mask that would fit query and key with rows and heads in each other's place."""
+    return SWAPPED if mask.dim() > 2 and mask.shape[-1] == key.shape[-3] and mask.shape[-2] in (1, query.shape[-3]) else ""
+
+
+def of_swapped_padding(shape: Sequence[int], key: Tensor) -> str:
+    """For a key padding mask that would fit keys with rows and heads in each other's place."""
+    return SWAPPED if tuple(shape) == (*key.shape[:-3], key.shape[-3]) else ""
