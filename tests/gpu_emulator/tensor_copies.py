@@ -205,7 +205,6 @@ def _block(group: Group, tensor: TensorMap, corner: Array, row: int, warp: int, 
     if inside.any():
         lanes = Lanes(np.repeat(program, inside.sum()), np.full(inside.sum(), warp), group.interval)
         values[inside] = group.launch.memory.load(addresses[inside], tensor.element, 1, lanes)[:, 0]
-    group.launch.counts.tensor_copy(values.nbytes)
     bytes_at = start + np.arange(values.nbytes)
     offsets = swizzled(bytes_at, tensor.swizzle) - BASE
     if offsets.min() < 0 or offsets.max() >= group.shared.size:
