@@ -1,5 +1,7 @@
 """The real kernels as compiled code: forward, backward and maps through the public calls, on both chips."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -20,8 +22,11 @@ def launched(arch):
     return {name: counts for name, _, _, counts in ROWS[arch].counts}
 
 
-@pytest.mark.parametrize("arch", backend.CHIPS)
-@pytest.mark.parametrize("name", CASES)
+FAST = {("many queries", 90), ("few queries, every option", 80)}
+PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in product(CASES, backend.CHIPS)]
+
+
+@pytest.mark.parametrize("name, arch", PAIRS)
 def test_all_results_are_inside_the_budget(name, arch):
     ROWS[arch].counts.clear()
     case = make_case(**CASES[name])
