@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/smattn.stamp
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
-PROBLEMS := 25  # of the driver's endless list, by `make sanitize` and `make arm64`
+PROBLEMS := 25  # of endless lists, by `make emulate`, and of the driver's by `make sanitize` and `make arm64`
 CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot sanitize arm64 clean
+.PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot emulate sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python -m bench.run
@@ -62,6 +62,9 @@ docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.aot $(AOT)
 	$(BIN)/python -m bench.gpu.roofline
+
+emulate: $(INSTALLED)  ## the compiled Triton kernels in an emulator of PTX: PROBLEMS drawn by SEED, and what each kernel executes
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu_emulator.emulate --problems $(PROBLEMS) --seed $(or $(SEED),0) $(EMULATE)
 
 # The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
 # -O1: at -O2 the sanitizers' checks inside the unrolled products take gcc minutes.

@@ -17,7 +17,7 @@ from smattn.call import Problem
 from smattn.kernels import backend, launch
 from smattn.kernels.tiles import Tile
 
-from .compile import States, bytes_of, state_of
+from .compile import Change, States, bytes_of, state_of
 from .compile import launch as run_compiled
 from .counters import Counts
 
@@ -28,15 +28,15 @@ backends: Any = import_module("smattn.backends")  # of this name the package exp
 class Launched(launch.Recorder):
     """Where launches go: they run, one after the other, and what they executed is added up by kernel."""
 
-    def __init__(self, arch: int, counts: list[tuple[str, Tile, dict[str, Any], Counts]], detailed: bool) -> None:
-        super().__init__(arch)
-        self.counts, self.detailed = counts, detailed
+    def __init__(self, emulated: Emulated) -> None:
+        super().__init__(emulated.arch)
+        self.emulated = emulated
         self.states: States = {}
 
     def take(self, kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
-        counts = Counts(detailed=self.detailed)
-        run_compiled(kernel, programs, arguments, tile, self.arch, self.states, counts)
-        self.counts.append((kernel.__name__.strip("_").removesuffix("_kernel"), tile, arguments, counts))
+        name, counts = kernel.__name__.strip("_").removesuffix("_kernel"), Counts(detailed=self.emulated.detailed)
+        self.emulated.counts.append((name, tile, arguments, counts))
+        run_compiled(kernel, programs, arguments, tile, self.arch, self.states, counts, self.emulated.changes.get(name))
 
 
 class Uninitialised(TorchDispatchMode):
@@ -62,6 +62,7 @@ class Emulated:
     arch: int
     counts: list[tuple[str, Tile, dict[str, Any], Counts]] = field(default_factory=list)
     detailed: bool = False  # whether requests to memory are counted
+    changes: dict[str, Change] = field(default_factory=dict)  # kernel -> what is done to it before it runs
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         there = problem._replace(device_type="cuda")
@@ -81,7 +82,7 @@ class Emulated:
 
     @contextmanager
     def launches(self) -> Iterator[None]:
-        recorder = Launched(self.arch, self.counts, self.detailed)
+        recorder = Launched(self)
         launch.record(recorder)
         try:
             with Uninitialised(recorder.states):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from smattn.kernels.tools import aot
 from . import machine
 from .counters import Counts
 from .memory import Array, GlobalMemory
-from .parser import parse
+from .parser import Kernel, parse
 from .tensor_copies import TensorMap
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "gpu_emulator"
 States = dict[int, Array]  # address of a storage -> which of its bytes hold something
+Change = Callable[[Kernel], Kernel]
 
 
 class Module(NamedTuple):
@@ -87,18 +89,16 @@ def translated(ptx: str) -> machine.Compiled:
 
 
 def launch(
-    kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int, states: States, counts: Counts | None = None
-) -> machine.Launch:
-    """Compile the kernel for these arguments and run it on their storages."""
+    kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, arch: int, states: States,
+    counts: Counts | None = None, change: Change | None = None,
+) -> machine.Launch:  # fmt: skip
+    """Compile the kernel for these arguments and run it on their storages. change: makes another kernel of it first."""
     source = source_of(kernel, arguments)
     module = compile_kernel(source, arch, tile)
-    return run(module, source, arguments, programs, states, counts or Counts())
-
-
-def run(
-    module: Module, source: ASTSource, arguments: dict[str, Any], programs: int, states: States, counts: Counts
-) -> machine.Launch:
-    code, memory = translated(module.ptx), GlobalMemory()
+    code = translated(module.ptx)
+    if change is not None:
+        code = machine.Compiled.of(change(code.kernel))
+    memory = GlobalMemory()
     values = _pass(source, arguments, module.descriptors, memory, states)
     parameters, tensor_maps = bytearray(4096), {}
     for parameter, value in zip(code.kernel.parameters, [*values, 0, 0], strict=True):  # Triton's scratch memory comes last: none here
@@ -108,7 +108,7 @@ def run(
             form = "<f" if isinstance(value, float) else {4: "<I", 8: "<Q"}[parameter.size]
             struct.pack_into(form, parameters, parameter.offset, value if isinstance(value, float) else value % 256**parameter.size)
     launched = machine.Launch(
-        code, (programs, 1, 1), code.kernel.threads, module.shared, bytes(parameters), tensor_maps, memory, counts
+        code, (programs, 1, 1), code.kernel.threads, module.shared, bytes(parameters), tensor_maps, memory, counts or Counts()
     )  # fmt: skip
     memory.begin()
     machine.run(launched)

@@ -44,9 +44,8 @@ def flops_of(opcode: str) -> float:
 class Counts:
     """Of a launch, summed over its warps."""
 
-    detailed: bool = False  # whether requests to memory are counted too, which takes time
-    instructions: Counter[str] = field(default_factory=Counter)
-    tensor_flops: float = 0
+    detailed: bool = False  # whether requests to memory are counted too, those of the first program of a group
+    opcodes: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)  # of warps: "load", "store" and "shared"
     sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes that these touch in global memory
     requested_bytes: Counter[str] = field(default_factory=Counter)
@@ -58,14 +57,26 @@ class Counts:
             warps = group.shape[0] * group.warps
         else:
             warps = int(group.mask.reshape(group.shape[0], group.warps, -1).any(2).sum())
-        for each in block.instructions:
-            self.instructions[class_of(each.opcode)] += warps
-            self.tensor_flops += flops_of(each.opcode) * warps
+        for opcode, number in block.opcodes.items():
+            self.opcodes[opcode] += number * warps
+
+    @property
+    def instructions(self) -> Counter[str]:
+        """By class."""
+        classes = Counter[str]()
+        for opcode, number in self.opcodes.items():
+            classes[class_of(opcode)] += number
+        return classes
+
+    @property
+    def tensor_flops(self) -> float:
+        return sum(flops_of(opcode) * number for opcode, number in self.opcodes.items())
 
     def global_access(self, kind: str, addresses: Array, size: int, group: Group, active: Array | None) -> None:
-        if not self.detailed or len(addresses) == 0:
+        first = group.rows(active) == 0 if self.detailed else np.zeros(0, bool)
+        if not first.any():
             return
-        warp = group.rows(active) * group.warps + group.warp(active)
+        addresses, warp = addresses[first], group.warp(active)[first]
         pieces = [addresses.astype(np.int64) + at for at in range(0, size, 32)]
         keys = np.concatenate([warp * 2**48 + piece // 32 % 2**48 for piece in pieces])
         self.sectors[kind] += len(np.unique(keys))
@@ -76,12 +87,12 @@ class Counts:
 
     def shared_access(self, addresses: Array, size: int, group: Group, active: Array | None) -> None:
         """A request of more than 128 bytes is served a part of the warp at a time. Each part takes as many passes as its fullest bank."""
-        if not self.detailed or len(addresses) == 0:
+        first = group.rows(active) == 0 if self.detailed else np.zeros(0, bool)
+        if not first.any():
             return
-        warp = group.rows(active) * group.warps + group.warp(active)
+        addresses, warp = addresses[first], group.warp(active)[first]
         self.requests["shared"] += len(np.unique(warp))
-        lane = np.broadcast_to(np.arange(group.threads) % 32, group.shape).reshape(-1)
-        lane = lane if active is None else lane[active.reshape(-1)]
+        lane = group.pick(np.arange(group.threads)[None] % 32, active)[first]
         part = warp * 4 + lane * max(4, size) // 128
         words = np.unique(np.concatenate([part * 2**20 + addresses.astype(np.int64) // 4 + at for at in range(max(1, size // 4))]))
         banks, counts = np.unique(words // 2**20 * 32 + words % 32, return_counts=True)
@@ -89,13 +100,8 @@ class Counts:
         np.maximum.at(fullest, banks // 32, counts)
         self.wavefronts += int(fullest.sum())
 
-    def tensor_copy(self, size: int) -> None:
-        self.requests["tensor copy"] += 1
-        self.requested_bytes["tensor copy"] += size
-
     def add(self, other: Counts) -> None:
-        self.instructions += other.instructions
-        self.tensor_flops += other.tensor_flops
+        self.opcodes += other.opcodes
         self.requests += other.requests
         self.sectors += other.sectors
         self.requested_bytes += other.requested_bytes

@@ -171,7 +171,7 @@ def _run_until(group: Group, stop: int | None) -> list[Group]:
             group = group.split(~each[:, 0])
         else:
             _run_both_sides(group, block, goes, stays)
-    if group.block is None:
+    if group.block is None and group.mask is None:
         _check_end(group)
     return parted
 
@@ -199,6 +199,9 @@ def _run_block(group: Group, block: Block) -> None:
 
 
 def _check_end(group: Group) -> None:
-    if group.mask is None:
+    try:
         group.copying.check_end()
         group.products.check_end()
+    except Fault as fault:
+        fault.where = f"{group.launch.code.kernel.name}, line {group.launch.code.kernel.instructions[-1].line}: the end"
+        raise

@@ -91,8 +91,8 @@ def load_matrices(translator: Translator, each: Instruction, match: re.Match[str
         lanes = _lanes_with_addresses(group, active, count)
         addresses = place.of(group, lanes)
         group.launch.counts.shared_access(addresses, 16, group, lanes)
-        index = group.shared.index(group.rows(lanes), addresses, 16, 1) * 4 + np.arange(4)
-        loaded = group.shared.load(index, 4, group.warp(lanes))
+        index = group.shared.index(group.rows(lanes), addresses, 8, 2)
+        loaded = group.shared.load(index, 8, group.warp(lanes)).view(np.uint32)
         words = np.zeros((*group.shape, 4), np.uint32)
         words[np.ones(group.shape, bool) if lanes is None else lanes] = loaded
         matrices = words.reshape(group.shape[0], group.warps, 4, 8, 4)
@@ -124,8 +124,8 @@ def store_matrices(translator: Translator, each: Instruction, match: re.Match[st
             matrices[:, :, at] = matrix
         addresses = place.of(group, lanes)
         group.launch.counts.shared_access(addresses, 16, group, lanes)
-        index = group.shared.index(group.rows(lanes), addresses, 16, 1) * 4 + np.arange(4)
-        rows = matrices.reshape(*group.shape, 4)
-        group.shared.store(index, rows.reshape(-1, 4) if lanes is None else rows[lanes], group.warp(lanes))
+        index = group.shared.index(group.rows(lanes), addresses, 8, 2)
+        rows = matrices.reshape(*group.shape, 4).view(np.uint64)
+        group.shared.store(index, rows.reshape(-1, 2) if lanes is None else rows[lanes], group.warp(lanes))
 
     return Step(run, ())

@@ -87,6 +87,8 @@ class GlobalMemory:
             raise Fault("repeatability", f"threads store different values to one address, {describe(addresses, differs)}")
         self.state.view(UNSIGNED[size])[index] = _repeated(WRITTEN, size)
         self._writer[halves] = (1 + lanes.program * 64 + lanes.warp)[:, None]
+        if ((self._writer[halves] - 1) // 64 != lanes.program[:, None]).any():
+            raise Fault("racecheck", "another program's store at the same address")
         self._interval[halves] = lanes.interval
         self._was_written = True
 

@@ -65,12 +65,13 @@ def load_parameter(translator: Translator, each: Instruction, match: re.Match[st
 def load_global(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     kind, place = match[2], Place(translator, each.operands[1])
     slots, size = translator.elements(each.operands[0], kind), SIZES[kind]
-    put = _putter(translator, slots, kind)
+    put, wide = _putter(translator, slots, kind), min(8, size * len(slots))
 
     def run(group: Group, active: Array | None) -> None:
         addresses = place.of(group, active)
         group.launch.counts.global_access("load", addresses, size * len(slots), group, active)
-        put(group, group.launch.memory.load(addresses, size, len(slots), group.lanes(active)), active)
+        values = group.launch.memory.load(addresses, wide, size * len(slots) // wide, group.lanes(active))
+        put(group, values.view(UNSIGNED[size]), active)
 
     return Step(run, tuple(slots))
 
@@ -79,13 +80,13 @@ def load_global(translator: Translator, each: Instruction, match: re.Match[str])
 def load_shared(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     kind, place = match[2], Place(translator, each.operands[1])
     slots, size = translator.elements(each.operands[0], kind), SIZES[kind]
-    put = _putter(translator, slots, kind)
+    put, wide = _putter(translator, slots, kind), min(8, size * len(slots))  # fewer elements are quicker
 
     def run(group: Group, active: Array | None) -> None:
         addresses = place.of(group, active)
         group.launch.counts.shared_access(addresses, size * len(slots), group, active)
-        index = group.shared.index(group.rows(active), addresses, size, len(slots))
-        put(group, group.shared.load(index, size, group.warp(active)), active)
+        index = group.shared.index(group.rows(active), addresses, wide, size * len(slots) // wide)
+        put(group, group.shared.load(index, wide, group.warp(active)).view(UNSIGNED[size]), active)
 
     return Step(run, tuple(slots))
 
@@ -119,9 +120,11 @@ def store_shared(translator: Translator, each: Instruction, match: re.Match[str]
 
     def run(group: Group, active: Array | None) -> None:
         addresses, values = place.of(group, active), take(group, active)
-        size, count = values.dtype.itemsize, values.shape[1]
-        group.launch.counts.shared_access(addresses, size * count, group, active)
-        group.shared.store(group.shared.index(group.rows(active), addresses, size, count), values, group.warp(active))
+        width = values.dtype.itemsize * values.shape[1]
+        values = values.view(UNSIGNED[min(8, width)])
+        group.launch.counts.shared_access(addresses, width, group, active)
+        index = group.shared.index(group.rows(active), addresses, values.dtype.itemsize, values.shape[1])
+        group.shared.store(index, values, group.warp(active))
 
     return Step(run, ())
 

@@ -65,10 +65,10 @@ class SharedMemory:
             return
         codes = np.ascontiguousarray(writers[doubtful]).view(np.uint8)
         own = np.ascontiguousarray(np.broadcast_to(mine, writers.shape)[doubtful]).view(np.uint8)
-        if (codes & UNWRITTEN).any():
-            raise Fault("memcheck", "load of shared memory that was never written")
         if (codes & COPYING).any():
             raise Fault("racecheck", "load of shared memory where a copy was not waited for")
+        if (codes & UNWRITTEN).any():
+            raise Fault("memcheck", "load of shared memory that was never written")
         if ((codes != 0) & (codes != own)).any():
             raise Fault("racecheck", "load of what another warp stored to shared memory, and no barrier between")
 

@@ -58,12 +58,14 @@ class Barrier:
         self.count, self.arrivals, self.bytes, self.phase = (np.zeros(programs, np.int64) for _ in range(4))
         self.copies: list[Copy] = []
         self.tried = np.zeros(programs, bool)
+        self.maker, self.made, self.used = 0, -1, -1  # the warp that made it; the intervals between barriers of that and of the last wait
 
     def rows(self, chosen: Array) -> Barrier:
         part = Barrier(0)
         for name in ("valid", "count", "arrivals", "bytes", "phase", "tried"):
             setattr(part, name, getattr(self, name)[chosen])
         part.copies = [copy.rows(chosen) for copy in self.copies]
+        part.maker, part.made, part.used = self.maker, self.made, self.used
         return part
 
     def turn(self) -> None:
@@ -83,13 +85,16 @@ class Barriers:
         part.by_address = {address: barrier.rows(chosen) for address, barrier in self.by_address.items()}
         return part
 
-    def at(self, addresses: Array, rows: Array | None = None) -> Barrier:
+    def at(self, group: Group, place: Place, active: Array | None, made: bool = True) -> Barrier:
         """The one that all threads name."""
+        addresses, rows = place.of(group, active), group.rows(active)
         if (addresses != addresses[0]).any() or addresses[0] % 8:
             raise Fault("refused", "threads that name different mbarriers")
         barrier = self.by_address.setdefault(int(addresses[0]), Barrier(self.programs))
-        if rows is not None and not barrier.valid[rows].all():
+        if made and not barrier.valid[rows].all():
             raise Fault("memcheck", "use of an mbarrier that is not initialised")
+        if made and barrier.made == group.interval and (group.warp(active) != barrier.maker).any():
+            raise Fault("racecheck", "use of an mbarrier that another warp initialised, and no barrier between")
         return barrier
 
 
@@ -104,14 +109,17 @@ def initialise(translator: Translator, each: Instruction, match: re.Match[str]) 
 
     def run(group: Group, active: Array | None) -> None:
         rows = group.rows(active)
-        barrier = group.barriers.at(place.of(group, active), rows if count is None else None)
+        barrier = group.barriers.at(group, place, active, made=count is None)
         if count is None:
+            if barrier.used == group.interval and group.warps > 1:
+                raise Fault("racecheck", "an mbarrier ends where other warps may still wait for it")
             if any(len(copy.row) for copy in barrier.copies):
                 raise Fault("racecheck", "an mbarrier ends before the copies that it counts")
             barrier.valid[rows] = False
             return
         barrier.count[rows] = barrier.arrivals[rows] = group.pick(group.registers[count], active)
         barrier.bytes[rows], barrier.phase[rows], barrier.valid[rows] = 0, 0, True
+        barrier.maker, barrier.made = int(group.warp(active)[0]), group.interval
 
     return Step(run, ())
 
@@ -124,7 +132,7 @@ def arrive(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 
     def run(group: Group, active: Array | None) -> None:
         rows = group.rows(active)
-        barrier = group.barriers.at(place.of(group, active), rows)
+        barrier = group.barriers.at(group, place, active)
         if expected is not None:
             np.add.at(barrier.bytes, rows, group.pick(group.registers[expected], active).astype(np.int64))
         np.subtract.at(barrier.arrivals, rows, 1)
@@ -143,7 +151,8 @@ def try_wait(translator: Translator, each: Instruction, match: re.Match[str]) ->
 
     def run(group: Group, active: Array | None) -> None:
         rows = group.rows(active)
-        barrier = group.barriers.at(place.of(group, active), rows)
+        barrier = group.barriers.at(group, place, active)
+        barrier.used = group.interval
         wanted = np.zeros(group.shape[0], np.int64)
         wanted[rows] = group.pick(group.registers[parity], active) & 1
         if not barrier.tried.all():
@@ -182,7 +191,7 @@ def copy_tensor(translator: Translator, each: Instruction, match: re.Match[str])
 
     def run(group: Group, active: Array | None) -> None:
         rows, warp = group.rows(active), group.warp(active)
-        barrier = group.barriers.at(barrier_place.of(group, active), rows)
+        barrier = group.barriers.at(group, barrier_place, active)
         maps = {int(at) for at in source.of(group, active)}
         if len(maps) > 1:
             raise Fault("refused", "threads that name different tensor maps")
@@ -205,7 +214,6 @@ def _block(group: Group, tensor: TensorMap, corner: Array, row: int, warp: int, 
     if inside.any():
         lanes = Lanes(np.repeat(program, inside.sum()), np.full(inside.sum(), warp), group.interval)
         values[inside] = group.launch.memory.load(addresses[inside], tensor.element, 1, lanes)[:, 0]
-    group.launch.counts.tensor_copy(values.nbytes)
     bytes_at = start + np.arange(values.nbytes)
     offsets = swizzled(bytes_at, tensor.swizzle) - BASE
     if offsets.min() < 0 or offsets.max() >= group.shared.size:

@@ -49,7 +49,7 @@ def test_no_product_in_a_sum_over_lanes_may_be_contracted(dtype, D, Nq, arch):
     assert sums > 0
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_lanes_that_hold_the_same_sum_hold_the_same_bits(arch):
     """In these calls two lanes stored a row's sum of products, each with a last bit of its own, to one address."""
     for case in (

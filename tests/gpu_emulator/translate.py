@@ -7,6 +7,7 @@ The units (memory_access.py, warps.py, copies.py, matrix.py, wgmma.py) say by `@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +50,7 @@ class Block(NamedTuple):
     """Instructions that run one after the other, and where to go then."""
 
     instructions: list[Instruction]
+    opcodes: Counter[str]
     steps: list[Run]
     masked_steps: list[Run]  # the same for groups some of whose threads went elsewhere
     condition: int | None  # the slot of the predicate of the branch at the end; None where it is not taken on a condition
@@ -115,8 +117,9 @@ class Translator:
         body = inside[:-1] if last else inside
         following: int | None = number[end] if end < len(self.kernel.instructions) else None
         steps, masked = zip(*map(self._steps, body), strict=True) if body else ((), ())
+        opcodes = Counter(each.opcode for each in inside)
         if last is None:
-            return Block(inside, list(steps), list(masked), None, False, following, None)
+            return Block(inside, opcodes, list(steps), list(masked), None, False, following, None)
         if last.opcode == "trap":
             raise Refused(f"{last}: trap")
         target = None
@@ -125,8 +128,8 @@ class Translator:
             assert isinstance(label, (Symbol, Register))
             target = number[self.kernel.labels[label.name]]
         if last.guard is None:
-            return Block(inside, list(steps), list(masked), None, False, target, None)
-        return Block(inside, list(steps), list(masked), self.slot(last.guard, "pred"), last.guard_negated, target, following)
+            return Block(inside, opcodes, list(steps), list(masked), None, False, target, None)
+        return Block(inside, opcodes, list(steps), list(masked), self.slot(last.guard, "pred"), last.guard_negated, target, following)
 
     def _steps(self, each: Instruction) -> tuple[Run, Run]:
         """The step as it is, and for groups with a mask."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def by_warp(group: Group, value: Array) -> Array:
     """(programs, warps, 32): what each lane holds."""
-    return np.broadcast_to(value, group.shape).reshape(group.shape[0], group.warps, 32)
+    return np.broadcast_to(value.view(), group.shape).reshape(group.shape[0], group.warps, 32)
 
 
 def full_warps(active: Array | None, name: str) -> None:

@@ -1,0 +1,148 @@
+"""`make emulate PROBLEMS=n SEED=s`: drawn problems through the compiled kernels, and what these execute, kernel by kernel.
+
+A failure does not end it. `--write` leaves the table in bench/results/emulated-kernels.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import itertools
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from smattn.kernels.tiles import Tile, block_of
+
+from .backend import CHIPS, install
+from .counters import Counts
+from .problems import check, problems
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "emulated-kernels.csv"
+HEAD = (
+    "kernel", "arch", "bytes", "D", "block_m", "block_n", "warps", "launches", "instructions_a_score", "exp2_a_score", "flops_over_needed",
+    "bytes_a_load", "sectors_a_load", "wavefronts_a_request",
+)  # fmt: skip
+
+
+class Key(NamedTuple):
+    kernel: str
+    arch: int
+    bytes: int
+    D: int
+    tile: Tile
+
+
+class Total:
+    """What all launches of a kernel with one tile executed, and what they had to."""
+
+    def __init__(self) -> None:
+        self.counts, self.launches, self.scores, self.needed = Counts(), 0, 0, 0.0
+
+    def row(self) -> tuple[str, ...]:
+        c = self.counts
+        figures = (
+            sum(c.instructions.values()) * 32 / max(1, self.scores), c.instructions["exp2"] * 32 / max(1, self.scores),
+            c.tensor_flops / self.needed if self.needed and c.tensor_flops else 0.0,
+            c.requested_bytes["load"] / max(1, c.requests["load"]), c.sectors["load"] / max(1, c.requests["load"]),
+            c.wavefronts / max(1, c.requests["shared"]),
+        )  # fmt: skip
+        return (str(self.launches), *(f"{figure:.2f}" for figure in figures))
+
+
+def products(arguments: dict[str, Any], kernel: str) -> int:
+    """How many columns a score's products have together: D for q k and for each gradient that is a sum of q or k, Dv for the others."""
+    D, Dv = arguments["D"], arguments.get("DV", 0)
+    if kernel in ("forward", "partial"):
+        return D + Dv
+    if kernel in ("map", "map_means"):
+        return D
+    return D * (1 + sum(bool(arguments.get(need)) for need in ("NEED_DQ", "NEED_DK"))) + Dv * (1 + bool(arguments.get("NEED_DV")))
+
+
+def scores_of(arguments: dict[str, Any]) -> int:
+    """How many scores a kernel goes over; 0 where it goes over none."""
+    if "q_ptr" not in arguments:
+        return 0
+    B, H, Nq, _ = arguments["q_ptr"].shape
+    return B * H * Nq * arguments["Nk"]
+
+
+def add_up(totals: dict[Key, Total], arch: int, launched: list[tuple[str, Tile, dict[str, Any], Counts]]) -> None:
+    for kernel, tile, arguments, counts in launched:
+        if not (scores := scores_of(arguments)):
+            continue
+        head = block_of(max(arguments["D"], arguments.get("DV", 0)))
+        query = arguments["q_ptr"]
+        size = query.element_size() if isinstance(query, torch.Tensor) else query.base.element_size()
+        total = totals.setdefault(Key(kernel, arch, size, head, tile), Total())
+        total.counts.add(counts)
+        total.launches += 1
+        total.scores += scores
+        total.needed += 2 * scores * products(arguments, kernel)
+
+
+def rows(totals: dict[Key, Total]) -> list[tuple[str, ...]]:
+    return [
+        (k.kernel, str(k.arch), str(k.bytes), str(k.D), str(k.tile.block_m), str(k.tile.block_n), str(k.tile.warps), *total.row())
+        for k, total in sorted(totals.items())
+    ]
+
+
+def write(path: Path, totals: dict[Key, Total], summary: str) -> None:
+    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").rglob("*.py")))).hexdigest()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    with path.open("w", newline="") as file:
+        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, kernels/*.py sha256 {sources[:16]}\n")
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(HEAD)
+        table.writerows(rows(totals))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop early after so long")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: there is no compiler under it")
+    torch.set_num_threads(1)
+    emulated, totals, start = install(*CHIPS), dict[Key, Total](), time.monotonic()
+    for row in emulated.values():
+        row.detailed = True
+    ran, failures = Counter[str](), list[str]()
+    for number, (drawn, case) in enumerate(itertools.islice(problems(options.seed), options.problems)):
+        if time.monotonic() - start > 60 * options.minutes:
+            break
+        row = emulated[drawn.arch]
+        row.counts.clear()
+        try:
+            check(drawn, case, row)
+        except Exception as error:  # whatever is thrown belongs in the result
+            failures.append(f"problem {number} {drawn}, Nq {case.query.shape[2]}, Nk {case.key.shape[2]}: {type(error).__name__}: {error}")
+            print(f"FAILED {failures[-1]}", flush=True)
+        ran[f"sm_{drawn.arch}"] += 1
+        ran["launches"] += len(row.counts)
+        add_up(totals, drawn.arch, row.counts)
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(ran.items()))
+    summary = f"seed {options.seed}: {ran.total() - ran['launches']} problems ({counts}), {len(failures)} failed"
+    for line in (HEAD, *rows(totals)):
+        print("  ".join(f"{text:>{len(name)}}" for text, name in zip(line, HEAD, strict=True)))
+    print(f"{summary}, {time.monotonic() - start:.0f} s")
+    if options.write:
+        write(RESULTS, totals, summary)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

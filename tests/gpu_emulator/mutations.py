@@ -1,0 +1,181 @@
+"""Planted mistakes: every place in a kernel where one of five kinds of mistake can be made, and the kernel with it.
+
+Some changes are no mistakes, and none can be caught. Which these are is decided here, by rules on the code or on what the run has met:
+a barrier with no access to memory between it and the next, or where one warp does what comes before and after; a wait while nothing is
+under way; a bound that no element is equal to; two fragment registers that are one; a zero that no sum begins with, or that nothing reads
+before it is written over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .arithmetic import ARITHMETIC, Operation
+from .memory import Array
+from .parser import Immediate, Instruction, Kernel, Vector
+from .translate import Step, Translator, instruction
+
+if TYPE_CHECKING:
+    from .machine import Group
+
+KINDS = ("barrier dropped", "wait one too few", "fragments swapped", "bound off by one", "accumulator not zero")
+MEMORY = re.compile(r"ld\.(global|shared|volatile)|st\.|[ls][dt]matrix|cp\.async|wgmma\.mma|mbarrier")
+OF_ONE_WARP = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk")  # one thread starts tensor copies, the same each time
+NEXT_TO = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
+
+
+@dataclass
+class Met:
+    """Whether the run came upon anything for which the change matters."""
+
+    anything: bool = False
+
+
+MET = Met()
+
+
+class Watched(np.ndarray):  # type: ignore[type-arg]
+    """A value that says when it is read. To move it from register to register is not to read it."""
+
+    def __array_finalize__(self, source: object) -> None:
+        MET.anything |= isinstance(source, Watched)
+
+
+class Site(NamedTuple):
+    kind: str
+    at: int  # the instruction's number
+    text: str
+
+
+def sites(kernel: Kernel) -> Iterator[Site]:
+    for at, each in enumerate(kernel.instructions):
+        kind = _kind(kernel, at, each)
+        if kind is not None:
+            yield Site(kind, at, str(each))
+
+
+def _kind(kernel: Kernel, at: int, each: Instruction) -> str | None:
+    if each.opcode == "bar.sync":
+        return "barrier dropped" if _matters(kernel, at) else None
+    if re.match(r"(cp\.async|wgmma)\.wait_group", each.opcode):
+        return "wait one too few"
+    if each.opcode.startswith("mma.sync") or each.opcode.startswith("wgmma.mma") and isinstance(each.operands[1], Vector):
+        a = each.operands[1]
+        assert isinstance(a, Vector)
+        return "fragments swapped" if a.elements[0] != a.elements[1] else None
+    if re.match(r"setp\.(lt|le|gt|ge)\.[su](32|64)", each.opcode):
+        return "bound off by one"
+    if each.opcode.startswith("wgmma.mma") and each.operands[3] == Immediate(0):
+        return "accumulator not zero"
+    if each.opcode == "mov.b32" and each.operands[1] == Immediate(0, 32) and _begins_a_sum(kernel, each):
+        return "accumulator not zero"
+    return None
+
+
+def _begins_a_sum(kernel: Kernel, zero: Instruction) -> bool:
+    """Whether the register, or one that it is moved to, is added to by a product or a sum."""
+    known = {zero.operands[0]}
+    moves = [each for each in kernel.instructions if each.opcode == "mov.b32"]
+    while more := {each.operands[0] for each in moves if each.operands[1] in known} - known:
+        known |= more
+    for each in kernel.instructions:
+        addends = each.operands[-1:] if each.opcode.startswith(("mma", "fma")) else each.operands[:1] if "wgmma.mma" in each.opcode else ()
+        addends = each.operands[1:] if each.opcode == "add.f32" else addends
+        for operand in addends:
+            if known & set(operand.elements if isinstance(operand, Vector) else (operand,)):
+                return True
+    return False
+
+
+def _matters(kernel: Kernel, at: int) -> bool:
+    """Whether there is an access to memory before the next barrier, and since the last one."""
+    nearest = []
+    for side in (kernel.instructions[at + 1 :], reversed(kernel.instructions[:at])):
+        for each in side:
+            if each.opcode == "bar.sync":
+                return False
+            if MEMORY.match(each.opcode):
+                nearest.append(each.opcode)
+                break
+    return not all(map(OF_ONE_WARP.match, nearest))
+
+
+def mutant(kernel: Kernel, site: Site) -> Kernel:
+    """The kernel with the mistake. MET says afterwards whether the run met what it changes."""
+    each = kernel.instructions[site.at]
+    MET.anything = site.kind == "fragments swapped" or each.opcode.startswith("wgmma.mma")
+    changed = kernel.instructions[:]
+    changed[site.at] = _changed(each, site.kind)
+    return replace(kernel, instructions=changed)
+
+
+def _changed(each: Instruction, kind: str) -> Instruction:
+    if kind == "barrier dropped":
+        return each._replace(opcode="mutant.nothing", operands=())
+    if kind == "wait one too few":
+        return each._replace(opcode=f"mutant.{each.opcode}")
+    if kind == "fragments swapped":
+        a = each.operands[1]
+        assert isinstance(a, Vector)
+        swapped = Vector((a.elements[1], a.elements[0], *a.elements[2:]))
+        return each._replace(operands=(each.operands[0], swapped, *each.operands[2:]))
+    if kind == "bound off by one":
+        return each._replace(opcode=f"mutant.{each.opcode}")
+    if each.opcode == "mov.b32":
+        return each._replace(opcode="mutant.one", operands=each.operands[:1])
+    return each._replace(operands=(*each.operands[:3], Immediate(1), *each.operands[4:]))
+
+
+def _off_by_one(opcode: str) -> Operation:
+    name = opcode.split(".")[1]
+    right, wrong = ARITHMETIC[opcode], ARITHMETIC[opcode.replace(f".{name}.", f".{NEXT_TO[name]}.")]
+
+    def compare(a: Array, b: Array) -> Array:
+        result = wrong.function(a, b)
+        MET.anything |= bool(np.any(result != right.function(a, b)))
+        return result
+
+    return right._replace(function=compare)
+
+
+for name in NEXT_TO:
+    for kind in ("s32", "u32", "s64", "u64"):
+        ARITHMETIC[f"mutant.setp.{name}.{kind}"] = _off_by_one(f"setp.{name}.{kind}")
+
+
+@instruction(r"mutant\.nothing")
+def nothing(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    def run(group: Group, active: Array | None) -> None:
+        MET.anything = True
+
+    return Step(run, ())
+
+
+@instruction(r"mutant\.one")
+def one(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    slot = translator.slot(each.operands[0], "b32")
+
+    def run(group: Group, active: Array | None) -> None:
+        group.registers[slot] = np.full((1, 1), 0x3F800000, np.uint32).view(Watched)
+
+    return Step(run, (slot,))
+
+
+@instruction(r"mutant\.(cp\.async|wgmma)\.wait_group.*")
+def wait_for_one_less(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    count = each.operands[0]
+    assert isinstance(count, Immediate)
+    left = count.value
+
+    def run(group: Group, active: Array | None) -> None:
+        waiting = group.copying if match[1] == "cp.async" else group.products
+        done = waiting.groups[: max(0, len(waiting.groups) - left)]
+        MET.anything |= any(len(copy.row) for each in done for copy in each) if match[1] == "cp.async" else any(done)
+        waiting.wait(group, left + 1)
+
+    return Step(run, ())

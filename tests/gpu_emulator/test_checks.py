@@ -1,0 +1,134 @@
+"""What the emulator refuses and what it finds, each on a few lines of PTX written for it."""
+
+import numpy as np
+import pytest
+
+from tests.gpu_emulator import machine
+from tests.gpu_emulator.counters import Counts
+from tests.gpu_emulator.memory import Fault, GlobalMemory
+from tests.gpu_emulator.parser import Refused, parse
+
+pytestmark = pytest.mark.promise("compiled code")
+MODULE = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 memory[];
+.visible .entry tried(.param .u64 data) .reqntid 64
+{
+    .reg .pred %p<9>;
+    .reg .b32 %r<40>;
+    .reg .b64 %rd<9>;
+    ld.param.b64 %rd1, [data];
+    mov.u32 %r1, %tid.x;
+    mov.u32 %r2, %ctaid.x;
+    mad.wide.u32 %rd2, %r1, 4, %rd1;
+    mov.b32 %r3, memory;
+    shl.b32 %r4, %r1, 2;
+    add.s32 %r5, %r3, %r4;
+    xor.b32 %r6, %r4, 128;
+    add.s32 %r7, %r3, %r6;
+    BODY
+    ret;
+}
+"""
+OWN, OTHERS = "%r5", "%r7"  # a word of shared memory of each thread, and that of a thread of the other warp
+
+
+def run(body, programs=1, shared=256, holds=None):
+    """What 64 words of memory hold afterwards."""
+    (kernel,) = parse(MODULE.replace("BODY", body)).values()
+    data = np.arange(64, dtype=np.uint32)
+    memory = GlobalMemory()
+    state = None if holds is None else np.where(np.arange(256) < holds, 3, 1).astype(np.uint8)
+    address = memory.add(data.view(np.uint8), 0, state)
+    launch = machine.Launch(
+        machine.Compiled.of(kernel), (programs, 1, 1), 64, shared, address.to_bytes(8, "little"), {}, memory, Counts(detailed=True)
+    )  # fmt: skip
+    memory.begin()
+    machine.run(launch)
+    memory.finish()
+    return data
+
+
+UNKNOWN = "frobnicate.b32 %r8, %r1;", "add.sat.s32 %r8, %r1, %r2;", "mma.sync.aligned.m8n8k4.row.col.f64.f64 %r8, %r1, %r2;"
+
+
+@pytest.mark.parametrize("line", UNKNOWN)
+def test_an_opcode_that_is_not_known_is_refused_by_name_and_line(line):
+    with pytest.raises(Refused, match=rf"line 20: {line.split()[0]}".replace(".", r"\.")):
+        run(line)
+
+
+def test_threads_that_branch_apart_meet_again():
+    body = """
+    mov.b32 %r8, 0;
+    loop:
+    add.s32 %r8, %r8, 3;
+    setp.lt.u32 %p1, %r8, %r1;
+    @%p1 bra loop;
+    setp.gt.u32 %p2, %r1, 40;
+    @%p2 bra far;
+    add.s32 %r8, %r8, 1000;
+    bra.uni done;
+    far: add.s32 %r8, %r8, 2000;
+    done: st.global.b32 [%rd2], %r8;"""
+    n = np.arange(64)
+    assert (run(body) == np.maximum(3, (n + 2) // 3 * 3) + np.where(n > 40, 2000, 1000)).all()
+
+
+RIGHT = f"st.shared.b32 [{OWN}], %r1; bar.sync 0; ld.shared.b32 %r8, [{OTHERS}]; st.global.b32 [%rd2], %r8;"
+
+
+def test_warps_exchange_words_by_a_barrier():
+    assert (run(RIGHT) == np.arange(64) ^ 32).all()
+
+
+COPY = f"cp.async.ca.shared.global [{OWN}], [%rd2], 4; cp.async.commit_group; WAIT ld.shared.b32 %r8, [{OWN}];"
+BARRIER = "add.s32 %r9, %r3, 128; setp.eq.s32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r9], 1; bar.sync 0; "
+WAIT = "again: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r9], 0; @!%p2 bra again;"
+WRONG = {
+    "a store past the end": ("memcheck", "st.global.b32 [%rd2+4], %r1;"),
+    "a load before the start": ("memcheck", "ld.global.b32 %r8, [%rd2+-4];"),
+    "a misaligned load": ("memcheck", "setp.lt.s32 %p1, %r1, 9; @%p1 ld.global.v2.b32 {%r8, %r9}, [%rd2];"),
+    "a load of shared memory that holds nothing": ("memcheck", f"ld.shared.b32 %r8, [{OWN}];"),
+    "a load outside of shared memory": ("memcheck", f"ld.shared.b32 %r8, [{OWN}+4];"),
+    "a load past a barrier that is missing": ("racecheck", RIGHT.replace("bar.sync 0;", "")),
+    "a store past a barrier that is missing": ("racecheck", RIGHT + f"st.shared.b32 [{OWN}], %r8;"),
+    "a copy that was not waited for": ("racecheck", COPY.replace("WAIT", "")),
+    "a copy in a later group than was waited for": ("racecheck", COPY.replace("WAIT", "cp.async.wait_group 1;")),
+    "a copy that outlives the program": ("racecheck", f"cp.async.ca.shared.global [{OWN}], [%rd2], 4;"),
+    "a warp that reads what another stored to global memory": ("racecheck", "st.global.b32 [%rd2], %r1; xor.b32 %r8, %r1, 32;"
+                                                                "mad.wide.u32 %rd3, %r8, 4, %rd1; ld.global.b32 %r9, [%rd3];"),
+    "different values at one address": ("repeatability", "st.global.b32 [%rd1], %r1;"),
+    "different values at one address of shared memory": ("repeatability", "st.shared.b32 [%r3], %r1;"),
+    "a barrier that half of the threads come to": ("deadlock", "setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 0;"),
+    "a shuffle of half a warp": ("deadlock", "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1;"),
+    "an mbarrier at which nobody arrives": ("deadlock", BARRIER + WAIT),
+    "an mbarrier that nobody made": ("memcheck", "add.s32 %r9, %r3, 128; " + WAIT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found_and_the_instruction_named(name):
+    kind, body = WRONG[name]
+    with pytest.raises(Fault, match="tried, line ") as raised:
+        run(body)
+    assert raised.value.kind == kind, raised.value
+
+
+def test_a_load_of_memory_that_holds_nothing_is_found():
+    body = "ld.global.b32 %r8, [%rd2]; st.global.b32 [%rd2], %r8;"
+    assert (run(body, holds=256) == np.arange(64)).all()
+    with pytest.raises(Fault, match="memcheck.*never written"):
+        run(body, holds=128)
+
+
+def test_two_programs_that_store_to_one_address_are_found():
+    with pytest.raises(Fault, match="racecheck.*another program"):
+        run("st.global.b32 [%rd2], %r1;", programs=2)
+
+
+def test_an_mbarrier_completes_when_enough_threads_arrived():
+    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r9]; "
+    assert (run(BARRIER + arrive + WAIT + "st.global.b32 [%rd2], %r1;") == np.arange(64)).all()

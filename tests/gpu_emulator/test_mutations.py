@@ -1,0 +1,77 @@
+"""Mistakes planted in the real kernels are caught: by a check while they run, or because the results leave the budget."""
+
+import random
+
+import pytest
+import torch
+
+from smattn.testing import assert_within_budget, make_case, run
+from tests.gpu_emulator.mutations import KINDS, MET, mutant, sites
+from tests.support.emulated_triton import ROWS, backend
+
+pytestmark = [pytest.mark.promise("compiled code"), pytest.mark.slow]
+SEED, EACH = 21, 8  # mutants of a kind on a chip
+CALLS = {
+    "many queries": dict(B=1, H=2, Nq=145, Nk=70, D=64, dtype=torch.float16, with_lse=True),
+    "few queries": dict(B=1, H=2, Nq=13, Nk=150, D=32, dtype=torch.bfloat16, with_lse=True),
+}
+
+
+def kernels_of(case, arch):
+    """The kernels that the call launches, by name."""
+    found, row = {}, ROWS[arch]
+
+    class Watching(dict):
+        def get(self, name, default=None):
+            return lambda kernel: found.setdefault(name, kernel)
+
+    row.changes = Watching()
+    try:
+        assert_within_budget(run(case, backend.name_of(arch)), case)
+    finally:
+        row.changes = {}
+    return found
+
+
+def is_caught(case, arch, name, site):
+    """Whether anything is wrong; None where the change is none."""
+    ROWS[arch].changes = {name: lambda kernel: mutant(kernel, site)}
+    try:
+        assert_within_budget(run(case, backend.name_of(arch)), case)
+    except Exception:
+        return True
+    finally:
+        ROWS[arch].changes = {}
+    return False if MET.anything else None
+
+
+@pytest.mark.parametrize("arch", backend.CHIPS)
+def test_nine_mistakes_in_ten_are_caught(arch, capsys):
+    cases = {name: make_case(**sizes) for name, sizes in CALLS.items()}
+    every = [
+        (call, name, site)
+        for call, case in cases.items()
+        for name, kernel in kernels_of(case, arch).items()
+        for site in sites(kernel)
+    ]
+    chance, outcomes, missed = random.Random(SEED), [], []
+    for kind in KINDS:
+        of_kind = [each for each in every if each[2].kind == kind]
+        chance.shuffle(of_kind)
+        tried = 0
+        for call, name, site in of_kind:
+            if tried == EACH:
+                break
+            caught = is_caught(cases[call], arch, name, site)
+            if caught is None:
+                continue
+            tried += 1
+            outcomes.append((kind, caught))
+            if not caught:
+                missed.append(f"{kind}, {name} of {call}: {site.text}")
+    with capsys.disabled():
+        for kind in KINDS:
+            caught = [was for of, was in outcomes if of == kind]
+            print(f"sm_{arch} {kind}: {sum(caught)} of {len(caught)} caught, {sum(each[2].kind == kind for each in every)} sites")
+        print("\n".join(missed))
+    assert len(outcomes) >= 4 * EACH and sum(was for _, was in outcomes) >= 0.9 * len(outcomes), missed
