@@ -61,6 +61,7 @@ docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
 # AOT=--sample: a sixth of them, in three minutes.
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.aot $(AOT)
+	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.amd
 	$(BIN)/python -m bench.gpu.roofline
 
 # The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.
