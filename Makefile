@@ -61,6 +61,7 @@ docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
 # AOT=--sample: a sixth of them, in three minutes.
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.aot $(AOT)
+	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.amd
 	$(BIN)/python -m bench.gpu.roofline
 
 emulate: $(INSTALLED)  ## the compiled Triton kernels in an emulator of PTX: PROBLEMS drawn by SEED, and what each kernel executes

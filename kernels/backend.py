@@ -42,7 +42,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
             reasons.append("it runs on CUDA devices; on the CPU only interpreted, with TRITON_INTERPRET=1 set before Triton is imported")
         elif not torch.cuda.is_available():
             reasons.append("torch finds no CUDA device")
-        elif torch.cuda.get_device_capability()[0] < 8:
+        elif torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8:
             reasons.append("it needs a GPU of compute capability 8.0 or newer")
     return reasons
 

@@ -17,8 +17,9 @@ from .chip import INTERPRETER, generation
 
 FEW_QUERIES = 128  # the most queries that one tile can hold
 HEAD_SIZES = (32, 64, 128, 256)
-# The chips whose lines a chip reads: its own first, then those of older chips, newest first. Those with little shared memory skip sm_90's.
-CHIPS = {80: (80,), 86: (86, 80), 90: (90, 80), 100: (100, 90, 80)}
+# The chips whose lines a chip reads: its own first, then those of older chips, newest first. Those with little shared memory skip sm_90's,
+# and so does AMD, 942, which has no descriptors either.
+CHIPS = {80: (80,), 86: (86, 80), 90: (90, 80), 100: (100, 90, 80), 942: (942, 86, 80)}
 
 
 class Tile(NamedTuple):

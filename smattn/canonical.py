@@ -122,8 +122,11 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def allow_tf32(query: Tensor) -> bool:
-    """Whether float32 products may be TF32. A call reads this once, and its backward uses forward's answer."""
-    return query.device.type == "cuda" and query.dtype == torch.float32 and _torch_allows_tf32()
+    """Whether float32 products may be TF32. A call reads this once, and its backward uses forward's answer.
+
+    Never on ROCm, whose chips mostly have no such products: Triton's compiler refuses them on gfx90a.
+    """
+    return query.device.type == "cuda" and torch.version.hip is None and query.dtype == torch.float32 and _torch_allows_tf32()
 
 
 def _torch_allows_tf32() -> bool:

@@ -36,6 +36,8 @@ def _why_no_gpu() -> tuple[str, ...]:
     reasons = library.why_not_loaded(LIBRARY)
     if reasons or not torch.cuda.is_available():
         return reasons or ("torch finds no CUDA device",)
+    if torch.version.hip:
+        return ("it runs on NVIDIA GPUs, and this torch is built for ROCm",)
     capability = torch.cuda.get_device_capability()
     return () if capability >= OLDEST else (f"it needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}",)
 

@@ -29,7 +29,7 @@ def test_the_table_holds_tiles_that_can_be():
 def everything():
     """The tile that every call of every kernel finds."""
     find.cache_clear()
-    calls = product(sorted(KERNELS), ("plain", "extras", "map", "wide mask"), (80, 86, 90, 100), (2, 4), HEAD_SIZES, (False, True))
+    calls = product(sorted(KERNELS), ("plain", "extras", "map", "wide mask"), (80, 86, 90, 100, 942), (2, 4), HEAD_SIZES, (False, True))
     return {call: find(*call) for call in calls}
 
 
@@ -45,7 +45,9 @@ def test_no_line_says_what_the_others_would(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arch, chip", [(80, 80), (86, 86), (87, 80), (89, 86), (90, 90), (100, 100), (103, 100), (120, 86), (121, 86)], ids=str
+    "arch, chip",
+    [(80, 80), (86, 86), (87, 80), (89, 86), (90, 90), (100, 100), (103, 100), (120, 86), (121, 86), (910, 942), (942, 942), (950, 942)],
+    ids=str,
 )
 def test_a_chip_takes_the_lines_of_the_newest_one_before_it(monkeypatch, arch, chip):
     lines = {Key("k", "plain", chip, 2, 64): Tile(chip, 16, 4, 1) for chip in CHIPS}
