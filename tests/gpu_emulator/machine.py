@@ -117,11 +117,11 @@ class Group:
 
     def split(self, chosen: Array) -> Group:
         """Leaves the programs that are not chosen, and returns those that are as a group of their own."""
-        part = Group(
-            self.launch, self.programs[chosen], _rows(self.registers, chosen), self.shared.rows(chosen),
-            self.copying.rows(chosen, self), self.barriers.rows(chosen), self.products.rows(chosen, self), self.block, self.interval,
+        registers = _rows(self.registers, chosen)
+        return Group(
+            self.launch, self.programs[chosen], registers, self.shared.rows(chosen), self.copying.rows(chosen, self),
+            self.barriers.rows(chosen), self.products.rows(chosen, self, registers), self.block, self.interval,
         )  # fmt: skip
-        return part
 
 
 def _rows(registers: list[Array], chosen: Array) -> list[Array]:

@@ -111,13 +111,12 @@ def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a module by name."""
     text = COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text)
     text = LINES_WITHOUT_END.sub("", text)
-    kernels = {}
-    for match in ENTRY.finditer(text):
+    kernels, entries = {}, list(ENTRY.finditer(text))
+    for match in entries:
         threads = THREADS.search(match[3])
         kernel = Kernel(match[1], list(_parameters(match[2])), int(threads[1]) if threads else 0)
-        for variable in VARIABLE.finditer(text[: match.start()]):
-            if "\n{" not in text[: variable.start()] or variable[4] == "":
-                _declare_shared(kernel, variable)
+        for variable in VARIABLE.finditer(text[: entries[0].start()]):  # the module's own
+            _declare_shared(kernel, variable)
         _Body(kernel, text, match.end()).read()
         kernels[kernel.name] = kernel
     return kernels
@@ -201,8 +200,8 @@ class _Body:
             if variable is None:
                 raise Refused(f"line {self.line}: {text}")
             _declare_shared(self.kernel, variable)
-        elif text.startswith((".pragma",)):
-            pass  # hints to the compiler
+        elif text.startswith(".pragma"):
+            pass  # a hint to the compiler
         elif text.startswith("."):
             raise Refused(f"line {self.line}: directive {text}")
         else:

@@ -86,8 +86,15 @@ def case_of(drawn: Specialisation, chance: random.Random, number: int) -> Case:
         mask_shape=None if drawn.mask == "blob" else shape, mask_dtype=drawn.mask_dtype, as_map=drawn.as_map, padded=drawn.padded,
         dropout_p=drawn.dropout_p, with_lse=drawn.with_lse, rng=chance.randrange(2**20),
     )  # fmt: skip
-    placed = {name: laid_out(getattr(case, name), drawn.layout) for name in ("query", "key", "value", "dout")}
-    return replace(case, **placed)
+    tensors = {name: getattr(case, name) for name in ("query", "key", "value", "dout")}
+    if drawn.tf32:
+        tensors = {name: rounded(tensor) for name, tensor in tensors.items()}
+    return replace(case, **{name: laid_out(tensor, drawn.layout) for name, tensor in tensors.items()})
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """Numbers that TF32 has, so that only what is computed of them is rounded in products."""
+    return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:

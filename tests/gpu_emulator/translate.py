@@ -16,13 +16,13 @@ import numpy as np
 from .arithmetic import ARITHMETIC, DTYPES
 from .memory import UNSIGNED, Array
 from .parser import SIZES, Immediate, Instruction, Kernel, Operand, Pair, Refused, Register, Special, Symbol, Vector
+from .shared import BASE as SHARED_BASE
 
 if TYPE_CHECKING:
     from .machine import Group
 
 # A step gets the group of programs, and which of their threads are active: None where all are.
 Run = Callable[["Group", Array | None], None]
-SHARED_BASE = 1024  # shared.BASE, where the first shared variable lies
 PARAMETER_BASE = 0x4000_0000  # the address of the first parameter
 ENDS = ("bra", "bra.uni", "ret", "exit", "trap")
 

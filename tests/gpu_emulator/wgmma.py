@@ -42,10 +42,19 @@ class Products:
     sums: dict[int, Array] = field(default_factory=dict)  # slot -> its bits once it is waited for
     fenced: bool = False
 
-    def rows(self, chosen: Array, group: Group) -> Products:
-        if self.loose or any(self.groups):
-            raise Fault("refused", "programs that part while a wgmma is under way")
-        return Products()
+    def rows(self, chosen: Array, group: Group, registers: list[Array]) -> Products:
+        """The part of the chosen programs, whose registers are `registers`."""
+        moved = (np.flatnonzero(chosen) - np.arange(chosen.sum()))[:, None, None] * group.shared.size
+
+        def part(product: Product) -> Product:
+            for slot, bits in (*product.fragments.items(), *product.sums.items()):
+                if group.registers[slot] is not bits:
+                    raise Fault("refused", "programs that part while another wgmma uses a register again")
+            fragments, sums = ({slot: registers[slot] for slot in each} for each in (product.fragments, product.sums))
+            return Product(fragments, sums, [places[chosen] - moved for places in product.operands])
+
+        sums = {slot: bits[chosen] for slot, bits in self.sums.items()}
+        return Products([part(each) for each in self.loose], [[part(each) for each in of] for of in self.groups], sums, self.fenced)
 
     def wait(self, group: Group, left: int) -> None:
         """9.7.15.7.2: all but the latest `left` wgmma-groups are complete."""
