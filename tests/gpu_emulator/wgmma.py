@@ -44,12 +44,14 @@ class Products:
 
     def rows(self, chosen: Array, group: Group, registers: list[Array]) -> Products:
         """The part of the chosen programs, whose registers are `registers`."""
+        under_way = [product for each in (*self.groups, self.loose) for product in each]
+        latest = {slot: bits for product in under_way for slot, bits in product.sums.items()}
+        for slot, bits in (*latest.items(), *(item for product in under_way for item in product.fragments.items())):
+            if group.registers[slot] is not bits:
+                raise Fault("racecheck", "a register of a wgmma was written before it was waited for")
         moved = (np.flatnonzero(chosen) - np.arange(chosen.sum()))[:, None, None] * group.shared.size
 
         def part(product: Product) -> Product:
-            for slot, bits in (*product.fragments.items(), *product.sums.items()):
-                if group.registers[slot] is not bits:
-                    raise Fault("refused", "programs that part while another wgmma uses a register again")
             fragments, sums = ({slot: registers[slot] for slot in each} for each in (product.fragments, product.sums))
             return Product(fragments, sums, [places[chosen] - moved for places in product.operands])
 
