@@ -86,10 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", nargs="+", default=["gfx942"], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1, help="one of so many of the sample's calls")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
     calls = [(chip, job) for chip in options.arch for job in jobs([amd_number(chip)], SAMPLE) if not job.variant.tf32]
+    calls = calls[:: options.every]
     compiled: list[Row] = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for rows in pool.map(compile_job, *zip(*calls, strict=True)):

@@ -48,7 +48,7 @@ def test_every_layout_and_the_copies_it_takes(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_drawn_problems(seed):
     """A specialisation each, two problems of it."""
     for drawn, case in some(1000 + seed, 2, every=1):
