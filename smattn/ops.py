@@ -125,10 +125,10 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     save_out = a.save_out and is_rounded and queries_with_remainder(call.problem) > 0
     with inside_an_op(a.query.device):
         out, saved = chosen.forward(call, save_out=save_out, save_mbar=a.save_mbar)
-    remainder = out.new_empty((0,)) if saved.remainder is None else saved.remainder
-    if a.save_out and is_rounded and saved.remainder is None:
+    remainder = saved.remainder
+    if remainder is None:
         B, H, _, Dv = out.shape
-        remainder = out.new_empty((B, H, 0, Dv))
+        remainder = out.new_empty((B, H, 0, Dv) if a.save_out and is_rounded else (0,))
     mbar = saved.lse.new_empty((0,)) if saved.mbar is None else saved.mbar
     return out, saved.lse, remainder, mbar
 
