@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import triton
@@ -19,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from ..chip import amd_number
 from ..tiles import Tile
-from .aot import source
+from .aot import compile_all, source
 from .jobs import SAMPLE, Job, jobs, record
 
 SHARED_MEMORY = {"gfx90a": 65_536, "gfx942": 65_536, "gfx950": 163_840}  # bytes that a program can have, per chip
@@ -91,15 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
     calls = [(chip, job) for chip in options.arch for job in jobs([amd_number(chip)], SAMPLE) if not job.variant.tf32]
-    calls = calls[:: options.every]
-    compiled: list[Row] = []
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(compile_job, *zip(*calls, strict=True)):
-            for row in rows:
-                print(row.text(), flush=True)
-            compiled += rows
-    failed = sum(bool(row.failure()) for row in compiled)
-    print(f"{len(compiled)} kernels compiled for {', '.join(options.arch)}, {failed} failed")
+    _, failed = compile_all(compile_job, calls[:: options.every], ", ".join(options.arch), options.processes)
     return 1 if failed else 0
 
 

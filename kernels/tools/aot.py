@@ -13,7 +13,7 @@ import argparse
 import csv
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -161,6 +161,21 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
         table.writerows((*line, " ".join(map(str, queries))) for line, queries in lines.items())
 
 
+def compile_all(
+    compile_one: Callable[..., list[Any]], calls: Sequence[tuple[Any, ...]], chips: str, processes: int
+) -> tuple[list[Any], int]:
+    """compile_one(*call) for each, side by side. Returns the rows, which are printed as they come, and how many of them failed."""
+    compiled: list[Any] = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(compile_one, *zip(*calls, strict=True)):
+            for row in rows:
+                print(row.text(), flush=True)
+            compiled += rows
+    failed = sum(bool(row.failure()) for row in compiled)
+    print(f"{len(compiled)} kernels compiled for {chips}, {failed} failed")
+    return compiled, failed
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_MEMORY))
@@ -172,14 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
-    compiled: list[Row] = []
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(compile_job, jobs(options.arch, options.extent)):
-            for row in rows:
-                print(row.text(), flush=True)
-            compiled += rows
-    failed = sum(bool(row.failure()) for row in compiled)
-    print(f"{len(compiled)} kernels compiled for {', '.join(f'sm_{arch}' for arch in options.arch)}, {failed} failed")
+    chips = ", ".join(f"sm_{arch}" for arch in options.arch)
+    compiled, failed = compile_all(compile_job, [(job,) for job in jobs(options.arch, options.extent)], chips, options.processes)
     if options.table:
         write_table(options.table, compiled)
     return 1 if failed else 0
