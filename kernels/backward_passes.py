@@ -37,7 +37,7 @@ def run(
     if steps.dq:
         backward_dq.run(call_with_mask, dout, rows, mbar, dquery, dalpha_tiles if steps.dalpha_tiles == "dq" else None)
     if dmask is not None and steps.dmask:
-        backward_dmask.run(call, dout, rows, mbar, dmask, dalpha_tiles)
+        backward_dmask.run(call, dout, rows, mbar, dmask, dalpha_tiles if steps.dalpha_tiles == "dmask" else None)
     if steps.reduce:
         backward_reduce.run(call, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
     elif dalpha is not None and dalpha_tiles is not None:

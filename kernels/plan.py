@@ -9,11 +9,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..call import Needs, Problem
-from ..memory import PARTIAL_OUTPUTS, partial_dmasks, partial_dqueries
+from ..memory import PARTIAL_OUTPUTS, has_room_for_dalpha_tiles, partial_dmasks, partial_dqueries
 from .tiles import FEW_QUERIES, block_of, cdiv
 
 # A split over keys aims at this many programs, two for each of an H200's 132 multiprocessors; a constant: no result depends on the chip.
 SPLIT_PROGRAMS = 264
+
+SMALLEST_TILE = 32 * 16  # scores: of dM's pass in tiles.csv, on any chip
 
 
 class Forward(NamedTuple):
@@ -81,9 +83,9 @@ def passes_after_delta(problem: Problem, needs: Needs) -> Backward:
         )  # fmt: skip
     key_only = _key_only(problem, needs)
     dmask = needs.mask and not key_only
-    dq_splits = _dq_splits(problem, needs, key_only)
-    dq = dq_splits == 0 and (needs.query or (needs.alpha and not dmask))
-    dalpha = None if not needs.alpha else "dmask" if dmask else "dq"
+    dalpha = None if not needs.alpha else "dmask" if dmask and has_room_for_dalpha_tiles(problem, SMALLEST_TILE) else "dq"
+    dq_splits = 0 if dalpha == "dq" else _dq_splits(problem, needs)
+    dq = dq_splits == 0 and (needs.query or dalpha == "dq")
     dkdv = needs.key or needs.value or key_only
     return Backward(
         DELTA_GIVEN, keeps_rows=True, dq_splits=dq_splits, few_queries=False, dkdv=dkdv, dq=dq, dmask=dmask,
@@ -91,9 +93,9 @@ def passes_after_delta(problem: Problem, needs: Needs) -> Backward:
     )  # fmt: skip
 
 
-def _dq_splits(problem: Problem, needs: Needs, key_only: bool) -> int:
-    """In how many parts of the keys dQ is summed for few queries of wide heads; 0 with many queries, or where dalpha is its by-product."""
-    if not needs.query or problem.Nq > FEW_QUERIES or (needs.alpha and (not needs.mask or key_only)):
+def _dq_splits(problem: Problem, needs: Needs) -> int:
+    """In how many parts of the keys dQ is summed for few queries of wide heads; 0 with many queries."""
+    if not needs.query or problem.Nq > FEW_QUERIES:
         return 0
     wanted = splits(problem, needs, problem.B * problem.H)
     return wanted if wanted > 1 else 0

@@ -5,9 +5,12 @@ from itertools import product
 import pytest
 import torch
 
+from smattn import memory
 from smattn.call import Needs, Problem
 from smattn.kernels import plan
 from smattn.kernels.plan import DELTA_FIRST, DELTA_FROM_OUTPUT, DELTA_SWEEP
+from smattn.testing import assert_within_budget, make_case, run
+from tests.support.expected import BACKENDS
 
 pytestmark = pytest.mark.promise("Triton kernels")
 ALL = Needs(True, True, True, True, True)
@@ -75,3 +78,30 @@ def test_a_plan_is_printed_by_its_names():
 def test_rows_are_handed_on_unless_one_pass_holds_everything():
     assert not plan.backward(problem(13, 32), ALL, True, False).keeps_rows
     assert plan.backward(problem(100, 32), ALL, True, False).keeps_rows and plan.backward(problem(1045), ALL, True, False).keeps_rows
+
+
+def test_dalpha_is_summed_with_dq_where_a_small_mask_leaves_no_room_for_a_sum_of_every_tile():
+    small, smaller = (problem(Nq, mask=(1, 1, 8, 1, 9504), Hkv=4) for Nq in (1045, 9504))
+    assert plan.backward(small, ALL, True, False).dalpha_tiles == "dmask"
+    steps = plan.backward(smaller, MASK_AND_ALPHA, True, False)
+    assert steps.dalpha_tiles == "dq" and steps.dq and steps.dmask
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """No call has room for a sum of dalpha for every tile."""
+    monkeypatch.setattr(memory, "DALPHA_BYTES", 0)
+    cached = (plan.backward, plan.passes_after_delta)
+    for plans in cached:
+        plans.cache_clear()
+    yield
+    for plans in cached:
+        plans.cache_clear()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no device for Triton")
+@pytest.mark.parametrize("needs", [None, ("mask", "alpha"), ("alpha",)], ids=str)
+@pytest.mark.parametrize("Nq, D", [(140, 32), (100, 256)])
+def test_the_gradients_where_there_is_no_room_for_a_sum_of_every_tile(no_room, device, Nq, D, needs):
+    case = make_case(2, 4, Nq, 70, D, Hkv=2, mask_shape=(1, 4, 1, 70), dtype=torch.float16, with_lse=True, device=device)
+    assert_within_budget(run(case, "triton", needs), case)
