@@ -24,6 +24,10 @@ hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("suite")
 
 torch.set_num_threads(1)  # the tensors are tiny
+if INTERPRETED:
+    from tests.support.interpreter import search_once
+
+    search_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:
