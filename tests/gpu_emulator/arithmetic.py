@@ -97,6 +97,17 @@ def extract(a: Array, start: Array, length: Array) -> Array:
 
 
 define("bfe.{u32 s32 u64 s64}", extract, "T u32 u32")
+
+
+def insert(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """bfi of 32 bits: b with the lowest `length` bits of a in the place of its own from `start` on."""
+    start, length = np.minimum(start & 255, 32).astype(np.uint64), np.minimum(length & 255, 32).astype(np.uint64)
+    one = np.uint64(1)
+    mask = ((one << length) - one) << start
+    return (((a.astype(np.uint64) << start) & mask) | (b.astype(np.uint64) & ~mask)).astype(np.uint32)
+
+
+define("bfi.b32", insert, "T T u32 u32")
 define("popc.{b32 b64}", lambda a: np.bitwise_count(a).astype(np.uint32), 1, "u32")
 
 

@@ -72,15 +72,10 @@ def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) 
     def run(group: Group, active: Array | None) -> None:
         row, warp = group.rows(active), group.warp(active)
         addresses, places = source.of(group, active), to.of(group, active)
-        values = np.zeros((len(row), width), np.uint8)
-        reads = np.ones(len(row), bool) if read_slot is None else group.pick(group.registers[read_slot], active) == width
-        if read_slot is not None and not (reads | (group.pick(group.registers[read_slot], active) == 0)).all():
-            raise Fault("refused", "cp.async that reads a part of its bytes")
-        if reads.any():
-            lanes = group.lanes(active)
-            lanes = lanes._replace(program=lanes.program[reads], warp=lanes.warp[reads])
-            group.launch.counts.global_access("load", addresses[reads], width, group, group.put(reads, active))
-            values[reads] = group.launch.memory.load(addresses[reads], min(width, 4), width // min(width, 4), lanes).view(np.uint8)
+        read = np.full(len(row), width) if read_slot is None else group.pick(group.registers[read_slot], active).astype(np.int64)
+        if (read > width).any() or (addresses[read > 0] % width).any():
+            raise Fault("memcheck", f"a copy of {width} bytes that is not aligned, or that reads more")
+        values = _read(group, addresses, read, width, active)
         index = group.shared.index(row, places, width, 1)  # for its checks
         offsets = (index[:, 0] * width - row * group.shared.size)[:, None] + np.arange(width)
         copy = Copy(np.repeat(row, width), offsets.reshape(-1), values.reshape(-1), np.repeat(warp, width))
@@ -88,6 +83,20 @@ def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) 
         group.copying.loose.append(copy)
 
     return Step(run, ())
+
+
+def _read(group: Group, addresses: Array, read: Array, width: int, active: Array | None) -> Array:
+    """(threads, width) bytes, of which each thread reads the first ones, and the rest are zeros."""
+    values, lanes = np.zeros((len(read), width), np.uint8), group.lanes(active)
+    for count in np.unique(read[read > 0]):
+        these = read == count
+        group.launch.counts.global_access("load", addresses[these], int(count), group, group.put(these, active))
+        piece = min(width, 4) if count == width else 1
+        at = (addresses[these][:, None] + np.arange(0, count, piece, dtype=np.uint64)).reshape(-1)
+        program, warp = (np.repeat(of[these], count // piece) for of in (lanes.program, lanes.warp))
+        loaded = group.launch.memory.load(at, piece, 1, lanes._replace(program=program, warp=warp))
+        values[these, :count] = loaded.view(np.uint8).reshape(-1, count)
+    return values
 
 
 @instruction(r"cp\.async\.commit_group")
