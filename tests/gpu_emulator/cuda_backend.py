@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from tests.support.emulated_cuda import machine
 from .backend import Module, Row, Uninitialised, add_rows
 from .compile import States
 from .counters import Counts
-from .cuda_kernels import compiled, launch
+from .cuda_kernels import compiled, launch, name_of
 
+ARCH = 80
 NAME = "CUDA C++ compiled for sm_80, emulated"
 INTERPRETER = ctypes.CFUNCTYPE(  # emulator::Interpreter of csrc/cuda/emulator/emulator.h
     None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t
@@ -40,9 +40,9 @@ class Tensors(Uninitialised):
 
 @dataclass
 class EmulatedCuda(Module):
-    arch: int = 80
+    """The CUDA kernels on one chip."""
+
     counts: list[tuple[str, Counts]] = field(default_factory=list)
-    detailed: bool = False
     module: Any = cuda
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
@@ -59,9 +59,9 @@ class EmulatedCuda(Module):
             if failures:
                 return
             try:
-                code, counts = compiled(kernel.decode(), self.arch), Counts(detailed=self.detailed)
+                code, counts = compiled(kernel.decode(), ARCH), Counts()
                 assert code.kernel.threads == threads
-                self.counts.append((re.search(r"([A-Z][A-Za-z]+)Kernel", kernel.decode())[1], counts))
+                self.counts.append((name_of(kernel.decode()), counts))
                 launch(code, blocks, shared_bytes, ctypes.string_at(arguments, size), tensors.kept, states, counts)
             except Exception as failure:
                 failures.append(failure)

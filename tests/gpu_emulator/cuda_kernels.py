@@ -21,6 +21,13 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FILES = {"4HalfE": "half", "8BFloat16E": "bfloat", "8Tf32MathE": "tf32", "9FloatMathE": "float", "KernelIfE": "float"}  # by mangled types
 
 
+def name_of(kernel: str) -> str:
+    """kernel: here and below, the mangled name of its type."""
+    found = re.search(r"([A-Z][A-Za-z]+)Kernel", kernel)
+    assert found is not None
+    return found[1]
+
+
 def source_of(kernel: str) -> str:
     """The file that instantiates it. What depends on the dtype alone is in those of all head sizes."""
     dtype = next((file for mangled, file in FILES.items() if mangled in kernel), None)
@@ -45,18 +52,17 @@ def module(source: str, arch: int) -> dict[str, Kernel]:
 
 @cache
 def compiled(kernel: str, arch: int) -> machine.Compiled:
-    """kernel: the mangled name of its type, whose end is in the name of its entry."""
-    own = re.search(r"[A-Z][A-Za-z]+Kernel.*", kernel)
-    assert own is not None
-    (found,) = (each for name, each in module(source_of(kernel), arch).items() if own[0] in name)
+    """From its own name on, the type is spelled alike in the name of its entry."""
+    own = kernel[kernel.index(f"{name_of(kernel)}Kernel") :]
+    (found,) = (each for name, each in module(source_of(kernel), arch).items() if own in name)
     return machine.Compiled.of(found)
 
 
 def launch(
     code: machine.Compiled, blocks: int, shared_bytes: int, arguments: bytes, tensors: list[Tensor], states: States, counts: Counts
 ) -> None:
-    """arguments: the kernel's one parameter, a struct as the host's compiler lays it out, as large as nvcc's. Its pointers into the tensors'
-    storages become pointers into simulated memory, and any other is one that nobody may use."""
+    """arguments: the kernel's one parameter, a struct as the host's compiler lays it out. Its pointers into the tensors' storages become
+    pointers into simulated memory. What another one points to is outside of that."""
     (parameter,) = code.kernel.parameters
     assert len(arguments) == parameter.size, "the two compilers lay out the arguments differently"
     memory = GlobalMemory()

@@ -21,7 +21,7 @@ import triton
 
 from smattn.kernels.tiles import Tile, block_of
 
-from .backend import CHIPS, install
+from .backend import CHIPS, install, name_of
 from .counters import Counts
 from .problems import check, problems
 
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = emulated[drawn.arch]
         row.counts.clear()
         try:
-            check(drawn, case, row)
+            check(drawn, case, name_of(drawn.arch), row)
         except Exception as error:  # whatever is thrown belongs in the result
             failures.append(f"problem {number} {drawn}, Nq {case.query.shape[2]}, Nk {case.key.shape[2]}: {type(error).__name__}: {error}")
             print(f"FAILED {failures[-1]}", flush=True)
