@@ -1,4 +1,4 @@
-"""Asynchronous copies of threads to shared memory, PTX ISA 9.7.9.25: cp.async.
+"""Asynchronous copies of threads to shared memory: cp.async, "Data Movement and Conversion Instructions: Asynchronous copy".
 
 A copy lands as late as the program allows, at the wait for its group. Until then its place holds what it held, and nobody may read or
 write it.
@@ -62,7 +62,7 @@ class Copying:
 
 @instruction(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)*")
 def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.25.3.1: 4, 8 or 16 bytes a thread. With a source size, the bytes beyond it are zeros and are not read."""
+    """4, 8 or 16 bytes a thread. With a source size, the bytes beyond it are zeros and are not read."""
     to, source = Place(translator, each.operands[0]), Place(translator, each.operands[1])
     size = each.operands[2]
     assert isinstance(size, Immediate)
@@ -101,8 +101,6 @@ def _read(group: Group, addresses: Array, read: Array, width: int, active: Array
 
 @instruction(r"cp\.async\.commit_group")
 def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.25.3.2."""
-
     def run(group: Group, active: Array | None) -> None:
         if active is not None:
             raise Fault("refused", "cp.async.commit_group of some threads")
@@ -114,7 +112,7 @@ def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 
 @instruction(r"cp\.async\.wait_(group|all)")
 def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.25.3.3: until at most so many of the latest groups are under way."""
+    """Until at most so many of the latest groups are under way."""
     left = 0
     if match[1] == "group":
         assert isinstance(each.operands[0], Immediate)

@@ -1,4 +1,4 @@
-"""Loads and stores, PTX ISA 9.7.9: ld, st and address conversions."""
+"""Loads and stores: ld, st and address conversions."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _taker(translator: Translator, operand: Operand, kind: str) -> Any:
 
 @instruction(r"cvta\.(?:to\.)?(?:global|param)\.u64")
 def convert_address(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.20: the address spaces of this machine do not overlap, so that an address is the same in its own and in the generic one."""
+    """The address spaces of this machine do not overlap, so that an address is the same in its own and in the generic one."""
     to, source = translator.slot(each.operands[0], "u64"), translator.slot(each.operands[1], "u64")
 
     def run(group: Group, active: Array | None) -> None:
