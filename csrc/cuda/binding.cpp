@@ -104,6 +104,10 @@ void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tenso
 #ifdef SMATTN_EMULATED
 namespace {
 void run_kernels(bool on) { smattn::cuda::emulator::runs = on; }
+// interpreter: its address, 0 for none
+void run_kernels_by(int64_t interpreter) {
+  smattn::cuda::emulator::interpreter = reinterpret_cast<smattn::cuda::emulator::Interpreter>(interpreter);
+}
 }  // namespace
 #define SMATTN_NAMESPACE smattn_cuda_emulated
 #define SMATTN_DEVICE_KEY CPU
@@ -129,8 +133,12 @@ SMATTN_LIBRARY_IMPL(SMATTN_NAMESPACE, SMATTN_DEVICE_KEY, library) {
 }
 
 #ifdef SMATTN_EMULATED
-STABLE_TORCH_LIBRARY_FRAGMENT(smattn_cuda_emulated, library) { library.def("run_kernels(bool on) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(smattn_cuda_emulated, library) {
+  library.def("run_kernels(bool on) -> ()");
+  library.def("run_kernels_by(int interpreter) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(smattn_cuda_emulated, CompositeExplicitAutograd, library) {
   library.impl("run_kernels", TORCH_BOX(&run_kernels));
+  library.impl("run_kernels_by", TORCH_BOX(&run_kernels_by));
 }
 #endif

@@ -1,8 +1,5 @@
 """The CUDA kernels on an emulated device: small problems, through the source that nvcc compiles, stay inside the error budget."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from tests.support import emulated_cuda
 from tests.support.emulated_cuda import kernels_left_out
 from tests.support.meters import peak_allocated, size
 from tests.support.odd_weights import leading_keys_out_of_range, many_weights_below_float16
+from tests.support.other_rows import assert_passes_over
 from tests.support.zero_calls import CALLS, LAYOUTS, ZeroCall, calls
 
 pytestmark = [pytest.mark.promise("CUDA kernels"), pytest.mark.slow]  # compiling takes a minute first
@@ -175,13 +173,8 @@ SUITE = [
 
 @pytest.mark.parametrize("names", SUITE, ids="-".join)
 def test_the_suite_over_the_emulated_device(names):
-    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # `python -m pytest` would find a bare `kernels`
     files = [str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in names]
-    command = [sys.executable, "-c", code, "-p", "tests.support.emulated_cuda", "-m", "not slow", *files]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert "where cuda must run" in result.stdout  # and no other
+    assert_passes_over("emulated_cuda", "where cuda must run", "-m", "not slow", *files)
 
 
 @pytest.mark.parametrize("Nq", [5, 70])

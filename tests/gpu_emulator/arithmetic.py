@@ -1,4 +1,4 @@
-"""Instructions that compute each thread's result from its own registers: PTX ISA 9.7.1 to 9.7.9, without memory.
+"""Instructions that compute each thread's result from its own registers: those that do not touch memory.
 
 ARITHMETIC has one entry for each opcode with its whole suffix, so that a rounding or a saturation nobody thought of is refused and never
 ignored. A function gets arrays of the source types and returns one of the result's type; arrays broadcast over (programs, threads).
@@ -56,7 +56,7 @@ def flush(x: Array) -> Array:
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
-# 9.7.1, integers. They wrap around.
+# "Integer Arithmetic Instructions". They wrap around.
 define(f"add.{INTEGERS}", np.add)
 define(f"sub.{INTEGERS}", np.subtract)
 define(f"mul.lo.{INTEGERS}", np.multiply)
@@ -86,7 +86,7 @@ define("rem.{u16 s16 u32 s32 u64 s64}", lambda a, b: a - divide(a, b) * b)
 
 
 def extract(a: Array, start: Array, length: Array) -> Array:
-    """9.7.1.20 bfe: `length` bits from `start` on, extended by zeros or by their sign; beyond the top bit come zeros or sign bits."""
+    """bfe: `length` bits from `start` on, extended by zeros or by their sign; beyond the top bit come zeros or sign bits."""
     width = a.dtype.itemsize * 8
     start, length = start & 255, length & 255
     first = np.minimum(start, width - 1).astype(a.dtype)
@@ -97,17 +97,28 @@ def extract(a: Array, start: Array, length: Array) -> Array:
 
 
 define("bfe.{u32 s32 u64 s64}", extract, "T u32 u32")
+
+
+def insert(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """bfi of 32 bits: b with the lowest `length` bits of a in the place of its own from `start` on."""
+    start, length = np.minimum(start & 255, 32).astype(np.uint64), np.minimum(length & 255, 32).astype(np.uint64)
+    one = np.uint64(1)
+    mask = ((one << length) - one) << start
+    return (((a.astype(np.uint64) << start) & mask) | (b.astype(np.uint64) & ~mask)).astype(np.uint32)
+
+
+define("bfi.b32", insert, "T T u32 u32")
 define("popc.{b32 b64}", lambda a: np.bitwise_count(a).astype(np.uint32), 1, "u32")
 
 
 def leading_zeros(a: Array) -> Array:
-    """9.7.1.17 clz of 32 bits."""
+    """clz of 32 bits."""
     return np.where(a == 0, 32, 31 - np.frexp(np.maximum(a, 1).astype(np.float64))[1] + 1).astype(np.uint32)
 
 
 define("clz.b32", leading_zeros, 1, "u32")
 
-# 9.7.8, bits. A shift by the width or more leaves nothing, or the sign.
+# "Logic and Shift Instructions". A shift by the width or more leaves nothing, or the sign.
 define("and.{pred b16 b32 b64}", np.bitwise_and)
 define("or.{pred b16 b32 b64}", np.bitwise_or)
 define("xor.{pred b16 b32 b64}", np.bitwise_xor)
@@ -130,7 +141,7 @@ define("shr.{b16 b32 b64 u16 s16 u32 s32 u64 s64}", shift_right, "T u32")
 
 
 def funnel(low: Array, high: Array, by: Array) -> Array:
-    """9.7.8.7 shf.l.wrap: the upper half of high:low, shifted left by `by` modulo 32."""
+    """shf.l.wrap: the upper half of high:low, shifted left by `by` modulo 32."""
     both = (high.astype(np.uint64) << np.uint64(32)) | low
     return ((both << (by & 31).astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
 
@@ -140,7 +151,7 @@ define("shf.r.wrap.b32", lambda low, high, by: (((high.astype(np.uint64) << np.u
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
-    """9.7.9.7 prmt: each nibble of the selector takes one of eight bytes, or with its top bit that byte's sign, eight times."""
+    """prmt: each nibble of the selector takes one of eight bytes, or with its top bit that byte's sign, eight times."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a
     result = np.zeros((), np.uint32)
     for at in range(4):
@@ -153,7 +164,7 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
 
 define("prmt.b32", permute, 3)
 
-# 9.7.3, float32
+# "Floating-Point Instructions"
 define("add.{f32 rn.f32 f16 f64}", np.add)
 define("sub.{f32 rn.f32 f16 f64}", np.subtract)
 define("mul.{f32 rn.f32 f16 f64}", np.multiply)
@@ -184,7 +195,7 @@ define("sqrt.approx.ftz.f32", lambda x: flush(np.sqrt(flush(x))), 1)
 define("rsqrt.approx.f32", lambda x: np.float32(1) / np.sqrt(x), 1)
 define("{div.full.f32 div.rn.f32 div.approx.f32}", np.divide)
 
-# 9.7.6, comparisons. With NaN the ordered ones are false; those that end in u are true.
+# "Comparison and Selection Instructions". With NaN the ordered ones are false; those that end in u are true.
 ORDERED = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 for name, compare in ORDERED.items():
     define(f"setp.{name}.{{u16 s16 u32 s32 u64 s64}}", compare, 2, "pred")
@@ -199,7 +210,7 @@ define("setp.nan.{f32 f64}", lambda a, b: np.isnan(a) | np.isnan(b), 2, "pred")
 define("selp.{b16 u16 s16 b32 u32 s32 f32 b64 u64 s64 f64}", lambda a, b, p: np.where(p, a, b), "T T pred")
 
 
-# 9.7.9.21, conversions
+# cvt of "Data Movement and Conversion Instructions"
 def bfloat(x: Array) -> Array:
     """float32 to bfloat16, to nearest with ties to even. Every NaN is the one NaN."""
     bits = np.ascontiguousarray(x).view(np.uint32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -44,41 +44,49 @@ class Uninitialised(TorchDispatchMode):
 
     def __init__(self, states: States) -> None:
         super().__init__()
-        self.states, self._kept = states, list[Tensor]()
+        self.states, self.kept = states, list[Tensor]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if "aten.empty" in str(function) or "aten.new_empty" in str(function):
-            self._kept.append(result)  # no other storage may get its address
+            self.kept.append(result)  # no other storage may get its address
             bytes_of(result)[:] = 0xFF
             self.states[result.untyped_storage().data_ptr()] = state_of(result)
         return result
 
 
+class Module:
+    """A module of smattn.backends that stands for another one, whose functions it runs where its launches go."""
+
+    module: Any
+    launches: Callable[[], AbstractContextManager[None]]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """forward, backward, attention_map and attention_map_backward."""
+        if name.startswith("_") or not hasattr(self.module, name):
+            raise AttributeError(name)
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            with self.launches():
+                return getattr(self.module, name)(*arguments, **options)
+
+        return run
+
+
 @dataclass
-class Emulated:
-    """A module of smattn.backends for one chip."""
+class Emulated(Module):
+    """Triton's kernels on one chip."""
 
     arch: int
     counts: list[tuple[str, Tile, dict[str, Any], Counts]] = field(default_factory=list)
     detailed: bool = False  # whether requests to memory are counted
     changes: dict[str, Change] = field(default_factory=dict)  # kernel -> what is done to it before it runs
+    module: Any = backend
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         there = problem._replace(device_type="cuda")
         about_the_machine = backend.unsupported_reasons(there._replace(dtype=torch.float32, D=1, Dv=1))
         return [reason for reason in backend.unsupported_reasons(there) if reason not in about_the_machine]
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """forward, backward, attention_map and attention_map_backward."""
-        if name.startswith("_") or not hasattr(backend, name):
-            raise AttributeError(name)
-
-        def run(*arguments: Any, **options: Any) -> Any:
-            with self.launches():
-                return getattr(backend, name)(*arguments, **options)
-
-        return run
 
     @contextmanager
     def launches(self) -> Iterator[None]:
@@ -93,7 +101,7 @@ class Emulated:
 
 @dataclass(frozen=True)
 class Row(backends.Backend):
-    emulated: Emulated | None = None
+    emulated: Module | None = None
 
     def load(self) -> Any:
         return self.emulated
@@ -106,8 +114,10 @@ def name_of(arch: int) -> str:
 def install(*archs: int) -> dict[int, Emulated]:
     """Put the chips' rows into smattn's table of backends."""
     made = {arch: Emulated(arch) for arch in archs}
-    rows = tuple(Row(name_of(arch), ("cpu",), "", (), emulated) for arch, emulated in made.items())
-    backends.TABLE = (*backends.TABLE, *rows)
-    backends.NAMES = validate.NAMES = tuple(row.name for row in backends.TABLE)
+    add_rows(*(Row(name_of(arch), ("cpu",), "", (), emulated) for arch, emulated in made.items()))
     return made
 
+
+def add_rows(*rows: Row) -> None:
+    backends.TABLE = (*backends.TABLE, *rows)
+    backends.NAMES = validate.NAMES = tuple(row.name for row in backends.TABLE)

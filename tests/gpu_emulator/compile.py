@@ -128,19 +128,19 @@ def _pass(
         if kind == "constexpr":
             continue
         if isinstance(value, TensorDescriptor):
-            values += [_tensor_map(value, next(encodings), _address(value.base, memory, states, found)), *value.shape, *value.strides]
+            values += [_tensor_map(value, next(encodings), _address(name, value.base, memory, states, found)), *value.shape, *value.strides]
         elif isinstance(value, Tensor):
-            values.append(_address(value, memory, states, found))
+            values.append(_address(name, value, memory, states, found))
         else:
             values.append(float(value) if kind == "fp32" else int(value))
     return values
 
 
-def _address(tensor: Tensor, memory: GlobalMemory, states: States, found: dict[int, int]) -> int:
+def _address(name: str, tensor: Tensor, memory: GlobalMemory, states: States, found: dict[int, int]) -> int:
     storage = tensor.untyped_storage()
     at = storage.data_ptr()
     if at not in found:
-        found[at] = memory.add(bytes_of(tensor), at, states.get(at))
+        found[at] = memory.add(bytes_of(tensor), at, states.get(at), name)
     return found[at] + tensor.storage_offset() * tensor.element_size()
 
 

@@ -1,4 +1,4 @@
-"""Asynchronous copies of threads to shared memory, PTX ISA 9.7.9.25: cp.async.
+"""Asynchronous copies of threads to shared memory: cp.async, "Data Movement and Conversion Instructions: Asynchronous copy".
 
 A copy lands as late as the program allows, at the wait for its group. Until then its place holds what it held, and nobody may read or
 write it.
@@ -62,7 +62,7 @@ class Copying:
 
 @instruction(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)*")
 def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.25.3.1: 4, 8 or 16 bytes a thread. With a source size, the bytes beyond it are zeros and are not read."""
+    """4, 8 or 16 bytes a thread. With a source size, the bytes beyond it are zeros and are not read."""
     to, source = Place(translator, each.operands[0]), Place(translator, each.operands[1])
     size = each.operands[2]
     assert isinstance(size, Immediate)
@@ -72,15 +72,10 @@ def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) 
     def run(group: Group, active: Array | None) -> None:
         row, warp = group.rows(active), group.warp(active)
         addresses, places = source.of(group, active), to.of(group, active)
-        values = np.zeros((len(row), width), np.uint8)
-        reads = np.ones(len(row), bool) if read_slot is None else group.pick(group.registers[read_slot], active) == width
-        if read_slot is not None and not (reads | (group.pick(group.registers[read_slot], active) == 0)).all():
-            raise Fault("refused", "cp.async that reads a part of its bytes")
-        if reads.any():
-            lanes = group.lanes(active)
-            lanes = lanes._replace(program=lanes.program[reads], warp=lanes.warp[reads])
-            group.launch.counts.global_access("load", addresses[reads], width, group, group.put(reads, active))
-            values[reads] = group.launch.memory.load(addresses[reads], min(width, 4), width // min(width, 4), lanes).view(np.uint8)
+        read = np.full(len(row), width) if read_slot is None else group.pick(group.registers[read_slot], active).astype(np.int64)
+        if (read > width).any() or (addresses[read > 0] % width).any():
+            raise Fault("memcheck", f"a copy of {width} bytes that is not aligned, or that reads more")
+        values = _read(group, addresses, read, width, active)
         index = group.shared.index(row, places, width, 1)  # for its checks
         offsets = (index[:, 0] * width - row * group.shared.size)[:, None] + np.arange(width)
         copy = Copy(np.repeat(row, width), offsets.reshape(-1), values.reshape(-1), np.repeat(warp, width))
@@ -90,10 +85,22 @@ def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) 
     return Step(run, ())
 
 
+def _read(group: Group, addresses: Array, read: Array, width: int, active: Array | None) -> Array:
+    """(threads, width) bytes, of which each thread reads the first ones, and the rest are zeros."""
+    values, lanes = np.zeros((len(read), width), np.uint8), group.lanes(active)
+    for count in np.unique(read[read > 0]):
+        these = read == count
+        group.launch.counts.global_access("load", addresses[these], int(count), group, group.put(these, active))
+        piece = min(width, 4) if count == width else 1
+        at = (addresses[these][:, None] + np.arange(0, count, piece, dtype=np.uint64)).reshape(-1)
+        program, warp = (np.repeat(of[these], count // piece) for of in (lanes.program, lanes.warp))
+        loaded = group.launch.memory.load(at, piece, 1, lanes._replace(program=program, warp=warp))
+        values[these, :count] = loaded.view(np.uint8).reshape(-1, count)
+    return values
+
+
 @instruction(r"cp\.async\.commit_group")
 def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.25.3.2."""
-
     def run(group: Group, active: Array | None) -> None:
         if active is not None:
             raise Fault("refused", "cp.async.commit_group of some threads")
@@ -105,7 +112,7 @@ def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 
 @instruction(r"cp\.async\.wait_(group|all)")
 def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.25.3.3: until at most so many of the latest groups are under way."""
+    """Until at most so many of the latest groups are under way."""
     left = 0
     if match[1] == "group":
         assert isinstance(each.operands[0], Immediate)

@@ -40,6 +40,13 @@ def flops_of(opcode: str) -> float:
     return 2 * sizes[0] * sizes[1] * sizes[2] / (4 if opcode.startswith("w") else 1)
 
 
+@lru_cache
+def bytes_of(opcode: str) -> int:
+    """Of a load, for each thread: ld.global.v4.b32 has 16."""
+    *_, vector, kind = opcode.split(".")
+    return int(kind[1:]) // 8 * (int(vector[1:]) if re.fullmatch(r"v\d", vector) else 1)
+
+
 @dataclass
 class Counts:
     """Of a launch, summed over its warps."""
@@ -50,7 +57,7 @@ class Counts:
     sectors: Counter[str] = field(default_factory=Counter)  # of 32 bytes that these touch in global memory
     requested_bytes: Counter[str] = field(default_factory=Counter)
     wavefronts: int = 0  # passes over the 32 banks of shared memory
-    element_loads: int = 0  # requests whose threads load 2 bytes each
+    widths: Counter[tuple[str, int]] = field(default_factory=Counter)  # loads by their tensor's name and the bytes that each thread loads
 
     def block(self, block: Block, group: Group) -> None:
         if group.mask is None:
@@ -72,6 +79,16 @@ class Counts:
     def tensor_flops(self) -> float:
         return sum(flops_of(opcode) * number for opcode, number in self.opcodes.items())
 
+    @property
+    def narrow_loads(self) -> int:
+        """Loads of global memory by which each thread gets fewer than 16 bytes, counted as all instructions are."""
+        return sum(number for opcode, number in self.opcodes.items() if opcode.startswith("ld.global") and bytes_of(opcode) < 16)
+
+    def bytes_a_thread(self, tensor: str) -> float:
+        """How much of a tensor each thread loads at a time, on average: 16 is the most, and an element the least."""
+        loads = {width: number for (name, width), number in self.widths.items() if name == tensor}
+        return sum(width * number for width, number in loads.items()) / max(1, sum(loads.values()))
+
     def global_access(self, kind: str, addresses: Array, size: int, group: Group, active: Array | None) -> None:
         first = group.rows(active) == 0 if self.detailed else np.zeros(0, bool)
         if not first.any():
@@ -83,7 +100,8 @@ class Counts:
         warps = len(np.unique(warp))
         self.requests[kind] += warps
         self.requested_bytes[kind] += len(addresses) * size
-        self.element_loads += warps if kind == "load" and size == 2 else 0
+        if kind == "load":
+            self.widths[group.launch.memory.owner(int(addresses[0])), size] += warps
 
     def shared_access(self, addresses: Array, size: int, group: Group, active: Array | None) -> None:
         """A request of more than 128 bytes is served a part of the warp at a time. Each part takes as many passes as its fullest bank."""
@@ -106,4 +124,4 @@ class Counts:
         self.sectors += other.sectors
         self.requested_bytes += other.requested_bytes
         self.wavefronts += other.wavefronts
-        self.element_loads += other.element_loads
+        self.widths += other.widths

@@ -21,7 +21,7 @@ import triton
 
 from smattn.kernels.tiles import Tile, block_of
 
-from .backend import CHIPS, install
+from .backend import CHIPS, install, name_of
 from .counters import Counts
 from .problems import check, problems
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "emulated-kernels.csv"
 HEAD = (
     "kernel", "arch", "bytes", "D", "block_m", "block_n", "warps", "launches", "instructions_a_score", "exp2_a_score", "flops_over_needed",
-    "bytes_a_load", "sectors_a_load", "wavefronts_a_request",
+    "bytes_a_load", "sectors_a_load", "narrow_loads_a_score", "mask_bytes_a_thread", "wavefronts_a_request",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ class Total:
             sum(c.instructions.values()) * 32 / max(1, self.scores), c.instructions["exp2"] * 32 / max(1, self.scores),
             c.tensor_flops / self.needed if self.needed and c.tensor_flops else 0.0,
             c.requested_bytes["load"] / max(1, c.requests["load"]), c.sectors["load"] / max(1, c.requests["load"]),
-            c.wavefronts / max(1, c.requests["shared"]),
+            c.narrow_loads * 32 / max(1, self.scores), c.bytes_a_thread("mask_ptr"), c.wavefronts / max(1, c.requests["shared"]),
         )  # fmt: skip
         return (str(self.launches), *(f"{figure:.2f}" for figure in figures))
 
@@ -97,6 +97,11 @@ def rows(totals: dict[Key, Total]) -> list[tuple[str, ...]]:
     ]
 
 
+def text(totals: dict[Key, Total]) -> str:
+    lines = (HEAD, *rows(totals))
+    return "\n".join("  ".join(f"{figure:>{len(name)}}" for figure, name in zip(line, HEAD, strict=True)) for line in lines)
+
+
 def write(path: Path, totals: dict[Key, Total], summary: str) -> None:
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").rglob("*.py")))).hexdigest()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = emulated[drawn.arch]
         row.counts.clear()
         try:
-            check(drawn, case, row)
+            check(drawn, case, name_of(drawn.arch), row)
         except Exception as error:  # whatever is thrown belongs in the result
             failures.append(f"problem {number} {drawn}, Nq {case.query.shape[2]}, Nk {case.key.shape[2]}: {type(error).__name__}: {error}")
             print(f"FAILED {failures[-1]}", flush=True)
@@ -136,8 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         add_up(totals, drawn.arch, row.counts)
     counts = ", ".join(f"{name} {count}" for name, count in sorted(ran.items()))
     summary = f"seed {options.seed}: {ran.total() - ran['launches']} problems ({counts}), {len(failures)} failed"
-    for line in (HEAD, *rows(totals)):
-        print("  ".join(f"{text:>{len(name)}}" for text, name in zip(line, HEAD, strict=True)))
+    print(text(totals))
     print(f"{summary}, {time.monotonic() - start:.0f} s")
     if options.write:
         write(RESULTS, totals, summary)

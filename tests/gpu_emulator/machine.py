@@ -96,7 +96,7 @@ class Group:
         return full
 
     def special(self, name: str) -> Array:
-        """Special registers, PTX ISA 10."""
+        """Section "Special Registers"."""
         x, y, _ = self.launch.grid
         values: dict[str, Any] = {
             "%tid.x": np.arange(self.threads)[None], "%tid.y": 0, "%tid.z": 0, "%laneid": np.arange(self.threads)[None] % 32,
@@ -109,7 +109,7 @@ class Group:
         return np.atleast_2d(np.asarray(values[name], dtype=np.uint32))
 
     def barrier(self, active: Array | None) -> None:
-        """9.7.13.1 barrier, for all threads of a program."""
+        """bar.sync, for all threads of a program."""
         if active is not None and (active.any(1) & ~active.all(1)).any():
             raise Fault("deadlock", "a barrier that only some threads of a program come to")
         self.shared.barrier()

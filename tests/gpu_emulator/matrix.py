@@ -1,4 +1,4 @@
-"""Matrix instructions of a warp, PTX ISA 9.7.14: mma.sync, ldmatrix and stmatrix.
+"""Matrix instructions of a warp: mma.sync, ldmatrix and stmatrix, "Warp Level Matrix Multiply-Accumulate Instructions".
 
 A lane is 4 * g + t: g in 0..7 chooses a row of a fragment, and t in 0..3 its columns.
 """
@@ -36,7 +36,7 @@ def multiply(a: Array, b: Array, c: Array) -> Array:
 
 @instruction(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(f16|bf16|tf32)\.(f16|bf16|tf32)\.f32")
 def mma(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.14.5: d = a @ b + c with a of 16 rows, b of 8 columns. Fragments as in the figures of m16n8k8 and m16n8k16."""
+    """d = a @ b + c with a of 16 rows, b of 8 columns. Fragments as in "Matrix Fragments for mma.m16n8k8" and m16n8k16."""
     kind = match[2]
     d, a, b, c = (translator.elements(operand, "b32") for operand in each.operands)
     assert kind == match[3] and len(a) == 4 and (kind == "tf32") == (match[1] == "8"), "this shape has other fragments"
@@ -81,7 +81,7 @@ def _lanes_with_addresses(group: Group, active: Array | None, matrices: int) -> 
 
 @instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 def load_matrices(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.14.5.15: matrices of 8 rows of 16 bytes. Lane 4 * g + t gets word t of row g, or transposed, rows 2t and 2t + 1 of column g."""
+    """Matrices of 8 rows of 16 bytes. Lane 4 * g + t gets word t of row g, or transposed, rows 2t and 2t + 1 of column g."""
     slots, place, count = translator.elements(each.operands[0], "b32"), Place(translator, each.operands[1]), int(match[1])
     transposed = match[2] is not None
     assert len(slots) == count
@@ -108,7 +108,7 @@ def load_matrices(translator: Translator, each: Instruction, match: re.Match[str
 
 @instruction(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 def store_matrices(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.14.5.16: the opposite of ldmatrix."""
+    """The opposite of ldmatrix."""
     place, slots, count = Place(translator, each.operands[0]), translator.elements(each.operands[1], "b32"), int(match[1])
     transposed = match[2] is not None
     assert len(slots) == count

@@ -33,24 +33,31 @@ class Lanes(NamedTuple):
     interval: int  # how many barriers the programs have passed
 
 
+class Allocation(NamedTuple):
+    name: str
+    start: int
+    data: Array  # the owner's bytes
+    state: Array | None  # None: they all hold something
+
+
 class GlobalMemory:
     """One array of bytes, and beside it the state of each byte, and for every two bytes who wrote them when."""
 
     def __init__(self) -> None:
-        self._allocations: list[tuple[int, Array, Array | None]] = []  # offset, the owner's bytes, and their states where some hold nothing
+        self._allocations: list[Allocation] = []
         self._size = GUARD
 
-    def add(self, data: Array, address: int, state: Array | None = None) -> int:
-        """Take in the bytes of a storage, and return where kernels find it. Without a state every byte holds something."""
+    def add(self, data: Array, address: int, state: Array | None = None, name: str = "") -> int:
+        """Take in the bytes of a storage, and return where kernels find it."""
         start = self._size + (address - self._size) % ALIGNMENT
-        self._allocations.append((start, data, state))
+        self._allocations.append(Allocation(name, start, data, state))
         self._size = -(-(start + data.size + GUARD) // ALIGNMENT) * ALIGNMENT
         return BASE + start
 
     def begin(self) -> None:
         self.data = np.full(self._size, 0xFF, np.uint8)  # NaN in every type
         self.state = np.full(self._size, OUTSIDE, np.uint8)
-        for start, data, state in self._allocations:
+        for _, start, data, state in self._allocations:
             self.data[start : start + data.size] = data
             self.state[start : start + data.size] = WRITTEN if state is None else state
         self._writer = np.zeros(self._size // 2, np.int64)  # 1 + program * 64 + warp; 0: nobody in this launch
@@ -59,10 +66,14 @@ class GlobalMemory:
 
     def finish(self) -> None:
         """Give the owners their bytes back."""
-        for start, data, state in self._allocations:
+        for _, start, data, state in self._allocations:
             data[:] = self.data[start : start + data.size]
             if state is not None:
                 state[:] = self.state[start : start + data.size]
+
+    def owner(self, address: int) -> str:
+        """The name of the storage that the address lies in, or after."""
+        return next((each.name for each in reversed(self._allocations) if BASE + each.start <= address), "")
 
     def load(self, addresses: Array, size: int, count: int, lanes: Lanes) -> Array:
         """(threads, count) elements of `size` bytes, adjacent for each thread."""

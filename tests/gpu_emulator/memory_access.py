@@ -1,4 +1,4 @@
-"""Loads and stores, PTX ISA 9.7.9: ld, st and address conversions."""
+"""Loads and stores: ld, st and address conversions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import DTYPES
-from .memory import UNSIGNED, Array
-from .parser import SIZES, Address, Immediate, Instruction, Operand, Register, Symbol
+from .memory import UNSIGNED, Array, Fault
+from .parser import SIZES, Address, Immediate, Instruction, Operand, Register
 from .translate import PARAMETER_BASE, Step, Translator, instruction, reader, writer
 
 if TYPE_CHECKING:
@@ -46,17 +46,19 @@ TYPE = r"\.([bsuf](?:8|16|32|64))"
 
 @instruction(r"ld(?:\.volatile|\.relaxed\.\w+)?\.param" + VECTOR + TYPE)
 def load_parameter(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    kind = match[2]
-    slots = translator.elements(each.operands[0], kind)
-    address = each.operands[1]
-    assert isinstance(address, Address) and isinstance(address.base, Symbol)
-    start = translator.address_of(address.base) - PARAMETER_BASE + address.offset
+    kind, place = match[2], Place(translator, each.operands[1])
+    slots, size = translator.elements(each.operands[0], kind), SIZES[kind]
     converts = [writer(DTYPES[kind], translator.initial[slot].dtype) for slot in slots]
 
     def run(group: Group, active: Array | None) -> None:
-        values = np.frombuffer(group.launch.parameters, DTYPES[kind], len(slots), start).copy()
-        for slot, convert, value in zip(slots, converts, values, strict=True):
-            group.registers[slot] = convert(value.reshape(1, 1))
+        data = np.frombuffer(group.launch.parameters, np.uint8)
+        at = place.of_all(group) - PARAMETER_BASE
+        at = at if active is None else np.where(active, at, 0)
+        if (at < 0).any() or (at > len(data) - size * len(slots)).any() or (at % size).any():
+            raise Fault("memcheck", "load outside of the parameters, or one that is not aligned")
+        for slot, convert in zip(slots, converts, strict=True):
+            group.registers[slot] = convert(data[at[..., None] + np.arange(size)].view(DTYPES[kind])[..., 0])
+            at = at + size
 
     return Step(run, tuple(slots))
 
@@ -143,7 +145,7 @@ def _taker(translator: Translator, operand: Operand, kind: str) -> Any:
 
 @instruction(r"cvta\.(?:to\.)?(?:global|param)\.u64")
 def convert_address(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.20: the address spaces of this machine do not overlap, so that an address is the same in its own and in the generic one."""
+    """The address spaces of this machine do not overlap, so that an address is the same in its own and in the generic one."""
     to, source = translator.slot(each.operands[0], "u64"), translator.slot(each.operands[1], "u64")
 
     def run(group: Group, active: Array | None) -> None:

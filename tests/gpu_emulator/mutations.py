@@ -3,7 +3,8 @@
 Some changes are no mistakes, and none can be caught. Which these are is decided here, by rules on the code or on what the run has met:
 a barrier with no access to memory between it and the next, or where one warp does what comes before and after; a wait while nothing is
 under way; a bound that no element is equal to; two fragment registers that are one; a zero that no sum begins with, or that nothing reads
-before it is written over.
+before it is written over. Where a bound or a zero decides on values alone, and not on what is accessed, it is no mistake either if every
+bit of the results is what it was: another bound covers it, or the value is multiplied by 0 before anything is added.
 """
 
 from __future__ import annotations
@@ -90,6 +91,18 @@ def _begins_a_sum(kernel: Kernel, zero: Instruction) -> bool:
             if known & set(operand.elements if isinstance(operand, Vector) else (operand,)):
                 return True
     return False
+
+
+def decides_on_values_alone(kernel: Kernel, site: Site) -> bool:
+    """A zero does. A bound does where no predicate that depends on it guards an access to memory or a branch."""
+    if site.kind != "bound off by one":
+        return site.kind == "accumulator not zero"
+    known = {kernel.instructions[site.at].operands[0]}
+    predicates = [each for each in kernel.instructions if each.opcode.endswith(".pred") or each.opcode.startswith("setp")]
+    while more := {each.operands[0] for each in predicates if known & set(each.operands[1:])} - known:
+        known |= more
+    integers = [each for each in kernel.instructions if re.match(r"selp\.[bsu]|cvt.*pred", each.opcode)]  # sizes of copies, say
+    return not any(each.guard in known for each in kernel.instructions) and not any(known & set(each.operands) for each in integers)
 
 
 def _matters(kernel: Kernel, at: int) -> bool:

@@ -21,7 +21,7 @@ class Register(NamedTuple):
 
 
 class Special(NamedTuple):
-    """A special register such as %tid.x, PTX ISA 10."""
+    """A special register such as %tid.x."""
 
     name: str
 

@@ -15,7 +15,7 @@ from smattn import reference
 from smattn.call import Call, Needs
 from smattn.testing import Case, assert_within_budget, make_case, run
 
-from .backend import CHIPS, Emulated, name_of
+from .backend import CHIPS, Module
 
 TOGETHER = 10  # problems of one specialisation, one behind the other
 LAYOUTS = ("aligned", "misaligned", "heads behind the sequence", "packed")
@@ -111,16 +111,16 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return place.copy_(tensor)
 
 
-def check(drawn: Specialisation, case: Case, emulated: Emulated) -> None:
-    """The call's results are inside the budget, or with TF32 near those of exact products."""
+def check(drawn: Specialisation, case: Case, name: str, emulated: Module) -> None:
+    """`emulated` is the backend of that name. The call's results are inside the budget, or with TF32 near those of exact products."""
     if drawn.tf32:
         check_tf32(case, emulated)
     else:
-        results = run(case, name_of(drawn.arch), drawn.needs)
+        results = run(case, name, drawn.needs)
         assert_within_budget(results, case)
 
 
-def check_tf32(case: Case, emulated: Emulated) -> None:
+def check_tf32(case: Case, emulated: Module) -> None:
     call: Call = case.call()
     call = call._replace(problem=call.problem._replace(allow_tf32=True))
     needs = Needs(True, True, True, call.mask is not None, call.alpha is not None)

@@ -1,4 +1,4 @@
-"""Tensor copies (TMA) and the mbarriers that they complete on, PTX ISA 9.7.9.27 and 9.7.13.15.
+"""Tensor copies (TMA) and the mbarriers that they complete on: "Tensor copy" and "mbarrier".
 
 A copy lands when its mbarrier is waited for, and the first try of every such wait fails.
 """
@@ -51,7 +51,7 @@ def swizzled(addresses: Array, mode: int) -> Array:
 
 
 class Barrier:
-    """An mbarrier of each program, 9.7.13.15: arrivals and bytes that its phase still waits for."""
+    """An mbarrier of each program: arrivals and bytes that its phase still waits for."""
 
     def __init__(self, programs: int) -> None:
         self.valid = np.zeros(programs, bool)
@@ -103,7 +103,7 @@ MBARRIER = r"(?:\.shared(?:::cta)?)?\.b64"
 
 @instruction(r"mbarrier\.(init|inval)" + MBARRIER)
 def initialise(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.15.9 and 9.7.13.15.10."""
+    """mbarrier.init and mbarrier.inval."""
     place = Place(translator, each.operands[0])
     count = translator.slot(each.operands[1], "b32") if match[1] == "init" else None
 
@@ -126,7 +126,7 @@ def initialise(translator: Translator, each: Instruction, match: re.Match[str]) 
 
 @instruction(r"mbarrier\.arrive(\.expect_tx)?" + MBARRIER)
 def arrive(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.15.13: one arrival a thread, and with expect_tx bytes more to wait for."""
+    """One arrival a thread, and with expect_tx bytes more to wait for."""
     place = Place(translator, each.operands[1])
     expected = translator.slot(each.operands[2], "b32") if match[1] else None
 
@@ -145,7 +145,7 @@ def arrive(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 
 @instruction(r"mbarrier\.try_wait\.parity" + MBARRIER)
 def try_wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.15.16: whether the phase of this parity is complete. Copies that it waits for land at the second try."""
+    """Whether the phase of this parity is complete. Copies that it waits for land at the second try."""
     done, place = translator.slot(each.operands[0], "pred"), Place(translator, each.operands[1])
     parity = translator.slot(each.operands[2], "b32")
 
@@ -183,7 +183,7 @@ def _land(group: Group, barrier: Barrier) -> None:
 
 @instruction(r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::(?:cta|cluster)\.global(?:\.tile)?\.mbarrier::complete_tx::bytes")
 def copy_tensor(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.27.1.2: one thread copies a block of a tensor. Elements outside the tensor are zeros."""
+    """One thread copies a block of a tensor. Elements outside the tensor are zeros."""
     to, source, barrier_place = (Place(translator, operand) for operand in each.operands)
     address = each.operands[1]
     assert isinstance(address, Address) and len(address.coordinates) == int(match[1])

@@ -52,7 +52,7 @@ def test_every_layout_and_the_copies_it_takes(layout):
 def test_drawn_problems(seed):
     """A specialisation each, two problems of it."""
     for drawn, case in some(1000 + seed, 2, every=1):
-        check(drawn, case, ROWS[drawn.arch])
+        check(drawn, case, backend.name_of(drawn.arch), ROWS[drawn.arch])
         assert ROWS[drawn.arch].counts
 
 

@@ -84,6 +84,27 @@ def test_warps_exchange_words_by_a_barrier():
     assert (run(RIGHT) == np.arange(64) ^ 32).all()
 
 
+def test_bits_are_put_in_the_place_of_others():
+    n = np.arange(64)
+    body = "mov.b32 %r8, -1; bfi.b32 %r9, %r1, %r8, 4, 5; bfi.b32 %r10, %r1, 0, 30, 9; xor.b32 %r9, %r9, %r10; st.global.b32 [%rd2], %r9;"
+    expected = ((0xFFFFFFFF & ~(31 << 4)) | ((n & 31) << 4)) ^ (n << 30 & 0xFFFFFFFF)
+    assert (run(body) == expected).all()
+
+
+def test_parameters_are_found_by_computed_addresses():
+    body = "mov.b64 %rd4, data; add.s64 %rd4, %rd4, -8; ld.param.u64 %rd5, [%rd4+8]; sub.s64 %rd5, %rd5, %rd1; cvt.u32.u64 %r8, %rd5;"
+    assert not run(body + "st.global.b32 [%rd2], %r8;").any()
+
+
+def test_a_copy_reads_a_part_of_its_bytes_and_the_rest_are_zeros():
+    """Of 16 bytes a thread of the first 16 reads as many as its number, and no more of memory than that holds anything."""
+    read = "setp.lt.u32 %p1, %r1, 16; shl.b32 %r8, %r1, 4; add.s32 %r8, %r8, %r3; mul.wide.u32 %rd3, %r1, 16; add.s64 %rd3, %rd3, %rd1;"
+    copy = "@%p1 cp.async.cg.shared.global [%r8], [%rd3], 16, %r1; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+    got = run(f"{read} {copy} ld.shared.b32 %r9, [{OWN}]; st.global.b32 [%rd2], %r9;", holds=255).view(np.uint8).reshape(16, 16)
+    expected = np.arange(64, dtype=np.uint32).view(np.uint8).reshape(16, 16)
+    assert (got == np.where(np.arange(16) < np.arange(16)[:, None], expected, 0)).all()
+
+
 COPY = f"cp.async.ca.shared.global [{OWN}], [%rd2], 4; cp.async.commit_group; WAIT ld.shared.b32 %r8, [{OWN}];"
 BARRIER = "add.s32 %r9, %r3, 128; setp.eq.s32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r9], 1; bar.sync 0; "
 WAIT = "again: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r9], 0; @!%p2 bra again;"
@@ -102,6 +123,8 @@ WRONG = {
                                                                 "mad.wide.u32 %rd3, %r8, 4, %rd1; ld.global.b32 %r9, [%rd3];"),
     "different values at one address": ("repeatability", "st.global.b32 [%rd1], %r1;"),
     "different values at one address of shared memory": ("repeatability", "st.shared.b32 [%r3], %r1;"),
+    "a copy that reads more bytes than it writes": ("memcheck", f"cp.async.ca.shared.global [{OWN}], [%rd2], 4, 5;"),
+    "a load past the parameters": ("memcheck", "mov.b64 %rd4, data; ld.param.u64 %rd5, [%rd4+8];"),
     "a barrier that half of the threads come to": ("deadlock", "setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 0;"),
     "a shuffle of half a warp": ("deadlock", "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1;"),
     "an mbarrier at which nobody arrives": ("deadlock", BARRIER + WAIT),

@@ -23,7 +23,7 @@ VARIANTS = (jobs.PLAIN, jobs.FEATURES, jobs.MAP, *(variant for variant in jobs.O
 
 
 def contracted(ptx):
-    """The sums over lanes of a product that is, or may be, contracted: mul.f32 may, and mul.rn.f32 may not (PTX ISA 9.7.3.5)."""
+    """The sums over lanes of a product that is, or may be, contracted: mul.f32 may, and mul.rn.f32 may not."""
     (kernel,) = parse(ptx).values()
     written = defaultdict(list)
     for each in kernel.instructions:

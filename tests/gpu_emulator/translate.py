@@ -228,7 +228,7 @@ def _ways(block: Block) -> set[int | None]:
 
 @instruction(r"mov\.(pred|[bufs](?:16|32|64))")
 def move(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.6 and 9.7.9.7: also of special registers, of addresses, and to and from vectors."""
+    """Also of special registers, of addresses, and to and from vectors."""
     kind = match[1]
     to, source = each.operands
     if isinstance(source, Special):

@@ -1,4 +1,6 @@
-"""Instructions by which the threads of a warp exchange values, PTX ISA 9.7.9 and 9.7.13, and the barrier of a program."""
+"""Instructions by which the threads of a warp exchange values, and the barrier of a program: "Parallel Synchronization and
+Communication Instructions", and shfl.sync.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def full_warps(active: Array | None, name: str) -> None:
 
 @instruction(r"shfl\.sync\.(bfly|idx|up|down)\.b32")
 def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.9.9: each lane reads another's register. Operand c clamps the lane to a segment; where it lies outside, a lane reads itself."""
+    """Each lane reads another's register. Operand c clamps the lane to a segment; where it lies outside, a lane reads itself."""
     to, inside = results_of(translator, each.operands[0], "b32")
     source, by, clamp = (translator.slot(operand, "b32") for operand in each.operands[1:4])
     mode = match[1]
@@ -57,7 +59,7 @@ REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.r
 
 @instruction(r"redux\.sync\.(max|min|add|or|and)\.([sub]32)")
 def reduce(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.11: of the integers of all lanes, to all of them."""
+    """Of the integers of all lanes, to all of them."""
     to, source = (translator.slot(operand, "b32") for operand in each.operands[:2])
     combine, kind = REDUCTIONS[match[1]], np.int32 if match[2] == "s32" else np.uint32
 
@@ -72,7 +74,7 @@ def reduce(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 
 @instruction(r"elect\.sync")
 def elect(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.15: one lane of the warp is the leader. Which one is not specified; here it is lane 0."""
+    """One lane of the warp is the leader. Which one is not specified; here it is lane 0."""
     to, chosen = results_of(translator, each.operands[0], "b32")
     assert chosen is not None
 
@@ -86,7 +88,6 @@ def elect(translator: Translator, each: Instruction, match: re.Match[str]) -> St
 
 @instruction(r"vote\.sync\.(ballot\.b32|any\.pred|all\.pred)")
 def vote(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.9."""
     kind = "b32" if "ballot" in match[1] else "pred"
     to, source = translator.slot(each.operands[0], kind), translator.slot(each.operands[1], "pred")
 
@@ -104,7 +105,7 @@ def vote(translator: Translator, each: Instruction, match: re.Match[str]) -> Ste
 
 @instruction(r"bar\.sync|barrier\.sync(?:\.aligned)?")
 def barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.1. Only barrier 0 of all threads: a barrier of some warps belongs to warp specialisation, which no kernel here uses."""
+    """Only barrier 0 of all threads: a barrier of some warps belongs to warp specialisation, which no kernel here uses."""
     if each.operands != (Immediate(0),):
         raise Refused(f"barrier {each.operands}")
     return Step(lambda group, active: group.barrier(active), ())
@@ -112,5 +113,5 @@ def barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> 
 
 @instruction(r"bar\.warp\.sync")
 def warp_barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.2: lanes of a warp are never apart here."""
+    """Lanes of a warp are never apart here."""
     return Step(lambda group, active: full_warps(active, "bar.warp.sync"), ())

@@ -1,5 +1,6 @@
-"""Matrix instructions of a warpgroup, PTX ISA 9.7.15: wgmma, which reads its operands from shared memory and runs by itself.
+"""Matrix instructions of a warpgroup, "Asynchronous Warpgroup Level Matrix Instructions": wgmma.
 
+It reads its operands from shared memory and runs by itself.
 Until a wgmma is waited for, its accumulators hold NaN, its operands in shared memory may not be written, and its registers neither.
 """
 
@@ -59,7 +60,7 @@ class Products:
         return Products([part(each) for each in self.loose], [[part(each) for each in of] for of in self.groups], sums, self.fenced)
 
     def wait(self, group: Group, left: int) -> None:
-        """9.7.15.7.2: all but the latest `left` wgmma-groups are complete."""
+        """All but the latest `left` wgmma-groups are complete."""
         done = self.groups[: len(self.groups) - left]
         self.groups = self.groups[len(done) :]
         busy = {slot for each in (*self.groups, self.loose) for product in each for slot in product.sums}
@@ -90,7 +91,7 @@ class Products:
 
 
 class Layout(NamedTuple):
-    """A matrix descriptor, 9.7.15.5.1, of each warpgroup."""
+    """A matrix descriptor, "Matrix Descriptor Format", of each warpgroup."""
 
     start: Array
     leading: Array
@@ -99,7 +100,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, bits: Array) -> Layout:
-        """9.7.15.5.1.2.2: the fields are in units of 16 bytes."""
+        """The fields are in units of 16 bytes."""
         swizzles = np.unique(bits >> np.uint64(62))
         base_offset = (bits >> np.uint64(49)) & np.uint64(7)
         if len(swizzles) > 1 or base_offset.any():
@@ -156,7 +157,7 @@ def _check_operand(group: Group, places: Array) -> None:
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(f16|bf16|tf32)\.(f16|bf16|tf32)")
 def multiply_async(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.15.5.2: d = a @ b + d where scale-d holds, else a @ b. a has 64 rows, of which each warp of the warpgroup has 16."""
+    """d = a @ b + d where scale-d holds, else a @ b. a has 64 rows, of which each warp of the warpgroup has 16."""
     columns, kind = int(match[1]), match[3]
     d_operand, a_operand, b_operand, scale, *more = each.operands
     flags = [flag.value for flag in more if isinstance(flag, Immediate)]
@@ -195,7 +196,7 @@ def multiply_async(translator: Translator, each: Instruction, match: re.Match[st
 
 
 def _accumulator(group: Group, slots: list[int]) -> Array:
-    """(programs, warpgroups, 64, columns) from registers, 9.7.15.5.1.1: as mma.sync's, a warp below the other."""
+    """(programs, warpgroups, 64, columns) from registers: as mma.sync's, a warp below the other."""
     result = np.empty((group.shape[0], group.threads // WARPGROUP, 4, 2, 8, len(slots) // 4, 4, 2), np.float32)
     for at, slot in enumerate(slots):
         bits = group.products.sums.get(slot, group.registers[slot])
@@ -215,8 +216,6 @@ def _leave(group: Group, slots: list[int], result: Array) -> None:
 
 @instruction(r"wgmma\.fence\.sync\.aligned")
 def fence(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.15.7.1."""
-
     def run(group: Group, active: Array | None) -> None:
         group.products.fenced = True
 
@@ -225,8 +224,6 @@ def fence(translator: Translator, each: Instruction, match: re.Match[str]) -> St
 
 @instruction(r"wgmma\.commit_group\.sync\.aligned")
 def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.15.7.3."""
-
     def run(group: Group, active: Array | None) -> None:
         group.products.groups.append(group.products.loose)
         group.products.loose = []
@@ -243,7 +240,7 @@ def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Ste
 
 @instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
 def fence_proxy(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    """9.7.13.4: what threads stored is there for TMA and wgmma. Compilers put it before the barrier or after, and either is accepted."""
+    """What threads stored is there for TMA and wgmma. Compilers put it before the barrier or after, and either is accepted."""
 
     def run(group: Group, active: Array | None) -> None:
         group.shared.unfenced[:] = 0

@@ -21,6 +21,10 @@ namespace emulator {
 // While false kernels are not run: what remains of a call is what it allocates, at any size.
 inline bool runs = true;
 
+// Who runs kernels in this emulator's place, if anybody: an interpreter of what nvcc makes of them. kernel: the mangled name of its type.
+using Interpreter = void (*)(const char* kernel, int64_t blocks, int threads, size_t shared_bytes, const void* args, size_t args_bytes);
+inline Interpreter interpreter = nullptr;
+
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void(std::byte* shared)>& kernel);
 
 // What a lane brings to a collective; run(all) is called once with the 32 lanes' arguments.
