@@ -5,11 +5,11 @@ query reads under a mask M, the second under 1 - M. A small network predicts M f
 the loss sees the two descriptors, and the gradient reaches M through the attention alone. The one hint is a click: its pixel is the first
 query.
 
-    pip install scikit-learn matplotlib     # the first ships the photograph, the second saves the picture
-    python examples/quickstart.py           # writes quickstart.png: photograph, first mask, learned mask
+    pip install scikit-learn matplotlib tyro    # the photograph, the picture, the command line
+    python examples/quickstart.py               # writes quickstart.png: photograph, first mask, learned mask
 """
 
-import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.commands import add_device, checked_device, of_this_system, read_checkpoint, said_in_one_line
+from examples.shared.commands import DEVICE, checked_device, cli, of_this_system, read_checkpoint
 from examples.shared.rows import write
 
 from .batches import resized, resized_mask
@@ -67,30 +66,31 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     return model, config
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where overlays, GIFs, labels, sheet.png and scores.csv go")
-    add_device(parser)
-    a = parser.parse_args()
-    model, config = load(a.checkpoint, checked_device(a.device))
+def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: str = DEVICE) -> None:
+    """Propagate the first annotation through every clip, score the result, and paint it.
+
+    Args:
+        data: A folder in DAVIS layout.
+        checkpoint: What examples.vos.train wrote.
+        out: Where overlays, GIFs, labels, sheet.png and scores.csv go.
+        split: The clips to propagate through.
+        device: Where to run the model.
+    """
+    model, config = load(checkpoint, checked_device(device))
     scores: list[Score] = []
-    for clip in tqdm(read_clips(a.data, a.split), desc="clips"):
+    for clip in tqdm(read_clips(data, split), desc="clips"):
         labels = propagate(model, clip, config)
         scores += score(clip, labels)
-        save_pictures(a.out, clip, labels)
+        save_pictures(out, clip, labels)
     if scores:
-        write(a.out / "scores.csv", scores, decimals=4)
+        write(out / "scores.csv", scores, decimals=4)
         of_clips = {name: mean_scores([one for one in scores if one.clip == name])[0] for name in {one.clip: None for one in scores}}
         ranked = sorted(of_clips, key=of_clips.__getitem__, reverse=True)
         shown = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
-        save_sheet(a.out, shown)
+        save_sheet(out, shown)
         print("  ".join(f"{name} {value:.1f}" for name, value in official(scores).items()))
         print("sheet.png: best, median and worst clip,", ", ".join(f"{name} {of_clips[name]:.1f}" for name in shown))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -8,17 +8,16 @@ goes on. Each run takes its thresholds from training images, and all scores are 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.shared.commands import said_in_one_line
+from examples.shared.commands import cli
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -134,26 +133,34 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
-    parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
-    parser.add_argument("--runs", type=Path, default=Path("build/runs"), help="where checkpoints, logs and sheets go")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    a = parser.parse_args()
-    data, val, rows = read_scenes(a.data, "train"), read_scenes(a.data, "val"), read(a.out.with_suffix(".csv"), Row)
-    for variant in a.variants:
-        for seed in range(a.seeds):
+def main(
+    data: Path,
+    out: Path,
+    runs: Path = Path("build/runs"),
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS),
+    seeds: int = 3,
+    config: Literal[tuple(CONFIGS)] = "small",
+) -> None:
+    """The ablation: train each variant with each seed, and write their scores, a table and a plot.
+
+    Args:
+        data: A folder in VOC layout.
+        out: The files to write, without .csv and .png.
+        runs: Where checkpoints, logs and sheets go.
+        variants: Who takes part.
+        seeds: How many runs of each.
+        config: Sizes, learning rates and the number of steps.
+    """
+    train_data, val, rows = read_scenes(data, "train"), read_scenes(data, "val"), read(out.with_suffix(".csv"), Row)
+    for variant in variants:
+        for seed in range(seeds):
             if all((row.variant, row.seed) != (variant, seed) for row in rows):
-                rows.append(compute(variant, seed, CONFIGS[a.config], data, val, a.runs))
+                rows.append(compute(variant, seed, CONFIGS[config], train_data, val, runs))
                 rows.sort(key=lambda row: (list(VARIANTS).index(row.variant), row.seed))
-                write(a.out.with_suffix(".csv"), rows)
-    plot(rows, a.out.with_suffix(".png"))
+                write(out.with_suffix(".csv"), rows)
+    plot(rows, out.with_suffix(".png"))
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -8,7 +8,6 @@ them is where.
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from examples.shared.commands import cli
 from examples.shared.images import save_index
 
 from .data import IGNORE
@@ -107,7 +107,15 @@ def _borders(index: np.ndarray) -> np.ndarray:
 
 
 def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, seed: int = 0) -> None:
-    """Write scenes, each with a seed of its own, in VOC layout under `out`."""
+    """Write scenes, each with a seed of its own, in VOC layout.
+
+    Args:
+        out: The folder to write.
+        train: The number of scenes to train on.
+        val: The number of scenes to judge by.
+        side: Of a scene, in pixels.
+        seed: Decides all of them.
+    """
     folders = {kind: out / kind for kind in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,13 +133,6 @@ def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, s
         ElementTree.ElementTree(annotation).write(folders["Annotations"] / f"{name}.xml")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write synthetic scenes in VOC layout.")
-    parser.add_argument("--out", type=Path, required=True)
-    for name, default in (("train", 2000), ("val", 400), ("side", 64), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    write_scenes(**vars(parser.parse_args()))
-
 
 if __name__ == "__main__":
-    main()
+    cli(write_scenes)

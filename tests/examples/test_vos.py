@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.shared.commands import cli
 from examples.shared.rows import read, write
 from examples.vos import cycle, infer, losses, search, study, train
 from examples.vos.batches import Batch, _other_view, sample
@@ -178,7 +179,7 @@ class FakeTimm(torch.nn.Module):
 def test_a_backbone_of_timm(monkeypatch):
     config = dataclasses.replace(TINY, backbone="some_model", stride=8)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="backbone 'some_model' is timm's: pip install timm"):
+    with pytest.raises(ImportError, match="the model 'some_model' is timm's: pip install timm"):
         VOS(config)
     monkeypatch.setitem(sys.modules, "timm", FakeTimm)
     coarse, fine = VOS(config).features(torch.rand(2, 3, 64, 96))
@@ -194,9 +195,8 @@ def test_a_backbone_of_timm(monkeypatch):
 
 def test_inference_writes_scores_and_pictures(written, tmp_path, monkeypatch, capsys):
     train.train(train.Trainer(train.Run(TINY), read_clips(written, "train")), tmp_path, stop=1, save_every=1)
-    arguments = ["infer", "--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
-    infer.main()
+    arguments = ["--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
+    cli(infer.main, [str(a) for a in arguments])
     assert capsys.readouterr().out.startswith("J&F-Mean ")
     clip = read_clips(written, "val")[0]
     with open(tmp_path / "shown" / "scores.csv", newline="") as file:
@@ -235,12 +235,11 @@ def test_the_papers_sizes_are_a_configuration():
 
 def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
-    arguments = ["study", "--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs"]
+    arguments = ["--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs"]
     arguments += ["--contestants", "soft", "copy"]
 
     def say(seeds):
-        monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--seeds", seeds]])
-        study.main()
+        cli(study.main, [str(a) for a in [*arguments, "--seeds", seeds]])
         return capsys.readouterr().out
 
     say(1)
@@ -257,9 +256,8 @@ def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path
     monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
     trained = {}
     monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.update({out.name: trainer.clips}))
-    arguments = ["study", "--data", written, "--out", tmp_path / "alone", "--runs", tmp_path / "runs", "--alone", "--seeds", 2]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--contestants", "frame0", "oracle", "copy"]])
-    study.main()
+    arguments = ["--data", written, "--out", tmp_path / "alone", "--runs", tmp_path / "runs", "--alone", "--seeds", 2]
+    cli(study.main, [str(a) for a in [*arguments, "--contestants", "frame0", "oracle", "copy"]])
     clips = read_clips(written, "train")
     assert trained["frame0-0"] == clips[:1] and trained["frame0-1"] == clips[1:2]
     assert len(trained["oracle-0"]) == len(clips[0]) and trained["oracle-0"][0] == clips[0]
@@ -270,13 +268,12 @@ def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path
 
 
 def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search, "SETTINGS", {"nothing at all": (dataclasses.replace(TINY, steps=1), "long", 1)})
+    monkeypatch.setitem(search.SETTINGS, "nothing at all", (dataclasses.replace(TINY, steps=1), "long", 1))
     out = tmp_path / "found.csv"
-    arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    arguments = ["--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2, "--settings", "nothing at all"]
     earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
     write(out, earlier)
-    search.main()
+    cli(search.main, [str(a) for a in arguments])
     found = read(out, search.Found)
     assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
     gain = found[2].JF - found[3].JF

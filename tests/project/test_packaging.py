@@ -62,8 +62,8 @@ def test_setuptools_that_is_too_old_is_one_line():
 
 
 def test_torch_that_is_missing_is_one_line(tmp_path):
-    hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)"
-    result = setup(hidden, "-q", "build_ext", "--build-lib", str(tmp_path))
+    without = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda *name: None if name == ('torch',) else find(*name)"
+    result = setup(without, "-q", "build_ext", "--build-lib", str(tmp_path))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.endswith("building smattn needs torch: pip install torch, then smattn with --no-build-isolation\n")
 
