@@ -20,6 +20,7 @@ from examples.shared.images import save_index
 from .data import Scenes, read_scenes
 from .evaluate import score
 from .model import ViT
+from .pictures import save_scenes
 from .train import load
 
 UNDECIDED = -1
@@ -124,7 +125,7 @@ def main(
     Args:
         data: A folder in VOC layout.
         checkpoint: What examples.wsss.train wrote.
-        out: Where the masks go.
+        out: Where the masks go; beside it, <out>-sheet.png shows the first images with their maps and masks.
         split: The images to make masks for.
         thresholds: The lower and the higher one; otherwise chosen on training images.
         device: Where to run the model.
@@ -139,8 +140,11 @@ def main(
         train = read_scenes(data, "train")
         few = Scenes(train.classes, train.scenes[:CHOSEN_ON])
         chosen = choose(see(model, few), few)
-    save_masks(pseudo_masks(see(model, scenes), scenes, chosen), scenes, out)
-    print(f"{len(scenes)} pseudo-masks in {out}; thresholds {chosen.low:.2f} {chosen.high:.2f}")
+    seen = see(model, scenes)
+    masks, sheet = pseudo_masks(seen, scenes, chosen), out.with_name(f"{out.name}-sheet.png")
+    save_masks(masks, scenes, out)
+    save_scenes(sheet, scenes, seen.maps, {"pseudo-mask": masks})
+    print(f"{len(scenes)} pseudo-masks in {out}; thresholds {chosen.low:.2f} {chosen.high:.2f}; the first images in {sheet}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from examples.shared.rows import read, write
 from .config import CONFIGS, Config
 from .data import Scenes, read_scenes
 from .evaluate import score, tokens_right
-from .pictures import save_sheet
+from .pictures import save_scenes
 from .pseudo_masks import CHOSEN_ON, Seen, Thresholds, choose, enlarged, pseudo_masks, see
 from .segment import fit, predict
 from .train import Run, Trainer
@@ -40,7 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> what differs from the configu
 }
 SEGMENTED = ("full",)  # A segmentation network learns from the pseudo-masks of these variants.
 SCORES = ("token_accuracy", "pseudo", "pseudo_all_heads", "segmentation", "labels_right")
-SHOWN = 6  # images of val on the sheet
 
 
 class Row(NamedTuple):
@@ -66,13 +65,14 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
     model, truth = trainer.model, [scene.mask() for scene in val.scenes]
     few = Scenes(train_data.classes, train_data.scenes[:CHOSEN_ON])
 
-    def judged(all_heads: bool) -> tuple[Seen, Thresholds, float]:
+    def judged(all_heads: bool) -> tuple[Seen, Thresholds, list[Tensor], float]:
         thresholds, seen = choose(see(model, few, all_heads), few), see(model, val, all_heads)
-        return seen, thresholds, score(pseudo_masks(seen, val, thresholds), truth, len(val.classes)).miou()
+        masks = pseudo_masks(seen, val, thresholds)
+        return seen, thresholds, masks, score(masks, truth, len(val.classes)).miou()
 
-    seen, thresholds, pseudo = judged(all_heads=False)
+    seen, thresholds, masks, pseudo = judged(all_heads=False)
     open_heads = sum(model.open_heads())
-    everything = pseudo if open_heads == config.depth * config.heads else judged(all_heads=True)[2]
+    everything = pseudo if open_heads == config.depth * config.heads else judged(all_heads=True)[-1]
     images = zip(tqdm(seen.maps, desc="token accuracy", leave=False), truth, strict=True)
     counts = [tokens_right(enlarged(maps, true.shape), true) for maps, true in images]
     right, shown = map(sum, zip(*counts, strict=True))
@@ -83,19 +83,12 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
         network = fit(train_data, pseudo_masks(see(model, train_data), train_data, thresholds), config.size, seed)
         predictions = predict(network, val, config.size)
         segmentation = score(predictions, truth, len(val.classes)).miou()
-    _save_sheet(out / "sheet.png", val, seen, thresholds, predictions)
+    kinds = {"pseudo-mask": masks} | ({"segmentation": predictions} if predictions else {})
+    save_scenes(out / "sheet.png", val, seen.maps, kinds)
     return Row(
         variant, seed, config.steps, 100 * right / shown, pseudo, everything, segmentation, 100 * told,
         open_heads, config.depth * config.heads, *thresholds,
     )  # fmt: skip
-
-
-def _save_sheet(path: Path, val: Scenes, seen: Seen, thresholds: Thresholds, predictions: list[Tensor]) -> None:
-    """Save the first images of val with their maps, pseudo-masks and predictions."""
-    few, maps = Scenes(val.classes, val.scenes[:SHOWN]), Seen(seen.maps[:SHOWN], seen.probability[:SHOWN])
-    kinds = [pseudo_masks(maps, few, thresholds)] + ([predictions[:SHOWN]] if predictions else [])
-    shown = list(zip(few.scenes, maps.maps, map(list, zip(*kinds, strict=True)), strict=True))
-    save_sheet(path, shown, val.classes, ["pseudo-mask", "segmentation"][: len(kinds)])
 
 
 def table(rows: list[Row]) -> str:

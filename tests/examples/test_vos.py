@@ -12,6 +12,7 @@ from PIL import Image
 from examples.shared.commands import cli
 from examples.shared.rows import read, write
 from examples.vos import cycle, infer, losses, search, study, train
+from examples.vos.attention import attention_of_first_object
 from examples.vos.batches import Batch, _other_view, sample
 from examples.vos.config import CONFIGS
 from examples.vos.data import read_clips
@@ -196,15 +197,21 @@ def test_a_backbone_of_timm(monkeypatch):
 def test_inference_writes_scores_and_pictures(written, tmp_path, monkeypatch, capsys):
     train.train(train.Trainer(train.Run(TINY), read_clips(written, "train")), tmp_path, stop=1, save_every=1)
     arguments = ["--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
+    rows, save_sheet = [], infer.save_sheet
+    monkeypatch.setattr(infer, "save_sheet", lambda path, these: rows.extend(these) or save_sheet(path, these))
     cli(infer.main, [str(a) for a in arguments])
-    assert capsys.readouterr().out.startswith("J&F-Mean ")
+    said = capsys.readouterr()
+    assert said.out.startswith("J&F-Mean ") and "frames of val-000: " in said.err
     clip = read_clips(written, "val")[0]
     with open(tmp_path / "shown" / "scores.csv", newline="") as file:
         assert sum(1 for _ in file) == 1 + clip.objects * 3  # neither the first frame nor the last
     assert len(list((tmp_path / "shown" / clip.name).glob("*.png"))) == 5
     with Image.open(tmp_path / "shown" / f"{clip.name}.gif") as gif:
         assert gif.n_frames == 5
-    assert Image.open(tmp_path / "shown" / "sheet.png").size == (5 * 48 * 4, 3 * 40 * 4)
+    captions = ["frame 0: mask given", "frame 2", "soft masks, summed", "attention of object 1", "result, frame 2", "result, frame 4; J&F"]
+    assert all(want in cell.caption for row in rows for want, cell in zip(captions, row, strict=True)) and len(rows) == 1
+    assert all(row[3].picture.sum().item() == pytest.approx(1, abs=1e-4) for row in rows)
+    assert Image.open(tmp_path / "shown" / "sheet.png").width > 1000
     label = Image.open(tmp_path / "shown" / "labels" / clip.name / "00000.png")
     assert label.mode == "P" and label.tobytes() == Image.open(clip.annotations / "00000.png").tobytes()
 
@@ -286,3 +293,15 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
     (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
+
+
+@pytest.mark.parametrize("masking, shown", [("soft", True), ("detached", True), ("hard", False), ("none", False)])
+def test_a_descriptor_looks_where_its_mask_is(masking, shown):
+    torch.manual_seed(0)
+    model = VOS(dataclasses.replace(TINY, alpha_init=32.0), masking)
+    frame, masks = model.features(torch.rand(1, 3, 32, 48)), torch.zeros(1, 2, 32, 48)
+    masks[:, 0, :, 24:] = 1
+    found = attention_of_first_object(model, frame, masks, torch.ones(1, 2, dtype=torch.bool))
+    assert (found is not None) == shown
+    if shown:
+        assert found.shape == frame.coarse.shape[-2:] and found[:, found.shape[1] // 2 :].sum() > 0.99

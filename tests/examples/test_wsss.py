@@ -14,7 +14,7 @@ from PIL import Image
 import smattn
 from examples.shared.commands import cli
 from examples.shared.rows import read
-from examples.wsss import evaluate, gates, losses, model, pseudo_masks, segment, study, train
+from examples.wsss import evaluate, gates, losses, model, pictures, pseudo_masks, segment, study, train
 from examples.wsss.config import CONFIGS, Config
 from examples.wsss.data import IGNORE, read_scenes
 from examples.wsss.pretrained import load_timm
@@ -268,6 +268,7 @@ def test_the_commands_one_after_the_other(written, tmp_path, monkeypatch, capsys
     for split, thresholds in (("train", ()), ("val", ("--thresholds", 1, 1.2))):
         options = ("--split", split, "--checkpoint", checkpoint, "--out", tmp_path / split, *thresholds, "--device", "cpu")
         call(pseudo_masks, "--data", written, *options)
+    assert Image.open(tmp_path / "train-sheet.png").width > 500
     assert len(list((tmp_path / "train").glob("*.png"))) == 8 and len(list((tmp_path / "val").glob("*.png"))) == 3
     options = ("--size", 32, "--steps", 2, "--device", "cpu")
     call(segment, "--data", written, "--masks", tmp_path / "train", "--out", tmp_path / "segmented", *options)
@@ -323,4 +324,19 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     assert trained == ["full-1", "masking-0-1"]
     assert [row[:2] for row in rows] == [("full", 0), ("full", 1), ("masking 0", 0), ("masking 0", 1)]
     assert [str(row) for row in before] == [str(rows[0]), str(rows[2])] and rows[0].heads == 6
-    assert (tmp_path / "out" / "found.png").exists() and Image.open(tmp_path / "runs" / "full-0" / "sheet.png").height == 3 * 146
+    assert (tmp_path / "out" / "found.png").exists() and Image.open(tmp_path / "runs" / "full-0" / "sheet.png").width > 500
+
+
+def test_a_sheet_says_what_it_shows_and_how_good_it_is_and_needs_no_truth(written, tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(pictures, "save_sheet", lambda path, these: rows.extend(these))
+    data, maps = read_scenes(written, "val"), torch.rand(3, 6, 4, 4)
+    masks = {"pseudo-mask": [scene.mask() for scene in data.scenes]}
+    pictures.save_scenes(tmp_path / "sheet.png", data, maps, masks)
+    for row, scene in zip(rows, data.scenes, strict=True):
+        captions = [cell.caption for cell in row if cell]
+        assert captions == [scene.name, *(f"attention, {data.classes[c]}" for c in scene.labels), "pseudo-mask, 100", "truth"]
+    rows.clear()
+    untold = dataclasses.replace(data, scenes=tuple(dataclasses.replace(scene, mask_path=tmp_path / "none") for scene in data.scenes))
+    pictures.save_scenes(tmp_path / "sheet.png", untold, maps, masks)
+    assert [row[-1].caption for row in rows] == ["pseudo-mask"] * 3
