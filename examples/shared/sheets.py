@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-WIDTH = 1.7  # of a picture, in inches
+WIDTH = 2.0  # of a picture, in inches
 
 
 class Cell(NamedTuple):
@@ -32,6 +32,6 @@ def save_sheet(path: Path, rows: Sequence[Sequence[Cell | None]]) -> None:
             if cell:
                 lowest = None if cell.bright is None else 0
                 axis.imshow(np.asarray(cell.picture), cmap="inferno", vmin=lowest, vmax=cell.bright, interpolation="nearest")
-                axis.set_title(cell.caption, fontsize=7)
+                axis.set_title(cell.caption, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

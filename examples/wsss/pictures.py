@@ -14,7 +14,7 @@ from examples.shared.sheets import Cell, save_sheet
 from .data import Scene, Scenes
 from .evaluate import score
 
-SHOWN = 6  # the first images of a split
+SHOWN = 4  # the first images of a split
 
 
 def save_scenes(path: Path, data: Scenes, maps: Tensor, masks: Mapping[str, Sequence[Tensor]]) -> None:
@@ -40,7 +40,7 @@ def save_scenes(path: Path, data: Scenes, maps: Tensor, masks: Mapping[str, Sequ
 
 def _judged(name: str, mask: Tensor, scene: Scene) -> Cell:
     """A mask with its mIoU in percent, over the classes that it or the truth has."""
-    judged = f", {score([mask], [scene.mask()], scene.classes).miou():.0f}" if scene.mask_path.exists() else ""
+    judged = f", mIoU {score([mask], [scene.mask()], scene.classes).miou():.0f}" if scene.mask_path.exists() else ""
     return Cell(f"{name}{judged}", _coloured(mask))
 
 

@@ -335,7 +335,7 @@ def test_a_sheet_says_what_it_shows_and_how_good_it_is_and_needs_no_truth(writte
     pictures.save_scenes(tmp_path / "sheet.png", data, maps, masks)
     for row, scene in zip(rows, data.scenes, strict=True):
         captions = [cell.caption for cell in row if cell]
-        assert captions == [scene.name, *(f"attention, {data.classes[c]}" for c in scene.labels), "pseudo-mask, 100", "truth"]
+        assert captions == [scene.name, *(f"attention, {data.classes[c]}" for c in scene.labels), "pseudo-mask, mIoU 100", "truth"]
     rows.clear()
     untold = dataclasses.replace(data, scenes=tuple(dataclasses.replace(scene, mask_path=tmp_path / "none") for scene in data.scenes))
     pictures.save_scenes(tmp_path / "sheet.png", untold, maps, masks)
