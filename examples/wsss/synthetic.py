@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import generate_binary_structure, maximum_filter, minimum_filter
 from tqdm import tqdm
 
 from examples.shared.commands import cli
@@ -96,14 +97,8 @@ def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
 
 def _borders(index: np.ndarray) -> np.ndarray:
     """The pixels of which one of the four neighbours has another class."""
-    border = np.zeros(index.shape, bool)
-    for axis in (0, 1):
-        differs = np.diff(index.astype(int), axis=axis) != 0
-        before, after = [slice(None)] * 2, [slice(None)] * 2
-        before[axis], after[axis] = slice(None, -1), slice(1, None)
-        border[tuple(before)] |= differs
-        border[tuple(after)] |= differs
-    return border
+    cross = generate_binary_structure(2, 1)
+    return maximum_filter(index, footprint=cross) != minimum_filter(index, footprint=cross)
 
 
 def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, seed: int = 0) -> None:
