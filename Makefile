@@ -9,7 +9,7 @@ PROBLEMS := 25  # of endless lists, by `make emulate`, and of the driver's by `m
 CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs aot emulate sanitize arm64 clean
+.PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs wheel aot emulate sanitize arm64 clean
 
 bench: $(INSTALLED)  ## exactness, time and memory of every backend beside plain PyTorch's
 	$(BIN)/python -m bench.run
@@ -55,8 +55,16 @@ clang-format: $(INSTALLED)
 format: $(INSTALLED)  ## puts right what clang-format finds
 	$(BIN)/clang-format -i $(CPP)
 
-docs: $(INSTALLED)  ## the API reference from the docstrings, into build/docs
-	$(BIN)/pdoc --docformat google smattn smattn.distributed smattn.integrations smattn.flops smattn.testing --output-directory build/docs
+docs: $(INSTALLED)  ## the guides and the API as one site, into build/docs; a link that leads nowhere fails
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir docs . build/docs
+	cp build/docs/README.html build/docs/index.html
+
+# The wheel is built from the sdist, which therefore has all that a build needs. SMATTN_HOME: the repository's address, for the index page.
+wheel: $(INSTALLED)  ## the sdist and a manylinux wheel into dist/; the wheel states the C library it needs, and torch's libraries stay torch's
+	rm -rf build/wheel dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 # AOT=--sample: a sixth of them, in three minutes.
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload

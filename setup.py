@@ -2,19 +2,27 @@
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # an older one fails at pyproject.toml, without a word on its age
+    sys.exit(f"building smattn needs setuptools 77 or newer, here is {setuptools.__version__}: pip install -U setuptools")
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+HOME = os.environ.get("SMATTN_HOME", "").rstrip("/")  # of the repository, https://...; a release sets it
 # Tools that pip put beside this interpreter come first, whether or not the environment is activated.
 SEARCH_PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
 
 def find(*names: str) -> str | None:
     return next(filter(None, (shutil.which(name, path=SEARCH_PATH) for name in names)), None)
@@ -41,7 +49,7 @@ class CMakeBuild(build_ext):
         cmake, generator = str(find("cmake")), "Ninja" if find("ninja") else "Unix Makefiles"
         torch = importlib.util.find_spec("torch")
         if torch is None or torch.origin is None:
-            raise ModuleNotFoundError("building smattn needs torch: install it, then smattn with --no-build-isolation")
+            sys.exit("building smattn needs torch: pip install torch, then smattn with --no-build-isolation")
         build = ROOT / "build" / generator.replace(" ", "-").lower()  # kept, so that a later build compiles only what changed
         configure = ["-S", str(ROOT), "-B", str(build), "-G", generator, f"-DTORCH_ROOT={Path(torch.origin).parent}"]
         options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
@@ -52,7 +60,8 @@ class CMakeBuild(build_ext):
             ["--build", str(build), "--parallel", str(os.cpu_count() or 1)],
             ["--install", str(build), "--prefix", str(package)],
         ):
-            subprocess.run([cmake, *arguments], check=True, env=environment)
+            if subprocess.run([cmake, *arguments], env=environment).returncode:
+                sys.exit("the C++ extension of smattn does not build: CMake's last words above say why")
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no Python version in the name: it holds no Python symbol
@@ -63,7 +72,24 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def readme() -> str:
+    """README.md for an index page, where a link within the repository would lead nowhere: each leads to HOME."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not HOME:
+        return text
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\g<1>{HOME}/raw/HEAD/", text)
+    return re.sub(r"(\]\()(?!https?:|#)", rf"\g<1>{HOME}/blob/HEAD/", text)
+
+
+def urls() -> dict[str, str]:
+    of_home = {"Source": HOME, "Documentation": f"{HOME}/blob/HEAD/docs/index.md", "Issues": f"{HOME}/issues"} if HOME else {}
+    return {"Paper": "https://arxiv.org/abs/2206.00182", **of_home}
+
+
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    project_urls=urls(),
     packages=[
         "smattn", "smattn.distributed", "smattn.integrations", "smattn.testing",
         "smattn.kernels", "smattn.kernels.primitives", "smattn.kernels.tools",

@@ -16,7 +16,6 @@ trained in three ways:
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.shared.commands import cli
 from examples.shared.rows import RESULTS, write
 from smattn.nn import HardMaskedAttention, SoftMaskedAttention, parameter_groups
 
@@ -177,23 +177,25 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+def main(seeds: int = 7, steps: int = 300, out: Path = RESULTS) -> None:
+    """Train all networks with each seed, and write rows and a plot.
+
+    Args:
+        seeds: How many runs of each.
+        steps: How many to train.
+        out: The folder to write.
+    """
     rows: list[Row] = []
     networks = {}
     for masking in MASKINGS:
-        for seed in range(arguments.seeds):
-            network, course = train(masking, seed, arguments.steps)
+        for seed in range(seeds):
+            network, course = train(masking, seed, steps)
             rows += course
             networks.setdefault(masking, network)
-    write(arguments.out / "learn_mask.csv", rows, decimals=4)
-    plot(rows, networks, arguments.out / "learn_mask.png")
+    write(out / "learn_mask.csv", rows, decimals=4)
+    plot(rows, networks, out / "learn_mask.png")
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

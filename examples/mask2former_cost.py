@@ -9,7 +9,6 @@ turn in one process and on one thread, so that a disturbance meets both. Memory 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.shared.commands import cli
 from examples.shared.rows import RESULTS, write
 from smattn.integrations import soften_mask2former
 
@@ -104,7 +104,7 @@ def peak(part: str, masks: str) -> float:
 
 
 def peak_of_its_own(part: str, masks: str) -> float:
-    command = [sys.executable, "-m", "examples.mask2former_cost", "--peak", part, masks]
+    command = [sys.executable, "-m", "examples.mask2former_cost", "--peak-of", part, masks]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -126,19 +126,21 @@ def table(costs: list[Cost]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "mask2former_cost.csv")
-    parser.add_argument("--peak", nargs=2, metavar=("PART", "MASKS"), help="print the memory of these alone")
-    a = parser.parse_args()
+def main(out: Path = RESULTS / "mask2former_cost.csv", peak_of: tuple[str, str] | None = None) -> None:
+    """Measure a training step of a Mask2Former, its decoder alone and the whole model, with hard masks and with soft ones.
+
+    Args:
+        out: The file to write.
+        peak_of: Print the memory of this part under these masks alone, and write nothing.
+    """
     torch.set_num_threads(1)
-    if a.peak:
-        print(peak(*a.peak))
+    if peak_of:
+        print(peak(*peak_of))
         return
     costs = [cost for part in PARTS for cost in measure(part)]
-    write(a.out, costs, decimals=3)
+    write(out, costs, decimals=3)
     print(table(costs))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -13,7 +13,6 @@ and made of the whole table. The same network is trained
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.shared.commands import cli
 from examples.shared.rows import RESULTS, write
 from smattn.integrations import triangle_attention
 
@@ -188,23 +188,25 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+def main(seeds: int = 3, steps: int = 300, out: Path = RESULTS) -> None:
+    """Train all networks with each seed, and write rows and a plot.
+
+    Args:
+        seeds: How many runs of each.
+        steps: How many to train.
+        out: The folder to write.
+    """
     rows: list[Row] = []
     networks: dict[str, Network] = {}
     for bias in BIASES:
-        for seed in range(arguments.seeds):
-            network, course = train(bias, seed, arguments.steps)
+        for seed in range(seeds):
+            network, course = train(bias, seed, steps)
             rows += course
             networks.setdefault(bias, network)
-    write(arguments.out / "pairformer.csv", rows, decimals=4)
-    plot(rows, networks, arguments.out / "pairformer.png")
+    write(out / "pairformer.csv", rows, decimals=4)
+    plot(rows, networks, out / "pairformer.png")
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

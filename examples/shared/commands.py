@@ -1,14 +1,18 @@
-"""What the examples' commands have in common: devices, checkpoints, and one line in place of a traceback for what a user can put right."""
+"""What the examples' commands have in common: flags, devices, checkpoints, and one line in place of a traceback for what a user can put
+right.
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class CommandError(Exception):
@@ -30,21 +34,19 @@ class DataError(CommandError, ValueError):
         super().__init__(f"{path}: {problem}")
 
 
-@contextmanager
-def said_in_one_line() -> Iterator[None]:
-    """End a command with one line instead of a traceback, where it fails by a CommandError or for a file that the system refuses."""
+def cli(command: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
+    """Call a function by the command line, or by `arguments`: each of its arguments is a flag, with the help that its docstring has.
+
+    Where it fails by a CommandError, or for a file that the system refuses, it ends with one line instead of a traceback.
+    """
     try:
-        yield
+        tyro.cli(command, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except CommandError as error:
         raise SystemExit(str(error)) from None
     except OSError as error:
         if error.filename is None:
             raise
         raise SystemExit(f"{error.filename}: {error.strerror}") from None
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def checked_device(name: str) -> str:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.shared.commands import MissingPackage, SettingError
+from examples.shared.commands import SettingError
+from examples.shared.timm_models import create_model
 
 from .config import Config
 
@@ -36,13 +37,9 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, pretrained: bool, height: int | None) -> None:
         super().__init__()
-        try:
-            import timm
-        except ImportError as error:
-            raise MissingPackage(f"backbone {name!r} is timm's: pip install timm") from error
         size = {"img_size": (height or 224, height or 224), "strict_img_size": False} if name.startswith("swin") else {}
         wanted = (-4, -3, -2)  # all but the stage at stride 32, which is not even built
-        self.body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=wanted, **size)
+        self.body = create_model(name, pretrained=pretrained, features_only=True, out_indices=wanted, **size)
         if (strides := self.body.feature_info.reduction()) != [4, 8, 16]:
             raise SettingError(f"backbone {name!r}: expected maps at strides 4, 8 and 16, got {strides}")
         self.channels_last = self.body.output_fmt == "NHWC"

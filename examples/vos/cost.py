@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import resource
@@ -21,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import smattn
+from examples.shared.commands import cli
 from examples.shared.rows import RESULTS, write
 from smattn import nn as smattn_nn
 
@@ -68,22 +68,24 @@ def table(costs: list[Cost]) -> str:
     return "\n".join(lines + [f"| {c.size} | {c.backend} | {c.seconds:.2f} | {c.peak_mib} |" for c in costs])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "vos_cost.csv")
-    parser.add_argument("--one", nargs=2, metavar=("SIZE", "BACKEND"), help="measure this one here, and print it")
-    a = parser.parse_args()
-    if a.one:
-        csv.writer(sys.stdout, lineterminator="\n").writerow(measure(*a.one))
+def main(out: Path = RESULTS / "vos_cost.csv", one: tuple[str, str] | None = None) -> None:
+    """Measure time and peak memory of a training step, by the default backend and by the reference.
+
+    Args:
+        out: The file to write.
+        one: Measure this size with this backend here, print it, and write nothing.
+    """
+    if one:
+        csv.writer(sys.stdout, lineterminator="\n").writerow(measure(*one))
         return
     costs = []
     for size, backend in tqdm(list(product(SIZES, ("default", "reference"))), desc="cost"):
         command = [sys.executable, "-m", "examples.vos.cost", "--one", size, backend]
         (line,) = csv.reader([subprocess.run(command, check=True, capture_output=True, text=True).stdout])
         costs.append(Cost(size, backend, float(line[2]), int(line[3])))
-    write(a.out, costs, decimals=3)
+    write(out, costs, decimals=3)
     print(table(costs))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -7,11 +7,12 @@ Some of what comes into view later has the figure's own colours. That is what th
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+from examples.shared.commands import cli
 
 from .synthetic import Thing, ground, thing, write_clips
 
@@ -64,13 +65,15 @@ def _world(rng: np.random.Generator, height: int, width: int, colours: np.ndarra
     return world
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write clips of one figure each in DAVIS layout, all of them to train on.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=6)
-    a = parser.parse_args()
-    write_clips(a.out, a.clips, 0, 35, 128, 224, make=figure)
+def main(out: Path, clips: int = 6) -> None:
+    """Write clips of one figure each in DAVIS layout, all of them to train on.
+
+    Args:
+        out: The folder to write.
+        clips: How many.
+    """
+    write_clips(out, clips, 0, 35, 128, 224, make=figure)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -5,48 +5,69 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.commands import add_device, checked_device, of_this_system, read_checkpoint, said_in_one_line
+from examples.shared.commands import DEVICE, checked_device, cli, of_this_system, read_checkpoint
 from examples.shared.rows import write
+from examples.shared.sheets import Cell, save_sheet
 
+from .attention import attention_of_first_object
 from .batches import resized, resized_mask
 from .config import Config
 from .cycle import soft_masks
 from .data import Clip, read_clips
 from .metrics import Score, frame_scores, mean_scores, official
-from .model import VOS
-from .pictures import save_pictures, save_sheet
+from .model import VOS, Frame
+from .pictures import Look, row, save_pictures
+
+
+class Step(NamedTuple):
+    """What the network says of one frame."""
+
+    frame: Frame
+    logits: Tensor  # (1, 1 + O, h, w), background first
+    present: Tensor  # bool (1, O)
 
 
 @torch.no_grad()
-def propagate(model: VOS, clip: Clip, config: Config) -> list[Tensor]:
-    """The label of each pixel of each frame, int64 (H, W), 0 = background; that of frame 0 is its annotation.
+def steps(model: VOS, clip: Clip, config: Config) -> Iterator[Step]:
+    """Go through the clip from its second frame on.
 
     A frame's masks come from the annotated frame and the config.history frames before it.
     """
     model.eval()
     device = next(model.parameters()).device
-    first = clip.first_mask()
     present = torch.ones(1, clip.objects, dtype=torch.bool, device=device)
 
     def image(t: int) -> Tensor:
         return resized(clip.image(t)[None], config.height).to(device)
 
-    given = resized_mask(first, image(0).shape[-2:])
+    given = resized_mask(clip.first_mask(), image(0).shape[-2:])
     annotated, past = model.encode(model.features(image(0)), given[None].to(device), present), []
-    labels = [torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)]
-    for t in tqdm(range(1, len(clip)), desc=clip.name, leave=False):
+    for t in tqdm(range(1, len(clip)), desc=f"frames of {clip.name}", leave=False):
         frame = model.features(image(t))
         logits = model.decode([annotated, *past], present, frame)
         past = [*past, model.encode(frame, soft_masks(logits), present)][-config.history :]
-        labels.append(F.interpolate(logits, first.shape[-2:], mode="bilinear")[0].argmax(0).cpu())
+        yield Step(frame, logits, present)
+
+
+def propagate(model: VOS, clip: Clip, config: Config, watch: Callable[[int, Step], None] = lambda t, step: None) -> list[Tensor]:
+    """The label of each pixel of each frame, int64 (H, W), 0 = background; that of frame 0 is its annotation.
+
+    watch is called with the number of every other frame and what the network says of it.
+    """
+    first = clip.first_mask()
+    labels = [torch.cat([1 - first.sum(0, keepdim=True), first]).argmax(0)]
+    for t, step in enumerate(steps(model, clip, config), 1):
+        labels.append(F.interpolate(step.logits, first.shape[-2:], mode="bilinear")[0].argmax(0).cpu())
+        watch(t, step)
     return labels
 
 
@@ -67,30 +88,48 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     return model, config
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where overlays, GIFs, labels, sheet.png and scores.csv go")
-    add_device(parser)
-    a = parser.parse_args()
-    model, config = load(a.checkpoint, checked_device(a.device))
+def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look]:
+    """The labels of a clip, and what the network has in mind of the frame in its middle."""
+    looks = {}
+
+    def watch(t: int, step: Step) -> None:
+        if t == len(clip) // 2:
+            masks = soft_masks(step.logits)
+            looks[t] = Look(t, masks[0].cpu(), attention_of_first_object(model, step.frame, masks, step.present))
+
+    labels = propagate(model, clip, config, watch)
+    return labels, looks[len(clip) // 2]
+
+
+def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: str = DEVICE) -> None:
+    """Propagate the first annotation through every clip, score the result, and paint it.
+
+    Args:
+        data: A folder in DAVIS layout.
+        checkpoint: What examples.vos.train wrote.
+        out: Where overlays, GIFs, labels, sheet.png and scores.csv go.
+        split: The clips to propagate through.
+        device: Where to run the model.
+    """
+    model, config = load(checkpoint, checked_device(device))
     scores: list[Score] = []
-    for clip in tqdm(read_clips(a.data, a.split), desc="clips"):
-        labels = propagate(model, clip, config)
-        scores += score(clip, labels)
-        save_pictures(a.out, clip, labels)
+    rows: dict[str, tuple[float, list[Cell | None]]] = {}  # clip -> J&F and its row of the sheet
+    for clip in tqdm(read_clips(data, split), desc="clips"):
+        labels, look = shown(model, clip, config)
+        own = score(clip, labels)
+        save_pictures(out, clip, labels)
+        if own:
+            scores += own
+            JF = mean_scores(own)[0]
+            rows[clip.name] = JF, row(clip, labels, look, JF)
     if scores:
-        write(a.out / "scores.csv", scores, decimals=4)
-        of_clips = {name: mean_scores([one for one in scores if one.clip == name])[0] for name in {one.clip: None for one in scores}}
-        ranked = sorted(of_clips, key=of_clips.__getitem__, reverse=True)
-        shown = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
-        save_sheet(a.out, shown)
+        write(out / "scores.csv", scores, decimals=4)
+        ranked = sorted(rows.values(), key=lambda one: one[0], reverse=True)
+        chosen = sorted({0, len(ranked) // 2, len(ranked) - 1})
+        save_sheet(out / "sheet.png", [ranked[i][1] for i in chosen])
         print("  ".join(f"{name} {value:.1f}" for name, value in official(scores).items()))
-        print("sheet.png: best, median and worst clip,", ", ".join(f"{name} {of_clips[name]:.1f}" for name in shown))
+        print(f"{out / 'sheet.png'}: {'the best, the median and the worst clip' if len(ranked) > 2 else 'all clips'}")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

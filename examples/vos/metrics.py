@@ -7,6 +7,7 @@ import statistics
 from typing import NamedTuple
 
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,10 +42,8 @@ def edges(mask: Tensor) -> Tensor:
 
 
 def dilated(mask: Tensor, radius: int) -> Tensor:
-    """The pixels within `radius` of the mask, bool (H, W)."""
-    offsets = torch.arange(-radius, radius + 1)
-    disk = (offsets[:, None].square() + offsets.square() <= radius * radius).float()
-    return F.conv2d(mask[None, None].float(), disk[None, None], padding=radius)[0, 0] > 0.5
+    """The pixels within `radius` of a mask that is not empty, bool (H, W)."""
+    return torch.from_numpy(distance_transform_edt(~mask.numpy()) <= radius)
 
 
 class Score(NamedTuple):

@@ -1,8 +1,11 @@
-"""Predictions to look at: each frame with its objects tinted and outlined, as PNG and as one animated GIF, and labels as palette PNG."""
+"""Predictions to look at: each frame with its objects tinted and outlined, as PNG and as one animated GIF, labels as palette PNG, and a
+sheet of clips: what was given, a frame, its soft masks, where the object's descriptor looks, and the result.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -10,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.shared.images import save_index, voc_palette
+from examples.shared.sheets import Cell
 
 from .data import Clip
 from .metrics import edges
@@ -43,16 +47,22 @@ def save_pictures(folder: Path, clip: Clip, labels: list[Tensor]) -> None:
     overlays[0].save(folder / f"{clip.name}.gif", save_all=True, append_images=overlays[1:], duration=120, loop=0)
 
 
-def save_sheet(folder: Path, names: list[str], columns: int = 5) -> None:
-    """Write folder/sheet.png, with a row for each clip: frames from its first overlay to its last."""
-    rows = []
-    for name in names:
-        overlays = sorted((folder / name).glob("*.png"))
-        chosen = [overlays[round(i * (len(overlays) - 1) / (columns - 1))] for i in range(columns)]
-        rows.append([Image.open(path) for path in chosen])
-    width, height = (max(getattr(row[0], side) for row in rows) for side in ("width", "height"))
-    sheet = Image.new("RGB", (columns * width, len(rows) * height), "white")
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            sheet.paste(picture, (c * width, r * height))
-    sheet.save(folder / "sheet.png")
+class Look(NamedTuple):
+    """What the network has in mind of one frame."""
+
+    frame: int
+    masks: Tensor  # soft, (O, h, w)
+    attention: Tensor | None  # of the first object's descriptor to the frame, (h, w)
+
+
+def row(clip: Clip, labels: list[Tensor], look: Look, score: float) -> list[Cell | None]:
+    """A clip's row of the sheet. score: its J&F in percent."""
+    t, last = look.frame, len(labels) - 1
+    return [
+        Cell(f"{clip.name}, frame 0: mask given", overlay(clip.image(0), labels[0])),
+        Cell(f"frame {t}", clip.image(t).movedim(0, -1)),
+        Cell("soft masks, summed", look.masks.sum(0), bright=1),
+        look.attention if look.attention is None else Cell("attention of object 1", look.attention),
+        Cell(f"result, frame {t}", overlay(clip.image(t), labels[t])),
+        Cell(f"result, frame {last}; J&F {score:.1f}", overlay(clip.image(last), labels[last])),
+    ]

@@ -7,13 +7,12 @@ Runs that the CSV file already has are not repeated, so a search that was stoppe
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from examples.shared.commands import said_in_one_line
+from examples.shared.commands import cli
 from examples.shared.resumable import train
 from examples.shared.rows import RESULTS, read, write
 
@@ -72,31 +71,38 @@ def table(found: list[Found], other: str = "detached") -> str:
     return "\n".join(lines)
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout; small objects get one beside the runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "vos_search.csv")
-    parser.add_argument("--runs", type=Path, default=Path("build/runs/search"), help="where checkpoints and logs go")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=3)
-    a = parser.parse_args()
-    found = read(a.out, Found)
+def main(
+    data: Path,
+    out: Path = RESULTS / "vos_search.csv",
+    runs: Path = Path("build/runs/search"),
+    settings: tuple[Literal[tuple(SETTINGS)], ...] = tuple(SETTINGS),
+    seeds: int = 3,
+) -> None:
+    """Train soft and detached masks in every setting, with each seed, and write their scores and a table.
+
+    Args:
+        data: A folder in DAVIS layout; small objects get one beside the runs.
+        out: The file to write.
+        runs: Where checkpoints and logs go.
+        settings: What to change, one at a time.
+        seeds: How many runs of each.
+    """
+    found = read(out, Found)
     done = {one[:3] for one in found}
-    for setting in a.settings:
-        root = a.data
+    for setting in settings:
+        root = data
         if SETTINGS[setting][2] != 1:
-            root = a.runs / "clips"
+            root = runs / "clips"
             if not root.exists():
                 write_clips(root, 400, 20, 10, make=partial(clip, size=SETTINGS[setting][2]))
         clips, judged = read_clips(root, "train"), read_clips(root, "val")
-        for seed in range(a.seeds):
+        for seed in range(seeds):
             for masking in ("soft", "detached"):
                 if (setting, masking, seed) not in done:
-                    found.append(contest(setting, masking, seed, clips, judged, a.runs))
-                    write(a.out, found)
+                    found.append(contest(setting, masking, seed, clips, judged, runs))
+                    write(out, found)
     print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -7,17 +7,16 @@ The scores become a CSV file, a table and a plot. Runs that the CSV file already
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from examples.shared.commands import read_checkpoint, said_in_one_line
+from examples.shared.commands import cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -106,34 +105,46 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
-    parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
-    parser.add_argument("--runs", type=Path, default=Path("build/runs"), help="where checkpoints and logs go")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=["soft", "hard", "detached", "none", "copy"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    parser.add_argument("--steps", type=int, help="instead of the configuration's")
-    parser.add_argument("--split", default="val", help="the clips to judge by; training is on train")
-    parser.add_argument("--alone", action="store_true", help="seed i trains on the i-th training clip alone, and is judged by that clip")
-    parser.add_argument("--start", type=Path, help="a checkpoint whose weights every contestant begins with")
-    a = parser.parse_args()
-    config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
-    clips, rows = read_clips(a.data, "train"), read(a.out.with_suffix(".csv"), Row)
-    judged = clips if a.alone else read_clips(a.data, a.split)
-    start = read_checkpoint(a.start, "cpu", "model")["model"] if a.start else None
+def main(
+    data: Path,
+    out: Path,
+    runs: Path = Path("build/runs"),
+    contestants: tuple[Literal[tuple(CONTESTANTS)], ...] = ("soft", "hard", "detached", "none", "copy"),
+    seeds: int = 5,
+    config: Literal[tuple(CONFIGS)] = "small",
+    steps: int | None = None,
+    split: str = "val",
+    alone: bool = False,
+    start: Path | None = None,
+) -> None:
+    """Contestants on one data set: train each with each seed, and write their scores, a table and a plot.
+
+    Args:
+        data: A folder in DAVIS layout.
+        out: The files to write, without .csv and .png.
+        runs: Where checkpoints and logs go.
+        contestants: Who takes part.
+        seeds: How many runs of each.
+        config: Sizes, learning rates and the number of steps.
+        steps: Instead of the configuration's.
+        split: The clips to judge by; training is on train.
+        alone: Seed i trains on the i-th training clip alone, and is judged by that clip.
+        start: A checkpoint whose weights every contestant begins with.
+    """
+    sizes = CONFIGS[config] if steps is None else dataclasses.replace(CONFIGS[config], steps=steps)
+    clips, rows = read_clips(data, "train"), read(out.with_suffix(".csv"), Row)
+    judged = clips if alone else read_clips(data, split)
+    weights = read_checkpoint(start, "cpu", "model")["model"] if start else None
     done = {(row.contestant, row.seed) for row in rows}
-    for seed in range(a.seeds):
-        for name in a.contestants:
-            if (name, seed) not in done and (CONTESTANTS[name] or a.alone or seed == 0):
-                own = slice(seed, seed + 1) if a.alone else slice(None)
-                rows += contest(name, seed, config, clips[own], judged[own], a.runs, start)
-                write(a.out.with_suffix(".csv"), rows)
-    plot(rows, a.out.with_suffix(".png"))
+    for seed in range(seeds):
+        for name in contestants:
+            if (name, seed) not in done and (CONTESTANTS[name] or alone or seed == 0):
+                own = slice(seed, seed + 1) if alone else slice(None)
+                rows += contest(name, seed, sizes, clips[own], judged[own], runs, weights)
+                write(out.with_suffix(".csv"), rows)
+    plot(rows, out.with_suffix(".png"))
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

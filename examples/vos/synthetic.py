@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from examples.shared.commands import cli
 from examples.shared.images import save_index
 
 from .data import RESOLUTION, YEAR
@@ -134,15 +134,23 @@ def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return ground
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a synthetic clip set in DAVIS layout.")
-    parser.add_argument("--out", type=Path, required=True)
-    for name, default in (("train", 60), ("val", 20), ("frames", 12), ("height", 64), ("width", 96), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--size", type=float, default=1, help="a factor on the usual size of the objects")
-    options = vars(parser.parse_args())
-    write_clips(make=partial(clip, size=options.pop("size")), **options)
+def main(
+    out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, size: float = 1
+) -> None:
+    """Write a synthetic clip set in DAVIS layout.
+
+    Args:
+        out: The folder to write.
+        train: The number of clips to train on.
+        val: The number of clips to judge by.
+        frames: Of a clip.
+        height: Of a frame, in pixels.
+        width: Of a frame, in pixels.
+        seed: Decides all clips.
+        size: A factor on the usual size of the objects.
+    """
+    write_clips(out, train, val, frames, height, width, seed, make=partial(clip, size=size))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -7,15 +7,14 @@ A step depends on the seed and its own number alone, so a resumed run repeats an
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 
-from examples.shared.commands import add_device, checked_device, read_checkpoint, said_in_one_line
+from examples.shared.commands import DEVICE, checked_device, cli, read_checkpoint
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 
@@ -79,26 +78,37 @@ def alpha_range(model: VOS) -> tuple[float, float]:
     return (torch.cat(alphas).min().item(), torch.cat(alphas).max().item()) if alphas else (math.nan, math.nan)
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in DAVIS layout")
-    parser.add_argument("--out", type=Path, required=True, help="where log.csv and checkpoint.pt go")
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    parser.add_argument("--steps", type=int, help="instead of the configuration's")
-    parser.add_argument("--masking", choices=get_args(Masking), default="soft")
-    parser.add_argument("--cycles", choices=CYCLES, default="all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="a checkpoint whose weights to begin with")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add_device(parser)
-    a = parser.parse_args()
-    device = checked_device(a.device)
-    config = CONFIGS[a.config] if a.steps is None else dataclasses.replace(CONFIGS[a.config], steps=a.steps)
-    start = read_checkpoint(a.start, device, "model")["model"] if a.start else None
-    trainer = Trainer(Run(config, a.masking, a.cycles, a.seed), read_clips(a.data, "train"), device, start)
-    train(trainer, a.out, a.resume)
+def main(
+    data: Path,
+    out: Path,
+    config: Literal[tuple(CONFIGS)] = "small",
+    steps: int | None = None,
+    masking: Masking = "soft",
+    cycles: Literal[tuple(CYCLES)] = "all",
+    seed: int = 0,
+    start: Path | None = None,
+    resume: bool = False,
+    device: str = DEVICE,
+) -> None:
+    """Train from the first annotation of each clip.
+
+    Args:
+        data: A folder in DAVIS layout.
+        out: Where log.csv and checkpoint.pt go.
+        config: Sizes, learning rates and the number of steps.
+        steps: Instead of the configuration's.
+        masking: How the encoder's attention takes the masks.
+        cycles: The paths through the frames.
+        seed: Decides weights and batches.
+        start: A checkpoint whose weights to begin with.
+        resume: Go on from the checkpoint in --out.
+        device: Where to train.
+    """
+    checked_device(device)
+    sizes = CONFIGS[config] if steps is None else dataclasses.replace(CONFIGS[config], steps=steps)
+    weights = read_checkpoint(start, device, "model")["model"] if start else None
+    train(Trainer(Run(sizes, masking, cycles, seed), read_clips(data, "train"), device, weights), out, resume)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

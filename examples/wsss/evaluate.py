@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.shared.commands import said_in_one_line
+from examples.shared.commands import cli
 
 from .data import IGNORE, read_mask, read_scenes
 
@@ -62,21 +61,22 @@ def tokens_right(maps: Tensor, truth: Tensor) -> tuple[int, int]:
     return sum(right), len(shown)
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--masks", type=Path, required=True, help="a folder with a <name>.png for every image of the split")
-    a = parser.parse_args()
-    data = read_scenes(a.data, a.split)
-    scenes = tqdm(data.scenes, desc="scores", leave=False)
-    masks = (read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in scenes)
-    confusion = score(masks, (scene.mask() for scene in data.scenes), len(data.classes))
-    for name, iou in zip(("background", *data.classes), confusion.iou().tolist(), strict=True):
+def main(data: Path, masks: Path, split: str = "val") -> None:
+    """How good masks are: the IoU of each class over the whole split, and their mean.
+
+    Args:
+        data: A folder in VOC layout.
+        masks: A folder with a <name>.png for every image of the split.
+        split: The images to judge by.
+    """
+    truth = read_scenes(data, split)
+    scenes = tqdm(truth.scenes, desc="scores", leave=False)
+    read = (read_mask(masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in scenes)
+    confusion = score(read, (scene.mask() for scene in truth.scenes), len(truth.classes))
+    for name, iou in zip(("background", *truth.classes), confusion.iou().tolist(), strict=True):
         print(f"{name:12} {100 * iou:5.1f}")
     print(f"{'mIoU':12} {confusion.miou():5.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

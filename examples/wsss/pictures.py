@@ -1,42 +1,48 @@
-"""A sheet of pictures: the image, the map of each present class, the masks and the truth, side by side."""
+"""A sheet of images of a split: the image, the map of each present class, the masks with their mIoU on this image, and the truth."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from examples.shared.images import voc_palette
+from examples.shared.images import decoded, voc_palette
+from examples.shared.sheets import Cell, save_sheet
 
-from .data import Scene
+from .data import Scene, Scenes
+from .evaluate import score
 
-SIDE, GAP, TITLE = 128, 4, 14
+SHOWN = 4  # the first images of a split
 
 
-def save_sheet(path: Path, shown: list[tuple[Scene, Tensor, list[Tensor]]], classes: tuple[str, ...], titles: list[str]) -> None:
-    """Save a sheet. Each (scene, maps (C, side, side), masks (H, W)) has a row: image, maps of its classes, masks, truth.
+def save_scenes(path: Path, data: Scenes, maps: Tensor, masks: Mapping[str, Sequence[Tensor]]) -> None:
+    """Save a sheet of the first images, a row for each.
 
-    A map is drawn from its least value, dark, to its greatest, bright. `titles` name the masks.
+    Args:
+        path: The file to write.
+        data: The images, of which those without a mask on disk show neither a truth nor a score.
+        maps: Class maps (I, C, side, side) of at least the first images.
+        masks: Masks (H, W) of at least the first images, by what they are called.
     """
-    most = max(len(scene.labels) for scene, _, _ in shown)
-    columns = 2 + most + len(titles)
-    sheet = Image.new("RGB", (columns * (SIDE + GAP), len(shown) * (SIDE + TITLE + GAP)), "white")
-    for r, (scene, maps, masks) in enumerate(shown):
-        cells = {0: ("image", Image.open(scene.path).convert("RGB"))}
-        cells |= {1 + i: (classes[c], heat(maps[c])) for i, c in enumerate(scene.labels)}
-        for i, (title, mask) in enumerate(zip([*titles, "truth"], [*masks, scene.mask()], strict=True)):
-            cells[1 + most + i] = (title, Image.fromarray(voc_palette()[mask.numpy()]))
-        for column, (title, picture) in cells.items():
-            at = column * (SIDE + GAP), r * (SIDE + TITLE + GAP)
-            ImageDraw.Draw(sheet).text(at, title, fill="black")
-            sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (at[0], at[1] + TITLE))
-    sheet.save(path)
+    scenes = data.scenes[:SHOWN]
+    most = max(len(scene.labels) for scene in scenes)
+    rows = []
+    for i, scene in enumerate(scenes):
+        attention: list[Cell | None] = [Cell(f"attention, {data.classes[c]}", maps[i, c]) for c in scene.labels]
+        attention += [None] * (most - len(attention))
+        results = [_judged(name, those[i], scene) for name, those in masks.items()]
+        truth = [Cell("truth", _coloured(scene.mask()))] if scene.mask_path.exists() else []
+        rows.append([Cell(scene.name, decoded(scene.path)), *attention, *results, *truth])
+    save_sheet(path, rows)
 
 
-def heat(values: Tensor) -> Image.Image:
-    """Draw values (h, w), from black through red and yellow to white."""
-    low, high = values.min(), values.max()
-    level = ((values - low) / (high - low).clamp_min(1e-12)).numpy()[..., None]
-    return Image.fromarray((np.clip(3 * level - np.arange(3), 0, 1) * 255).astype(np.uint8))
+def _judged(name: str, mask: Tensor, scene: Scene) -> Cell:
+    """A mask with its mIoU in percent, over the classes that it or the truth has."""
+    judged = f", mIoU {score([mask], [scene.mask()], scene.classes).miou():.0f}" if scene.mask_path.exists() else ""
+    return Cell(f"{name}{judged}", _coloured(mask))
+
+
+def _coloured(mask: Tensor) -> np.ndarray:
+    return voc_palette()[mask.numpy()]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from examples.shared.commands import MissingPackage, SettingError
+from examples.shared.commands import SettingError
+from examples.shared.timm_models import create_model
 
 if TYPE_CHECKING:
     from .model import ViT
@@ -15,12 +16,8 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def load_timm(model: ViT, name: str, pretrained: bool = True) -> None:
-    """Load the weights of a timm model. Raises ImportError without timm, and ValueError where width, patch or depth differ."""
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPackage(f"the weights of {name!r} are timm's: pip install timm") from error
-    theirs = timm.create_model(name, pretrained=pretrained, num_classes=0).state_dict()
+    """Load the weights of a timm model. Raises what create_model raises, and SettingError where width, patch or depth differ."""
+    theirs = create_model(name, pretrained=pretrained, num_classes=0).state_dict()
     class_token, positions = theirs.pop("cls_token")[0], theirs.pop("pos_embed")[0]
     ours = model.state_dict()
     shared = {key for key in ours if key.startswith(("patch_embed.", "blocks.", "norm.")) and "gates" not in key}

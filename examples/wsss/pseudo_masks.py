@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.commands import DataError, add_device, checked_device, said_in_one_line
+from examples.shared.commands import DEVICE, DataError, checked_device, cli
 from examples.shared.images import save_index
 
 from .data import Scenes, read_scenes
 from .evaluate import score
 from .model import ViT
+from .pictures import save_scenes
 from .train import load
 
 UNDECIDED = -1
@@ -112,29 +112,40 @@ def save_masks(masks: list[Tensor], data: Scenes, out: Path) -> None:
         save_index(mask.to(torch.uint8).numpy(), out / f"{scene.name}.png")
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="where the masks go")
-    parser.add_argument("--thresholds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="otherwise chosen on training images")
-    add_device(parser)
-    a = parser.parse_args()
-    model, classes = load(a.checkpoint, checked_device(a.device))
-    data = read_scenes(a.data, a.split)
-    if data.classes != classes:
-        raise DataError(a.data, f"classes {', '.join(data.classes)}; the checkpoint's are {', '.join(classes)}")
-    if a.thresholds:
-        thresholds = Thresholds(*a.thresholds)
+def main(
+    data: Path,
+    checkpoint: Path,
+    out: Path,
+    split: str = "train",
+    thresholds: tuple[float, float] | None = None,
+    device: str = DEVICE,
+) -> None:
+    """Make pseudo-masks of class-token maps, for images whose labels are known.
+
+    Args:
+        data: A folder in VOC layout.
+        checkpoint: What examples.wsss.train wrote.
+        out: Where the masks go; beside it, <out>-sheet.png shows the first images with their maps and masks.
+        split: The images to make masks for.
+        thresholds: The lower and the higher one; otherwise chosen on training images.
+        device: Where to run the model.
+    """
+    model, classes = load(checkpoint, checked_device(device))
+    scenes = read_scenes(data, split)
+    if scenes.classes != classes:
+        raise DataError(data, f"classes {', '.join(scenes.classes)}; the checkpoint's are {', '.join(classes)}")
+    if thresholds:
+        chosen = Thresholds(*thresholds)
     else:
-        train = read_scenes(a.data, "train")
+        train = read_scenes(data, "train")
         few = Scenes(train.classes, train.scenes[:CHOSEN_ON])
-        thresholds = choose(see(model, few), few)
-    save_masks(pseudo_masks(see(model, data), data, thresholds), data, a.out)
-    print(f"{len(data)} pseudo-masks in {a.out}; thresholds {thresholds.low:.2f} {thresholds.high:.2f}")
+        chosen = choose(see(model, few), few)
+    seen = see(model, scenes)
+    masks, sheet = pseudo_masks(seen, scenes, chosen), out.with_name(f"{out.name}-sheet.png")
+    save_masks(masks, scenes, out)
+    save_scenes(sheet, scenes, seen.maps, {"pseudo-mask": masks})
+    print(f"{len(scenes)} pseudo-masks in {out}; thresholds {chosen.low:.2f} {chosen.high:.2f}; the first images in {sheet}")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.commands import add_device, checked_device, said_in_one_line
+from examples.shared.commands import DEVICE, checked_device, cli
 
 from .data import IGNORE, Scenes, read_mask, read_scenes
 from .evaluate import score
@@ -88,25 +87,26 @@ def resized(mask: Tensor, shape: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
-    parser.add_argument("--masks", type=Path, required=True, help="pseudo-masks of the training images")
-    parser.add_argument("--out", type=Path, required=True, help="where the predictions for val go")
-    parser.add_argument("--size", type=int, default=64, help="images are resized to squares of this side")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=0)
-    add_device(parser)
-    a = parser.parse_args()
-    device = checked_device(a.device)
-    data, val = read_scenes(a.data, "train"), read_scenes(a.data, "val")
-    scenes = tqdm(data.scenes, desc="masks", leave=False)
-    masks = [read_mask(a.masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in scenes]
-    predictions = predict(fit(data, masks, a.size, a.seed, device, a.steps), val, a.size)
-    save_masks(predictions, val, a.out)
+def main(data: Path, masks: Path, out: Path, size: int = 64, steps: int = STEPS, seed: int = 0, device: str = DEVICE) -> None:
+    """Train a segmentation network on pseudo-masks, and write what it predicts for val.
+
+    Args:
+        data: A folder in VOC layout.
+        masks: Pseudo-masks of the training images.
+        out: Where the predictions for val go.
+        size: Images are resized to squares of this side.
+        steps: How many to train.
+        seed: Decides weights and batches.
+        device: Where to train.
+    """
+    checked_device(device)
+    train, val = read_scenes(data, "train"), read_scenes(data, "val")
+    scenes = tqdm(train.scenes, desc="masks", leave=False)
+    taught = [read_mask(masks / f"{scene.name}.png", scene.classes, scene.shape()) for scene in scenes]
+    predictions = predict(fit(train, taught, size, seed, device, steps), val, size)
+    save_masks(predictions, val, out)
     print(f"mIoU {score(predictions, [scene.mask() for scene in val.scenes], len(val.classes)).miou():.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -8,17 +8,16 @@ goes on. Each run takes its thresholds from training images, and all scores are 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.shared.commands import said_in_one_line
+from examples.shared.commands import cli
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -26,7 +25,7 @@ from examples.shared.rows import read, write
 from .config import CONFIGS, Config
 from .data import Scenes, read_scenes
 from .evaluate import score, tokens_right
-from .pictures import save_sheet
+from .pictures import save_scenes
 from .pseudo_masks import CHOSEN_ON, Seen, Thresholds, choose, enlarged, pseudo_masks, see
 from .segment import fit, predict
 from .train import Run, Trainer
@@ -41,7 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> what differs from the configu
 }
 SEGMENTED = ("full",)  # A segmentation network learns from the pseudo-masks of these variants.
 SCORES = ("token_accuracy", "pseudo", "pseudo_all_heads", "segmentation", "labels_right")
-SHOWN = 6  # images of val on the sheet
 
 
 class Row(NamedTuple):
@@ -67,13 +65,14 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
     model, truth = trainer.model, [scene.mask() for scene in val.scenes]
     few = Scenes(train_data.classes, train_data.scenes[:CHOSEN_ON])
 
-    def judged(all_heads: bool) -> tuple[Seen, Thresholds, float]:
+    def judged(all_heads: bool) -> tuple[Seen, Thresholds, list[Tensor], float]:
         thresholds, seen = choose(see(model, few, all_heads), few), see(model, val, all_heads)
-        return seen, thresholds, score(pseudo_masks(seen, val, thresholds), truth, len(val.classes)).miou()
+        masks = pseudo_masks(seen, val, thresholds)
+        return seen, thresholds, masks, score(masks, truth, len(val.classes)).miou()
 
-    seen, thresholds, pseudo = judged(all_heads=False)
+    seen, thresholds, masks, pseudo = judged(all_heads=False)
     open_heads = sum(model.open_heads())
-    everything = pseudo if open_heads == config.depth * config.heads else judged(all_heads=True)[2]
+    everything = pseudo if open_heads == config.depth * config.heads else judged(all_heads=True)[-1]
     images = zip(tqdm(seen.maps, desc="token accuracy", leave=False), truth, strict=True)
     counts = [tokens_right(enlarged(maps, true.shape), true) for maps, true in images]
     right, shown = map(sum, zip(*counts, strict=True))
@@ -84,19 +83,12 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
         network = fit(train_data, pseudo_masks(see(model, train_data), train_data, thresholds), config.size, seed)
         predictions = predict(network, val, config.size)
         segmentation = score(predictions, truth, len(val.classes)).miou()
-    _save_sheet(out / "sheet.png", val, seen, thresholds, predictions)
+    kinds = {"pseudo-mask": masks} | ({"segmentation": predictions} if predictions else {})
+    save_scenes(out / "sheet.png", val, seen.maps, kinds)
     return Row(
         variant, seed, config.steps, 100 * right / shown, pseudo, everything, segmentation, 100 * told,
         open_heads, config.depth * config.heads, *thresholds,
     )  # fmt: skip
-
-
-def _save_sheet(path: Path, val: Scenes, seen: Seen, thresholds: Thresholds, predictions: list[Tensor]) -> None:
-    """Save the first images of val with their maps, pseudo-masks and predictions."""
-    few, maps = Scenes(val.classes, val.scenes[:SHOWN]), Seen(seen.maps[:SHOWN], seen.probability[:SHOWN])
-    kinds = [pseudo_masks(maps, few, thresholds)] + ([predictions[:SHOWN]] if predictions else [])
-    shown = list(zip(few.scenes, maps.maps, map(list, zip(*kinds, strict=True)), strict=True))
-    save_sheet(path, shown, val.classes, ["pseudo-mask", "segmentation"][: len(kinds)])
 
 
 def table(rows: list[Row]) -> str:
@@ -134,26 +126,34 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
-    parser.add_argument("--out", type=Path, required=True, help="the files to write, without .csv and .png")
-    parser.add_argument("--runs", type=Path, default=Path("build/runs"), help="where checkpoints, logs and sheets go")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    a = parser.parse_args()
-    data, val, rows = read_scenes(a.data, "train"), read_scenes(a.data, "val"), read(a.out.with_suffix(".csv"), Row)
-    for variant in a.variants:
-        for seed in range(a.seeds):
+def main(
+    data: Path,
+    out: Path,
+    runs: Path = Path("build/runs"),
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS),
+    seeds: int = 3,
+    config: Literal[tuple(CONFIGS)] = "small",
+) -> None:
+    """The ablation: train each variant with each seed, and write their scores, a table and a plot.
+
+    Args:
+        data: A folder in VOC layout.
+        out: The files to write, without .csv and .png.
+        runs: Where checkpoints, logs and sheets go.
+        variants: Who takes part.
+        seeds: How many runs of each.
+        config: Sizes, learning rates and the number of steps.
+    """
+    train_data, val, rows = read_scenes(data, "train"), read_scenes(data, "val"), read(out.with_suffix(".csv"), Row)
+    for variant in variants:
+        for seed in range(seeds):
             if all((row.variant, row.seed) != (variant, seed) for row in rows):
-                rows.append(compute(variant, seed, CONFIGS[a.config], data, val, a.runs))
+                rows.append(compute(variant, seed, CONFIGS[config], train_data, val, runs))
                 rows.sort(key=lambda row: (list(VARIANTS).index(row.variant), row.seed))
-                write(a.out.with_suffix(".csv"), rows)
-    plot(rows, a.out.with_suffix(".png"))
+                write(out.with_suffix(".csv"), rows)
+    plot(rows, out.with_suffix(".png"))
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -8,15 +8,16 @@ them is where.
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import generate_binary_structure, maximum_filter, minimum_filter
 from tqdm import tqdm
 
+from examples.shared.commands import cli
 from examples.shared.images import save_index
 
 from .data import IGNORE
@@ -96,18 +97,20 @@ def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
 
 def _borders(index: np.ndarray) -> np.ndarray:
     """The pixels of which one of the four neighbours has another class."""
-    border = np.zeros(index.shape, bool)
-    for axis in (0, 1):
-        differs = np.diff(index.astype(int), axis=axis) != 0
-        before, after = [slice(None)] * 2, [slice(None)] * 2
-        before[axis], after[axis] = slice(None, -1), slice(1, None)
-        border[tuple(before)] |= differs
-        border[tuple(after)] |= differs
-    return border
+    cross = generate_binary_structure(2, 1)
+    return maximum_filter(index, footprint=cross) != minimum_filter(index, footprint=cross)
 
 
 def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, seed: int = 0) -> None:
-    """Write scenes, each with a seed of its own, in VOC layout under `out`."""
+    """Write scenes, each with a seed of its own, in VOC layout.
+
+    Args:
+        out: The folder to write.
+        train: The number of scenes to train on.
+        val: The number of scenes to judge by.
+        side: Of a scene, in pixels.
+        seed: Decides all of them.
+    """
     folders = {kind: out / kind for kind in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,13 +128,6 @@ def write_scenes(out: Path, train: int = 2000, val: int = 400, side: int = 64, s
         ElementTree.ElementTree(annotation).write(folders["Annotations"] / f"{name}.xml")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write synthetic scenes in VOC layout.")
-    parser.add_argument("--out", type=Path, required=True)
-    for name, default in (("train", 2000), ("val", 400), ("side", 64), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    write_scenes(**vars(parser.parse_args()))
-
 
 if __name__ == "__main__":
-    main()
+    cli(write_scenes)

@@ -7,15 +7,14 @@ A step depends on the seed and its own number alone, so a resumed run repeats an
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from examples.shared.commands import add_device, checked_device, of_this_system, read_checkpoint, said_in_one_line
+from examples.shared.commands import DEVICE, checked_device, cli, of_this_system, read_checkpoint
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 
 from . import losses
@@ -107,29 +106,51 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[ViT, tuple[str, ...]]:
     return model.eval(), tuple(saved["run"]["classes"])
 
 
-@said_in_one_line()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder in VOC layout")
-    parser.add_argument("--out", type=Path, required=True, help="where log.csv and checkpoint.pt go")
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    for name in ("size", "steps", "batch"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the configuration's")
-    for name in ("masking-rate", "diversity", "sparsity"):
-        parser.add_argument(f"--{name}", type=float, help="instead of the configuration's")
-    for name in ("register", "gates"):
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help="instead of the configuration's")
-    parser.add_argument("--timm", help="a timm ViT whose weights to begin with, instead of the configuration's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add_device(parser)
-    a = parser.parse_args()
-    device = checked_device(a.device)
-    instead = ("size", "steps", "batch", "masking_rate", "diversity", "sparsity", "register", "gates", "timm")
-    config = dataclasses.replace(CONFIGS[a.config], **{name: getattr(a, name) for name in instead if getattr(a, name) is not None})
-    data = read_scenes(a.data, "train")
-    train(Trainer(Run(config, data.classes, a.seed), data, device), a.out, a.resume)
+def main(
+    data: Path,
+    out: Path,
+    config: Literal[tuple(CONFIGS)] = "small",
+    size: int | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+    masking_rate: float | None = None,
+    diversity: float | None = None,
+    sparsity: float | None = None,
+    register: bool | None = None,
+    gates: bool | None = None,
+    timm: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    device: str = DEVICE,
+) -> None:
+    """Train on image labels alone. What is None is the configuration's.
+
+    Args:
+        data: A folder in VOC layout.
+        out: Where log.csv and checkpoint.pt go.
+        config: Sizes, strengths and the number of steps.
+        size: Images are resized to squares of this side.
+        steps: How many to train.
+        batch: Images a step.
+        masking_rate: Of the tokens of absent classes.
+        diversity: Weight of the loss that keeps the maps of two classes apart.
+        sparsity: Weight of the expected number of open heads.
+        register: One more token, which belongs to no class.
+        gates: A gate on every head.
+        timm: A timm ViT whose weights to begin with.
+        seed: Decides weights and batches.
+        resume: Go on from the checkpoint in --out.
+        device: Where to train.
+    """
+    checked_device(device)
+    instead = dict(
+        size=size, steps=steps, batch=batch, masking_rate=masking_rate, diversity=diversity, sparsity=sparsity,
+        register=register, gates=gates, timm=timm,
+    )  # fmt: skip
+    sizes = dataclasses.replace(CONFIGS[config], **{name: value for name, value in instead.items() if value is not None})
+    scenes = read_scenes(data, "train")
+    train(Trainer(Run(sizes, scenes.classes, seed), scenes, device), out, resume)
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -128,7 +128,7 @@ class Error:
 
 
 def errors(actual: Results, case: Case) -> list[Error]:
-    """The budget of every tensor in actual, in both norms: err <= 2 * err_plain + eps * |T64| + 4 * u * (1 + max|S|) * |A(T)|.
+    """The budget of every tensor in actual, in both norms: `err <= 2 * err_plain + eps * |T64| + 4 * u * (1 + max|S|) * |A(T)|`.
 
     eps is that of the tensor's dtype, for dmask and dmask_logits the coarser of that and query's: the gradient of a float32 mask comes
     through 16-bit products. u = 2^-24 (2^-53 for float64 inputs). Whatever is not finite must equal the exact value.

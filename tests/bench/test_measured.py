@@ -48,7 +48,9 @@ def test_a_cell_measured_while_the_machine_was_busy_is_marked(job, tmp_path):
 
 
 def committed_results() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "bench/results/*.jsonl"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["git", "ls-files", "bench/results/*.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone")
     return [ROOT / name for name in listed.stdout.split()]
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from examples import learn_mask, mask2former_cost, pairformer
+from examples.shared.commands import cli
 from examples.shared.resumable import train as train_run
-from examples.vos import infer, search
+from examples.vos import cost, figures, infer, search
 from examples.vos import study as vos_study
+from examples.vos import synthetic as vos_synthetic
 from examples.vos import train as vos
 from examples.vos.data import read_clips
 from examples.wsss import evaluate, pseudo_masks, segment
 from examples.wsss import study as wsss_study
+from examples.wsss import synthetic as wsss_synthetic
 from examples.wsss import train as wsss
 from examples.wsss.data import read_scenes
 from tests.support import vos_clips, wsss_scenes
@@ -27,13 +35,12 @@ both_systems = pytest.mark.parametrize("system", SYSTEMS)
 
 
 @pytest.fixture
-def said(monkeypatch):
+def said():
     """Calls a command, which must end with one line, and returns the line."""
 
     def call(command, *arguments):
-        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            command.main()
+            cli(command.main, [str(a) for a in arguments])
         assert isinstance(end.value.code, str) and "\n" not in end.value.code
         return end.value.code
 
@@ -135,6 +142,18 @@ def test_weights_of_timm_without_timm(system, backbone, data, tmp_path, monkeypa
     assert said(SYSTEMS[system][0], "--data", data, "--out", tmp_path / "out", "--device", "cpu", *more).endswith("pip install timm")
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_name_that_timm_does_not_know(system, data, tmp_path, monkeypatch, tiny, said):
+    def create_model(name, **options):
+        raise RuntimeError(f"Unknown model ({name})")  # as timm does
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    monkeypatch.setitem(vos.CONFIGS, "small", dataclasses.replace(vos_clips.TINY, backbone="vit_bse", stride=8))
+    more = [] if system == "vos" else ["--timm", "vit_bse"]
+    message = said(SYSTEMS[system][0], "--data", data, "--out", tmp_path / "out", "--device", "cpu", *more)
+    assert message == "timm's model 'vit_bse': Unknown model (vit_bse)"
+
+
 COMMANDS = {
     vos: [], infer: ["--checkpoint", "no.pt"], vos_study: [], search: [],
     wsss: [], pseudo_masks: ["--checkpoint", "no.pt"], segment: ["--masks", "none"], wsss_study: [], evaluate: ["--masks", "none"],
@@ -168,3 +187,15 @@ def test_a_picture_that_its_reader_gives_up_on(scenes, tmp_path, monkeypatch, sa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # the reader's own limit against bombs
     (tmp_path / "masks").mkdir()
     assert "cannot be read" in said(evaluate, "--data", scenes, "--masks", tmp_path / "masks")
+
+
+MAKERS = [vos_synthetic.main, wsss_synthetic.write_scenes, figures.main, cost.main, learn_mask.main, pairformer.main, mask2former_cost.main]
+
+
+@pytest.mark.parametrize("command", [*(module.main for module in COMMANDS), *MAKERS], ids=lambda command: command.__module__)
+def test_every_flag_has_its_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli(command, ["--help"])
+    assert end.value.code == 0 and "--out" in capsys.readouterr().out or command is evaluate.main
+    explained = re.findall(r"^        (\w+): \w", command.__doc__, re.M)
+    assert explained == list(inspect.signature(command).parameters)

@@ -34,9 +34,11 @@ def overlap(mask: torch.Tensor, inside: torch.Tensor) -> float:
 
 def test_quickstart_mask_learns_to_cover_the_object():
     photo, inside = disc()
-    first, last = quickstart.learn_mask(photo, click=(14, 22), steps=150)
-    assert overlap(first, inside) < 0.3
-    assert overlap(last, inside) > 0.9
+    learned = quickstart.learn_mask(photo, click=(14, 22), steps=150)
+    assert overlap(learned.first, inside) < 0.3
+    assert overlap(learned.mask, inside) > 0.9
+    assert learned.attention.sum().item() == pytest.approx(1, abs=1e-5) and learned.attention[inside].sum() > 0.9
+    assert (learned.redrawn - photo).abs().mean() < 0.1
 
 
 def test_quickstart_mask_learns_through_the_attention_alone(monkeypatch):
@@ -48,7 +50,7 @@ def test_quickstart_mask_learns_through_the_attention_alone(monkeypatch):
 
 def test_quickstart_is_deterministic():
     photo, _ = disc()
-    one, two = (quickstart.learn_mask(photo, click=(14, 22), steps=10)[1] for _ in range(2))
+    one, two = (quickstart.learn_mask(photo, click=(14, 22), steps=10).mask for _ in range(2))
     assert torch.equal(one, two)
 
 

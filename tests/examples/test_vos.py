@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.shared.commands import cli
 from examples.shared.rows import read, write
 from examples.vos import cycle, infer, losses, search, study, train
+from examples.vos.attention import attention_of_first_object
 from examples.vos.batches import Batch, _other_view, sample
 from examples.vos.config import CONFIGS
 from examples.vos.data import read_clips
@@ -178,7 +180,7 @@ class FakeTimm(torch.nn.Module):
 def test_a_backbone_of_timm(monkeypatch):
     config = dataclasses.replace(TINY, backbone="some_model", stride=8)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="backbone 'some_model' is timm's: pip install timm"):
+    with pytest.raises(ImportError, match="the model 'some_model' is timm's: pip install timm"):
         VOS(config)
     monkeypatch.setitem(sys.modules, "timm", FakeTimm)
     coarse, fine = VOS(config).features(torch.rand(2, 3, 64, 96))
@@ -194,17 +196,22 @@ def test_a_backbone_of_timm(monkeypatch):
 
 def test_inference_writes_scores_and_pictures(written, tmp_path, monkeypatch, capsys):
     train.train(train.Trainer(train.Run(TINY), read_clips(written, "train")), tmp_path, stop=1, save_every=1)
-    arguments = ["infer", "--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
-    infer.main()
-    assert capsys.readouterr().out.startswith("J&F-Mean ")
+    arguments = ["--data", written, "--checkpoint", tmp_path / "checkpoint.pt", "--out", tmp_path / "shown", "--device", "cpu"]
+    rows, save_sheet = [], infer.save_sheet
+    monkeypatch.setattr(infer, "save_sheet", lambda path, these: rows.extend(these) or save_sheet(path, these))
+    cli(infer.main, [str(a) for a in arguments])
+    said = capsys.readouterr()
+    assert said.out.startswith("J&F-Mean ") and "frames of val-000: " in said.err
     clip = read_clips(written, "val")[0]
     with open(tmp_path / "shown" / "scores.csv", newline="") as file:
         assert sum(1 for _ in file) == 1 + clip.objects * 3  # neither the first frame nor the last
     assert len(list((tmp_path / "shown" / clip.name).glob("*.png"))) == 5
     with Image.open(tmp_path / "shown" / f"{clip.name}.gif") as gif:
         assert gif.n_frames == 5
-    assert Image.open(tmp_path / "shown" / "sheet.png").size == (5 * 48 * 4, 3 * 40 * 4)
+    captions = ["frame 0: mask given", "frame 2", "soft masks, summed", "attention of object 1", "result, frame 2", "result, frame 4; J&F"]
+    assert all(want in cell.caption for row in rows for want, cell in zip(captions, row, strict=True)) and len(rows) == 1
+    assert all(row[3].picture.sum().item() == pytest.approx(1, abs=1e-4) for row in rows)
+    assert Image.open(tmp_path / "shown" / "sheet.png").width > 1000
     label = Image.open(tmp_path / "shown" / "labels" / clip.name / "00000.png")
     assert label.mode == "P" and label.tobytes() == Image.open(clip.annotations / "00000.png").tobytes()
 
@@ -235,12 +242,11 @@ def test_the_papers_sizes_are_a_configuration():
 
 def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
-    arguments = ["study", "--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs"]
+    arguments = ["--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs"]
     arguments += ["--contestants", "soft", "copy"]
 
     def say(seeds):
-        monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--seeds", seeds]])
-        study.main()
+        cli(study.main, [str(a) for a in [*arguments, "--seeds", seeds]])
         return capsys.readouterr().out
 
     say(1)
@@ -257,9 +263,8 @@ def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path
     monkeypatch.setitem(study.CONFIGS, "small", dataclasses.replace(TINY, steps=1))
     trained = {}
     monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.update({out.name: trainer.clips}))
-    arguments = ["study", "--data", written, "--out", tmp_path / "alone", "--runs", tmp_path / "runs", "--alone", "--seeds", 2]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in [*arguments, "--contestants", "frame0", "oracle", "copy"]])
-    study.main()
+    arguments = ["--data", written, "--out", tmp_path / "alone", "--runs", tmp_path / "runs", "--alone", "--seeds", 2]
+    cli(study.main, [str(a) for a in [*arguments, "--contestants", "frame0", "oracle", "copy"]])
     clips = read_clips(written, "train")
     assert trained["frame0-0"] == clips[:1] and trained["frame0-1"] == clips[1:2]
     assert len(trained["oracle-0"]) == len(clips[0]) and trained["oracle-0"][0] == clips[0]
@@ -270,13 +275,12 @@ def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path
 
 
 def test_a_search_pairs_the_runs_of_a_seed_and_goes_on_where_it_stopped(written, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search, "SETTINGS", {"nothing at all": (dataclasses.replace(TINY, steps=1), "long", 1)})
+    monkeypatch.setitem(search.SETTINGS, "nothing at all", (dataclasses.replace(TINY, steps=1), "long", 1))
     out = tmp_path / "found.csv"
-    arguments = ["search", "--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2]
-    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    arguments = ["--data", written, "--out", out, "--runs", tmp_path / "runs", "--seeds", 2, "--settings", "nothing at all"]
     earlier = [search.Found("nothing at all", masking, 0, JF, 0.0, 0.0) for masking, JF in (("soft", 50.0), ("detached", 40.0))]
     write(out, earlier)
-    search.main()
+    cli(search.main, [str(a) for a in arguments])
     found = read(out, search.Found)
     assert found[:2] == earlier and [one[:3] for one in found[2:]] == [("nothing at all", masking, 1) for masking in ("soft", "detached")]
     gain = found[2].JF - found[3].JF
@@ -289,3 +293,15 @@ def test_the_first_mask_copied_scores_what_it_overlaps(written):
     first, second = clip.first_mask()[0].bool(), clip.mask(2)[0].bool()
     (one,) = [s for s in scores if (s.frame, s.object) == (2, 1)]
     assert one.J == (first & second).sum().item() / (first | second).sum().item()
+
+
+@pytest.mark.parametrize("masking, shown", [("soft", True), ("detached", True), ("hard", False), ("none", False)])
+def test_a_descriptor_looks_where_its_mask_is(masking, shown):
+    torch.manual_seed(0)
+    model = VOS(dataclasses.replace(TINY, alpha_init=32.0), masking)
+    frame, masks = model.features(torch.rand(1, 3, 32, 48)), torch.zeros(1, 2, 32, 48)
+    masks[:, 0, :, 24:] = 1
+    found = attention_of_first_object(model, frame, masks, torch.ones(1, 2, dtype=torch.bool))
+    assert (found is not None) == shown
+    if shown:
+        assert found.shape == frame.coarse.shape[-2:] and found[:, found.shape[1] // 2 :].sum() > 0.99

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.shared.commands import DataError
+from examples.shared.commands import DataError, cli
 from examples.shared.images import read_index, save_index, voc_palette
 from examples.vos import figures, infer, pictures, study, synthetic, train
 from examples.vos.data import read_clip, read_clips
@@ -239,13 +238,12 @@ def test_a_list_of_clips_that_is_wrong(data, content, says):
 def test_a_command_says_in_one_line_what_is_wrong_with_the_data(data, tmp_path, monkeypatch, command):
     train.Trainer(train.Run(TINY), read_clips(data, "train")).save(tmp_path / "checkpoint.pt")
     path = missing_first(*paths(data, "val-000"))
-    arguments = ["command", "--data", data, "--out", tmp_path / "out"]
+    arguments = ["--data", data, "--out", tmp_path / "out"]
     arguments += {train: [], infer: ["--checkpoint", tmp_path / "checkpoint.pt"], study: []}[command]
     if command is train:
         path.parents[3].joinpath("ImageSets", "2017", "train.txt").write_text("val-000")
-    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
     with pytest.raises(SystemExit) as end:
-        command.main()
+        cli(command.main, [str(a) for a in arguments])
     assert end.value.code == f"{path}: no annotation"
 
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import smattn
+from examples.shared.commands import cli
 from examples.shared.rows import read
-from examples.wsss import evaluate, gates, losses, model, pseudo_masks, segment, study, train
+from examples.wsss import evaluate, gates, losses, model, pictures, pseudo_masks, segment, study, train
 from examples.wsss.config import CONFIGS, Config
 from examples.wsss.data import IGNORE, read_scenes
 from examples.wsss.pretrained import load_timm
@@ -141,7 +142,7 @@ class FakeTimm:
 def test_weights_of_timm_load(monkeypatch):
     vit = model.ViT(TINY, 6)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="the weights of 'some_vit' are timm's: pip install timm"):
+    with pytest.raises(ImportError, match="the model 'some_vit' is timm's: pip install timm"):
         load_timm(vit, "some_vit")
     theirs = FakeTimm()
     monkeypatch.setitem(sys.modules, "timm", theirs)
@@ -255,33 +256,33 @@ def test_gates_learn_faster_and_only_matrices_decay():
     assert len(groups[2]["params"]) == TINY.depth and all(p.dim() > 1 for p in groups[0]["params"])
 
 
-def call(monkeypatch, module, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main()
+def call(module, *arguments):
+    cli(module.main, [str(a) for a in arguments])
 
 
 def test_the_commands_one_after_the_other(written, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.CONFIGS, "small", dataclasses.replace(TINY, steps=2))
     checkpoint = tmp_path / "run" / "checkpoint.pt"
-    call(monkeypatch, train, "--data", written, "--out", tmp_path / "run", "--no-register", "--device", "cpu")
+    call(train, "--data", written, "--out", tmp_path / "run", "--register", "False", "--device", "cpu")
     assert not train.load(checkpoint)[0].config.register
     for split, thresholds in (("train", ()), ("val", ("--thresholds", 1, 1.2))):
         options = ("--split", split, "--checkpoint", checkpoint, "--out", tmp_path / split, *thresholds, "--device", "cpu")
-        call(monkeypatch, pseudo_masks, "--data", written, *options)
+        call(pseudo_masks, "--data", written, *options)
+    assert Image.open(tmp_path / "train-sheet.png").width > 500
     assert len(list((tmp_path / "train").glob("*.png"))) == 8 and len(list((tmp_path / "val").glob("*.png"))) == 3
     options = ("--size", 32, "--steps", 2, "--device", "cpu")
-    call(monkeypatch, segment, "--data", written, "--masks", tmp_path / "train", "--out", tmp_path / "segmented", *options)
+    call(segment, "--data", written, "--masks", tmp_path / "train", "--out", tmp_path / "segmented", *options)
     capsys.readouterr()
-    call(monkeypatch, evaluate, "--data", written, "--masks", written / "SegmentationClass")
+    call(evaluate, "--data", written, "--masks", written / "SegmentationClass")
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == ["background", "100.0"] and len(said) == 8 and said[-1].startswith("mIoU")
     (tmp_path / "segmented" / "val-00001.png").unlink()
     with pytest.raises(SystemExit, match="val-00001.png: cannot be read"):
-        call(monkeypatch, evaluate, "--data", written, "--masks", tmp_path / "segmented")
+        call(evaluate, "--data", written, "--masks", tmp_path / "segmented")
     (written / "classes.txt").rename(written / "names")
     try:
         with pytest.raises(SystemExit, match="is none of the 20"):
-            call(monkeypatch, pseudo_masks, "--data", written, "--checkpoint", checkpoint, "--out", tmp_path / "x")
+            call(pseudo_masks, "--data", written, "--checkpoint", checkpoint, "--out", tmp_path / "x")
     finally:
         (written / "names").rename(written / "classes.txt")
 
@@ -294,7 +295,7 @@ def test_whatever_goes_over_all_images_shows_how_far_it_is(written, monkeypatch,
     masks = pseudo_masks.pseudo_masks(pseudo_masks.see(model.ViT(TINY, 6), data), data, Thresholds(1.0, 1.0))
     pseudo_masks.save_masks(masks, data, tmp_path)
     segment.predict(segment.Network(6), data, 32)
-    call(monkeypatch, evaluate, "--data", written, "--split", "train", "--masks", tmp_path)
+    call(evaluate, "--data", written, "--split", "train", "--masks", tmp_path)
     assert shown == ["maps", "pseudo-masks", "writing", "predictions", "scores"]
 
 
@@ -311,16 +312,31 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     real = study.fit
     monkeypatch.setattr(study, "fit", lambda *a: real(*a, steps=2))
     arguments = ("--data", written, "--out", tmp_path / "out" / "found", "--runs", tmp_path / "runs", "--variants", "full", "masking 0")
-    call(monkeypatch, study, *arguments, "--seeds", 1)
+    call(study, *arguments, "--seeds", 1)
     before = read(tmp_path / "out" / "found.csv", study.Row)
     trained = []
     real_train = study.train
     monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.append(out.name) or real_train(trainer, out, **options))
     capsys.readouterr()
-    call(monkeypatch, study, *arguments, "--seeds", 2)
+    call(study, *arguments, "--seeds", 2)
     assert "| full | 2 |" in (said := capsys.readouterr().out) and "| masking 0 | 2 |" in said
     rows = read(tmp_path / "out" / "found.csv", study.Row)
     assert trained == ["full-1", "masking-0-1"]
     assert [row[:2] for row in rows] == [("full", 0), ("full", 1), ("masking 0", 0), ("masking 0", 1)]
     assert [str(row) for row in before] == [str(rows[0]), str(rows[2])] and rows[0].heads == 6
-    assert (tmp_path / "out" / "found.png").exists() and Image.open(tmp_path / "runs" / "full-0" / "sheet.png").height == 3 * 146
+    assert (tmp_path / "out" / "found.png").exists() and Image.open(tmp_path / "runs" / "full-0" / "sheet.png").width > 500
+
+
+def test_a_sheet_says_what_it_shows_and_how_good_it_is_and_needs_no_truth(written, tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(pictures, "save_sheet", lambda path, these: rows.extend(these))
+    data, maps = read_scenes(written, "val"), torch.rand(3, 6, 4, 4)
+    masks = {"pseudo-mask": [scene.mask() for scene in data.scenes]}
+    pictures.save_scenes(tmp_path / "sheet.png", data, maps, masks)
+    for row, scene in zip(rows, data.scenes, strict=True):
+        captions = [cell.caption for cell in row if cell]
+        assert captions == [scene.name, *(f"attention, {data.classes[c]}" for c in scene.labels), "pseudo-mask, mIoU 100", "truth"]
+    rows.clear()
+    untold = dataclasses.replace(data, scenes=tuple(dataclasses.replace(scene, mask_path=tmp_path / "none") for scene in data.scenes))
+    pictures.save_scenes(tmp_path / "sheet.png", untold, maps, masks)
+    assert [row[-1].caption for row in rows] == ["pseudo-mask"] * 3

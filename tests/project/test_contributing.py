@@ -67,7 +67,7 @@ def test_only_a_tag_publishes_and_only_what_was_built_and_tried():
     assert jobs["publish"]["needs"] == "build" and "ref_type == 'tag'" in jobs["publish"]["if"]
     assert jobs["publish"]["permissions"] == {"id-token": "write"} and "permissions" not in jobs["build"]
     commands = "\n".join(step.get("run", "") for step in steps_of("release.yml", "build"))
-    assert commands.index("python -m build") < commands.index("-m smattn") and "cpu: available" in commands
+    assert commands.index("make wheel") < commands.index("-m smattn") and "cpu: available" in commands
 
 
 def test_a_release_refuses_a_tag_that_is_not_the_version():

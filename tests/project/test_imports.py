@@ -68,6 +68,12 @@ def test_the_public_names():
     assert all(hasattr(smattn, name) for name in smattn.__all__) and smattn.__version__ == version("smattn")
 
 
+def test_nothing_else_is_public_but_modules_of_the_package():
+    code = "import smattn; print(*(name for name, it in vars(smattn).items() if getattr(it, '__name__', '') != f'smattn.{name}'))"
+    others = {name for name in fresh(code).split() if not name.startswith("_")}
+    assert others == set(smattn.__all__) - {"__version__", "nn"}
+
+
 @pytest.mark.parametrize("module", ["testing", "cpu", "cuda", "reference", "ops", "flops", "distributed", "integrations"])
 def test_a_module_imports_alone(module):
     assert fresh(f"import smattn.{module}; print('fine')") == "fine"

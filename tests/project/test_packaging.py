@@ -1,10 +1,15 @@
-"""The wheel made from the sdist installs and works. A build without a compiler says so and goes on; one of broken source fails."""
+"""The wheel made from the sdist installs and works. A build without a compiler says so and goes on; one of broken source, or without what
+a build needs, fails and says why.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -13,8 +18,9 @@ from setuptools import build_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ["pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "smattn", "kernels"]
+HOME = "https://example.org/somebody/smattn"
 
-pytestmark = [pytest.mark.promise("installs"), pytest.mark.slow]
+pytestmark = pytest.mark.promise("installs")
 
 
 @pytest.fixture
@@ -30,10 +36,55 @@ def source(tmp_path):
     return copy
 
 
+@pytest.fixture
+def whole(tmp_path):
+    """A copy of the whole project, with nothing built in it."""
+    unwanted = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis")
+    return shutil.copytree(ROOT, tmp_path / "whole", ignore=unwanted)
+
+
 def build_sdist(source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(source)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     return source / "out" / build_meta.build_sdist("out")
+
+
+def setup(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run setup.py after `code`, in a process of its own."""
+    run = f"{code}; import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", run, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_setuptools_that_is_too_old_is_one_line():
+    result = setup("import setuptools; setuptools.__version__ = '68.2.0'", "--version")
+    assert result.returncode == 1
+    assert result.stderr == "building smattn needs setuptools 77 or newer, here is 68.2.0: pip install -U setuptools\n"
+
+
+def test_torch_that_is_missing_is_one_line(tmp_path):
+    without = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda *name: None if name == ('torch',) else find(*name)"
+    result = setup(without, "-q", "build_ext", "--build-lib", str(tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.endswith("building smattn needs torch: pip install torch, then smattn with --no-build-isolation\n")
+
+
+def test_the_sdist_has_everything_that_the_repository_tracks(whole, monkeypatch):
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a clone")
+    names = {name.partition("/")[2] for name in tarfile.open(build_sdist(whole, monkeypatch)).getnames()}
+    assert set(tracked.stdout.split()) <= names
+
+
+def test_an_index_page_has_addresses_and_no_link_within_the_repository(whole, monkeypatch):
+    monkeypatch.setenv("SMATTN_HOME", HOME)
+    with tarfile.open(build_sdist(whole, monkeypatch)) as sdist:
+        (info,) = (sdist.extractfile(name).read() for name in sdist.getnames() if name.count("/") == 1 and name.endswith("PKG-INFO"))
+    metadata = Parser().parsestr(info.decode())
+    links = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
+    assert len(links) > 10 and [link for link in links if "://" not in link] == []
+    assert f"{HOME}/raw/HEAD/docs/quickstart.png" in links and f"{HOME}/blob/HEAD/docs/index.md" in links
+    assert f"Source, {HOME}" in metadata.get_all("Project-URL")
 
 
 def build_wheel(source: Path, what: str = ".", **environment: str) -> subprocess.CompletedProcess:
@@ -70,6 +121,7 @@ def run_installed(wheel: Path, folder: Path) -> list[str]:
     return subprocess.run(command, cwd=folder, env=clean, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_wheel_made_from_the_sdist_installs_and_works(source, tmp_path, monkeypatch):
     sdist = build_sdist(source, monkeypatch)
     shutil.rmtree(source / "csrc")  # only the sdist has it now
@@ -85,6 +137,7 @@ def test_the_wheel_made_from_the_sdist_installs_and_works(source, tmp_path, monk
     assert Path(file).is_relative_to(tmp_path / "site") and version == wheel.name.split("-")[1] and reasons == []
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_said_and_forgiven(source, tmp_path):
     result = build_wheel(source, CXX="no-such-compiler")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -95,6 +148,7 @@ def test_a_missing_compiler_is_said_and_forgiven(source, tmp_path):
     assert "was not built when smattn was installed" in said and "pip install --no-build-isolation" in said
 
 
+@pytest.mark.slow
 def test_a_compile_error_fails_the_installation(source):
     with open(source / "csrc" / "philox.h", "a") as header:
         header.write("\nthis is not C++\n")
