@@ -33,6 +33,15 @@ from .primitives.store import store_dalpha, store_mask_tile
 from .tiles import Tile, cdiv
 
 
+@triton.jit
+def as_product(m, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """m, in the registers where a product's sums lie, so that no head has to bring it there through shared memory.
+
+    A product of zeros is added to it, which changes no value.
+    """
+    return tl.dot(tl.zeros([ROWS, 16], tl.float16), tl.zeros([16, COLS], tl.float16), m)
+
+
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dmask_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dmask_ptr, dalpha_ptr,
@@ -74,6 +83,10 @@ def _dmask_kernel(
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h_lo.to(tl.int64) * stride_mh
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+            if isinstance(q_ptr, tl.tensor_descriptor):
+                m = as_product(m, BLOCK_M, BLOCK_N)
+            elif q_ptr.dtype.element_ty != tl.float32:
+                m = as_product(m, BLOCK_M, BLOCK_N)
             if NEED_DALPHA:
                 partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H
             heads = H if SHARED_H else 1
