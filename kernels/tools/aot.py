@@ -42,6 +42,8 @@ POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 # The bytes of a thread that may spill where no tile was found that spills none: (kernel, bytes of an element, head size, queries).
 SPILLS = {("few_queries", 2, 64, 100): 40, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
 SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}
+# Nothing is computed twice in the passes of many queries, in 16 bits and up to this head size. Elsewhere the table says how often.
+PASSES, CHECKED_HEADS = ("forward", "dkdv", "dq", "dmask"), 128
 TABLE_HEAD = (
     "kernel", "arch", "dtype", "D", "Nk", "variant", "block_m", "block_n", "warps", "stages", "maxnreg",
     "registers", "spill_bytes", "instruction", "loads", "shared", "per_sm", "serialised",
@@ -77,7 +79,8 @@ class Row(NamedTuple):
             return "descriptors, and no load by TMA"
         if r.spill_bytes > SPILLS.get((self.kernel, j.dtype.itemsize, block_of(j.D), j.Nq), 0):
             return f"spills {r.spill_bytes} bytes"
-        return excess(self.counts, self.tile.block_n, j.D, j.variant.logits) if r.instruction else ""
+        checked = self.kernel in PASSES and j.dtype.itemsize == 2 and j.D <= CHECKED_HEADS and not j.variant.as_map
+        return excess(self.counts, self.tile.block_n, j.variant.logits) if checked else ""
 
     def serialised(self) -> bool:
         """Whether a wgmma waits for the one before it where the compiler meant them to run in one group."""

@@ -18,7 +18,6 @@ PASSES = 1  # over shared memory's banks in a cycle
 RATES = {"HMMA": {80: 2048, 86: 1024, 89: 1024, 90: 2048, 100: 2048, 120: 1024}, "HGMMA": {90: 4096}}
 SLACK = 1.1  # times what is needed may be executed
 LANES = 4  # at least so many lanes hold a row of a product's sums, and each computes by how much the row is rescaled
-CHECKED_HEADS = 128  # Above this head size no tile was found that neither spills nor multiplies twice.
 DOT = re.compile(r"^( *)\S+ = tt\.dot .*?: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>", re.MULTILINE)
 
 
@@ -79,9 +78,9 @@ def count(loop: Loop, warps: int, arguments: dict[str, Any], ttir: str) -> Count
     return Counts(loop, warps, arguments["BLOCK_M"] * arguments["BLOCK_N"], needed)
 
 
-def excess(counts: Counts, block_n: int, head: int, logits: bool) -> str:
+def excess(counts: Counts, block_n: int, logits: bool) -> str:
     """What the loop executes more of than it has to, or nothing."""
     exponentials, flops = counts.exp2_a_score(), counts.flops_over_needed()
     if exponentials > SLACK * (1 + logits + LANES / block_n):
         return f"{exponentials:.2f} exp2 a score"
-    return f"{flops:.2f} times the products needed" if flops > SLACK and head <= CHECKED_HEADS else ""
+    return f"{flops:.2f} times the products needed" if flops > SLACK else ""

@@ -50,7 +50,7 @@ def read(cubin: bytes) -> Reading:
     if path is None:
         path = cache.put(json.dumps(_read(cubin)), "reading.json", binary=False)
     *figures, loop = json.loads(Path(path).read_text())
-    return Reading(*figures, Loop(*loop))
+    return Reading(*figures)._replace(loop=Loop(*loop))
 
 
 def _read(cubin: bytes) -> Reading:

@@ -19,6 +19,7 @@ ROWS = re.compile(
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "triton-kernels.csv"
 KERNELS = {"forward", "partial", "merge", "delta", "few_queries", "dkdv", "dq", "dmask"}
+PASSES = {"forward", "dkdv", "dq", "dmask"}  # of many queries
 MAP_KERNELS = {"map", "map_means", "map_rows"}
 
 ONE_OF_EACH_REGIME = """
@@ -31,7 +32,8 @@ broken = {
     "spill": [row._replace(reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
     "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
     "pointers": [row._replace(reading=row.reading._replace(loads={"128": 1})).failure() for row in rows],
-    "serial": [row._replace(groups=row.groups - 1).failure() for row in rows],
+    "serial": [row._replace(groups=row.groups - 1).serialised() for row in rows],
+    "twice": [row._replace(counts=row.counts._replace(loop=row.counts.loop._replace(exponentials=10**4))).failure() for row in rows],
 }
 kernels = [dict(kernel=row.kernel, shared=row.shared, products=row.products, failure=row.failure(), together=row.per_multiprocessor(),
                 descriptors=row.descriptors,
@@ -69,7 +71,9 @@ def test_one_of_each_regime_compiles():
         assert 1 <= kernel["together"] <= 32 and kernel["together"] * kernel["shared"] <= 228 * 1024
         assert "1048576 bytes of shared memory" in broken["shared"][i] and broken["spill"][i] == "spills 8 bytes"  # the checks can fail
         assert broken["scalar"][i] == ("no tensor-core instruction" if kernel["products"] else "")
-        assert ("serialised wgmma" in broken["serial"][i]) == (kernel["instruction"] == "HGMMA")
+        assert broken["serial"][i] == (kernel["instruction"] == "HGMMA")
+        assert ("exp2 a score" in broken["twice"][i]) == (kernel["kernel"] in PASSES)
+        assert (kernel["loop"][0] > 0) == (kernel["products"]) or kernel["kernel"] not in PASSES
         assert kernel["descriptors"] == ("TMA" in kernel["loads"]) == (broken["pointers"][i] == "descriptors, and no load by TMA")
 
 

@@ -74,11 +74,16 @@ def test_tf32_takes_a_tensor_core_twice_as_long():
     assert counted.cycles(80).tensor == 4 * (4096 + 2 * 2048) / 2048
 
 
-@pytest.mark.parametrize("exponentials, flops, head, said", [
-    (1.06, 1.0, 64, ""), (2.19, 1.0, 64, "2.19 exp2 a score"), (1.0, 1.5, 128, "1.50 times the products needed"), (1.0, 1.5, 256, ""),
-])  # fmt: skip
-def test_what_is_computed_twice_is_a_failure(exponentials, flops, head, said):
+@pytest.mark.parametrize(
+    "exponentials, flops, said",
+    [(1.06, 1.0, ""), (2.19, 1.0, "2.19 exp2 a score"), (1.0, 1.5, "1.50 times the products needed"), (1.0, 1.09, "")],
+)
+def test_what_is_computed_twice_is_a_failure(exponentials, flops, said):
     loop = loops.Loop(600, exponentials * 4096 / 128, flops * 2 * 64 * 32 * 64 / 4, tensor="HGMMA")
     counted = counts.count(loop, 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
-    assert counts.excess(counted, 64, head, logits=False) == said
-    assert counts.excess(counted._replace(loop=loop._replace(exponentials=2 * 32)), 64, 256, logits=True) == ""
+    assert counts.excess(counted, 64, logits=False) == said
+
+
+def test_logits_may_have_an_exponential_of_their_own():
+    counted = counts.count(loops.Loop(600, 2 * 32, tensor="HGMMA"), 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
+    assert [counts.excess(counted, 64, logits) for logits in (False, True)] == ["2.00 exp2 a score", ""]
