@@ -94,16 +94,21 @@ def test_the_table_in_the_results_is_the_whole_product_and_without_a_failure():
     head, *lines = RESULTS.read_text().splitlines()
     assert re.fullmatch(r"# triton 3\.\d+\.\d+, kernels/\*\.py sha256 [0-9a-f]{16}", head)
     rows = list(csv.DictReader(lines))
-    compiled = {(row["arch"], row["dtype"], row["D"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
+    compiled = {(row["arch"], row["dtype"], row["D"], row["Nk"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
     arithmetic = {("float16", ""), ("bfloat16", ""), ("float32", ""), ("float32", "tf32")}
     variants = {(dtype, " ".join(filter(None, (base, tf32)))) for dtype, tf32 in arithmetic for base in ("map", "" if tf32 else "mask")}
     variants |= {(dtype, f"{dtype} mask") for dtype in ("float16", "bfloat16")}
-    sizes = product(("80", "90", "100"), variants, ("32", "48", "64", "128", "256"), ("13", "30", "60", "100", "1045"))
-    assert compiled == {(arch, dtype, D, variant, Nq) for arch, (dtype, variant), D, Nq in sizes}
+    archs = ("80", "90", "100")
+    sizes = product(archs, variants, ("32", "48", "64", "128", "256"), ("13", "30", "60", "100", "1045"))
+    whole = {(arch, dtype, D, "4096", variant, Nq) for arch, (dtype, variant), D, Nq in sizes}
+    counted = {("1045", "mask"), ("1045", "bfloat16 mask"), ("4096", "padding"), ("4096", "dropout")}
+    assert compiled == whole | {(arch, "bfloat16", D, *of, "1045") for arch, D, of in product(archs, ("64", "128"), counted)}
     assert {row["kernel"] for row in rows} == KERNELS | MAP_KERNELS | {"reduce"}
     assert all(row["failure"] == "" for row in rows)
     assert sum(int(row["spill_bytes"]) > 0 for row in rows) < len(rows) // 50, "what may spill a little is rare"
     assert all(int(row["shared"]) <= SHARED_MEMORY[int(row["arch"])] and int(row["per_sm"]) >= 1 for row in rows)
+    passes = [row for row in rows if row["kernel"] in PASSES and "float16" in row["dtype"] and int(row["D"]) <= 128]
+    assert all(int(row["issue"]) > 0 and float(row["exp2_a_score"]) < 1.3 for row in passes if "map" not in row["variant"])
     with_products = [row for row in rows if row["kernel"] in KERNELS - {"merge", "delta"}]
     assert all(row["instruction"] for row in with_products if row["dtype"] != "float32" or "tf32" in row["variant"])
 
