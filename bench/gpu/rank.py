@@ -33,13 +33,19 @@ def candidates(cell: Cell, now: Tile) -> list[Tile]:
     return list(dict.fromkeys([now, *others]))
 
 
+def launched(kernel: str) -> str:
+    """The kernel that takes the table's tile of this name."""
+    few = {"few": "few_queries", "split": "partial"}
+    return few[kernel.partition("_")[0]] if kernel[-1].isdigit() else kernel.removeprefix("split_")
+
+
 def cost(cell: Cell, arch: int, tile: Tile) -> float:
     """Cycles of a multiprocessor for 64 x 64 scores, under the mask for which they are more; infinite where `make aot` would fail."""
     put(cell, arch, tile)
     job = cell.job(arch)
     masks = {job.dtype, torch.float32}
     rows = [row for dtype in masks for row in aot.compile_job(job._replace(variant=job.variant._replace(mask_dtype=dtype)))]
-    found = [row for row in rows if row.tile == tile and row.counts.scores]
+    found = [row for row in rows if row.kernel == launched(cell.kernel) and row.tile == tile]
     if not found or any(row.failure() for row in found):
         return math.inf
     return max(row.counts.cycles(row.job.arch).together() for row in found)

@@ -27,6 +27,11 @@ def test_the_present_tile_comes_first_and_there_are_six_others_at_most():
     assert {tile.block_m for tile in rank.candidates(Cell("few_16", 2, 64), Tile(16, 64, 4, 1))} == {16}
 
 
+def test_a_tile_is_judged_by_the_kernel_that_takes_it():
+    names = {"forward": "forward", "split_dq": "dq", "split_64": "partial", "few_16": "few_queries"}
+    assert {kernel: rank.launched(kernel) for kernel in names} == names
+
+
 def test_a_tile_has_to_be_cheaper_by_a_margin():
     now, other = Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)
     assert rank.cheapest({now: 101.0, other: 100.0}, now) == now
