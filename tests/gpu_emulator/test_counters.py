@@ -34,5 +34,5 @@ def test_tensor_operations_executed_over_needed(arch, capsys):
             print(f"{figures}  {single} loads of single elements")
     executed = {line[0]: float(line[FLOPS]) for line in rows(totals)}
     assert set(executed) == {"forward", "dkdv", "dq", "dmask"}
-    assert all(1 <= ratio <= 4 for ratio in executed.values())
+    assert all(1 <= ratio <= 1.13 for ratio in executed.values()), "dM's pass has a product of zeros for its one head"
     assert all(2 <= float(line[BYTES]) <= 512 for line in rows(totals))
