@@ -66,7 +66,9 @@ def _dkdv_kernel(
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
-            m = load_mask(mask_tile, offs_n, offs_m, stride_mn, stride_mm, Nk, Nq, live[:, None], MASK_KIND, HAS_PADDING)
+            m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+            if MASK_KIND:
+                m = tl.trans(m)
             dp = load_map_gradient(do_head, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
                 k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,

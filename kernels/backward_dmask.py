@@ -14,7 +14,7 @@ from torch import Tensor
 from ..call import Call
 from . import descriptors, plan
 from .launch import launch
-from .operands import Rows, accumulator, gradient_arguments, sharing_arguments
+from .operands import Rows, accumulator, gradient_arguments, pins_mask, sharing_arguments
 from .primitives.load import (
     SOFT,
     head_of,
@@ -28,7 +28,7 @@ from .primitives.load import (
     unless_padding,
 )
 from .primitives.rows import load_rows
-from .primitives.score import score_gradient
+from .primitives.score import as_product, score_gradient
 from .primitives.store import store_dalpha, store_mask_tile
 from .tiles import Tile, cdiv
 
@@ -45,7 +45,7 @@ def _dmask_kernel(
     B, H, Nq, Nk, n_masks, sharers, part_sharers, own_step, share_step, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, IN_PARTS: tl.constexpr, NEED_DALPHA: tl.constexpr,
+    SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, IN_PARTS: tl.constexpr, NEED_DALPHA: tl.constexpr, PINNED_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -74,6 +74,8 @@ def _dmask_kernel(
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h_lo.to(tl.int64) * stride_mh
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+            if PINNED_MASK:
+                m = as_product(m, BLOCK_M, BLOCK_N)
             if NEED_DALPHA:
                 partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H
             heads = H if SHARED_H else 1
@@ -137,6 +139,7 @@ def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor
         mbar_ptr=mbar, dmask_ptr=dmask if parts is None else parts, dalpha_ptr=dalpha,
         B=t.B, n_masks=t.sharing.masks, part_sharers=part_sharers, **sharing_arguments(t),
         SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, IN_PARTS=parts is not None, NEED_DALPHA=dalpha is not None,
+        PINNED_MASK=mask_heads == 1 and pins_mask(call),
     )  # fmt: skip
     launch(_dmask_kernel, programs * n_parts, arguments, tile)
     if parts is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..call import Call, Saved
 from . import descriptors
 from .launch import launch
-from .operands import attention_arguments
+from .operands import attention_arguments, is_ragged, pins_mask
 from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
 from .primitives.softmax import attend, softmax_finish
 from .primitives.store import store_output
@@ -30,7 +30,7 @@ def _forward_kernel(
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SAVE_MBAR: tl.constexpr,
+    SAVE_MBAR: tl.constexpr, PINNED_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     h, _, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
@@ -49,7 +49,7 @@ def _forward_kernel(
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
-        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, PINNED_MASK,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
@@ -64,6 +64,7 @@ def run(call: Call, out: Tensor, saved: Saved) -> None:
     t, tile = call.problem, descriptors.tile(call, "forward", call.key, call.value, takes_padding=False)
     arguments = attention_arguments(call, tile) | descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
-        out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar, SAVE_MBAR=saved.mbar is not None
+        out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar, SAVE_MBAR=saved.mbar is not None,
+        PINNED_MASK=pins_mask(call) and is_ragged(call),
     )
     launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

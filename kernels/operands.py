@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..call import Call, Problem
 from . import tiles
+from .chip import generation
 from .launch import arch_of
 from .primitives.load import LOGITS, ROUNDED_LOGITS, SOFT
 from .tiles import FEW_QUERIES, Tile, block_of
@@ -36,6 +37,16 @@ class Rows(NamedTuple):
 
 def tile_of(call: Call, kernel: str, pointers: bool = False) -> Tile:
     return tiles.tile(kernel, call.problem, arch_of(call.query.device), pointers)
+
+
+def pins_mask(call: Call) -> bool:
+    """Whether a kernel may use as_product on M: of products in 16 bits. With sums in tensor memory, sm_100's, Triton 3.9 fails at it."""
+    return call.mask is not None and call.query.element_size() == 2 and generation(arch_of(call.query.device)) not in (100, 942)
+
+
+def is_ragged(call: Call) -> bool:
+    """Whether rows of M begin off wide words, so that it is loaded an element at a time."""
+    return call.mask is not None and call.mask.stride(-2) % tiles.WORD != 0
 
 
 def accumulator(call: Call, *sizes: int) -> Tensor:

@@ -17,6 +17,8 @@ from .chip import INTERPRETER, generation
 
 FEW_QUERIES = 128  # the most queries that one tile can hold
 HEAD_SIZES = (32, 64, 128, 256)
+WORD = 16  # Of strides that are multiples of it, Triton makes kernels that load in wide words.
+SMALL = 64 * 132  # queries in all: a program of 64 for each of an H200's multiprocessors; a constant, as in plan.py
 # The chips whose lines a chip reads: its own first, then those of older chips, newest first. Those with little shared memory skip sm_90's,
 # and so does AMD, 942, which has no descriptors either.
 CHIPS = {80: (80,), 86: (86, 80), 90: (90, 80), 100: (100, 90, 80), 942: (942, 86, 80)}
@@ -90,15 +92,17 @@ def tile(kernel: str, problem: Problem, arch: int, pointers: bool = False) -> Ti
 def call_of(problem: Problem) -> str:
     """The kind of call, where it decides the tile.
 
-    "map": its passes load a tile of the map's gradient. "extras": padding and dropout take registers of their own. "wide mask": on sm_90
-    ptxas lets wgmma run across the stages of a pipeline under float32 masks with elements of 16 bits, and not under masks of 16 bits.
+    "map": its passes load a tile of the map's gradient. "extras": padding and dropout take registers of their own. "ragged": M's rows begin
+    off wide words, and addresses of single elements take registers. "small": so few queries in all that programs of many would leave
+    multiprocessors without any.
     """
     if problem.Dv == 0:
         return "map"
     if problem.has_padding or problem.dropout_p > 0:
         return "extras"
-    wide = problem.mask_dtype is not None and problem.mask_dtype.itemsize > problem.dtype.itemsize
-    return "wide mask" if wide else "plain"
+    if problem.mask_shape is not None and problem.Nk % WORD:
+        return "ragged"
+    return "small" if problem.B * problem.H * problem.Nq <= SMALL else "plain"
 
 
 @cache

@@ -65,7 +65,7 @@ MINUTES, INSTALLING, TOGETHER = 8.5, 1.6, 3.3
 BENCH = (PYTHON, "-m", "bench.run", "--device", "cuda", "--seconds", "0.1", "--minutes", "{minutes}", "--compile")
 SANITIZED = (PYTHON, "-m", "bench.gpu.sanitized", "--under")
 GRAPHS, FAR, RANKS = "cuda_graph", "past_2_to_the_31", "nccl or two_processes"
-ONLY_IF_NAMED = {"ceilings", "tune"}  # The benchmark begins with the first.
+ONLY_IF_NAMED = {"ceilings", "questions", "tune"}  # The benchmark begins with the first.
 BEFORE = {"bench": "peers", "memcheck": "calls", "racecheck": "calls"}  # These need caches that those fill.
 ALONE = f"({GRAPHS} or {FAR} or {RANKS})"
 # Most of the suite's time is Triton's: it compiles some 1000 kernels for a chip that has none yet, a CPU second or two each.
@@ -82,6 +82,7 @@ PARTS = {
     "racecheck": Part("and again: races in shared memory", TOGETHER, (*SANITIZED, "racecheck")),
     "peers": Part("what the benchmark compiles, for each of its shapes", TOGETHER, (*BENCH, "only"), modules=("tqdm",)),
     "bench": Part("every workload beside its peers", 3.1, (*BENCH, "not"), alone=True, modules=("tqdm", "matplotlib")),
+    "questions": Part("the tiles that counts chose, each beside another", 3, (PYTHON, "-m", "bench.gpu.questions"), alone=True),
     "tune": Part("the tiles of kernels/tiles.csv, searched", 8.5, (PYTHON, "-m", "bench.gpu.tune", "--minutes", "{minutes}"), alone=True,
                  modules=("tqdm",)),
 }  # fmt: skip

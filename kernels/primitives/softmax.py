@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .load import live_keys, live_span, load_block, load_mask
-from .score import dot, dropout_keep, matmul, rounded_product, score_tile
+from .score import as_product, dot, dropout_keep, matmul, rounded_product, score_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
 FLOAT16_SCALE = tl.constexpr(2.0**15)  # P is multiplied by it before it is rounded to float16, where many small ones would become 0.
@@ -54,11 +54,14 @@ def attend(
     offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_MBAR: tl.constexpr, ALLOW_TF32: tl.constexpr,
+    PINNED_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i, divisor.
 
     lo..hi are whole blocks, or end at Nk: the compiler loads in wide words only where it knows that blocks start at multiples.
+    PINNED_MASK: M is brought to where products lie by itself. Loaded an element at a time it would otherwise have P computed twice, where M
+    lies as well.
     l_i is the sum of P, and divisor that of P as V is multiplied by it, rounded where V has 16 bits. Divided by that, acc is a mean of V,
     and delta (5), which is made of it, cancels a dP that is the same for all keys.
     Where the value has no columns, DV = 0, only the rows are computed: the softmax of an attention map.
@@ -80,6 +83,8 @@ def attend(
         k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
         m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
+        if PINNED_MASK:
+            m = as_product(m, BLOCK_M, BLOCK_N)
         s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
         p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
         if SAVE_MBAR:

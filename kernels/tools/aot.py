@@ -2,8 +2,9 @@
 
 The launches that backend.py makes are recorded on tensors without storage (jobs.py), then compiled for each chip with the same arguments,
 specialisation and tiles. A line is printed for each kernel: its tile, registers, spills, the tensor-core instruction with the shortest and
-the longest run of it between two waits, bits * number of the loads, shared memory, and how many programs a multiprocessor holds. The
-command fails where Row.failure says so, for example on a spilled register. What was compiled and read before comes from Triton's cache.
+the longest run of it between two waits, bits * number of the loads, shared memory, how many programs a multiprocessor holds, and what its
+inner loop costs (counts.py). The command fails where Row.failure says so, for example on a spilled register or a softmax computed twice.
+What was compiled and read before comes from Triton's cache.
 TRITON_INTERPRET must not be set: under it there is no compiler.
 """
 
@@ -27,7 +28,9 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tiles import Tile, block_of
+from .counts import Counts, count, excess
 from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, record
+from .loops import Loop
 from .machine_code import Reading, read
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have, per chip
@@ -39,9 +42,12 @@ POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 # The bytes of a thread that may spill where no tile was found that spills none: (kernel, bytes of an element, head size, queries).
 SPILLS = {("few_queries", 2, 64, 100): 40, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
 SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}
+# Nothing is computed twice in the passes of many queries, in 16 bits and up to this head size. Elsewhere the table says how often.
+PASSES, CHECKED_HEADS = ("forward", "dkdv", "dq", "dmask"), 128
 TABLE_HEAD = (
-    "kernel", "arch", "dtype", "D", "variant", "block_m", "block_n", "warps", "stages", "maxnreg",
-    "registers", "spill_bytes", "instruction", "loads", "shared", "per_sm", "failure",
+    "kernel", "arch", "dtype", "D", "Nk", "variant", "block_m", "block_n", "warps", "stages", "maxnreg",
+    "registers", "spill_bytes", "instruction", "loads", "shared", "per_sm", "serialised",
+    "issue", "exp2", "tensor", "passes", "exp2_a_score", "flops_over_needed", "failure",
 )  # fmt: skip
 
 
@@ -57,6 +63,7 @@ class Row(NamedTuple):
     products: bool = False  # whether the kernel has matrix products
     groups: int = 0  # of wgmma that the compiler means to run without a wait between, sm_90
     descriptors: bool = False  # whether it gets any
+    counts: Counts = Counts(Loop(), 1)
     error: str = ""
 
     def failure(self) -> str:
@@ -70,10 +77,14 @@ class Row(NamedTuple):
             return "no tensor-core instruction"
         if self.descriptors and "TMA" not in r.loads:
             return "descriptors, and no load by TMA"
-        if r.instruction == "HGMMA" and r.groups > self.groups:
-            return f"serialised wgmma: {r.groups} groups, not {self.groups}"
-        allowed = SPILLS.get((self.kernel, j.dtype.itemsize, block_of(j.D), j.Nq), 0)
-        return f"spills {r.spill_bytes} bytes" if r.spill_bytes > allowed else ""
+        if r.spill_bytes > SPILLS.get((self.kernel, j.dtype.itemsize, block_of(j.D), j.Nq), 0):
+            return f"spills {r.spill_bytes} bytes"
+        checked = self.kernel in PASSES and j.dtype.itemsize == 2 and j.D <= CHECKED_HEADS and not j.variant.as_map
+        return excess(self.counts, self.tile.block_n, j.variant.logits) if checked else ""
+
+    def serialised(self) -> bool:
+        """Whether a wgmma waits for the one before it where the compiler meant them to run in one group."""
+        return self.reading is not None and self.reading.instruction == "HGMMA" and self.reading.groups > self.groups
 
     def per_multiprocessor(self) -> int:
         """How many programs run on one at a time."""
@@ -86,10 +97,12 @@ class Row(NamedTuple):
     def text(self) -> str:
         j, t = self.job, self.tile
         tile = f"{t.block_m}x{t.block_n} w{t.warps} s{t.stages}"
-        where = f"{self.kernel:14}sm_{j.arch:<4}{str(j.dtype)[6:]:9}D={j.D:<4}Nq={j.Nq:<5}{j.variant.name:35}{tile:17}"
+        where = f"{self.kernel:14}sm_{j.arch:<4}{str(j.dtype)[6:]:9}D={j.D:<4}Nq={j.Nq:<5}Nk={j.Nk:<5}{j.variant.name:35}{tile:17}"
         if self.reading is None:
             return where + self.error
-        return f"{where}{self.reading.text()}{self.shared:7} shared {self.per_multiprocessor():2} per SM {self.failure()}"
+        serial = " serialised" if self.serialised() else ""
+        loop = f" {self.counts.text(j.arch)}{serial}" if self.counts.scores else ""
+        return f"{where}{self.reading.text()}{self.shared:7} shared {self.per_multiprocessor():2} per SM{loop} {self.failure()}"
 
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -133,10 +146,12 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], A
         except Exception as error:  # whatever the compiler throws belongs in the table
             rows.append(Row(name, job, tile, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
             continue
+        reading = read(compiled.asm["cubin"])
         rows.append(Row(
-            name, job, tile, read(compiled.asm["cubin"]), compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0,
+            name, job, tile, reading, compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0,
             "tt.dot" in compiled.asm["ttir"], compiled.asm["ptx"].count("wgmma.commit_group"),
             any(isinstance(value, TensorDescriptor) for value in arguments.values()),
+            count(reading.loop, tile.warps, arguments, compiled.asm["ttir"]),
         ))  # fmt: skip
     return rows
 
@@ -144,16 +159,16 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], A
 def write_table(path: Path, rows: Iterable[Row]) -> None:
     """As comma-separated values, numbers of queries that differ in nothing else on one line; above it what was compiled by what."""
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))).hexdigest()
-    lines: dict[tuple[Any, ...], list[int]] = {}
+    lines: dict[tuple[Any, ...], dict[int, None]] = {}
     for row in rows:
         (arch, dtype, D, Nq, variant, *_), t, r = row.job, row.tile, row.reading
         figures = (r.registers, r.spill_bytes, f"{r.instruction} {r.shortest}-{r.longest}" if r.instruction else "") if r else ("",) * 3
         loads = " ".join(f"{bits}*{n}" for bits, n in sorted(r.loads.items())) if r else ""
         line = (
-            row.kernel, arch, str(dtype)[6:], D, variant.name, t.block_m, t.block_n, t.warps, t.stages, t.maxnreg,
-            *figures, loads, row.shared, row.per_multiprocessor(), row.failure(),
+            row.kernel, arch, str(dtype)[6:], D, row.job.Nk, variant.name, t.block_m, t.block_n, t.warps, t.stages, t.maxnreg,
+            *figures, loads, row.shared, row.per_multiprocessor(), int(row.serialised()), *row.counts.figures(arch), row.failure(),
         )  # fmt: skip
-        lines.setdefault(line, []).append(Nq)
+        lines.setdefault(line, {})[Nq] = None
     with path.open("w", newline="") as file:
         file.write(f"# triton {triton.__version__}, kernels/*.py sha256 {sources[:16]}\n")
         table = csv.writer(file, lineterminator="\n")

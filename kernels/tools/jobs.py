@@ -15,6 +15,7 @@ from ..tiles import Tile
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
+ODD = 1045  # keys: rows of M of which every other one begins off any wide word
 HEAD_SIZES = (32, 48, 64, 128, WIDEST)
 FEW, MANY = (13, 30, 60, 100), 1045  # Numbers of queries: one in each tile size of tiles.py, none a multiple of a block.
 SAMPLE, PRODUCT, FULL = "sample", "product", "full"
@@ -45,6 +46,7 @@ TF32 = Variant("tf32", tf32=True)
 MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_map=True)
 PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 HALF_MASKS = tuple(PLAIN._replace(name=f"{dtype} mask"[6:], mask_dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
+DROPOUT = Variant("dropout", mask_dtype=torch.bfloat16, dropout=True)
 MISALIGNED_FEATURES = FEATURES._replace(name=f"misaligned {FEATURES.name}", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
@@ -71,7 +73,7 @@ class Job(NamedTuple):
     D: int
     Nq: int
     variant: Variant
-    B: int = 2
+    B: int = 8  # with 2 its many queries would be few enough for the tiles of small calls
     H: int = 4
     Nk: int = 4096
 
@@ -81,12 +83,21 @@ def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
     if extent == SAMPLE:
         yield from _sample(archs)
         return
+    yield from _counted(archs)
     variants = (PLAIN, *HALF_MASKS, TF32, MAP, MAP_TF32)
     if extent == FULL:
         variants = (*variants, FEATURES, PADDING, MISALIGNED, MISALIGNED_FEATURES, *OTHERS)
     for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
         if (dtype == torch.float32 or not variant.tf32) and variant.mask_dtype in (torch.float32, dtype):
             yield Job(arch, dtype, D, Nq, variant)
+
+
+def _counted(archs: list[int]) -> Iterator[Job]:
+    """What the whole product lacks and whose inner loops are to be counted: odd numbers of keys, padding, dropout, and small calls."""
+    for arch, D in product(archs, (64, 128)):
+        yield from (Job(arch, torch.bfloat16, D, MANY, variant, Nk=ODD) for variant in (PLAIN, HALF_MASKS[1]))
+        yield from (Job(arch, torch.bfloat16, D, MANY, variant) for variant in (PADDING, DROPOUT))
+        yield Job(arch, torch.bfloat16, D, MANY, HALF_MASKS[1], B=2)
 
 
 def _sample(archs: list[int]) -> Iterator[Job]:

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import triton
 from triton.runtime.cache import get_cache_manager
 
+from . import loops
+from .loops import Loop, inner_loop
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Tensor-core instruction -> what waits for it. HMMA is synchronous: what stops a stream of them is a barrier or a copy not yet there.
 WAITS = {"HGMMA": r"WARPGROUP\.DEPBAR", "UTC[A-Z]*MMA": r"SYNCS\.PHASECHK", "HMMA": r"BAR\.SYNC|DEPBAR"}
@@ -31,6 +34,7 @@ class Reading(NamedTuple):
     longest: int
     groups: int  # of asynchronous ones that are waited for together; 0 where they are synchronous
     loads: dict[str, int]  # bits of a load from global memory, or "TMA" -> how many
+    loop: Loop = Loop()
 
     def text(self) -> str:
         run = f"{self.instruction} {self.shortest}-{self.longest}" if self.instruction else ""
@@ -39,12 +43,14 @@ class Reading(NamedTuple):
 
 
 def read(cubin: bytes) -> Reading:
-    """Disassembled, unless Triton's cache has the reading of this cubin by this file."""
-    cache = get_cache_manager(hashlib.sha256(cubin + Path(__file__).read_bytes()).hexdigest())
+    """Disassembled, unless Triton's cache has the reading of this cubin by these files."""
+    readers = b"".join(Path(file).read_bytes() for file in (__file__, loops.__file__))
+    cache = get_cache_manager(hashlib.sha256(cubin + readers).hexdigest())
     path = cache.get_file("reading.json")
     if path is None:
         path = cache.put(json.dumps(_read(cubin)), "reading.json", binary=False)
-    return Reading(*json.loads(Path(path).read_text()))
+    *figures, loop = json.loads(Path(path).read_text())
+    return Reading(*figures)._replace(loop=Loop(*loop))
 
 
 def _read(cubin: bytes) -> Reading:
@@ -55,7 +61,7 @@ def _read(cubin: bytes) -> Reading:
         code = _tool("nvdisasm", "--no-dataflow", "--print-code", file.name)
     registers, stack, local = (re.search(name + r":(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
     assert registers and stack and local, usage
-    return Reading(int(registers[1]), int(stack[1]) + int(local[1]), *tensor_cores(code), loads(code))
+    return Reading(int(registers[1]), int(stack[1]) + int(local[1]), *tensor_cores(code), loads(code), inner_loop(code))
 
 
 def _tool(name: str, *arguments: str) -> str:

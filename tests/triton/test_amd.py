@@ -50,7 +50,7 @@ def test_no_tile_asks_for_descriptors():
         find(kernel, call, number, size, head)
         for number in (910, 942, 950, 1100)
         for kernel in {key.kernel for key in TABLE}
-        for call in ("plain", "extras", "map", "wide mask")
+        for call in ("plain", "extras", "map", "ragged", "small")
         for size in (2, 4)
         for head in HEAD_SIZES
     ]

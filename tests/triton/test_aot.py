@@ -19,6 +19,7 @@ ROWS = re.compile(
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "triton-kernels.csv"
 KERNELS = {"forward", "partial", "merge", "delta", "few_queries", "dkdv", "dq", "dmask"}
+PASSES = {"forward", "dkdv", "dq", "dmask"}  # of many queries
 MAP_KERNELS = {"map", "map_means", "map_rows"}
 
 ONE_OF_EACH_REGIME = """
@@ -31,7 +32,8 @@ broken = {
     "spill": [row._replace(reading=row.reading._replace(spill_bytes=8)).failure() for row in rows],
     "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
     "pointers": [row._replace(reading=row.reading._replace(loads={"128": 1})).failure() for row in rows],
-    "serial": [row._replace(groups=row.groups - 1).failure() for row in rows],
+    "serial": [row._replace(groups=row.groups - 1).serialised() for row in rows],
+    "twice": [row._replace(counts=row.counts._replace(loop=row.counts.loop._replace(exponentials=10**4))).failure() for row in rows],
 }
 kernels = [dict(kernel=row.kernel, shared=row.shared, products=row.products, failure=row.failure(), together=row.per_multiprocessor(),
                 descriptors=row.descriptors,
@@ -69,7 +71,9 @@ def test_one_of_each_regime_compiles():
         assert 1 <= kernel["together"] <= 32 and kernel["together"] * kernel["shared"] <= 228 * 1024
         assert "1048576 bytes of shared memory" in broken["shared"][i] and broken["spill"][i] == "spills 8 bytes"  # the checks can fail
         assert broken["scalar"][i] == ("no tensor-core instruction" if kernel["products"] else "")
-        assert ("serialised wgmma" in broken["serial"][i]) == (kernel["instruction"] == "HGMMA")
+        assert broken["serial"][i] == (kernel["instruction"] == "HGMMA")
+        assert ("exp2 a score" in broken["twice"][i]) == (kernel["kernel"] in PASSES)
+        assert (kernel["loop"][0] > 0) == (kernel["products"]) or kernel["kernel"] not in PASSES
         assert kernel["descriptors"] == ("TMA" in kernel["loads"]) == (broken["pointers"][i] == "descriptors, and no load by TMA")
 
 
@@ -90,16 +94,21 @@ def test_the_table_in_the_results_is_the_whole_product_and_without_a_failure():
     head, *lines = RESULTS.read_text().splitlines()
     assert re.fullmatch(r"# triton 3\.\d+\.\d+, kernels/\*\.py sha256 [0-9a-f]{16}", head)
     rows = list(csv.DictReader(lines))
-    compiled = {(row["arch"], row["dtype"], row["D"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
+    compiled = {(row["arch"], row["dtype"], row["D"], row["Nk"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
     arithmetic = {("float16", ""), ("bfloat16", ""), ("float32", ""), ("float32", "tf32")}
     variants = {(dtype, " ".join(filter(None, (base, tf32)))) for dtype, tf32 in arithmetic for base in ("map", "" if tf32 else "mask")}
     variants |= {(dtype, f"{dtype} mask") for dtype in ("float16", "bfloat16")}
-    sizes = product(("80", "90", "100"), variants, ("32", "48", "64", "128", "256"), ("13", "30", "60", "100", "1045"))
-    assert compiled == {(arch, dtype, D, variant, Nq) for arch, (dtype, variant), D, Nq in sizes}
+    archs = ("80", "90", "100")
+    sizes = product(archs, variants, ("32", "48", "64", "128", "256"), ("13", "30", "60", "100", "1045"))
+    whole = {(arch, dtype, D, "4096", variant, Nq) for arch, (dtype, variant), D, Nq in sizes}
+    counted = {("1045", "mask"), ("1045", "bfloat16 mask"), ("4096", "padding"), ("4096", "dropout")}
+    assert compiled == whole | {(arch, "bfloat16", D, *of, "1045") for arch, D, of in product(archs, ("64", "128"), counted)}
     assert {row["kernel"] for row in rows} == KERNELS | MAP_KERNELS | {"reduce"}
     assert all(row["failure"] == "" for row in rows)
     assert sum(int(row["spill_bytes"]) > 0 for row in rows) < len(rows) // 50, "what may spill a little is rare"
     assert all(int(row["shared"]) <= SHARED_MEMORY[int(row["arch"])] and int(row["per_sm"]) >= 1 for row in rows)
+    passes = [row for row in rows if row["kernel"] in PASSES and "float16" in row["dtype"] and int(row["D"]) <= 128]
+    assert all(int(row["issue"]) > 0 and float(row["exp2_a_score"]) < 1.3 for row in passes if "map" not in row["variant"])
     with_products = [row for row in rows if row["kernel"] in KERNELS - {"merge", "delta"}]
     assert all(row["instruction"] for row in with_products if row["dtype"] != "float32" or "tf32" in row["variant"])
 

@@ -7,7 +7,7 @@ import torch
 
 from smattn.call import Problem
 from smattn.kernels.chip import INTERPRETER
-from smattn.kernels.tiles import CHIPS, HEAD_SIZES, PATH, TABLE, Key, Tile, find, read, tile, write
+from smattn.kernels.tiles import CHIPS, HEAD_SIZES, PATH, TABLE, Key, Tile, call_of, find, read, tile, write
 
 pytestmark = pytest.mark.promise("Triton kernels")
 KERNELS = {key.kernel for key in TABLE}
@@ -29,7 +29,8 @@ def test_the_table_holds_tiles_that_can_be():
 def everything():
     """The tile that every call of every kernel finds."""
     find.cache_clear()
-    calls = product(sorted(KERNELS), ("plain", "extras", "map", "wide mask"), (80, 86, 90, 100, 942), (2, 4), HEAD_SIZES, (False, True))
+    kinds = ("plain", "extras", "map", "ragged", "small")
+    calls = product(sorted(KERNELS), kinds, (80, 86, 90, 100, 942), (2, 4), HEAD_SIZES, (False, True))
     return {call: find(*call) for call in calls}
 
 
@@ -78,6 +79,23 @@ def problem(Nq, D=64, **more):
 def test_few_queries_have_a_block_that_holds_them(Nq, few, split):
     assert tile("few", problem(Nq), 90).block_m == tile("few", problem(Nq), INTERPRETER).block_m == few
     assert tile("split", problem(Nq), 90) == find(f"split_{split}", "plain", 90, 2, 64)
+
+
+@pytest.mark.parametrize(
+    "B, Nq, Nk, more, kind",
+    [
+        (4, 4096, 4096, {}, "plain"),
+        (1, 1024, 1024, {}, "small"),
+        (4, 1045, 1045, {}, "ragged"),
+        (1, 1024, 1000, {}, "ragged"),
+        (4, 1045, 1045, {"has_padding": True}, "extras"),
+    ],
+    ids=str,
+)
+def test_the_kind_of_a_call(B, Nq, Nk, more, kind):
+    shape = Problem(B, 8, 8, Nq, Nk, 64, 64, torch.float16, torch.float16, (B, 1, 1, Nq, Nk), "cuda", **more)
+    assert call_of(shape) == kind
+    assert tile("forward", shape, 90) == find("forward", kind, 90, 2, 64)
 
 
 def test_where_the_table_has_no_tile_it_is_said():
