@@ -93,7 +93,7 @@ def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
 
 
 def _counted(archs: list[int]) -> Iterator[Job]:
-    """What the whole product lacks and whose inner loops are to be counted: odd numbers of keys, padding, dropout, and small calls."""
+    """What the product lacks and whose inner loops are to be counted: odd numbers of keys, padding, dropout, and small calls."""
     for arch, D in product(archs, (64, 128)):
         yield from (Job(arch, torch.bfloat16, D, MANY, variant, Nk=ODD) for variant in (PLAIN, HALF_MASKS[1]))
         yield from (Job(arch, torch.bfloat16, D, MANY, variant) for variant in (PADDING, DROPOUT))
@@ -103,6 +103,7 @@ def _counted(archs: list[int]) -> Iterator[Job]:
 def _sample(archs: list[int]) -> Iterator[Job]:
     """Every kernel, chip and regime in every dtype, then each variant once, on one chip."""
     few, most = FEW[0], FEW[-1]
+    yield from _counted(archs)
     for arch in archs:
         for D, Nq in (*product((32, 64, 128, WIDEST), (few, MANY)), *product((32, 64, 128), (most,)), (48, MANY), (64, 30), (64, 60)):
             yield Job(arch, torch.float16, D, Nq, PLAIN)
