@@ -21,8 +21,8 @@ MENU = {
     "Reference": ["docs/reference"],
     "Examples": ["examples/README", "examples/vos/README", "examples/wsss/README"],
     "Design": [
-        "docs/design/how-it-works", "docs/design/architecture", "docs/design/gpu-compiler", "docs/design/emulation",
-        "docs/design/hopper", "docs/design/tile-skipping",
+        "docs/design/how-it-works", "docs/design/architecture", "docs/design/gpu-compiler", "docs/design/tiles",
+        "docs/design/emulation", "docs/design/hopper", "docs/design/tile-skipping",
     ],
     "Project": ["CONTRIBUTING", "tests/README", "CHANGELOG"],
 }  # fmt: skip

@@ -73,7 +73,7 @@ def test_the_call_of_a_cell_launches_its_kernel_with_its_tile(cell, table, devic
     odd = tune.present(cell, ARCH)._replace(stages=7)
     tune.put(cell, ARCH, odd)
     dtype = cells.DTYPES[cell.itemsize]
-    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 256), 2048, 64, dtype=dtype, mask_dtype=dtype, device=device))
+    case = cell.laid_out(make_case(2, 4, min(cell.Nq, 1088), 2048, 64, dtype=dtype, mask_dtype=dtype, device=device))
     call = None
     with launches_recorded(ARCH) as recorder:
         recorder.launches = Launches()
