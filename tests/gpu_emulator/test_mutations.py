@@ -49,7 +49,7 @@ def is_caught(case, arch, name, kernel, site, right):
     return False if MET.anything else None
 
 
-MISSES = pytest.mark.xfail(raises=AssertionError, reason="with the present tiles 34 of 40 on sm_90: four dropped barriers are not looked into")
+MISSES = pytest.mark.xfail(raises=AssertionError, reason="34 of 40 with the present tiles: four dropped barriers are not looked into")
 
 
 @pytest.mark.parametrize("arch", [pytest.param(arch, marks=MISSES if arch == 90 else ()) for arch in backend.CHIPS])
