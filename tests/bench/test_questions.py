@@ -4,18 +4,9 @@ import pytest
 
 from bench.gpu import questions
 from bench.gpu.tune import present
-from smattn.kernels import tiles
 
-pytestmark = pytest.mark.promise("benchmarks")
+pytestmark = [pytest.mark.promise("benchmarks"), pytest.mark.usefixtures("table")]
 ARCH = 90
-
-
-@pytest.fixture(autouse=True)
-def own_table(monkeypatch):
-    monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
-    tiles.find.cache_clear()
-    yield
-    tiles.find.cache_clear()
 
 
 @pytest.mark.parametrize("question", questions.QUESTIONS, ids=lambda question: question.text)

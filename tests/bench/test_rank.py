@@ -6,19 +6,10 @@ import pytest
 
 from bench.gpu import rank
 from bench.gpu.cells import Cell
-from smattn.kernels import tiles
 from smattn.kernels.tiles import Tile
 
-pytestmark = pytest.mark.promise("benchmarks")
+pytestmark = [pytest.mark.promise("benchmarks"), pytest.mark.usefixtures("table")]
 CELL = Cell("dq", 2, 64)
-
-
-@pytest.fixture(autouse=True)
-def own_table(monkeypatch):
-    monkeypatch.setattr(tiles, "TABLE", dict(tiles.TABLE))
-    tiles.find.cache_clear()
-    yield
-    tiles.find.cache_clear()
 
 
 def test_the_present_tile_comes_first_and_there_are_six_others_at_most():
