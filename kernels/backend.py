@@ -23,6 +23,7 @@ from . import (
 )
 from . import forward as forward_full
 from . import map as map_pass
+from .launch import torch_step
 from .operands import Rows, accumulator
 from .tiles import FEW_QUERIES
 
@@ -85,7 +86,7 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     if grads.alpha is not None and dalpha_rows is not None:
         # Added separately: inside the sum over tiles it would change the order, and dlse = 0, which torch.compile passes, must give
         # the same bits as dlse = None.
-        grads.alpha.add_(dalpha_rows.sum((0, 1)))
+        torch_step(_add_rows, grads.alpha, dalpha_rows)
     return grads
 
 
@@ -115,13 +116,21 @@ def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) 
         steps = plan.passes_after_delta(call.problem, to_fill)
         backward_passes.run(steps, call, call_with_mask, dout, Rows(rows), mbar, grads)
     if grads.head_weights is not None and eta is not None:
-        torch.sum(eta, (0, 2), out=grads.head_weights)
+        torch_step(_sum_rows, eta, grads.head_weights)
     return grads
 
 
 def which_are_given(grads: Gradients) -> Needs:
     """Which gradients are to be filled."""
     return Needs(*(grad is not None for grad in grads))
+
+
+def _add_rows(dalpha: Tensor, rows: Tensor) -> None:
+    dalpha.add_(rows.sum((0, 1)))
+
+
+def _sum_rows(eta: Tensor, dweights: Tensor) -> None:
+    torch.sum(eta, (0, 2), out=dweights)
 
 
 def _with_empty_value(call: Call) -> Call:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..call import Call, Gradients
 from . import backward_dkdv, backward_dmask, backward_dq, backward_few_queries, backward_reduce
+from .launch import torch_step
 from .operands import Rows, accumulator
 from .plan import Backward
 
@@ -41,7 +42,11 @@ def run(
     if steps.reduce:
         backward_reduce.run(call, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
     elif dalpha is not None and dalpha_tiles is not None:
-        torch.sum(dalpha_tiles, (0, 1), out=dalpha)
+        torch_step(_sum_tiles, dalpha_tiles, dalpha)
+
+
+def _sum_tiles(tiles: Tensor, dalpha: Tensor) -> None:
+    torch.sum(tiles, (0, 1), out=dalpha)
 
 
 def _dalpha_tiles(steps: Backward, call: Call, dout: Tensor) -> Tensor | None:

@@ -1,12 +1,16 @@
-"""Where every kernel is started, or recorded for ahead-of-time compilation."""
+"""Where every kernel is started, recorded for ahead-of-time compilation, or prepared to be started again (see smattn/prepared.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import prepared
 from . import chip
 from .tiles import Tile
 
@@ -29,14 +33,67 @@ def record(recorder: Recorder | None) -> None:
     """From now on hand every launch to `recorder`. With None, kernels run again."""
     global _recorder
     _recorder = recorder
+    prepared.switch(recorder is None)
 
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
     """Start `programs` programs of a kernel on the current stream."""
+    recording = prepared.recording()
     if _recorder is not None:
         _recorder.take(kernel, programs, arguments, tile)
-    else:
+    elif recording is None:
         kernel[(programs,)](**arguments, **tile.options())
+    else:
+        with recording.hidden():
+            compiled = kernel[(programs,)](**arguments, **tile.options())
+            recording.steps.append(_again(recording, kernel, programs, arguments, tile, compiled))
+
+
+def torch_step(function: Callable[..., Any], *tensors: Tensor) -> None:
+    """What torch does between launches, function(*tensors), which may allocate and must write to one of the tensors."""
+    recording = prepared.recording()
+    if recording is None:
+        function(*tensors)
+        return
+    with recording.hidden():
+        function(*tensors)
+    places = [recording.place_of(tensor) for tensor in tensors]
+    recording.steps.append(lambda tensors, addresses: function(*[tensors[place] for place in places]))
+
+
+def _again(
+    recording: prepared.Recording, kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile, compiled: Any
+) -> prepared.Step:
+    """The same launch with the pointers of another call, and TMA descriptors made anew from them.
+
+    A compiled kernel is launched as Triton's tutorials do it, compiled[grid](*arguments): its arguments are not looked at again. In their
+    places it takes addresses too. compiled is None under the interpreter, which takes tensors.
+    """
+    values = [arguments[name] for name in kernel.arg_names]
+    for at, x in enumerate(values):
+        if isinstance(x, Tensor) and x.numel() == 0:
+            values[at] = torch.empty(0, dtype=x.dtype, device=x.device)  # nothing is read there; x itself may be a view of an input
+    pointers = [(at, recording.place_of(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor) and x.numel() > 0]
+    described = [(at, x, recording.place_of(x.base)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
+    descriptors = [(at, place, x.shape, x.strides, x.block_shape) for at, x, place in described]
+    for at, *_ in (*pointers, *descriptors):
+        values[at] = None
+    run = None if compiled is None else compiled[(programs, 1, 1)]
+
+    def step(tensors: list[Tensor], addresses: list[int]) -> None:
+        filled = values.copy()
+        for at, place, shape, strides, block in descriptors:
+            filled[at] = TensorDescriptor(tensors[place], shape, strides, block)
+        if run is not None:
+            for at, place, _ in pointers:
+                filled[at] = addresses[place]
+            run(*filled)
+        else:
+            for at, place, dtype in pointers:
+                filled[at] = tensors[place].view(dtype)
+            kernel[(programs,)](*filled, **tile.options())
+
+    return step
 
 
 def arch_of(device: torch.device) -> int:

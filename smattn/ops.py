@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from . import prepared
 from .backends import resolve
 from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call
 from .memory import queries_with_remainder
@@ -115,6 +116,19 @@ def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     both.enter_context(there)
     both.enter_context(torch.autocast(device.type, enabled=False))
     return both
+
+
+def made_again(compute: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """compute, where Triton's kernels may run it with an earlier call's record: the other backends have none."""
+
+    def compute_or_repeat(*arguments: Any) -> tuple[Tensor, ...]:
+        device, backend = arguments[0].device, arguments[-1]
+        if backend != "triton" and (backend or device.type != "cuda"):
+            return compute(*arguments)
+        with inside_an_op(device):
+            return prepared.call(compute, arguments)
+
+    return compute_or_repeat
 
 
 def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -221,7 +235,7 @@ def _register(name: str, arguments: type, returns: str, implementation: Callable
     """Define an op whose schema is the fields of `arguments`, and return it."""
     fields = (f"{SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items())
     library.define(f"{name}({', '.join(fields)}) -> ({returns})")
-    library.impl(name, implementation, "CompositeExplicitAutograd")  # on every device: the table of backends says what runs there
+    library.impl(name, made_again(implementation), "CompositeExplicitAutograd")  # on every device: the table of backends says what runs there
     torch.library.register_fake(f"smattn::{name}", fake, lib=library)
     return getattr(torch.ops.smattn, name).default
 
