@@ -118,15 +118,16 @@ def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     return both
 
 
-def made_again(compute: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """compute, where Triton's kernels may run it with an earlier call's record: the other backends have none."""
+def made_again(compute: Callable[..., tuple[Tensor, ...]], arguments: type) -> Callable[..., tuple[Tensor, ...]]:
+    """compute, where Triton's kernels may run it by an earlier call's record: the other backends have none."""
+    tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(arguments).values())  # they come first
 
-    def compute_or_repeat(*arguments: Any) -> tuple[Tensor, ...]:
-        device, backend = arguments[0].device, arguments[-1]
+    def compute_or_repeat(*given: Any) -> tuple[Tensor, ...]:
+        device, backend = given[0].device, given[-1]
         if backend != "triton" and (backend or device.type != "cuda"):
-            return compute(*arguments)
+            return compute(*given)
         with inside_an_op(device):
-            return prepared.call(compute, arguments)
+            return prepared.call(compute, given, tensors)
 
     return compute_or_repeat
 
@@ -235,7 +236,7 @@ def _register(name: str, arguments: type, returns: str, implementation: Callable
     """Define an op whose schema is the fields of `arguments`, and return it."""
     fields = (f"{SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items())
     library.define(f"{name}({', '.join(fields)}) -> ({returns})")
-    library.impl(name, made_again(implementation), "CompositeExplicitAutograd")  # on every device: the table of backends says what runs there
+    library.impl(name, made_again(implementation, arguments), "CompositeExplicitAutograd")  # on every device: the table of backends says what runs there
     torch.library.register_fake(f"smattn::{name}", fake, lib=library)
     return getattr(torch.ops.smattn, name).default
 

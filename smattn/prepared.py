@@ -36,10 +36,9 @@ class Record(NamedTuple):
 
     def repeat(self, tensors: list[Tensor], addresses: list[int]) -> tuple[Tensor, ...]:
         device = tensors[0].device
-        for sizes, dtype in self.buffers:
-            buffer = torch.empty(sizes, dtype=dtype, device=device)
-            tensors.append(buffer)
-            addresses.append(buffer.data_ptr())
+        buffers = [torch.empty(sizes, dtype=dtype, device=device) for sizes, dtype in self.buffers]
+        tensors += buffers
+        addresses += [buffer.data_ptr() for buffer in buffers]
         for step in self.steps:
             step(tensors, addresses)
         return tuple([tensors[place] for place in self.results])
@@ -119,29 +118,25 @@ def recording() -> Recording | None:
     return found
 
 
-def call(compute: Callable[..., tuple[Tensor, ...]], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """compute(*arguments), the results of an op, or the same by an earlier call's record."""
+def call(compute: Callable[..., tuple[Tensor, ...]], arguments: tuple[Any, ...], tensors: int) -> tuple[Tensor, ...]:
+    """compute(*arguments), an op's results, or the same by an earlier call's record. The first `tensors` arguments are Tensor | None."""
     if not _is_on:
         return compute(*arguments)
-    tensors: list[Tensor] = []
-    addresses: list[int] = []
-    key: list[Any] = [compute]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            key += (argument.shape, argument.stride(), argument.dtype, argument.get_device(), address % ALIGNMENT)
-            tensors.append(argument)
-            addresses.append(address)
-        else:
-            key.append(tuple(argument) if isinstance(argument, list) else argument)
-    frozen = tuple(key)
-    known = _records.get(frozen)
+    inputs = [x for x in arguments[:tensors] if x is not None]
+    addresses = [x.data_ptr() for x in inputs]
+    key = (
+        compute,
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in arguments[:tensors]],
+        *[address % ALIGNMENT for address in addresses],
+        *[tuple(flag) if isinstance(flag, list) else flag for flag in arguments[tensors:]],
+    )
+    known = _records.get(key)
     if isinstance(known, Record):
-        return known.repeat(tensors, addresses)
+        return known.repeat(inputs, addresses)
     if known is None:
-        _keep(frozen, SEEN)
-    elif known is SEEN and _are_apart(tensors):
-        return _record(frozen, compute, arguments, tensors)
+        _keep(key, SEEN)
+    elif known is SEEN and _are_apart(inputs):
+        return _record(key, compute, arguments, inputs)
     return compute(*arguments)
 
 

@@ -34,6 +34,7 @@ import smattn
 from bench.gpu.cells import BACKWARD, FORWARD, VARIANTS, Cell
 from bench.measuring.clock import cache_flush, time_interleaved, timing, warm_up
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
+from smattn import prepared
 from smattn.kernels import tiles as table
 from smattn.kernels.chip import arch_of, generation
 from smattn.kernels.tiles import HEAD_SIZES, Table, Tile
@@ -67,6 +68,7 @@ def put(cell: Cell, arch: int, tile: Tile) -> None:
     """From now on this process uses the tile there."""
     table.TABLE[cell.key(arch)] = tile
     table.find.cache_clear()
+    prepared.forget()
 
 
 def candidates(cell: Cell, now: Tile) -> list[Tile]:
@@ -167,6 +169,7 @@ def with_table(other: Table, function: Callable[..., Any], *args: Any) -> Any:
     """function(*args) with the table of the process that asks."""
     table.TABLE.update(other)
     table.find.cache_clear()
+    prepared.forget()
     return function(*args)
 
 

@@ -17,10 +17,11 @@ CSRC = ROOT / "csrc"
 # Each room and those that it may import from. A module belongs to the room with the longest name that its own begins with.
 ROOMS = {
     "smattn.call": ["smattn.call", "smattn.memory"],
+    "smattn.prepared": ["smattn.prepared"],
     "smattn.memory": ["smattn.call", "smattn.memory"],
-    "smattn": ["smattn", "smattn.kernels", "smattn.call", "smattn.memory"],
-    "smattn.kernels": ["smattn.kernels", "smattn.call", "smattn.memory"],
-    "bench": ["bench", "smattn", "smattn.kernels", "smattn.call", "smattn.memory"],
+    "smattn": ["smattn", "smattn.kernels", "smattn.call", "smattn.memory", "smattn.prepared"],
+    "smattn.kernels": ["smattn.kernels", "smattn.call", "smattn.memory", "smattn.prepared"],
+    "bench": ["bench", "smattn", "smattn.kernels", "smattn.call", "smattn.memory", "smattn.prepared"],
     "examples": ["examples", "smattn"],
 }
 FOLDERS = {"smattn": "smattn", "kernels": "smattn.kernels", "bench": "bench", "examples": "examples"}
