@@ -76,8 +76,8 @@ def _again(
     pointers = [(at, recording.place_of(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor) and x.numel() > 0]
     described = [(at, x, recording.place_of(x.base)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
     descriptors = [(at, place, x.shape, x.strides, x.block_shape) for at, x, place in described]
-    for at, *_ in (*pointers, *descriptors):
-        values[at] = None
+    for at in [at for at, *_ in pointers] + [at for at, *_ in descriptors]:
+        values[at] = None  # the record shall keep no tensor alive
     run = None if compiled is None else compiled[(programs, 1, 1)]
 
     def step(tensors: list[Tensor], addresses: list[int]) -> None:

@@ -77,6 +77,10 @@ class SoftMaskedAttention(HoldsAlpha, _ProjectedAttention):
 
     Its state dict has HODOR's names: q_proj, k_proj, v_proj, out_proj and scaling_factors (H,), which is alpha. A cast of the module to
     16 bits leaves alpha in float32. Where tensor parallelism splits the projections over heads, alpha must be given the same heads.
+
+    On a GPU a small call waits for Python. A CUDA graph does without it: nothing here waits for the device, so that forward and backward
+    can be captured (torch.cuda.graph, after one call on a side stream, which compiles) and replayed on what is put into the same tensors.
+    Dropout draws anew at every replay.
     """
 
     def __init__(

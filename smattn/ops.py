@@ -236,7 +236,8 @@ def _register(name: str, arguments: type, returns: str, implementation: Callable
     """Define an op whose schema is the fields of `arguments`, and return it."""
     fields = (f"{SCHEMA_TYPES[kind]} {field}" for field, kind in get_type_hints(arguments).items())
     library.define(f"{name}({', '.join(fields)}) -> ({returns})")
-    library.impl(name, made_again(implementation, arguments), "CompositeExplicitAutograd")  # on every device: the table of backends says what runs there
+    # On every device: the table of backends says what runs there.
+    library.impl(name, made_again(implementation, arguments), "CompositeExplicitAutograd")
     torch.library.register_fake(f"smattn::{name}", fake, lib=library)
     return getattr(torch.ops.smattn, name).default
 

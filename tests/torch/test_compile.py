@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
 
 from smattn import attention_map, ops, soft_masked_attention
 from smattn.canonical import _torch_allows_tf32
+from smattn.nn import SoftMaskedAttention
 from smattn.testing import assert_within_budget, make_case, run
 
 pytestmark = pytest.mark.promise("composes")
@@ -249,6 +251,31 @@ def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
     *inputs, _ = tensors(case)
     grads = torch.autograd.grad(exported(*inputs), [*inputs, exported.alpha], case.dout)
     assert_within_budget({f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}, case)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_cuda_graph_of_a_module(device):
+    """As its docstring says: captured once, and replayed on what lies in the captured inputs."""
+    layer = SoftMaskedAttention(64, 4).to(device)
+    query, pixels, mask = torch.randn(2, 13, 64, device=device), torch.randn(2, 400, 64, device=device), torch.rand(2, 13, 400, device=device)
+    wanted = list(layer.parameters())
+
+    def step():
+        out = layer(query, pixels, pixels, mask)
+        return out, *torch.autograd.grad(out.sum(), wanted)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in (query, mask):
+        tensor.mul_(0.5)
+        graph.replay()
+        assert_close(captured, step())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
