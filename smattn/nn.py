@@ -124,7 +124,7 @@ class HardMaskedAttention(_ProjectedAttention):
     """The twin to compare with: only keys whose mask is above 0.5 are attended, and no gradient reaches the mask.
 
     A query whose mask covers no key that is not padding would have nothing to attend to: it is un-masked, and attends to all of them.
-    Arguments and calls as SoftMaskedAttention, without alpha.
+    Arguments, calls and CUDA graphs as SoftMaskedAttention, without alpha.
     """
 
     def forward(  # type: ignore[override]
@@ -144,6 +144,8 @@ class HardMaskedAttention(_ProjectedAttention):
 
 class SoftMaskedTransformerLayer(nn.Module):
     """Self-attention among queries, masked cross-attention to features, feed-forward; each with a residual and a layer norm.
+
+    It can be captured in a CUDA graph as SoftMaskedAttention can.
 
     Args:
         embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha: as SoftMaskedAttention; dropout also follows each of the three.

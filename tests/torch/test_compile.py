@@ -257,7 +257,8 @@ def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
 def test_cuda_graph_of_a_module(device):
     """As its docstring says: captured once, and replayed on what lies in the captured inputs."""
     layer = SoftMaskedAttention(64, 4).to(device)
-    query, pixels, mask = torch.randn(2, 13, 64, device=device), torch.randn(2, 400, 64, device=device), torch.rand(2, 13, 400, device=device)
+    query, pixels = (torch.randn(2, N, 64, device=device) for N in (13, 400))
+    mask = torch.rand(2, 13, 400, device=device)
     wanted = list(layer.parameters())
 
     def step():
