@@ -93,8 +93,8 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
 def attention_map(call: Call) -> tuple[Tensor, Tensor]:
     """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both float32. lse is that of a value without columns."""
     call, t = soft_mask.soften(_with_empty_value(call)), call.problem
-    _, saved = forward(call, save_out=False, save_mbar=False)
     amap = accumulator(call, t.B, t.Nq, t.Nk)
+    _, saved = forward(call, save_out=False, save_mbar=False)
     if not t.is_empty:
         map_pass.run(call, saved.lse, amap)
     return amap, saved.lse
@@ -111,7 +111,8 @@ def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) 
     mbar = accumulator(call, *lse.shape) if to_fill.alpha else None
     eta = accumulator(call, *lse.shape) if to_fill.head_weights else None
     dout, call_with_mask = dmap[:, None], soft_mask.soften(call, _buffer_of_m(grads.mask))
-    map_rows.run(call_with_mask, dout, lse, rows, mbar, eta)
+    sums = map_rows.sums_of_splits(call_with_mask)  # held to the end, as a repeated call holds it (see smattn/prepared.py)
+    map_rows.run(call_with_mask, dout, lse, sums, rows, mbar, eta)
     if rows is not None:
         steps = plan.passes_after_delta(call.problem, to_fill)
         backward_passes.run(steps, call, call_with_mask, dout, Rows(rows), mbar, grads)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..call import Call
 from . import descriptors, plan
-from .launch import launch
+from .launch import launch, torch_step
 from .operands import Rows, accumulator, gradient_arguments, pins_mask, sharing_arguments
 from .primitives.load import (
     SOFT,
@@ -143,12 +143,20 @@ def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor
     )  # fmt: skip
     launch(_dmask_kernel, programs * n_parts, arguments, tile)
     if parts is not None:
-        dmask.copy_(through_sigmoid_of(call, parts.sum(0)))
+        torch_step(_sum_of_parts, dmask, parts, logits_of(call))
 
 
-def through_sigmoid_of(call: Call, dmask: Tensor) -> Tensor:
-    """dM, or where the call gives logits their gradient, reference.py (8), as primitives/store.py has it for a tile."""
-    if call.mask is None or not call.problem.mask_is_logits:
+def _sum_of_parts(dmask: Tensor, parts: Tensor, logits: Tensor | None) -> None:
+    dmask.copy_(through_sigmoid(parts.sum(0), logits))
+
+
+def logits_of(call: Call) -> Tensor | None:
+    return call.mask if call.problem.mask_is_logits else None
+
+
+def through_sigmoid(dmask: Tensor, logits: Tensor | None) -> Tensor:
+    """dM, or where there are logits their gradient, reference.py (8), as primitives/store.py has it for a tile."""
+    if logits is None:
         return dmask
-    logits = call.mask.float()
+    logits = logits.float()
     return torch.where(dmask == 0, 0, dmask * torch.sigmoid(logits) * torch.sigmoid(-logits))

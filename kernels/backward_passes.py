@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,7 @@ def run(
     if steps.dkdv:
         backward_dkdv.run(call_with_mask, dout, rows, dkey, dvalue, dmask_rows)
     if dmask is not None and dmask_rows is not None and dmask_rows.data_ptr() != dmask.data_ptr():
-        inner = call.problem.inner_batch
-        rows_of_batch = dmask_rows.unflatten(0, (call.problem.B // inner, inner))
-        dmask.copy_(backward_dmask.through_sigmoid_of(call, rows_of_batch.sum_to_size(dmask.shape)))
+        torch_step(partial(_sum_key_only, call.problem.inner_batch), dmask, dmask_rows, backward_dmask.logits_of(call))
     if steps.dq:
         backward_dq.run(call_with_mask, dout, rows, mbar, dquery, dalpha_tiles if steps.dalpha_tiles == "dq" else None)
     if dmask is not None and steps.dmask:
@@ -43,6 +43,12 @@ def run(
         backward_reduce.run(call, rows, mbar, parts, dquery, dalpha_tiles, dalpha)
     elif dalpha is not None and dalpha_tiles is not None:
         torch_step(_sum_tiles, dalpha_tiles, dalpha)
+
+
+def _sum_key_only(inner: int, dmask: Tensor, rows: Tensor, logits: Tensor | None) -> None:
+    """rows: (B, heads, 1, Nk), to be summed over what shares a mask. inner: the batch's second axis."""
+    of_batch = rows.unflatten(0, (-1, inner))
+    dmask.copy_(backward_dmask.through_sigmoid(of_batch.sum_to_size(dmask.shape), logits))
 
 
 def _sum_tiles(tiles: Tensor, dalpha: Tensor) -> None:

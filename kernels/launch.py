@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,7 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) ->
             recording.steps.append(_again(recording, kernel, programs, arguments, tile, compiled))
 
 
-def torch_step(function: Callable[..., Any], *tensors: Tensor) -> None:
+def torch_step(function: Callable[..., Any], *tensors: Tensor | None) -> None:
     """What torch does between launches, function(*tensors), which may allocate and must write to one of the tensors."""
     recording = prepared.recording()
     if recording is None:
@@ -57,8 +58,8 @@ def torch_step(function: Callable[..., Any], *tensors: Tensor) -> None:
         return
     with recording.hidden():
         function(*tensors)
-    places = [recording.place_of(tensor) for tensor in tensors]
-    recording.steps.append(lambda tensors, addresses: function(*[tensors[place] for place in places]))
+    places = [None if tensor is None else recording.place_of(tensor, whole=True) for tensor in tensors]
+    recording.steps.append(lambda tensors, addresses: function(*[None if place is None else tensors[place] for place in places]))
 
 
 def _again(
@@ -74,16 +75,18 @@ def _again(
         if isinstance(x, Tensor) and x.numel() == 0:
             values[at] = torch.empty(0, dtype=x.dtype, device=x.device)  # nothing is read there; x itself may be a view of an input
     pointers = [(at, recording.place_of(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor) and x.numel() > 0]
-    described = [(at, x, recording.place_of(x.base)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
-    descriptors = [(at, place, x.shape, x.strides, x.block_shape) for at, x, place in described]
-    for at in [at for at, *_ in pointers] + [at for at, *_ in descriptors]:
-        values[at] = None  # the record shall keep no tensor alive
+    descriptors = [(at, recording.place_of(x.base), copy(x)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
+    for at, _, pattern in descriptors:
+        pattern.base = values[at] = None  # the record shall keep no tensor alive
+    for at, *_ in pointers:
+        values[at] = None
     run = None if compiled is None else compiled[(programs, 1, 1)]
 
     def step(tensors: list[Tensor], addresses: list[int]) -> None:
         filled = values.copy()
-        for at, place, shape, strides, block in descriptors:
-            filled[at] = TensorDescriptor(tensors[place], shape, strides, block)
+        for at, place, pattern in descriptors:
+            filled[at] = copy(pattern)  # TensorDescriptor's checks have passed: alignments and strides are in the call's key
+            filled[at].base = tensors[place]
         if run is not None:
             for at, place, _ in pointers:
                 filled[at] = addresses[place]

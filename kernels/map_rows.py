@@ -89,12 +89,17 @@ def _map_rows_kernel(
         tl.store(eta_ptr + bh * Nq + offs_m, eta, mask=row_ok)
 
 
-def run(call: Call, dout: Tensor, lse: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
-    """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk)."""
+def sums_of_splits(call: Call) -> Tensor:
+    """Room for what each split of the keys adds to the rows' eta and mbar: (splits, B * H * Nq, 2)."""
+    t = call.problem
+    return accumulator(call, cut_of(call).splits, t.B * t.H * t.Nq, 2)
+
+
+def run(call: Call, dout: Tensor, lse: Tensor, sums: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:
+    """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk). sums: sums_of_splits."""
     t, tile = call.problem, tile_of(call, "split")
     splits, split_blocks = cut_of(call)
     n_rows = t.B * t.H * t.Nq
-    sums = accumulator(call, splits, n_rows, 2)
     means = score_arguments(call, tile) | strides("do", "bhmd", dout) | dict(
         do_ptr=dout, lse_ptr=lse, sums_ptr=sums, n_splits=splits, split_blocks=split_blocks, n_rows=n_rows, NEED_MBAR=mbar is not None
     )  # fmt: skip

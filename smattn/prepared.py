@@ -73,11 +73,11 @@ class Recording(TorchDispatchMode):
         finally:
             self._is_hidden = False
 
-    def place_of(self, tensor: Tensor) -> int:
-        """Which of the call's tensors lies at this one's address. Where none does, the call cannot be repeated."""
+    def place_of(self, tensor: Tensor, whole: bool = False) -> int:
+        """Which of the call's tensors lies at this one's address, whole: in its form too. Where none does, the call cannot be repeated."""
         address = tensor.data_ptr()
         found = next((place for place, other in enumerate(self.tensors) if other.data_ptr() == address and other.numel() > 0), -1)
-        self.is_complete &= found >= 0
+        self.is_complete &= found >= 0 and not (whole and _form(self.tensors[found]) != _form(tensor))
         return found
 
     def record(self, results: Sequence[Tensor]) -> Record | None:
@@ -91,6 +91,10 @@ class Recording(TorchDispatchMode):
                 return None
             places.append(self.inputs + place)
         return Record(tuple(buffer[1:] for buffer in buffers), tuple(self.steps), tuple(places)) if self.is_complete else None
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 SEEN, NEVER = "seen once", "cannot be repeated"

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import hypothesis
 import numpy
 
+from smattn import prepared
 from tests.support import promises
 from tests.support.expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
 
@@ -95,6 +96,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _calls_are_made_anew() -> None:
+    """A test that changes what decides a call must not be handed the launches of an earlier test."""
+    prepared.forget()
 
 
 @pytest.fixture(autouse=True)
