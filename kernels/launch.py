@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,18 +74,16 @@ def _again(
         if isinstance(x, Tensor) and x.numel() == 0:
             values[at] = torch.empty(0, dtype=x.dtype, device=x.device)  # nothing is read there; x itself may be a view of an input
     pointers = [(at, recording.place_of(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor) and x.numel() > 0]
-    descriptors = [(at, recording.place_of(x.base), copy(x)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
-    for at, _, pattern in descriptors:
-        pattern.base = values[at] = None  # the record shall keep no tensor alive
-    for at, *_ in pointers:
-        values[at] = None
+    described = [(at, x, recording.place_of(x.base)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
+    descriptors = [(at, place, x.shape, x.strides, x.block_shape) for at, x, place in described]
+    for at, *_ in pointers + described:
+        values[at] = None  # the record shall keep no tensor alive
     run = None if compiled is None else compiled[(programs, 1, 1)]
 
     def step(tensors: list[Tensor], addresses: list[int]) -> None:
         filled = values.copy()
-        for at, place, pattern in descriptors:
-            filled[at] = copy(pattern)  # TensorDescriptor's checks have passed: alignments and strides are in the call's key
-            filled[at].base = tensors[place]
+        for at, place, shape, strides, block in descriptors:
+            filled[at] = TensorDescriptor(tensors[place], shape, strides, block)
         if run is not None:
             for at, place, _ in pointers:
                 filled[at] = addresses[place]
