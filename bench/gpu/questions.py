@@ -1,7 +1,7 @@
 """What the counts of docs/design/tiles.md leave open, asked of this GPU in a few minutes: `make gpu PART=questions`
 
-Each question is a kernel's tile and another one. Both are timed in turn, with the caches emptied before each call, the results of both are
-checked against float64, and a line says which to keep.
+Most questions are a kernel's tile and another one. Both are timed in turn, with the caches emptied before each call, the results of both
+are checked against float64, and a line says which to keep. The others are two ways to make one call: see comparisons.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu.cells import Cell
-from bench.gpu.tune import chosen, is_right, present, put, timed
+from bench.gpu.comparisons import even_or_odd, line, of_the_host, on_device, pinned_or_not
+from bench.gpu.tune import chosen, is_right, present, put, the_pass, timed
 from smattn.kernels.chip import arch_of
 from smattn.kernels.tiles import Tile
 
@@ -48,9 +49,14 @@ def answer(question: Question, arch: int, times: Times = timed, right: Check = i
 
 
 def main() -> int:
-    arch = arch_of(torch.device("cuda"))
+    arch, device = arch_of(torch.device("cuda")), "cuda"
     for question in QUESTIONS:
         print(answer(question, arch), flush=True)
+    print(line("dM with heads of 64: is M's layout to be pinned?", on_device(pinned_or_not(device), device, 1.0)), flush=True)
+    for kernel in ("forward", "dq"):
+        print(line(f"{kernel}'s pass: what does an odd length cost?", on_device(even_or_odd(kernel, device), device, 1.0)), flush=True)
+    for cell in (Cell("split_16", 2, 64), Cell("few_16", 2, 64), Cell("forward", 2, 64), Cell("dq", 2, 64)):
+        print(line(f"Python's time for the pass of {cell.text()}", of_the_host(the_pass(cell, cell.case(device)))), flush=True)
     return 0
 
 
