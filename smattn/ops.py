@@ -117,8 +117,19 @@ def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     return both
 
 
+def plain(argument: Any) -> Any:
+    """A tensor with data of its own as one of torch's own class, anything else as it is.
+
+    Some classes, like MONAI's MetaTensor, take torch's methods in some of their forms alone, and Triton's interpreter calls others.
+    """
+    kind = type(argument)
+    if not isinstance(argument, Tensor) or kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return argument
+    return argument.as_subclass(Tensor)
+
+
 def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a = ForwardArguments(*arguments)
+    a = ForwardArguments(*map(plain, arguments))
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "forward")
     is_rounded = call.problem.acc_dtype != call.problem.dtype
@@ -149,7 +160,7 @@ def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def compute_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    a = BackwardArguments(*arguments)
+    a = BackwardArguments(*map(plain, arguments))
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "backward")
     remainder = a.remainder if a.remainder.dim() == 4 and a.remainder.shape[2] == call.problem.Nq else None
@@ -166,7 +177,7 @@ def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def compute_map(*arguments: Any) -> tuple[Tensor, Tensor]:
-    a = MapArguments(*arguments)
+    a = MapArguments(*map(plain, arguments))
     call = map_call(a)
     chosen = resolve(call.problem, a.backend, "attention_map")
     with inside_an_op(a.query.device):
@@ -180,7 +191,7 @@ def fake_map(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def compute_map_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    a = MapBackwardArguments(*arguments)
+    a = MapBackwardArguments(*map(plain, arguments))
     call = map_call(a)
     chosen = resolve(call.problem, a.backend, "attention_map_backward")
     with inside_an_op(a.query.device):
