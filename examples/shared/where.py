@@ -32,12 +32,12 @@ def here() -> Where:
 
 
 def note(rows: Iterable[Any]) -> str:
-    """A line for below a table, of rows that have `machine` and `commit`: how many come from where."""
+    """Lines for below a table of rows that have `machine` and `commit`: how many come from where."""
     counts = Counter(Where(row.machine, row.commit) for row in rows)
     lines = []
-    for machine in dict.fromkeys(where.machine for where in counts):
+    for number, machine in enumerate(dict.fromkeys(where.machine for where in counts), 1):
         commits = ", ".join(f"{where.commit} ({count})" for where, count in counts.items() if where.machine == machine)
-        lines.append(f"Machine: {machine}; runs by commit: {commits}.")
+        lines.append(f"Machine {number}: {machine}; runs by commit: {commits}.")
     return "\n".join(lines)
 
 
