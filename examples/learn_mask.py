@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.shared.commands import cli
+from examples.shared.maps import layer_map
 from examples.shared.rows import RESULTS, write
 from smattn.nn import HardMaskedAttention, SoftMaskedAttention, parameter_groups
 
@@ -78,11 +79,14 @@ class Network(nn.Module):
         red, green, blue = image.flatten(2).unbind(1)
         return self.mask_head(torch.stack([red - green, blue - green], -1) * 4).sigmoid().mT
 
+    def features(self, image: Tensor) -> Tensor:
+        """The texture (B, SIDE * SIDE, width)."""
+        lightness = image.mean(1, keepdim=True) - 0.5  # The colours cancel here, for their channels sum to 0.
+        return self.texture(4 * lightness).flatten(2).mT
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, CLASSES) and the mask."""
-        mask = self.mask(image)
-        lightness = image.mean(1, keepdim=True) - 0.5  # The colours cancel here, for their channels sum to 0.
-        features = self.texture(4 * lightness).flatten(2).mT  # (B, SIDE * SIDE, width)
+        mask, features = self.mask(image), self.features(image)
         query = self.query.expand(len(image), -1, -1)
         read = self.attention(query, features, features, mask.detach() if self.masking == "detached" else mask)
         return self.classify(read[:, 0]), mask
@@ -146,35 +150,53 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
-    """Plot the IoU of every seed over the steps, and beside it pictures that no network saw and their masks."""
+    """Plot the IoU of every seed over the steps, and beside it pictures that no network saw, their masks, and where the soft one looks."""
     import matplotlib.pyplot as plt
 
     pictures = draw(4, torch.Generator().manual_seed(10_000))
+    masks, named = {}, {}
+    with torch.no_grad():
+        for masking, network in networks.items():
+            logits, masks[masking] = network(pictures.image)
+            named[masking] = logits.argmax(-1)
+    soft = networks["soft"]
+    attention = layer_map(soft.attention, soft.query.expand(4, -1, -1), soft.features(pictures.image), masks["soft"])
+    shown = {"picture": pictures.image.movedim(1, -1).clamp(0, 1), "soft mask": masks["soft"]}
+    shown["attention"] = attention / attention.amax(-1, keepdim=True)
+    shown |= {f"{masking} mask": mask for masking, mask in masks.items()}
     figure, axes = plt.subplot_mosaic(
-        [["iou", *(f"{what} {i}" for i in range(4))] for what in ("picture", *networks)],
-        figsize=(10, 4.4), width_ratios=[4.4, 1, 1, 1, 1], layout="constrained",
+        [["iou", *(f"{what} {i}" for i in range(4))] for what in shown],
+        figsize=(10, 7), width_ratios=[3.6, 1, 1, 1, 1], layout="constrained",
     )  # fmt: skip
-    for colour, masking in enumerate(networks):
+    plot_courses(axes["iou"], rows, list(networks))
+    for what, images in shown.items():
+        masking = what.removesuffix(" mask")
+        for i, image in enumerate(images):
+            axis = axes[f"{what} {i}"]
+            axis.imshow(image.view(SIDE, SIDE, -1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.contour(pictures.inside[i].view(SIDE, SIDE).numpy(), [0.5], colors="red", linewidths=0.8)
+            axis.set(xticks=[], yticks=[])
+            if what == "picture":
+                axis.set_title(f"grating {pictures.label[i]}", fontsize=8)
+            elif masking in masks:
+                score = overlap(masks[masking][i : i + 1], pictures.inside[i : i + 1])
+                axis.set_title(f"IoU {score:.2f}, taken for {named[masking][i]}", fontsize=8)
+        axes[f"{what} 0"].set_ylabel("its attention" if what == "attention" else what)
+    figure.savefig(path, dpi=110)
+
+
+def plot_courses(axis: Any, rows: list[Row], maskings: list[str]) -> None:
+    """Draw the IoU of every seed over the steps, and the median of the seeds."""
+    for colour, masking in enumerate(maskings):
         courses = [[row for row in rows if (row.masking, row.seed) == (masking, seed)] for seed in sorted({row.seed for row in rows})]
         steps = [row.step for row in courses[0]]
         for course in courses:
-            axes["iou"].plot(steps, [row.mask_iou for row in course], f"C{colour}", alpha=0.3, linewidth=0.8)
+            axis.plot(steps, [row.mask_iou for row in course], f"C{colour}", alpha=0.3, linewidth=0.8)
         median = [statistics.median(row.mask_iou for row in at) for at in zip(*courses, strict=True)]
         line = "--" if colour == 2 else "-"  # The lines of detached and hard may coincide.
-        axes["iou"].plot(steps, median, f"C{colour}{line}", label=f"{masking}, median of {len(courses)} seeds", linewidth=2)
-    axes["iou"].set(xlabel="step", ylabel="mask IoU on unseen pictures", ylim=(0, 1))
-    axes["iou"].legend(loc="center right")
-    with torch.no_grad():
-        shown = {"picture": pictures.image.movedim(1, -1).clamp(0, 1)}
-        shown |= {masking: network.mask(pictures.image).view(-1, SIDE, SIDE) for masking, network in networks.items()}
-    for what, images in shown.items():
-        for i, image in enumerate(images):
-            axis = axes[f"{what} {i}"]
-            axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.contour(pictures.inside[i].view(SIDE, SIDE).numpy(), [0.5], colors="red", linewidths=0.8)
-            axis.set(xticks=[], yticks=[])
-        axes[f"{what} 0"].set_ylabel(what)
-    figure.savefig(path, dpi=110)
+        axis.plot(steps, median, f"C{colour}{line}", label=f"{masking}, median of {len(courses)} seeds", linewidth=2)
+    axis.set(xlabel="step", ylabel="mask IoU on unseen pictures", ylim=(0, 1))
+    axis.legend(loc="center right")
 
 
 def main(seeds: int = 7, steps: int = 300, out: Path = RESULTS) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import smattn
 from examples.shared.commands import cli
 from examples.shared.rows import RESULTS, write
 from smattn.integrations import triangle_attention
@@ -66,16 +67,16 @@ class TriangleAttention(nn.Module):
         self.to_bias = nn.Linear(width, heads, bias=False) if biased else None
         self.gate, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
-    def bias(self, x: Tensor) -> Tensor:
-        """(B, 1, H, N, N) of the normalised pairs x (B, N, N, width)."""
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v (B, N, H, N, D) and the bias (B, 1, H, N, N) of the normalised pairs x (B, N, N, width)."""
+        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         if self.to_bias is None:
-            return x.new_zeros(len(x), 1, self.heads, *x.shape[1:3])
-        return self.to_bias(x).movedim(-1, 1)[:, None]
+            return q, k, v, x.new_zeros(len(x), 1, self.heads, *x.shape[1:3])
+        return q, k, v, self.to_bias(x).movedim(-1, 1)[:, None]
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.norm(z)
-        q, k, v = self.project(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)  # (B, N, H, N, D) each
-        read = triangle_attention(q, k, v, self.bias(x))
+        read = triangle_attention(*self.parts(x))
         return self.out(self.gate(x).sigmoid() * read.transpose(-3, -2).flatten(-2))
 
 
@@ -155,13 +156,33 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+class Seen(NamedTuple):
+    """What a network makes of one table, and the first rows' attention of its first block."""
+
+    filled: Tensor  # (N, N)
+    error: float
+    bias: Tensor  # (N, N), of the head whose bias varies most
+    attention: Tensor  # (N, N): how much edge (i, j) reads of edge (i, k) there, the mean over the rows i
+
+
+@torch.no_grad()
+def see(network: Network, tables: Tables) -> Seen:
+    """tables: one table."""
+    logits, first = network(tables.given()), network.blocks[0].rows
+    q, k, _, bias = first.parts(first.norm(network.embed(tables.given())))
+    head = bias[0, 0].std((1, 2)).argmax()
+    chosen = torch.eye(first.heads)[head]
+    attention = smattn.attention_map(q, k, bias, 1.0, head_weights=chosen)[0].mean(0)
+    return Seen(tables.bins.where(tables.shown, logits.argmax(-1))[0], error(logits, tables), bias[0, 0, head], attention)
+
+
 def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
-    """The error over steps, every seed; beside it a table that no network saw, what each makes of it, and a head's bias."""
+    """The error over steps, every seed; beside it a table that no network saw, what each makes of it, a head's bias, and where it looks."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplot_mosaic(
-        [["error", "curve", "given", "truth"], ["error", *networks, "bias"]],
-        figsize=(11, 4.6), width_ratios=[1.9, 1, 1, 1], layout="constrained",
+        [["error", "curve", "truth", "given", "bias"], ["error", *networks, "attention none", "attention learned"]],
+        figsize=(13, 4.6), width_ratios=[1.6, 1, 1, 1, 1], layout="constrained",
     )  # fmt: skip
     for colour, bias in enumerate(networks):
         courses = [[row for row in rows if (row.bias, row.seed) == (bias, seed)] for seed in sorted({row.seed for row in rows})]
@@ -173,18 +194,21 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
 
     tables = draw(1, torch.Generator().manual_seed(10_000))
     around = tables.points[0, :, 1].atan2(tables.points[0, :, 0]).argsort()  # in the order of the curve, to be seen
-    with torch.no_grad():
-        drawn = {name: tables.bins.where(tables.shown, network(tables.given()).argmax(-1)) for name, network in networks.items()}
-        first = networks["learned"].blocks[0].rows
-        bias = first.bias(first.norm(networks["learned"].embed(tables.given())))[0, 0]  # (H, N, N)
-    drawn |= {"truth": tables.bins, "given": tables.bins.where(tables.shown, torch.nan), "bias": bias[bias.std((1, 2)).argmax()][None]}
-    titles = {"given": "shown", "truth": "the distances", "learned": "filled in, bias learned", "none": "filled in, no bias"}
-    for name, picture in drawn.items():
-        scale = {} if name == "bias" else dict(vmin=0, vmax=BINS)
-        axes[name].imshow(picture[0][around][:, around].numpy(), cmap="magma" if name == "bias" else "viridis", **scale)
-        axes[name].set(xticks=[], yticks=[], title=titles.get(name, "a head's bias in block 1"))
+    seen = {bias: see(network, tables) for bias, network in networks.items()}
+    pictures = {"truth": ("the distances", tables.bins[0]), "given": ("shown", tables.bins.where(tables.shown, torch.nan)[0])}
+    for bias, one in seen.items():
+        pictures[bias] = (f"filled in, bias {bias}: error {one.error:.1f}", one.filled)
+        pictures[f"attention {bias}"] = (f"its attention, bias {bias}", one.attention)
+    pictures["bias"] = ("a head's bias in block 1", seen["learned"].bias)
+    for name, (title, picture) in pictures.items():
+        of_pairs = name in ("truth", "given", *networks)
+        scale = dict(cmap="viridis", vmin=0, vmax=BINS) if of_pairs else dict(cmap="magma")
+        axes[name].imshow(picture[around][:, around].numpy(), **scale)
+        axes[name].set(xticks=[], yticks=[])
+        axes[name].set_title(title, fontsize=9)
     axes["curve"].plot(*tables.points[0, [*around, around[0]]].T, "o-", markersize=3, linewidth=0.8)
-    axes["curve"].set(xticks=[], yticks=[], aspect="equal", title="the points")
+    axes["curve"].set(xticks=[], yticks=[], aspect="equal")
+    axes["curve"].set_title("the points", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

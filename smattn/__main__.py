@@ -19,7 +19,9 @@ CPU_INFO = Path("/proc/cpuinfo")  # Linux; elsewhere platform names the processo
 def report() -> Iterator[str]:
     """The lines of the report. It needs neither Triton, nor the C++ extension, nor a GPU: what is missing is said."""
     yield f"smattn     {__version__}"
-    yield f"torch      {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    rocm = torch.version.hip
+    platform_of_torch = f"ROCm {rocm}" if rocm else f"CUDA {torch.version.cuda or 'none'}"
+    yield f"torch      {torch.__version__}, {platform_of_torch}"
     yield f"triton     {version_of('triton')}, TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')}"
     yield f"numpy      {version_of('numpy')}"
     yield f"Python     {platform.python_version()}"
@@ -30,7 +32,8 @@ def report() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.1f} GiB, {device.multi_processor_count} multiprocessors"
-        yield f"device     cuda:{index} {device.name}, compute capability {device.major}.{device.minor}, {memory}"
+        chip = device.gcnArchName if rocm else f"compute capability {device.major}.{device.minor}"
+        yield f"device     cuda:{index} {device.name}, {chip}, {memory}"
     for name, status in backends().items():
         yield f"backend    {name}: {'available' if status.available else 'not available'}"
         yield from (f"           - {line}" for line in (*status.reasons, *status.notes))

@@ -118,11 +118,23 @@ def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     return both
 
 
+def plain(argument: Any) -> Any:
+    """A tensor with data of its own as one of torch's own class, anything else as it is.
+
+    Some classes, like MONAI's MetaTensor, take torch's methods in some of their forms alone, and Triton's interpreter calls others.
+    """
+    kind = type(argument)
+    if not isinstance(argument, Tensor) or kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return argument
+    return argument.as_subclass(Tensor)
+
+
 def made_again(compute: Callable[..., tuple[Tensor, ...]], arguments: type) -> Callable[..., tuple[Tensor, ...]]:
-    """compute, where Triton's kernels may run it by an earlier call's record: the other backends have none."""
+    """compute of plain tensors. Triton's kernels may run it by an earlier call's record: the other backends have none."""
     tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(arguments).values())  # they come first
 
-    def compute_or_repeat(*given: Any) -> tuple[Tensor, ...]:
+    def compute_or_repeat(*as_given: Any) -> tuple[Tensor, ...]:
+        given = tuple(map(plain, as_given))
         device, backend = given[0].device, given[-1]
         if backend != "triton" and (backend or device.type != "cuda"):
             return compute(*given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import smattn
+from examples.shared.maps import layer_map
 from smattn.nn import SoftMaskedAttention
 
 from .model import CELLS, VOS, Frame
@@ -21,8 +21,7 @@ def attention_of_first_object(model: VOS, frame: Frame, masks: Tensor, present: 
     def listen(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         query, features, _, mask = arguments
         rows = slice(CELLS, CELLS + 1)
-        q, k = (x.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x in (layer.q_proj(query[:, rows]), layer.k_proj(features)))
-        found.append(smattn.attention_map(q, k, mask[:, rows], layer.scaling_factors))
+        found.append(layer_map(layer, query[:, rows], features, mask[:, rows]))
 
     with layer.register_forward_pre_hook(listen):
         model.encode(frame, masks, present)

@@ -53,8 +53,9 @@ def contest(setting: str, masking: str, seed: int, clips: list[Clip], judged: li
 
 
 def unchanged(rows: list[study.Row]) -> list[Found]:
-    """The comparison's own runs, which the search stands beside."""
-    return [Found("nothing", row.contestant, row.seed, row.JF, row.J, row.F) for row in rows if row.frame < 0]
+    """The comparison's own runs on its first machine, which is the search's: the search stands beside them."""
+    machine = rows[0].machine
+    return [Found("nothing", row.contestant, row.seed, row.JF, row.J, row.F) for row in rows if row.frame < 0 and row.machine == machine]
 
 
 def table(found: list[Found], other: str = "detached") -> str:

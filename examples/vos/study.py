@@ -2,7 +2,8 @@
 
     python -m examples.vos.study --data build/clips --out examples/results/vos_synthetic
 
-The scores become a CSV file, a table and a plot. Runs that the CSV file already has are not repeated, so a study that was stopped goes on.
+The scores become a CSV file, a table and a plot. Runs that the CSV file already has from this machine are not repeated, so a study that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from examples.shared.commands import cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
+from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
 from .data import Clip, read_clips
@@ -48,13 +50,16 @@ class Row(NamedTuple):
     JF: float
     J: float
     F: float
+    machine: str
+    commit: str
 
 
 def rows_of(contestant: str, seed: int, steps: int, scores: list[Score]) -> Iterable[Row]:
     """The row over all frames, and then one for each frame."""
-    yield Row(contestant, seed, steps, -1, *mean_scores(scores))
+    where = here()
+    yield Row(contestant, seed, steps, -1, *mean_scores(scores), *where)
     for t in sorted({one.frame for one in scores}):
-        yield Row(contestant, seed, steps, t, *mean_scores([one for one in scores if one.frame == t]))
+        yield Row(contestant, seed, steps, t, *mean_scores([one for one in scores if one.frame == t]), *where)
 
 
 def contest(name: str, seed: int, config: Config, clips: list[Clip], judged: list[Clip], runs: Path, start: Any) -> list[Row]:
@@ -76,15 +81,18 @@ def copied(clip: Clip) -> Tensor:
 
 
 def table(rows: list[Row]) -> str:
-    """The Markdown table: a line for each contestant, over its seeds."""
-    lines = ["| contestant | seeds | steps | J&F median | mean ± std | lowest to highest | J | F |", "| --- " * 8 + "|"]
-    for name in dict.fromkeys(row.contestant for row in rows):
-        runs = [row for row in rows if row.contestant == name and row.frame < 0]
+    """The Markdown table: a line for each contestant on each machine, over its seeds; below it, where the runs come from."""
+    lines = ["| contestant | machine | steps | J&F median | mean ± std | each seed | J | F |", "| --- " * 8 + "|"]
+    whole = [row for row in rows if row.frame < 0]
+    machines = list(dict.fromkeys(row.machine for row in whole))
+    for name, machine in dict.fromkeys((row.contestant, row.machine) for row in whole):
+        runs = sorted((row for row in whole if (row.contestant, row.machine) == (name, machine)), key=lambda row: row.seed)
         JF = [run.JF for run in runs]
-        spread = f"{statistics.mean(JF):.1f} ± {statistics.stdev(JF) if len(JF) > 1 else 0:.1f} | {min(JF):.1f} to {max(JF):.1f}"
+        spread = f"{statistics.mean(JF):.1f} ± {statistics.stdev(JF) if len(JF) > 1 else 0:.1f} | {', '.join(f'{one:.1f}' for one in JF)}"
         J, F = (f"{statistics.mean(column):.1f}" for column in ([run.J for run in runs], [run.F for run in runs]))
-        lines.append(f"| {name} | {len(runs)} | {runs[0].steps} | {statistics.median(JF):.1f} | {spread} | {J} | {F} |")
-    return "\n".join(lines)
+        number = 1 + machines.index(machine)
+        lines.append(f"| {name} | {number} | {runs[0].steps} | {statistics.median(JF):.1f} | {spread} | {J} | {F} |")
+    return "\n".join(lines) + "\n\n" + note(whole)
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -135,7 +143,7 @@ def main(
     clips, rows = read_clips(data, "train"), read(out.with_suffix(".csv"), Row)
     judged = clips if alone else read_clips(data, split)
     weights = read_checkpoint(start, "cpu", "model")["model"] if start else None
-    done = {(row.contestant, row.seed) for row in rows}
+    done = {(row.contestant, row.seed) for row in rows if row.machine == here().machine}
     for seed in range(seeds):
         for name in contestants:
             if (name, seed) not in done and (CONTESTANTS[name] or alone or seed == 0):

@@ -21,6 +21,7 @@ from examples.shared.commands import cli
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
+from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
 from .data import Scenes, read_scenes
@@ -55,6 +56,8 @@ class Row(NamedTuple):
     heads: int
     low: float
     high: float
+    machine: str
+    commit: str
 
 
 def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Scenes, runs: Path) -> Row:
@@ -87,12 +90,12 @@ def compute(variant: str, seed: int, config: Config, train_data: Scenes, val: Sc
     save_scenes(out / "sheet.png", val, seen.maps, kinds)
     return Row(
         variant, seed, config.steps, 100 * right / shown, pseudo, everything, segmentation, 100 * told,
-        open_heads, config.depth * config.heads, *thresholds,
+        open_heads, config.depth * config.heads, *thresholds, *here(),
     )  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:
-    """The Markdown table: a line for each variant, over its seeds."""
+    """The Markdown table: a line for each variant, over its seeds; below it, where the runs come from."""
     scores = ["token accuracy", "pseudo-mask mIoU", "with closed heads in", "segmentation mIoU", "labels right"]
     header = ["variant", "seeds", *scores, "open heads"]
     lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
@@ -101,7 +104,7 @@ def table(rows: list[Row]) -> str:
         columns = (spread([getattr(run, column) for run in runs]) for column in SCORES)
         heads = f"{', '.join(str(run.open_heads) for run in runs)} of {runs[0].heads}"
         lines.append(f"| {name} | {len(runs)} | {' | '.join(columns)} | {heads} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n\n" + note(rows)
 
 
 def spread(values: list[float]) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from examples.shared.commands import cli
 from examples.shared.rows import read, write
+from examples.shared.where import Where
 from examples.vos import cycle, infer, losses, search, study, train
 from examples.vos.attention import attention_of_first_object
 from examples.vos.batches import Batch, _other_view, sample
@@ -253,10 +254,16 @@ def test_a_study_goes_on_where_it_stopped_and_says_what_it_found(written, tmp_pa
     before = read(tmp_path / "out" / "found.csv", study.Row)
     trained = []
     monkeypatch.setattr(study, "train", lambda trainer, out, **options: trained.append(out.name))
-    assert "| soft | 2 | 1 |" in (said := say(2)) and "| copy | 1 | 0 |" in said
+    assert "| soft | 1 | 1 |" in (said := say(2)) and "| copy | 1 | 0 |" in said
     rows = read(tmp_path / "out" / "found.csv", study.Row)
     assert trained == ["soft-1"] and rows[: len(before)] == before and len(rows) == len(before) + 1 + 3
     assert [row.frame for row in before] == [-1, 1, 2, 3] * 2 and (tmp_path / "out" / "found.png").exists()
+    there = Where("another processor, 1 thread", "unknown")
+    monkeypatch.setattr(study, "here", lambda: there)
+    said = say(2)
+    assert trained == ["soft-1", "soft-0", "soft-1"], "another machine's runs are not those of this one"
+    assert "| soft | 2 | 1 |" in said and "| copy | 2 | 0 |" in said
+    assert said.endswith("\nMachine 2: another processor, 1 thread; runs by commit: unknown (3).\n")
 
 
 def test_clips_alone_and_the_oracle_that_sees_every_annotation(written, tmp_path, monkeypatch):

@@ -50,3 +50,17 @@ def test_the_report_names_every_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report, "backends", dict)
     devices = [line.split(None, 1)[1] for line in report.report() if line.startswith("device")]
     assert devices == [f"cuda:{i} NVIDIA H100, compute capability 9.0, 80.0 GiB, 132 multiprocessors" for i in range(2)]
+
+
+def test_the_report_names_an_amd_gpu_by_its_chip(monkeypatch: pytest.MonkeyPatch):
+    """torch for ROCm has a major and a minor as well, 9 and 4, but no compute capability."""
+    chip = dict(gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
+    gpu = SimpleNamespace(name="AMD Instinct MI300X", **chip, total_memory=192 << 30, multi_processor_count=304)
+    monkeypatch.setattr(torch.version, "hip", "6.4.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(report, "backends", dict)
+    said = list(report.report())
+    assert f"torch      {torch.__version__}, ROCm 6.4.0" in said
+    assert "device     cuda:0 AMD Instinct MI300X, gfx942:sramecc+:xnack-, 192.0 GiB, 304 multiprocessors" in said

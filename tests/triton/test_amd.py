@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from smattn import cuda
+from smattn import canonical, cuda
 from smattn.kernels import backend, chip
 from smattn.kernels.tiles import HEAD_SIZES, TABLE, find
 from tests.triton.test_aot import without_interpreter
@@ -43,6 +43,14 @@ def test_backends_say_what_they_can_do_on_rocm_without_a_compute_capability(rocm
     assert backend.unsupported_reasons(problem) == []
     monkeypatch.setattr(cuda.library, "why_not_loaded", lambda _: ())
     assert cuda._why_no_gpu() == ("it runs on NVIDIA GPUs, and this torch is built for ROCm",)
+
+
+def test_products_are_never_tf32_on_rocm(rocm, monkeypatch):
+    monkeypatch.setattr(canonical, "_torch_allows_tf32", lambda: True)
+    query = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert not canonical.allow_tf32(query)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert canonical.allow_tf32(query)
 
 
 def test_no_tile_asks_for_descriptors():
