@@ -102,7 +102,7 @@ PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr(?:\
 THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
 VARIABLE = re.compile(r"(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d*)\];")
 LABEL = re.compile(r"([\w$]+):")
-LINES_WITHOUT_END = re.compile(r"^\s*\.(?:loc|file)\b.*$", re.M)  # directives that end with their line
+LINES_WITHOUT_END = re.compile(r"^[ \t]*\.(?:loc|file)\b.*$", re.M)  # directives that end with their line
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
 

@@ -23,7 +23,7 @@ class SharedMemory:
         self.data = np.full(total, 0xFF, np.uint8)
         self.writer = np.full(total, UNWRITTEN, np.uint8)
         self.reader = np.zeros(total, np.uint8)
-        self.held = np.zeros(total, np.uint8)  # operands of a wgmma that nobody waited for yet
+        self.held = np.zeros(total, np.uint8)  # mbarriers, and operands of a wgmma that nobody waited for yet
         self.unfenced = np.zeros(total, np.uint8)  # written by threads, and not yet made visible to TMA and wgmma
 
     def rows(self, chosen: Array) -> SharedMemory:
@@ -49,13 +49,16 @@ class SharedMemory:
         kind = UNSIGNED[size]
         mine = _repeated(warp + 1, kind)[:, None]
         self.check_readable(index, kind, mine)
+        self._note_readers(index, kind, mine)
+        return self.data.view(kind)[index]
+
+    def _note_readers(self, index: Array, kind: np.dtype[Any], mine: Array) -> None:
         readers = self.reader.view(kind)
         before = readers[index]
         after = np.where((before == 0) | (before == mine), mine, _repeated(np.uint8(SEVERAL), kind))
         readers[index] = after
         if (lost := readers[index] != after).any():
             readers[index[lost]] = _repeated(np.uint8(SEVERAL), kind)
-        return self.data.view(kind)[index]
 
     def check_readable(self, index: Array, kind: np.dtype[Any], mine: Array) -> None:
         """Nobody else wrote there since the last barrier, no copy is under way, and something was written at all."""
@@ -77,8 +80,7 @@ class SharedMemory:
         mine = _repeated(warp + 1, kind)[:, None]
         data, writers = self.data.view(kind), self.writer.view(kind)
         self.check_writable(index, kind, mine, warp)
-        others = (writers[index] & _repeated(np.uint8(BY_WARPS), kind) != 0) & (writers[index] != mine)
-        if (others & (data[index] != values)).any():
+        if (self._written_by_others(index, kind, mine) & (data[index] != values)).any():
             raise Fault("racecheck", "store over what another warp stored to shared memory, and no barrier between")
         data[index] = values
         if (data[index] != values).any():
@@ -89,9 +91,9 @@ class SharedMemory:
         self.unfenced.view(kind)[index] = _repeated(np.uint8(1), kind)
 
     def check_writable(self, index: Array, kind: np.dtype[Any], mine: Array, warp: Array) -> None:
-        """Nobody else read there since the last barrier, and neither a copy nor a wgmma uses it."""
+        """Nobody else read there since the last barrier, and neither a copy nor a wgmma nor an mbarrier uses it."""
         if self.held.view(kind)[index].any():
-            raise Fault("racecheck", "write to an operand of a wgmma that was not waited for")
+            raise Fault("racecheck", "write to an operand of a wgmma that was not waited for, or to an mbarrier")
         if (self.writer.view(kind)[index] & _repeated(np.uint8(COPYING), kind)).any():
             raise Fault("racecheck", "write where a copy was not waited for")
         readers = self.reader.view(kind)[index]
@@ -103,15 +105,46 @@ class SharedMemory:
             if ((codes != 0) & (codes != own) & (codes != groups)).any():
                 raise Fault("racecheck", "write over what another warp read of shared memory, and no barrier between")
 
+    def _written_by_others(self, index: Array, kind: np.dtype[Any], mine: Array) -> Array:
+        """Since the last barrier."""
+        by = self.writer.view(kind)[index] & _repeated(np.uint8(BY_WARPS), kind)
+        return (by != 0) & (by != mine)
+
+    def _check_unused(self, index: Array, kind: np.dtype[Any], warp: Array) -> Array:
+        """Nobody else read or wrote there since the last barrier, and nothing is under way. Returns the code of each thread's warp."""
+        mine = _repeated(warp + 1, kind)[:, None]
+        self.check_writable(index, kind, mine, warp)
+        if self._written_by_others(index, kind, mine).any():
+            raise Fault("racecheck", "a copy or an mbarrier where another warp stored, and no barrier between")
+        return mine
+
     def begin_copy(self, bytes_index: Array, warp: Array) -> None:
         """A copy may land there at any time from now on. warp: who issued the copy of each byte."""
-        self.check_writable(bytes_index[:, None], UNSIGNED[1], (warp + 1).astype(np.uint8)[:, None], warp)
+        self._check_unused(bytes_index[:, None], UNSIGNED[1], warp)
         self.writer[bytes_index] |= COPYING
 
     def end_copy(self, bytes_index: Array, values: Array, writer: Array | int) -> None:
         """It has landed. writer: 0 where whoever waited for it may read it at once, else 1 + warp."""
         self.data[bytes_index] = values
         self.writer[bytes_index] = writer
+
+    def begin_mbarrier(self, index: Array, warp: Array) -> None:
+        """One is there from now on, which nothing else may read or write. index: of 8 bytes."""
+        mine = self._check_unused(index, UNSIGNED[8], warp)
+        self.writer.view(np.uint64)[index] = mine | _repeated(np.uint8(UNWRITTEN), UNSIGNED[8])
+        self.held.view(np.uint64)[index] = 1
+
+    def use_mbarrier(self, index: Array, warp: Array) -> None:
+        """Arrivals and waits are in no order among themselves, but after the mbarrier is made, and before it ends."""
+        mine = _repeated(warp + 1, UNSIGNED[8])[:, None]
+        if self._written_by_others(index, UNSIGNED[8], mine).any():
+            raise Fault("racecheck", "use of an mbarrier that another warp made, and no barrier between")
+        self._note_readers(index, UNSIGNED[8], mine)
+
+    def end_mbarrier(self, index: Array, warp: Array) -> None:
+        self.held.view(np.uint64)[index] = 0
+        mine = self._check_unused(index, UNSIGNED[8], warp)
+        self.writer.view(np.uint64)[index] = mine | _repeated(np.uint8(UNWRITTEN), UNSIGNED[8])
 
     def barrier(self) -> None:
         self.writer.view(np.uint64)[:] &= np.uint64(0xC0C0_C0C0_C0C0_C0C0)
