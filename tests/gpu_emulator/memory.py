@@ -33,7 +33,7 @@ class Lanes(NamedTuple):
     warp: Array
     interval: int  # how many barriers the programs have passed
 
-    def who(self) -> Array:
+    def code(self) -> Array:
         """A code of each thread's program and warp; 0 is nobody's."""
         return ((1 + self.program) * 64 + self.warp)[:, None]
 
@@ -42,32 +42,32 @@ class Accesses:
     """Who accessed every two bytes of memory last in this launch, and when."""
 
     def __init__(self, size: int) -> None:
-        self._who = np.zeros(size // 2, np.int64)
+        self.who = np.zeros(size // 2, np.int64)
         self._when = np.zeros(size // 2, np.int32)
 
     def check(self, halves: Array, lanes: Lanes, access: str) -> None:
         """Two programs of a launch run at any time. Two warps of a program are in order only where a barrier lies between."""
         self.check_programs(halves, lanes, access)
-        who = self._who[halves]
-        if ((who != 0) & (who != lanes.who()) & (self._when[halves] == lanes.interval)).any():
+        who = self.who[halves]
+        if ((who != 0) & (who != lanes.code()) & (self._when[halves] == lanes.interval)).any():
             raise Fault("racecheck", f"{access} another warp at the same address, and no barrier between")
 
     def check_programs(self, halves: Array, lanes: Lanes, access: str) -> None:
-        who = self._who[halves]
-        if ((who != 0) & (who // 64 != lanes.who() // 64)).any():
+        who = self.who[halves]
+        if ((who != 0) & (who // 64 != lanes.code() // 64)).any():
             raise Fault("racecheck", f"{access} another program at the same address")
 
     def note(self, halves: Array, lanes: Lanes) -> None:
-        who, mine = self._who[halves], lanes.who()
+        who, mine = self.who[halves], lanes.code()
         of_others = (who != 0) & (who // 64 != mine // 64)
         before = (who == 0) | (who == mine) | (self._when[halves] != lanes.interval)
         after = np.where(of_others, SEVERAL_PROGRAMS, np.where(before, mine, mine | SEVERAL))
-        self._who[halves], self._when[halves] = after, lanes.interval
-        found = self._who[halves]
+        self.who[halves], self._when[halves] = after, lanes.interval
+        found = self.who[halves]
         if (lost := found != after).any():
             same = lost & (found // 64 == after // 64)
-            self._who[halves[same]] = after[same] | SEVERAL
-            self._who[halves[lost & ~same]] = SEVERAL_PROGRAMS
+            self.who[halves[same]] = after[same] | SEVERAL
+            self.who[halves[lost & ~same]] = SEVERAL_PROGRAMS
 
 
 class Allocation(NamedTuple):
@@ -97,7 +97,7 @@ class GlobalMemory:
         for _, start, data, state in self._allocations:
             self.data[start : start + data.size] = data
             self.state[start : start + data.size] = WRITTEN if state is None else state
-        self._stores, self._loads = Accesses(self._size), Accesses(self._size)
+        self.stores, self.loads = Accesses(self._size), Accesses(self._size)
 
     def finish(self) -> None:
         """Give the owners their bytes back."""
@@ -115,8 +115,8 @@ class GlobalMemory:
         index = self._index(addresses, size, count)
         self._check_state(index, size, "load")
         halves = self._halves(index, size)
-        self._stores.check(halves, lanes, "load and store by")
-        self._loads.note(halves, lanes)
+        self.stores.check(halves, lanes, "load and store by")
+        self.loads.note(halves, lanes)
         return self.data.view(UNSIGNED[size])[index]
 
     def store(self, addresses: Array, values: Array, lanes: Lanes) -> None:
@@ -126,15 +126,15 @@ class GlobalMemory:
         if outside.any():
             raise Fault("memcheck", f"store outside every tensor, {describe(addresses, outside)}")
         halves = self._halves(index, size)
-        self._stores.check(halves, lanes, "two stores, one by")
-        self._loads.check(halves, lanes, "store and load by")
+        self.stores.check(halves, lanes, "two stores, one by")
+        self.loads.check(halves, lanes, "store and load by")
         data = self.data.view(UNSIGNED[size])
         data[index] = values
         if (differs := data[index] != values).any():
             raise Fault("repeatability", f"threads store different values to one address, {describe(addresses, differs)}")
         self.state.view(UNSIGNED[size])[index] = _repeated(WRITTEN, size)
-        self._stores.note(halves, lanes)
-        self._stores.check_programs(halves, lanes, "two stores, one by")
+        self.stores.note(halves, lanes)
+        self.stores.check_programs(halves, lanes, "two stores, one by")
 
     def _index(self, addresses: Array, size: int, count: int) -> Array:
         offsets = addresses.astype(np.int64) - BASE

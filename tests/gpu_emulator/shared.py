@@ -17,6 +17,8 @@ OF_WARPGROUP = 100  # + its number: read by a wgmma of that warpgroup, since the
 class SharedMemory:
     """The bytes of `programs` programs one behind the other. An index is a byte's place in that, an address is what PTX sees."""
 
+    OF_EACH_BYTE = ("data", "writer", "reader", "held", "unfenced")
+
     def __init__(self, programs: int, size: int) -> None:
         self.programs, self.size = programs, -(-size // 16) * 16
         total = programs * self.size
@@ -28,9 +30,9 @@ class SharedMemory:
 
     def rows(self, chosen: Array) -> SharedMemory:
         """The memory of some of the programs."""
-        part = SharedMemory(0, 0)
+        part = type(self)(0, 0)
         part.programs, part.size = int(chosen.sum()), self.size
-        for name in ("data", "writer", "reader", "held", "unfenced"):
+        for name in self.OF_EACH_BYTE:
             setattr(part, name, getattr(self, name).reshape(self.programs, -1)[chosen].reshape(-1))
         return part
 
@@ -145,6 +147,26 @@ class SharedMemory:
         self.held.view(np.uint64)[index] = 0
         mine = self._check_unused(index, UNSIGNED[8], warp)
         self.writer.view(np.uint64)[index] = mine | _repeated(np.uint8(UNWRITTEN), UNSIGNED[8])
+
+    def begin_product(self, places: Array) -> None:
+        """A wgmma reads these bytes from now on, (programs, warpgroups, bytes)."""
+        codes = self.writer[places]
+        if (codes & UNWRITTEN).any():
+            raise Fault("memcheck", "a wgmma reads shared memory that was never written")
+        if (codes & COPYING).any():
+            raise Fault("racecheck", "a wgmma reads shared memory where a copy was not waited for")
+        if codes.any():
+            raise Fault("racecheck", "a wgmma reads what threads stored to shared memory, and no barrier between")
+        if self.unfenced[places].any():
+            raise Fault("racecheck", "a wgmma reads what threads stored to shared memory, and no fence.proxy.async between")
+        self.held[places] = 1
+
+    def end_product(self, places: Array) -> None:
+        """It was waited for. Its warpgroup may write there at once, whose products are complete when they are for one of its threads."""
+        self.held[places] = 0
+        for number in range(places.shape[1]):
+            before, own = self.reader[places[:, number]], OF_WARPGROUP + number
+            self.reader[places[:, number]] = np.where((before == 0) | (before == own), own, SEVERAL)
 
     def barrier(self) -> None:
         self.writer.view(np.uint64)[:] &= np.uint64(0xC0C0_C0C0_C0C0_C0C0)

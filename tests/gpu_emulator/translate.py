@@ -134,14 +134,14 @@ class Translator:
     def _steps(self, each: Instruction) -> tuple[Run, Run]:
         """The step as it is, and for groups with a mask."""
         try:
-            step = self._step(each)
+            step = self.step(each)
         except (Refused, KeyError, ValueError, AssertionError) as error:
             raise Refused(f"{each}: {error or type(error).__name__}") from error
         guard = None if each.guard is None else self.slot(each.guard, "pred")
         plain = step.run if guard is None else where_active(step, guard, each.guard_negated)
         return plain, where_active(step, guard, each.guard_negated)
 
-    def _step(self, each: Instruction) -> Step:
+    def step(self, each: Instruction) -> Step:
         if each.opcode in ARITHMETIC:
             return self._arithmetic(each)
         for pattern, builder in UNITS:
