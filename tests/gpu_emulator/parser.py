@@ -6,7 +6,6 @@ Nothing is interpreted here. What the grammar of a statement does not cover is r
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -227,12 +226,8 @@ class _Body:
             return Immediate(int(literal[1] or literal[2], 16), 32 if literal[1] else 64)
         if INTEGER.match(text):
             return Immediate(int(text.rstrip("U"), 0))
-        if re.fullmatch(r"-?\d+\.\d*(?:[eE]-?\d+)?", text):
-            return Immediate(struct.unpack("<Q", struct.pack("<d", float(text)))[0], 64)
         if re.fullmatch(r"%[a-z_]+(?:\.[xyz])?", text) and self._scoped(text) == text and text not in self.kernel.registers:
             return Special(text)
-        if text == "WARP_SZ":
-            return Immediate(32)
         name = self._scoped(text)
         if text.startswith("%") or text == "_" or name in self.kernel.registers:
             return Register(name)

@@ -47,9 +47,7 @@ def run(body, programs=1, shared=256, holds=None, threads=64):
         machine.Compiled.of(kernel), (programs, 1, 1), threads, shared, address.to_bytes(8, "little"),
         {0: TensorMap(address, (64,), (4,), (32,), 4, 0)}, memory, Counts(detailed=True),
     )  # fmt: skip
-    memory.begin()
     machine.run(launch)
-    memory.finish()
     return data
 
 
