@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TensorMap(NamedTuple):
-    """A tensor and the blocks that it is copied in, innermost axis first, 5.5. Strides are in bytes."""
+    """A tensor and the blocks that it is copied in, innermost axis first. Strides are in bytes."""
 
     address: int
     sizes: tuple[int, ...]
@@ -36,16 +36,15 @@ class TensorMap(NamedTuple):
         """Of each element of the block, outermost axis first: its address, and whether it lies inside the tensor."""
         inside: Array = np.ones((), bool)
         address: Array = np.full((), self.address, np.int64)
-        axes = len(self.sizes)
         for axis, (start, length, size, stride) in enumerate(zip(corner, self.block, self.sizes, self.strides, strict=True)):
             at = (int(start) + np.arange(length)).reshape(-1, *[1] * axis)
             inside = inside & (at >= 0) & (at < size)
             address = address + at * stride
-        return address.reshape(-1), np.broadcast_to(inside, self.block[::-1] if axes else ()).reshape(-1)
+        return address.reshape(-1), np.broadcast_to(inside, self.block[::-1]).reshape(-1)
 
 
 def swizzled(addresses: Array, mode: int) -> Array:
-    """Where an address of a swizzled tile lies, 5.5.7: 16-byte pieces are permuted by the rows that they are in."""
+    """Where an address of a swizzled tile lies, "Swizzling Modes": 16-byte pieces are permuted by the rows that they are in."""
     if mode == 0:
         return addresses
     return addresses ^ (((addresses >> 7) & (2**mode - 1)) << 4)
