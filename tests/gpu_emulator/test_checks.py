@@ -217,7 +217,7 @@ def test_two_programs_that_use_one_address_are_found(body):
 
 
 def test_two_programs_may_load_from_one_address():
-    run(LOAD, programs=2)
+    assert (run(LOAD, programs=2) == np.arange(64)).all()
 
 
 def test_an_mbarrier_completes_when_enough_threads_arrived():
