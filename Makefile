@@ -72,7 +72,7 @@ aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a G
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.amd
 	$(BIN)/python -m bench.gpu.roofline
 
-emulate: $(INSTALLED)  ## the compiled Triton kernels in an emulator of PTX: PROBLEMS drawn by SEED, and what each kernel executes
+emulate: $(INSTALLED)  ## the compiled kernels in an emulator of PTX: PROBLEMS drawn by SEED, and what Triton's execute
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m tests.gpu_emulator.emulate --problems $(PROBLEMS) --seed $(or $(SEED),0) $(EMULATE)
 
 # The C++ kernels in a driver of their own (csrc/driver): odd problems on every instruction set at hand, against naive loops in long double.

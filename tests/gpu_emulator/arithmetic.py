@@ -108,15 +108,6 @@ def insert(a: Array, b: Array, start: Array, length: Array) -> Array:
 
 
 define("bfi.b32", insert, "T T u32 u32")
-define("popc.{b32 b64}", lambda a: np.bitwise_count(a).astype(np.uint32), 1, "u32")
-
-
-def leading_zeros(a: Array) -> Array:
-    """clz of 32 bits."""
-    return np.where(a == 0, 32, 31 - np.frexp(np.maximum(a, 1).astype(np.float64))[1] + 1).astype(np.uint32)
-
-
-define("clz.b32", leading_zeros, 1, "u32")
 
 # "Logic and Shift Instructions". A shift by the width or more leaves nothing, or the sign.
 define("and.{pred b16 b32 b64}", np.bitwise_and)
@@ -147,7 +138,6 @@ def funnel(low: Array, high: Array, by: Array) -> Array:
 
 
 define("shf.l.wrap.b32", funnel, 3)
-define("shf.r.wrap.b32", lambda low, high, by: (((high.astype(np.uint64) << np.uint64(32)) | low) >> (by & 31)).astype(np.uint32), 3)
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
@@ -170,12 +160,9 @@ define("sub.{f32 rn.f32 f16 f64}", np.subtract)
 define("mul.{f32 rn.f32 f16 f64}", np.multiply)
 define("neg.{f16 f32 f64}", np.negative, 1)
 define("abs.{f16 f32 f64}", np.abs, 1)
-define("neg.bf16", lambda bits: bits ^ np.uint16(0x8000), 1)
 define("abs.bf16", lambda bits: bits & np.uint16(0x7FFF), 1)
 define("max.{f32 f64}", np.fmax)  # of a number and a NaN it is the number
 define("min.{f32 f64}", np.fmin)
-define("max.NaN.f32", np.maximum)
-define("min.NaN.f32", np.minimum)
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:
@@ -186,14 +173,9 @@ define("fma.rn.f32", fused, 3)
 define("fma.rn.ftz.f32", lambda a, b, c: flush(fused(flush(a), flush(b), flush(c))), 3)
 define("ex2.approx.f32", np.exp2, 1)
 define("ex2.approx.ftz.f32", lambda x: flush(np.exp2(flush(x))), 1)
-define("lg2.approx.f32", np.log2, 1)
-define("lg2.approx.ftz.f32", lambda x: np.log2(flush(x)), 1)
-define("{rcp.approx.f32 rcp.rn.f32}", lambda x: np.float32(1) / x, 1)
-define("rcp.approx.ftz.f32", lambda x: flush(np.float32(1) / flush(x)), 1)
-define("{sqrt.rn.f32 sqrt.approx.f32}", np.sqrt, 1)
+define("rcp.rn.f32", lambda x: np.float32(1) / x, 1)
 define("sqrt.approx.ftz.f32", lambda x: flush(np.sqrt(flush(x))), 1)
-define("rsqrt.approx.f32", lambda x: np.float32(1) / np.sqrt(x), 1)
-define("{div.full.f32 div.rn.f32 div.approx.f32}", np.divide)
+define("div.{full rn}.f32", np.divide)
 
 # "Comparison and Selection Instructions". With NaN the ordered ones are false; those that end in u are true.
 ORDERED = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}

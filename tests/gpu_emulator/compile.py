@@ -110,9 +110,7 @@ def launch(
     launched = machine.Launch(
         code, (programs, 1, 1), code.kernel.threads, module.shared, bytes(parameters), tensor_maps, memory, counts or Counts()
     )  # fmt: skip
-    memory.begin()
     machine.run(launched)
-    memory.finish()
     return launched
 
 

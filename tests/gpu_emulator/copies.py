@@ -110,18 +110,9 @@ def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> S
     return Step(run, ())
 
 
-@instruction(r"cp\.async\.wait_(group|all)")
+@instruction(r"cp\.async\.wait_group")
 def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Until at most so many of the latest groups are under way."""
-    left = 0
-    if match[1] == "group":
-        assert isinstance(each.operands[0], Immediate)
-        left = each.operands[0].value
-
-    def run(group: Group, active: Array | None) -> None:
-        if match[1] == "all":
-            group.copying.groups.append(group.copying.loose)
-            group.copying.loose = []
-        group.copying.wait(group, left)
-
-    return Step(run, ())
+    assert isinstance(each.operands[0], Immediate)
+    left = each.operands[0].value
+    return Step(lambda group, active: group.copying.wait(group, left), ())

@@ -74,6 +74,4 @@ def launch(
         if pointers.any():
             inside[pointers] = words[pointers] - np.uint64(start) + np.uint64(memory.add(data, start, states.get(start)))
     launched = machine.Launch(code, (blocks, 1, 1), code.kernel.threads, shared_bytes, inside.tobytes(), {}, memory, counts)
-    memory.begin()
     machine.run(launched)
-    memory.finish()

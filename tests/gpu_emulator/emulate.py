@@ -1,6 +1,7 @@
-"""`make emulate PROBLEMS=n SEED=s`: drawn problems through the compiled kernels, and what these execute, kernel by kernel.
+"""`make emulate PROBLEMS=n SEED=s`: drawn problems through the compiled kernels, and what Triton's execute, kernel by kernel.
 
-A failure does not end it. `--write` leaves the table in bench/results/emulated-kernels.csv.
+The first problem of each specialisation runs on the CUDA C++ kernels too. A failure does not end it. A run that was stopped, or that
+--minutes ended, goes on where it was, as long as no kernel changed. `--write` leaves the table in bench/results/emulated-kernels.csv.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ import argparse
 import csv
 import hashlib
 import itertools
+import pickle
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +25,11 @@ import triton
 
 from smattn.kernels.tiles import Tile, block_of
 
+from . import cuda_backend
 from .backend import CHIPS, install, name_of
+from .compile import CACHE
 from .counters import Counts
-from .problems import check, problems
+from .problems import TOGETHER, check, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "emulated-kernels.csv"
@@ -31,6 +37,9 @@ HEAD = (
     "kernel", "arch", "bytes", "D", "block_m", "block_n", "warps", "launches", "instructions_a_score", "exp2_a_score", "flops_over_needed",
     "bytes_a_load", "sectors_a_load", "narrow_loads_a_score", "mask_bytes_a_thread", "wavefronts_a_request",
 )  # fmt: skip
+
+
+CUDA = "CUDA C++"  # beside sm_80 and sm_90 in the count of problems
 
 
 class Key(NamedTuple):
@@ -102,14 +111,66 @@ def text(totals: dict[Key, Total]) -> str:
     return "\n".join("  ".join(f"{figure:>{len(name)}}" for figure, name in zip(line, HEAD, strict=True)) for line in lines)
 
 
+def sources() -> str:
+    files = [*(ROOT / "kernels").rglob("*.py"), *(file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file())]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+
+
 def write(path: Path, totals: dict[Key, Total], summary: str) -> None:
-    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").rglob("*.py")))).hexdigest()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     with path.open("w", newline="") as file:
-        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, kernels/*.py sha256 {sources[:16]}\n")
+        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, sources of the kernels sha256 {sources()}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEAD)
         table.writerows(rows(totals))
+
+
+@dataclass
+class Progress:
+    """What a run has done."""
+
+    problems: int = 0
+    ran: Counter[str] = field(default_factory=Counter)  # problems by chip, and launches
+    failures: list[str] = field(default_factory=list)
+    totals: dict[Key, Total] = field(default_factory=dict)
+
+    def summary(self, seed: int) -> str:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(self.ran.items()))
+        without = "" if CUDA in self.ran else "; no CUDA C++ kernel ran, since there is no nvcc here"
+        return f"seed {seed}: {self.problems} problems ({counts}), {len(self.failures)} failed{without}"
+
+
+def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> None:
+    """Problems up to `count`, or up to a time. What was done is kept in a file, whenever a specialisation is through."""
+    emulated = install(*CHIPS)
+    for row in emulated.values():
+        row.detailed = True
+    cuda = cuda_backend.install() if shutil.which("nvcc") else None
+    for number, (drawn, case) in enumerate(itertools.islice(problems(seed), count)):
+        if number < progress.problems:
+            continue
+        if number % TOGETHER == 0:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(pickle.dumps(progress))
+            if time.monotonic() > until:
+                break
+        ways = [(f"sm_{drawn.arch}", name_of(drawn.arch), emulated[drawn.arch])]
+        if cuda is not None and number % TOGETHER == 0:
+            ways.append((CUDA, cuda_backend.NAME, cuda))
+        for way, name, row in ways:
+            row.counts.clear()
+            try:
+                check(drawn, case, name, row)
+            except Exception as error:  # whatever is thrown belongs in the result
+                sizes = f"Nq {case.query.shape[2]}, Nk {case.key.shape[2]}"
+                progress.failures.append(f"problem {number} on {way}, {drawn}, {sizes}: {type(error).__name__}: {error}")
+                print(f"FAILED {progress.failures[-1]}", flush=True)
+            progress.ran[way] += 1
+            progress.ran["launches"] += len(row.counts)
+        add_up(progress.totals, drawn.arch, emulated[drawn.arch].counts)
+        progress.problems += 1
+    else:
+        kept.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,30 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
     torch.set_num_threads(1)
-    emulated, totals, start = install(*CHIPS), dict[Key, Total](), time.monotonic()
-    for row in emulated.values():
-        row.detailed = True
-    ran, failures = Counter[str](), list[str]()
-    for number, (drawn, case) in enumerate(itertools.islice(problems(options.seed), options.problems)):
-        if time.monotonic() - start > 60 * options.minutes:
-            break
-        row = emulated[drawn.arch]
-        row.counts.clear()
-        try:
-            check(drawn, case, name_of(drawn.arch), row)
-        except Exception as error:  # whatever is thrown belongs in the result
-            failures.append(f"problem {number} {drawn}, Nq {case.query.shape[2]}, Nk {case.key.shape[2]}: {type(error).__name__}: {error}")
-            print(f"FAILED {failures[-1]}", flush=True)
-        ran[f"sm_{drawn.arch}"] += 1
-        ran["launches"] += len(row.counts)
-        add_up(totals, drawn.arch, row.counts)
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(ran.items()))
-    summary = f"seed {options.seed}: {ran.total() - ran['launches']} problems ({counts}), {len(failures)} failed"
-    print(text(totals))
-    print(f"{summary}, {time.monotonic() - start:.0f} s")
+    kept = CACHE / f"{options.problems}-problems-of-{options.seed}-{sources()}.pickle"
+    progress = pickle.loads(kept.read_bytes()) if kept.exists() else Progress()
+    run(progress, options.seed, options.problems, time.monotonic() + 60 * options.minutes, kept)
+    print(text(progress.totals))
+    print(progress.summary(options.seed))
     if options.write:
-        write(RESULTS, totals, summary)
-    return 1 if failures else 0
+        write(RESULTS, progress.totals, progress.summary(options.seed))
+    return 1 if progress.failures else 0
 
 
 if __name__ == "__main__":

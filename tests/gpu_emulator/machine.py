@@ -133,11 +133,13 @@ def run(launch: Launch) -> None:
     total = int(np.prod(launch.grid))
     each = max(1, LANES // launch.threads)
     waiting = [np.arange(start, min(start + each, total), dtype=np.uint32)[:, None] for start in range(0, total, each)]
+    launch.memory.begin()
     with np.errstate(all="ignore"):
         for programs in waiting:
             groups = [_new_group(launch, programs)]
             while groups:
                 groups += _run_until(groups.pop(), None)
+    launch.memory.finish()
 
 
 def _new_group(launch: Launch, programs: Array) -> Group:

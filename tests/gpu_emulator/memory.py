@@ -11,6 +11,7 @@ BASE = 0x7F00_0000_0000
 GUARD = 1024  # bytes before and after each allocation that belong to nobody
 ALIGNMENT = 1024  # an allocation keeps its address modulo this, on which alignment depends
 OUTSIDE, UNWRITTEN, WRITTEN = 0, 1, 3  # the state of a byte
+SEVERAL, SEVERAL_PROGRAMS = 63, -1  # who: several warps of a program, as the number of its warp; several programs
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
 
 
@@ -32,6 +33,42 @@ class Lanes(NamedTuple):
     warp: Array
     interval: int  # how many barriers the programs have passed
 
+    def code(self) -> Array:
+        """A code of each thread's program and warp; 0 is nobody's."""
+        return ((1 + self.program) * 64 + self.warp)[:, None]
+
+
+class Accesses:
+    """Who accessed every two bytes of memory last in this launch, and when."""
+
+    def __init__(self, size: int) -> None:
+        self.who = np.zeros(size // 2, np.int64)
+        self._when = np.zeros(size // 2, np.int32)
+
+    def check(self, halves: Array, lanes: Lanes, access: str) -> None:
+        """Two programs of a launch run at any time. Two warps of a program are in order only where a barrier lies between."""
+        self.check_programs(halves, lanes, access)
+        who = self.who[halves]
+        if ((who != 0) & (who != lanes.code()) & (self._when[halves] == lanes.interval)).any():
+            raise Fault("racecheck", f"{access} another warp at the same address, and no barrier between")
+
+    def check_programs(self, halves: Array, lanes: Lanes, access: str) -> None:
+        who = self.who[halves]
+        if ((who != 0) & (who // 64 != lanes.code() // 64)).any():
+            raise Fault("racecheck", f"{access} another program at the same address")
+
+    def note(self, halves: Array, lanes: Lanes) -> None:
+        who, mine = self.who[halves], lanes.code()
+        of_others = (who != 0) & (who // 64 != mine // 64)
+        before = (who == 0) | (who == mine) | (self._when[halves] != lanes.interval)
+        after = np.where(of_others, SEVERAL_PROGRAMS, np.where(before, mine, mine | SEVERAL))
+        self.who[halves], self._when[halves] = after, lanes.interval
+        found = self.who[halves]
+        if (lost := found != after).any():
+            same = lost & (found // 64 == after // 64)
+            self.who[halves[same]] = after[same] | SEVERAL
+            self.who[halves[lost & ~same]] = SEVERAL_PROGRAMS
+
 
 class Allocation(NamedTuple):
     name: str
@@ -41,7 +78,7 @@ class Allocation(NamedTuple):
 
 
 class GlobalMemory:
-    """One array of bytes, and beside it the state of each byte, and for every two bytes who wrote them when."""
+    """One array of bytes, and beside it the state of each byte, and who wrote and who read it."""
 
     def __init__(self) -> None:
         self._allocations: list[Allocation] = []
@@ -60,9 +97,7 @@ class GlobalMemory:
         for _, start, data, state in self._allocations:
             self.data[start : start + data.size] = data
             self.state[start : start + data.size] = WRITTEN if state is None else state
-        self._writer = np.zeros(self._size // 2, np.int64)  # 1 + program * 64 + warp; 0: nobody in this launch
-        self._interval = np.zeros(self._size // 2, np.int32)
-        self._was_written = False
+        self.stores, self.loads = Accesses(self._size), Accesses(self._size)
 
     def finish(self) -> None:
         """Give the owners their bytes back."""
@@ -79,8 +114,9 @@ class GlobalMemory:
         """(threads, count) elements of `size` bytes, adjacent for each thread."""
         index = self._index(addresses, size, count)
         self._check_state(index, size, "load")
-        if self._was_written:
-            self._check_writer(self._halves(index, size), lanes, "load of what it stored")
+        halves = self._halves(index, size)
+        self.stores.check(halves, lanes, "load and store by")
+        self.loads.note(halves, lanes)
         return self.data.view(UNSIGNED[size])[index]
 
     def store(self, addresses: Array, values: Array, lanes: Lanes) -> None:
@@ -90,18 +126,15 @@ class GlobalMemory:
         if outside.any():
             raise Fault("memcheck", f"store outside every tensor, {describe(addresses, outside)}")
         halves = self._halves(index, size)
-        if self._was_written:
-            self._check_writer(halves, lanes, "store over what it stored")
+        self.stores.check(halves, lanes, "two stores, one by")
+        self.loads.check(halves, lanes, "store and load by")
         data = self.data.view(UNSIGNED[size])
         data[index] = values
         if (differs := data[index] != values).any():
             raise Fault("repeatability", f"threads store different values to one address, {describe(addresses, differs)}")
         self.state.view(UNSIGNED[size])[index] = _repeated(WRITTEN, size)
-        self._writer[halves] = (1 + lanes.program * 64 + lanes.warp)[:, None]
-        if ((self._writer[halves] - 1) // 64 != lanes.program[:, None]).any():
-            raise Fault("racecheck", "another program's store at the same address")
-        self._interval[halves] = lanes.interval
-        self._was_written = True
+        self.stores.note(halves, lanes)
+        self.stores.check_programs(halves, lanes, "two stores, one by")
 
     def _index(self, addresses: Array, size: int, count: int) -> Array:
         offsets = addresses.astype(np.int64) - BASE
@@ -127,16 +160,6 @@ class GlobalMemory:
         kind = "outside every tensor" if outside.any() else "of memory that was never written"
         wrong = outside if outside.any() else states != _repeated(WRITTEN, size)
         raise Fault("memcheck", f"{access} {kind}, {describe(index * size + BASE, wrong)}")
-
-    def _check_writer(self, halves: Array, lanes: Lanes, access: str) -> None:
-        """Two programs of a launch run at any time. Two warps of a program are in order only where a barrier lies between."""
-        writer = self._writer[halves]
-        foreign = (writer > 0) & ((writer - 1) // 64 != lanes.program[:, None])
-        if foreign.any():
-            raise Fault("racecheck", f"another program's {access}")
-        recent = (writer > 0) & ((writer - 1) % 64 != lanes.warp[:, None]) & (self._interval[halves] == lanes.interval)
-        if recent.any():
-            raise Fault("racecheck", f"another warp's {access}, and no barrier between")
 
 
 def _repeated(byte: int, size: int) -> int:

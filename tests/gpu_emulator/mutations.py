@@ -1,16 +1,23 @@
 """Planted mistakes: every place in a kernel where one of five kinds of mistake can be made, and the kernel with it.
 
 Some changes are no mistakes, and none can be caught. Which these are is decided here, by rules on the code or on what the run has met:
-a barrier with no access to memory between it and the next, or where one warp does what comes before and after; a wait while nothing is
-under way; a bound that no element is equal to; two fragment registers that are one; a zero that no sum begins with, or that nothing reads
-before it is written over. Where a bound or a zero decides on values alone, and not on what is accessed, it is no mistake either if every
-bit of the results is what it was: another bound covers it, or the value is multiplied by 0 before anything is added.
+
+- a barrier that the run does not need, by witness.py;
+- a wait while nothing is under way, or one before a later wait for as much, where nothing on the way there names a register of the products
+  under way. That nothing is written over what they read in shared memory, the run checks, and test_checks.py that it does;
+- a bound that no element is equal to;
+- two fragment registers that hold the same;
+- a zero that no sum begins with, or that nothing reads before it is written over.
+
+Where a bound or a zero decides on values alone, and not on what is accessed, it is no mistake either if every bit of the results is what it
+was: another bound covers it, or the value is multiplied by 0 before anything is added.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,15 +25,13 @@ import numpy as np
 
 from .arithmetic import ARITHMETIC, Operation
 from .memory import Array
-from .parser import Immediate, Instruction, Kernel, Vector
+from .parser import Address, Immediate, Instruction, Kernel, Operand, Register, Symbol, Vector
 from .translate import Step, Translator, instruction
 
 if TYPE_CHECKING:
     from .machine import Group
 
 KINDS = ("barrier dropped", "wait one too few", "fragments swapped", "bound off by one", "accumulator not zero")
-MEMORY = re.compile(r"ld\.(global|shared|volatile)|st\.|[ls][dt]matrix|cp\.async|wgmma\.mma|mbarrier")
-OF_ONE_WARP = re.compile(r"mbarrier\.arrive\.expect_tx|cp\.async\.bulk")  # one thread starts tensor copies, the same each time
 NEXT_TO = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 
@@ -62,9 +67,9 @@ def sites(kernel: Kernel) -> Iterator[Site]:
 
 def _kind(kernel: Kernel, at: int, each: Instruction) -> str | None:
     if each.opcode == "bar.sync":
-        return "barrier dropped" if _matters(kernel, at) else None
+        return "barrier dropped"
     if re.match(r"(cp\.async|wgmma)\.wait_group", each.opcode):
-        return "wait one too few"
+        return None if each.opcode.startswith("wgmma") and _waited_for_later(kernel, at) else "wait one too few"
     if each.opcode.startswith("mma.sync") or each.opcode.startswith("wgmma.mma") and isinstance(each.operands[1], Vector):
         a = each.operands[1]
         assert isinstance(a, Vector)
@@ -105,23 +110,51 @@ def decides_on_values_alone(kernel: Kernel, site: Site) -> bool:
     return not any(each.guard in known for each in kernel.instructions) and not any(known & set(each.operands) for each in integers)
 
 
-def _matters(kernel: Kernel, at: int) -> bool:
-    """Whether there is an access to memory before the next barrier, and since the last one."""
-    nearest = []
-    for side in (kernel.instructions[at + 1 :], reversed(kernel.instructions[:at])):
-        for each in side:
-            if each.opcode == "bar.sync":
-                return False
-            if MEMORY.match(each.opcode):
-                nearest.append(each.opcode)
-                break
-    return not all(map(OF_ONE_WARP.match, nearest))
+def _waited_for_later(kernel: Kernel, at: int) -> bool:
+    """Whether every way on from a wait comes to one for as much before an instruction that names a register of a product before it."""
+    each, products = kernel.instructions, set[Operand]()
+    for before in _reached(kernel, at, backwards=True):
+        if "wgmma.mma" in each[before].opcode:
+            products |= _registers([one for one in each[before].operands[:2] if isinstance(one, Vector)])
+    left = each[at].operands[0]
+    assert isinstance(left, Immediate)
+    for after in _reached(kernel, at, backwards=False):
+        if each[after].opcode in ("ret", "exit") or products & _registers(each[after].operands):
+            return False
+    return True
+
+
+def _reached(kernel: Kernel, at: int, backwards: bool) -> set[int]:
+    """The instructions between a wait for products and the next for as much, or the last, on every way."""
+    each, steps = kernel.instructions, defaultdict[int, list[int]](list)
+    for number, one in enumerate(each):
+        ways = [] if one.opcode in ("ret", "exit") or one.opcode.startswith("bra") and one.guard is None else [number + 1]
+        if one.opcode.startswith("bra"):
+            label = one.operands[0]
+            assert isinstance(label, (Symbol, Register))
+            ways.append(kernel.labels[label.name])
+        for way in ways:
+            steps[way if backwards else number].append(number if backwards else way)
+    found, waiting, left = set[int](), steps[at][:], each[at].operands[0]
+    while waiting:
+        number = waiting.pop()
+        one = each[number]
+        if number in found or one.opcode == each[at].opcode and one.operands[0].value <= left.value:  # type: ignore[union-attr]
+            continue
+        found.add(number)
+        waiting += steps[number]
+    return found
+
+
+def _registers(operands: Sequence[Operand]) -> set[Operand]:
+    flat = [part for operand in operands for part in (operand.elements if isinstance(operand, Vector) else (operand,))]
+    return {part.base if isinstance(part, Address) else part for part in flat if not isinstance(part, Immediate)}
 
 
 def mutant(kernel: Kernel, site: Site) -> Kernel:
     """The kernel with the mistake. MET says afterwards whether the run met what it changes."""
     each = kernel.instructions[site.at]
-    MET.anything = site.kind == "fragments swapped" or each.opcode.startswith("wgmma.mma")
+    MET.anything = site.kind == "accumulator not zero" and each.opcode.startswith("wgmma.mma")
     changed = kernel.instructions[:]
     changed[site.at] = _changed(each, site.kind)
     return replace(kernel, instructions=changed)
@@ -136,7 +169,7 @@ def _changed(each: Instruction, kind: str) -> Instruction:
         a = each.operands[1]
         assert isinstance(a, Vector)
         swapped = Vector((a.elements[1], a.elements[0], *a.elements[2:]))
-        return each._replace(operands=(each.operands[0], swapped, *each.operands[2:]))
+        return each._replace(opcode=f"mutant.{each.opcode}", operands=(each.operands[0], swapped, *each.operands[2:]))
     if kind == "bound off by one":
         return each._replace(opcode=f"mutant.{each.opcode}")
     if each.opcode == "mov.b32":
@@ -167,6 +200,18 @@ def nothing(translator: Translator, each: Instruction, match: re.Match[str]) -> 
         MET.anything = True
 
     return Step(run, ())
+
+
+@instruction(r"mutant\.(mma\.sync|wgmma\.mma_async)\..*")
+def swapped(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
+    step = translator.step(each._replace(opcode=each.opcode.removeprefix("mutant.")))
+    first, second = translator.elements(each.operands[1], "b32")[:2]
+
+    def run(group: Group, active: Array | None) -> None:
+        MET.anything |= bool(np.any(group.registers[first] != group.registers[second]))
+        step.run(group, active)
+
+    return step._replace(run=run)
 
 
 @instruction(r"mutant\.one")

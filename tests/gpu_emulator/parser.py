@@ -6,7 +6,6 @@ Nothing is interpreted here. What the grammar of a statement does not cover is r
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -102,7 +101,7 @@ PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(?:\s+\.ptr(?:\
 THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
 VARIABLE = re.compile(r"(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)\[(\d*)\];")
 LABEL = re.compile(r"([\w$]+):")
-LINES_WITHOUT_END = re.compile(r"^\s*\.(?:loc|file)\b.*$", re.M)  # directives that end with their line
+LINES_WITHOUT_END = re.compile(r"^[ \t]*\.(?:loc|file)\b.*$", re.M)  # directives that end with their line
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
 
@@ -227,12 +226,8 @@ class _Body:
             return Immediate(int(literal[1] or literal[2], 16), 32 if literal[1] else 64)
         if INTEGER.match(text):
             return Immediate(int(text.rstrip("U"), 0))
-        if re.fullmatch(r"-?\d+\.\d*(?:[eE]-?\d+)?", text):
-            return Immediate(struct.unpack("<Q", struct.pack("<d", float(text)))[0], 64)
         if re.fullmatch(r"%[a-z_]+(?:\.[xyz])?", text) and self._scoped(text) == text and text not in self.kernel.registers:
             return Special(text)
-        if text == "WARP_SZ":
-            return Immediate(32)
         name = self._scoped(text)
         if text.startswith("%") or text == "_" or name in self.kernel.registers:
             return Register(name)

@@ -16,13 +16,14 @@ from .memory_access import Place
 from .parser import Address, Instruction
 from .shared import BASE
 from .translate import PARAMETER_BASE, Step, Translator, instruction
+from .warps import by_warp
 
 if TYPE_CHECKING:
     from .machine import Group
 
 
 class TensorMap(NamedTuple):
-    """A tensor and the blocks that it is copied in, innermost axis first, 5.5. Strides are in bytes."""
+    """A tensor and the blocks that it is copied in, innermost axis first. Strides are in bytes."""
 
     address: int
     sizes: tuple[int, ...]
@@ -35,16 +36,15 @@ class TensorMap(NamedTuple):
         """Of each element of the block, outermost axis first: its address, and whether it lies inside the tensor."""
         inside: Array = np.ones((), bool)
         address: Array = np.full((), self.address, np.int64)
-        axes = len(self.sizes)
         for axis, (start, length, size, stride) in enumerate(zip(corner, self.block, self.sizes, self.strides, strict=True)):
             at = (int(start) + np.arange(length)).reshape(-1, *[1] * axis)
             inside = inside & (at >= 0) & (at < size)
             address = address + at * stride
-        return address.reshape(-1), np.broadcast_to(inside, self.block[::-1] if axes else ()).reshape(-1)
+        return address.reshape(-1), np.broadcast_to(inside, self.block[::-1]).reshape(-1)
 
 
 def swizzled(addresses: Array, mode: int) -> Array:
-    """Where an address of a swizzled tile lies, 5.5.7: 16-byte pieces are permuted by the rows that they are in."""
+    """Where an address of a swizzled tile lies, "Swizzling Modes": 16-byte pieces are permuted by the rows that they are in."""
     if mode == 0:
         return addresses
     return addresses ^ (((addresses >> 7) & (2**mode - 1)) << 4)
@@ -58,14 +58,14 @@ class Barrier:
         self.count, self.arrivals, self.bytes, self.phase = (np.zeros(programs, np.int64) for _ in range(4))
         self.copies: list[Copy] = []
         self.tried = np.zeros(programs, bool)
-        self.maker, self.made, self.used = 0, -1, -1  # the warp that made it; the intervals between barriers of that and of the last wait
+        self.waited = -1  # the interval between barriers of the last wait
 
     def rows(self, chosen: Array) -> Barrier:
         part = Barrier(0)
         for name in ("valid", "count", "arrivals", "bytes", "phase", "tried"):
             setattr(part, name, getattr(self, name)[chosen])
         part.copies = [copy.rows(chosen) for copy in self.copies]
-        part.maker, part.made, part.used = self.maker, self.made, self.used
+        part.waited = self.waited
         return part
 
     def turn(self) -> None:
@@ -85,16 +85,19 @@ class Barriers:
         part.by_address = {address: barrier.rows(chosen) for address, barrier in self.by_address.items()}
         return part
 
-    def at(self, group: Group, place: Place, active: Array | None, made: bool = True) -> Barrier:
-        """The one that all threads name."""
-        addresses, rows = place.of(group, active), group.rows(active)
-        if (addresses != addresses[0]).any() or addresses[0] % 8:
+    def at(self, group: Group, place: Place, active: Array | None) -> tuple[Barrier, Array]:
+        """The one that all threads name, and where it is in shared memory, in units of 8 bytes."""
+        addresses = place.of(group, active)
+        if (addresses != addresses[0]).any():
             raise Fault("refused", "threads that name different mbarriers")
-        barrier = self.by_address.setdefault(int(addresses[0]), Barrier(self.programs))
-        if made and not barrier.valid[rows].all():
+        index = group.shared.index(group.rows(active), addresses, 8, 1)
+        return self.by_address.setdefault(int(addresses[0]), Barrier(self.programs)), index
+
+    def used(self, group: Group, place: Place, active: Array | None) -> Barrier:
+        barrier, index = self.at(group, place, active)
+        if not barrier.valid[group.rows(active)].all():
             raise Fault("memcheck", "use of an mbarrier that is not initialised")
-        if made and barrier.made == group.interval and (group.warp(active) != barrier.maker).any():
-            raise Fault("racecheck", "use of an mbarrier that another warp initialised, and no barrier between")
+        group.shared.use_mbarrier(index, group.warp(active))
         return barrier
 
 
@@ -108,18 +111,19 @@ def initialise(translator: Translator, each: Instruction, match: re.Match[str]) 
     count = translator.slot(each.operands[1], "b32") if match[1] == "init" else None
 
     def run(group: Group, active: Array | None) -> None:
-        rows = group.rows(active)
-        barrier = group.barriers.at(group, place, active, made=count is None)
+        rows, warp = group.rows(active), group.warp(active)
+        barrier, index = group.barriers.at(group, place, active)
         if count is None:
-            if barrier.used == group.interval and group.warps > 1:
-                raise Fault("racecheck", "an mbarrier ends where other warps may still wait for it")
+            if not barrier.valid[rows].all():
+                raise Fault("memcheck", "the end of an mbarrier that is not initialised")
             if any(len(copy.row) for copy in barrier.copies):
                 raise Fault("racecheck", "an mbarrier ends before the copies that it counts")
             barrier.valid[rows] = False
+            group.shared.end_mbarrier(index, warp)
             return
+        group.shared.begin_mbarrier(index, warp)
         barrier.count[rows] = barrier.arrivals[rows] = group.pick(group.registers[count], active)
         barrier.bytes[rows], barrier.phase[rows], barrier.valid[rows] = 0, 0, True
-        barrier.maker, barrier.made = int(group.warp(active)[0]), group.interval
 
     return Step(run, ())
 
@@ -132,7 +136,7 @@ def arrive(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 
     def run(group: Group, active: Array | None) -> None:
         rows = group.rows(active)
-        barrier = group.barriers.at(group, place, active)
+        barrier = group.barriers.used(group, place, active)
         if expected is not None:
             np.add.at(barrier.bytes, rows, group.pick(group.registers[expected], active).astype(np.int64))
         np.subtract.at(barrier.arrivals, rows, 1)
@@ -150,9 +154,11 @@ def try_wait(translator: Translator, each: Instruction, match: re.Match[str]) ->
     parity = translator.slot(each.operands[2], "b32")
 
     def run(group: Group, active: Array | None) -> None:
+        if active is not None and not by_warp(group, active).any(2).all():
+            raise Fault("refused", "a wait for an mbarrier by some warps of a program")  # the others could not see what it waits for
         rows = group.rows(active)
-        barrier = group.barriers.at(group, place, active)
-        barrier.used = group.interval
+        barrier = group.barriers.used(group, place, active)
+        barrier.waited = group.interval
         wanted = np.zeros(group.shape[0], np.int64)
         wanted[rows] = group.pick(group.registers[parity], active) & 1
         if not barrier.tried.all():
@@ -191,16 +197,20 @@ def copy_tensor(translator: Translator, each: Instruction, match: re.Match[str])
 
     def run(group: Group, active: Array | None) -> None:
         rows, warp = group.rows(active), group.warp(active)
-        barrier = group.barriers.at(group, barrier_place, active)
+        barrier = group.barriers.used(group, barrier_place, active)
         maps = {int(at) for at in source.of(group, active)}
         if len(maps) > 1:
             raise Fault("refused", "threads that name different tensor maps")
+        if barrier.waited == group.interval and group.warps > 1:
+            raise Fault("racecheck", "a tensor copy for an mbarrier where other warps may still wait for the one before")
         tensor = group.launch.tensor_maps[maps.pop() - PARAMETER_BASE]
         corners = np.stack([group.pick(group.registers[slot], active).view(np.int32) for slot in corner_slots], 1)
         lanes = group.lanes(active)
         for at, start in enumerate(to.of(group, active).astype(np.int64)):
             copy = _block(group, tensor, corners[at], int(rows[at]), int(warp[at]), int(start), lanes.program[at : at + 1])
             group.shared.begin_copy(copy.places(group), copy.warp)
+            if group.shared.unfenced[copy.places(group)].any():
+                raise Fault("racecheck", "a tensor copy over what threads stored to shared memory, and no fence.proxy.async between")
             barrier.copies.append(copy)
 
     return Step(run, ())

@@ -7,6 +7,7 @@ from tests.gpu_emulator import machine
 from tests.gpu_emulator.counters import Counts
 from tests.gpu_emulator.memory import Fault, GlobalMemory
 from tests.gpu_emulator.parser import Refused, parse
+from tests.gpu_emulator.tensor_copies import TensorMap
 
 pytestmark = pytest.mark.promise("compiled code")
 MODULE = """
@@ -14,7 +15,7 @@ MODULE = """
 .target sm_90a
 .address_size 64
 .extern .shared .align 16 .b8 memory[];
-.visible .entry tried(.param .u64 data) .reqntid 64
+.visible .entry tried(.param .u64 data) .reqntid THREADS
 {
     .reg .pred %p<9>;
     .reg .b32 %r<40>;
@@ -35,19 +36,18 @@ MODULE = """
 OWN, OTHERS = "%r5", "%r7"  # a word of shared memory of each thread, and that of a thread of the other warp
 
 
-def run(body, programs=1, shared=256, holds=None):
-    """What 64 words of memory hold afterwards."""
-    (kernel,) = parse(MODULE.replace("BODY", body)).values()
+def run(body, programs=1, shared=256, holds=None, threads=64):
+    """What 64 words of memory hold afterwards, which are a tensor of one axis too, copied by 32."""
+    (kernel,) = parse(MODULE.replace("THREADS", str(threads)).replace("BODY", body)).values()
     data = np.arange(64, dtype=np.uint32)
     memory = GlobalMemory()
     state = None if holds is None else np.where(np.arange(256) < holds, 3, 1).astype(np.uint8)
     address = memory.add(data.view(np.uint8), 0, state)
     launch = machine.Launch(
-        machine.Compiled.of(kernel), (programs, 1, 1), 64, shared, address.to_bytes(8, "little"), {}, memory, Counts(detailed=True)
+        machine.Compiled.of(kernel), (programs, 1, 1), threads, shared, address.to_bytes(8, "little"),
+        {0: TensorMap(address, (64,), (4,), (32,), 4, 0)}, memory, Counts(detailed=True),
     )  # fmt: skip
-    memory.begin()
     machine.run(launch)
-    memory.finish()
     return data
 
 
@@ -58,6 +58,11 @@ UNKNOWN = "frobnicate.b32 %r8, %r1;", "add.sat.s32 %r8, %r1, %r2;", "mma.sync.al
 def test_an_opcode_that_is_not_known_is_refused_by_name_and_line(line):
     with pytest.raises(Refused, match=rf"line 20: {line.split()[0]}".replace(".", r"\.")):
         run(line)
+
+
+def test_lines_are_counted_past_those_that_say_where_code_comes_from():
+    with pytest.raises(Refused, match="line 23: frobnicate"):
+        run("\n\n.loc 1 2 3\nfrobnicate.b32 %r8, %r1;")
 
 
 def test_threads_that_branch_apart_meet_again():
@@ -108,6 +113,18 @@ def test_a_copy_reads_a_part_of_its_bytes_and_the_rest_are_zeros():
 COPY = f"cp.async.ca.shared.global [{OWN}], [%rd2], 4; cp.async.commit_group; WAIT ld.shared.b32 %r8, [{OWN}];"
 BARRIER = "add.s32 %r9, %r3, 128; setp.eq.s32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r9], 1; bar.sync 0; "
 WAIT = "again: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r9], 0; @!%p2 bra again;"
+ARRIVE = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r9]; "
+SENT = """
+    mov.b64 %rd4, data; mov.b32 %r10, 16;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r9], 128;
+    @%p1 cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes [%r3], [%rd4, {%r10}], [%r9]; """
+FIRST_WORDS = f"setp.lt.u32 %p3, %r1, 32; @%p3 st.shared.b32 [{OWN}], %r1;"
+# Two matrices of 8 rows of 16 bytes, of zeros, in 256 bytes; and a product with that of 64 rows in registers.
+ZEROS = f"mov.b32 %r8, 0; setp.lt.u32 %p3, %r1, 64; @%p3 st.shared.b32 [{OWN}], %r8; fence.proxy.async.shared::cta; bar.sync 0;"
+PRODUCT = f"""
+    mov.b64 %rd4, {64 | 8 << 16 | 16 << 32}; mov.pred %p4, 0; wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%r20, %r21, %r22, %r23}}, {{%r8, %r8, %r8, %r8}}, %rd4, %p4, 1, 1, 0;
+    wgmma.commit_group.sync.aligned; """
 WRONG = {
     "a store past the end": ("memcheck", "st.global.b32 [%rd2+4], %r1;"),
     "a load before the start": ("memcheck", "ld.global.b32 %r8, [%rd2+-4];"),
@@ -121,6 +138,8 @@ WRONG = {
     "a copy that outlives the program": ("racecheck", f"cp.async.ca.shared.global [{OWN}], [%rd2], 4;"),
     "a warp that reads what another stored to global memory": ("racecheck", "st.global.b32 [%rd2], %r1; xor.b32 %r8, %r1, 32;"
                                                                 "mad.wide.u32 %rd3, %r8, 4, %rd1; ld.global.b32 %r9, [%rd3];"),
+    "a warp that stores over what another loads from global memory": ("racecheck", "xor.b32 %r8, %r1, 32; mad.wide.u32 %rd3, %r8, 4, %rd1;"
+                                                                      "ld.global.b32 %r9, [%rd3]; st.global.b32 [%rd2], %r9;"),
     "different values at one address": ("repeatability", "st.global.b32 [%rd1], %r1;"),
     "different values at one address of shared memory": ("repeatability", "st.shared.b32 [%r3], %r1;"),
     "a copy that reads more bytes than it writes": ("memcheck", f"cp.async.ca.shared.global [{OWN}], [%rd2], 4, 5;"),
@@ -129,7 +148,28 @@ WRONG = {
     "a shuffle of half a warp": ("deadlock", "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1;"),
     "an mbarrier at which nobody arrives": ("deadlock", BARRIER + WAIT),
     "an mbarrier that nobody made": ("memcheck", "add.s32 %r9, %r3, 128; " + WAIT),
+    "an mbarrier that another warp made": ("racecheck", BARRIER.replace("bar.sync 0;", "") + WAIT),
+    "an mbarrier that ends while others wait for it": ("racecheck", BARRIER + ARRIVE + WAIT + "@%p1 mbarrier.inval.shared::cta.b64 [%r9];"),
+    "an mbarrier where others still load": ("racecheck", f"st.shared.b32 [{OWN}], %r1; bar.sync 0; ld.shared.b32 %r8, [{OWN}];" + BARRIER),
+    "an mbarrier where others stored": ("racecheck", f"st.shared.b32 [{OWN}], %r1;" + BARRIER),
+    "a store over an mbarrier": ("racecheck", BARRIER + f"st.shared.b32 [{OWN}], %r1;"),
+    "a wait of one warp": ("refused", BARRIER + ARRIVE + "setp.lt.u32 %p3, %r1, 32;" + WAIT.replace(": ", ": @%p3 ")),
+    "a copy over what another warp stored": ("racecheck", f"st.shared.b32 [{OTHERS}], %r1;"
+                                             + COPY.replace("WAIT", "cp.async.wait_group 0;")),
+    "a tensor copy over what threads stored": ("racecheck", FIRST_WORDS + BARRIER + SENT),
+    "a tensor copy where another warp stored": ("racecheck", f"{BARRIER} setp.ge.u32 %p3, %r1, 32; @%p3 st.shared.b32 [{OTHERS}], %r1;"
+                                                        "fence.proxy.async;" + SENT),
+    "a tensor copy that is not waited for": ("racecheck", BARRIER + SENT + f"@%p1 ld.shared.b32 %r8, [{OWN}];"),
+    "a tensor copy while others wait for the one before": ("racecheck", BARRIER + SENT + WAIT + SENT),
 }  # fmt: skip
+WRONG_PRODUCTS = {
+    "no fence for what threads stored": ZEROS.replace("fence.proxy.async.shared::cta;", "") + PRODUCT,
+    "no barrier after what threads stored": ZEROS.replace("bar.sync 0;", "") + PRODUCT,
+    "an operand that is stored over": ZEROS + PRODUCT + f"@%p3 st.shared.b32 [{OWN}], %r8; wgmma.wait_group.sync.aligned 0;",
+    "a fragment that is written over": ZEROS + PRODUCT + "mov.b32 %r8, 1; wgmma.wait_group.sync.aligned 0;",
+    "a sum that is written over": ZEROS + PRODUCT + "mov.b32 %r20, 1; wgmma.wait_group.sync.aligned 0;",
+    "no wait": ZEROS + PRODUCT,
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -140,6 +180,24 @@ def test_what_is_wrong_is_found_and_the_instruction_named(name):
     assert raised.value.kind == kind, raised.value
 
 
+@pytest.mark.parametrize("name", WRONG_PRODUCTS)
+def test_wrong_products_of_a_warpgroup_are_found(name):
+    with pytest.raises(Fault, match="racecheck"):
+        run(WRONG_PRODUCTS[name], threads=128)
+
+
+def test_a_product_of_a_warpgroup_holds_nan_until_it_is_waited_for():
+    body = ZEROS + PRODUCT + "mov.b32 %r24, %r20; wgmma.wait_group.sync.aligned 0; or.b32 %r25, %r20, %r1; @%p3 st.global.b32 [%rd2], "
+    assert np.isnan(run(body + "%r24;", threads=128).view(np.float32)).all()
+    assert (run(body + "%r25;", threads=128) == np.arange(64)).all()
+
+
+def test_a_tensor_copy_lands_at_its_mbarrier():
+    read = f"setp.lt.u32 %p3, %r1, 32; @%p3 ld.shared.b32 %r8, [{OWN}]; @%p3 st.global.b32 [%rd2], %r8;"
+    for before in ("", FIRST_WORDS + "fence.proxy.async;"):
+        assert (run(before + BARRIER + SENT + WAIT + read)[:32] == np.arange(16, 48)).all()
+
+
 def test_a_load_of_memory_that_holds_nothing_is_found():
     body = "ld.global.b32 %r8, [%rd2]; st.global.b32 [%rd2], %r8;"
     assert (run(body, holds=256) == np.arange(64)).all()
@@ -147,11 +205,20 @@ def test_a_load_of_memory_that_holds_nothing_is_found():
         run(body, holds=128)
 
 
-def test_two_programs_that_store_to_one_address_are_found():
+OF_THE_FIRST, OF_THE_SECOND = "setp.eq.u32 %p1, %r2, 0; @%p1 ", "setp.eq.u32 %p1, %r2, 1; @%p1 "
+STORE, LOAD = "st.global.b32 [%rd2], %r1; ", "ld.global.b32 %r8, [%rd2]; "
+
+
+@pytest.mark.parametrize("body", [STORE, OF_THE_FIRST + STORE + OF_THE_SECOND + LOAD, OF_THE_FIRST + LOAD + OF_THE_SECOND + STORE])
+def test_two_programs_that_use_one_address_are_found(body):
+    """In whatever order they come to it."""
     with pytest.raises(Fault, match="racecheck.*another program"):
-        run("st.global.b32 [%rd2], %r1;", programs=2)
+        run(body, programs=2)
+
+
+def test_two_programs_may_load_from_one_address():
+    assert (run(LOAD, programs=2) == np.arange(64)).all()
 
 
 def test_an_mbarrier_completes_when_enough_threads_arrived():
-    arrive = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r9]; "
-    assert (run(BARRIER + arrive + WAIT + "st.global.b32 [%rd2], %r1;") == np.arange(64)).all()
+    assert (run(BARRIER + ARRIVE + WAIT + "st.global.b32 [%rd2], %r1;") == np.arange(64)).all()

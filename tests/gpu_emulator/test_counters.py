@@ -1,5 +1,9 @@
 """What the kernels execute beside what they have to: tensor operations, exponentials and loads."""
 
+import pickle
+from itertools import count, islice
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -7,6 +11,7 @@ import triton.language as tl
 
 from smattn.kernels.tiles import Tile
 from smattn.testing import assert_within_budget, make_case, run
+from tests.gpu_emulator import emulate
 from tests.gpu_emulator.compile import launch
 from tests.gpu_emulator.counters import Counts
 from tests.gpu_emulator.emulate import HEAD, Key, Total, add_up, rows, text
@@ -32,6 +37,22 @@ def test_loads_of_single_elements_are_told_from_those_of_16_bytes(dtype, arch):
         assert torch.equal(out[:N], x[:N]) and not out[N:].any()
         assert counts.widths == {("from_ptr", width): 1024 * dtype.itemsize // (32 * width)}
         assert counts.bytes_a_thread("from_ptr") == width
+
+
+def test_a_run_that_was_stopped_goes_on_and_says_what_did_not_run(monkeypatch, tmp_path):
+    """Time passes once for each specialisation, of ten problems."""
+    ran, progress, kept = [], emulate.Progress(), tmp_path / "kept"
+    clock = count()
+    monkeypatch.setattr(emulate, "install", lambda *archs: ROWS)
+    monkeypatch.setattr(emulate, "check", lambda drawn, case, name, row: ran.append(case.rng))
+    monkeypatch.setattr(emulate, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(emulate, "shutil", SimpleNamespace(which=lambda name: None))
+    emulate.run(progress, seed=3, count=40, until=1, kept=kept)
+    assert progress.problems == 20 == len(ran)
+    progress = pickle.loads(kept.read_bytes())
+    emulate.run(progress, seed=3, count=40, until=float("inf"), kept=kept)
+    assert progress.problems == 40 and ran == [case.rng for _, case in islice(emulate.problems(3), 40)]
+    assert not kept.exists() and progress.summary(3).endswith("0 failed; no CUDA C++ kernel ran, since there is no nvcc here")
 
 
 @pytest.mark.slow

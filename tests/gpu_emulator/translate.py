@@ -73,7 +73,8 @@ class Translator:
             width = self.kernel.type_of(operand.name) if operand.name != "_" else kind
             return self._find(operand, np.bool_(False) if width == "pred" else np.uint64(2**64 - 1), SIZES[width], width == "pred")
         if isinstance(operand, Immediate):
-            return self._find((operand.value, kind), self._literal(operand, kind), SIZES[kind] if kind != "bf16" else 2, kind == "pred")
+            value = np.uint64(operand.value % 2**64) if kind != "pred" else operand.value != 0
+            return self._find((operand.value, kind), value, SIZES[kind], kind == "pred")
         if isinstance(operand, Symbol):
             return self._find((operand, kind), np.uint64(self.address_of(operand)), SIZES[kind], False)
         raise Refused(f"operand {operand} where a value is expected")
@@ -84,11 +85,6 @@ class Translator:
             value = np.asarray(value).astype(np.bool_ if is_predicate else UNSIGNED[size])
             self.initial.append(value.reshape(1, 1))
         return self.slots[key]
-
-    def _literal(self, operand: Immediate, kind: str) -> Any:
-        if operand.bits == 64 and kind == "f32":  # written as a decimal
-            return np.uint64(np.float32(np.uint64(operand.value).view(np.float64)).view(np.uint32))
-        return np.uint64(operand.value % 2**64) if kind != "pred" else operand.value != 0
 
     def address_of(self, symbol: Symbol) -> int:
         if symbol.name in self.kernel.shared:
@@ -134,14 +130,14 @@ class Translator:
     def _steps(self, each: Instruction) -> tuple[Run, Run]:
         """The step as it is, and for groups with a mask."""
         try:
-            step = self._step(each)
+            step = self.step(each)
         except (Refused, KeyError, ValueError, AssertionError) as error:
             raise Refused(f"{each}: {error or type(error).__name__}") from error
         guard = None if each.guard is None else self.slot(each.guard, "pred")
         plain = step.run if guard is None else where_active(step, guard, each.guard_negated)
         return plain, where_active(step, guard, each.guard_negated)
 
-    def _step(self, each: Instruction) -> Step:
+    def step(self, each: Instruction) -> Step:
         if each.opcode in ARITHMETIC:
             return self._arithmetic(each)
         for pattern, builder in UNITS:

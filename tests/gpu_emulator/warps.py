@@ -30,12 +30,11 @@ def full_warps(active: Array | None, name: str) -> None:
             raise Fault("deadlock", f"{name} of a whole warp, whose lanes are not all there")
 
 
-@instruction(r"shfl\.sync\.(bfly|idx|up|down)\.b32")
+@instruction(r"shfl\.sync\.(bfly|idx)\.b32")
 def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Each lane reads another's register. Operand c clamps the lane to a segment; where it lies outside, a lane reads itself."""
     to, inside = results_of(translator, each.operands[0], "b32")
     source, by, clamp = (translator.slot(operand, "b32") for operand in each.operands[1:4])
-    mode = match[1]
 
     def run(group: Group, active: Array | None) -> None:
         full_warps(active, "shfl.sync")
@@ -44,8 +43,8 @@ def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> 
         segment = (c >> 8) & 31
         last = (lane & segment) | (c & 31 & ~segment)
         first = lane & segment
-        wanted = {"bfly": lane ^ b, "idx": first | (b & ~segment), "up": lane - b, "down": lane + b}[mode]
-        found = wanted >= last if mode == "up" else wanted <= last
+        wanted = lane ^ b if match[1] == "bfly" else first | (b & ~segment)
+        found = wanted <= last
         values = by_warp(group, group.registers[source])
         group.registers[to] = np.take_along_axis(values, np.where(found, wanted, lane), 2).reshape(group.shape)
         if inside is not None:
@@ -54,19 +53,16 @@ def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> 
     return Step(run, (to,) if inside is None else (to, inside))
 
 
-REDUCTIONS = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce, "and": np.bitwise_and.reduce}
-
-
-@instruction(r"redux\.sync\.(max|min|add|or|and)\.([sub]32)")
+@instruction(r"redux\.sync\.(max|min)\.s32")
 def reduce(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Of the integers of all lanes, to all of them."""
     to, source = (translator.slot(operand, "b32") for operand in each.operands[:2])
-    combine, kind = REDUCTIONS[match[1]], np.int32 if match[2] == "s32" else np.uint32
+    combine = np.max if match[1] == "max" else np.min
 
     def run(group: Group, active: Array | None) -> None:
         full_warps(active, "redux.sync")
-        values = by_warp(group, group.registers[source]).view(kind)
-        total = combine(values, axis=2, keepdims=True).astype(kind).view(np.uint32)
+        values = by_warp(group, group.registers[source]).view(np.int32)
+        total = combine(values, axis=2, keepdims=True).view(np.uint32)
         group.registers[to] = np.broadcast_to(total, values.shape).reshape(group.shape)
 
     return Step(run, (to,))
@@ -86,24 +82,7 @@ def elect(translator: Translator, each: Instruction, match: re.Match[str]) -> St
     return Step(run, (to, chosen))
 
 
-@instruction(r"vote\.sync\.(ballot\.b32|any\.pred|all\.pred)")
-def vote(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
-    kind = "b32" if "ballot" in match[1] else "pred"
-    to, source = translator.slot(each.operands[0], kind), translator.slot(each.operands[1], "pred")
-
-    def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "vote.sync")
-        lanes = by_warp(group, group.registers[source])
-        if kind == "b32":
-            result = (lanes.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(2, dtype=np.uint32, keepdims=True)
-        else:
-            result = lanes.any(2, keepdims=True) if "any" in match[1] else lanes.all(2, keepdims=True)
-        group.registers[to] = np.broadcast_to(result, lanes.shape).reshape(group.shape)
-
-    return Step(run, (to,))
-
-
-@instruction(r"bar\.sync|barrier\.sync(?:\.aligned)?")
+@instruction(r"bar\.sync")
 def barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Only barrier 0 of all threads: a barrier of some warps belongs to warp specialisation, which no kernel here uses."""
     if each.operands != (Immediate(0),):

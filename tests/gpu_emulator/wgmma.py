@@ -16,7 +16,7 @@ from .arithmetic import from_bfloat
 from .matrix import matrix_of, multiply
 from .memory import UNSIGNED, Array, Fault
 from .parser import Immediate, Instruction, Vector
-from .shared import BASE, COPYING, OF_WARPGROUP, SEVERAL, UNWRITTEN
+from .shared import BASE
 from .tensor_copies import swizzled
 from .translate import Step, Translator, instruction
 
@@ -71,19 +71,10 @@ class Products:
                 raise Fault("racecheck", "a register of a wgmma was written before it was waited for")
         for slot in latest:
             group.registers[slot] = self.sums.pop(slot)
-        self._release(group, [places for product in complete for places in product.operands])
-
-    def _release(self, group: Group, done: list[Array]) -> None:
-        for places in done:
-            group.shared.held[places] = 0
-            groups = places.reshape(group.shape[0], -1, places.shape[-1])
-            for number in range(groups.shape[1]):
-                before = group.shared.reader[groups[:, number]]
-                own = OF_WARPGROUP + number
-                group.shared.reader[groups[:, number]] = np.where((before == 0) | (before == own), own, SEVERAL)
-        for product in (product for each in (*self.groups, self.loose) for product in each):
-            for places in product.operands:
-                group.shared.held[places] = 1
+        for places in (places for product in complete for places in product.operands):
+            group.shared.end_product(places)
+        for places in (places for each in (*self.groups, self.loose) for product in each for places in product.operands):
+            group.shared.held[places] = 1
 
     def check_end(self) -> None:
         if self.loose or self.groups:
@@ -125,7 +116,7 @@ class Layout(NamedTuple):
 
 
 def shared_matrix(group: Group, bits: Array, rows: int, kind: str, transposed: bool) -> tuple[Array, Array]:
-    """The matrix (programs, warpgroups, rows, k) that descriptors name, and the places of its bytes."""
+    """The matrix (programs, warpgroups, rows, k) that descriptors name, and the places of its bytes, which are read from now on."""
     size, columns = (4, 8) if kind == "tf32" else (2, 16)
     per_group = np.broadcast_to(bits, group.shape).reshape(group.shape[0], -1, WARPGROUP)
     if (per_group != per_group[:, :, :1]).any():
@@ -136,23 +127,11 @@ def shared_matrix(group: Group, bits: Array, rows: int, kind: str, transposed: b
     places = offsets + (np.arange(group.shape[0]) * group.shared.size)[:, None, None, None]
     places = np.broadcast_to(places, (group.shape[0], per_group.shape[1], rows, columns))
     every_byte = (places.reshape(*places.shape[:2], -1, 1) + np.arange(size)).reshape(*places.shape[:2], -1)
-    _check_operand(group, every_byte)
+    group.shared.begin_product(every_byte)
     words = group.shared.data.view(UNSIGNED[size])[places // size]
     if kind == "tf32":
         return (words & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64), every_byte
     return (words.view(np.float16) if kind == "f16" else from_bfloat(words)).astype(np.float64), every_byte
-
-
-def _check_operand(group: Group, places: Array) -> None:
-    codes = group.shared.writer[places]
-    if (codes & UNWRITTEN).any():
-        raise Fault("memcheck", "a wgmma reads shared memory that was never written")
-    if (codes & COPYING).any():
-        raise Fault("racecheck", "a wgmma reads shared memory where a copy was not waited for")
-    if codes.any():
-        raise Fault("racecheck", "a wgmma reads what threads stored to shared memory, and no barrier between")
-    if group.shared.unfenced[places].any():
-        raise Fault("racecheck", "a wgmma reads what threads stored to shared memory, and no fence.proxy.async between")
 
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(f16|bf16|tf32)\.(f16|bf16|tf32)")
@@ -189,8 +168,6 @@ def multiply_async(translator: Translator, each: Instruction, match: re.Match[st
         before = np.where(group.registers[adds][..., None, None], before, np.float32(0))
         _leave(group, d, multiply(left, np.swapaxes(right, -1, -2), before))
         products.loose.append(Product(fragments, {slot: group.registers[slot] for slot in d}, operands))
-        for places in operands:
-            group.shared.held[places] = 1
 
     return Step(run, tuple(d))
 
