@@ -31,6 +31,7 @@ def tables() -> dict[str, str]:
         "pairformer": pairformer.table(read(RESULTS / "pairformer.csv", pairformer.Row)),
         "mask2former_cost": mask2former_cost.table(read(RESULTS / "mask2former_cost.csv", mask2former_cost.Cost)),
         **{name: vos_study.table(rows) for name, rows in vos_rows.items()},
+        "vos_synthetic": f"{vos_study.table(vos_rows['vos_synthetic'])}\n\n{vos_study.differences(vos_rows['vos_synthetic'])}",
         "vos_cost": cost.table(read(RESULTS / "vos_cost.csv", cost.Cost)),
         "vos_search": search.table(search.unchanged(vos_rows["vos_synthetic"]) + found["vos_search"]),
         "vos_tried": search.table(found["vos_tried"], "frame0"),

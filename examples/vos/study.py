@@ -9,6 +9,7 @@ stopped goes on.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,6 +94,27 @@ def table(rows: list[Row]) -> str:
         number = 1 + machines.index(machine)
         lines.append(f"| {name} | {number} | {runs[0].steps} | {statistics.median(JF):.1f} | {spread} | {J} | {F} |")
     return "\n".join(lines) + "\n\n" + note(whole)
+
+
+def differences(rows: list[Row]) -> str:
+    """The Markdown table of how far the first contestant is ahead of the others on each machine: of their means, with its standard error.
+
+    Runs are not paired by seed. A seed decides weights and batches, but training is chaotic, and rounding alone takes two runs of one seed
+    as far apart as two seeds.
+    """
+    JF: dict[tuple[str, str], list[float]] = {}  # (machine, contestant) -> one of each run
+    for row in rows:
+        if row.frame < 0:
+            JF.setdefault((row.machine, row.contestant), []).append(row.JF)
+    first, machines = rows[0].contestant, list(dict.fromkeys(machine for machine, _ in JF))
+    lines = [f"| {first} is ahead of | machine | J&F, mean ± standard error | runs of each |", "| --- " * 4 + "|"]
+    for (machine, name), there in JF.items():
+        own = JF.get((machine, first), [])
+        if name != first and len(own) > 1 and len(there) > 1:
+            error = math.sqrt(sum(statistics.variance(runs) / len(runs) for runs in (own, there)))
+            ahead = f"{statistics.mean(own) - statistics.mean(there):+.1f} ± {error:.1f}"
+            lines.append(f"| {name} | {1 + machines.index(machine)} | {ahead} | {len(own)}, {len(there)} |")
+    return "\n".join(lines)
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from examples.shared import where
 from examples.shared.where import Where
+from examples.vos import study
 from smattn.__main__ import processor
 
 pytestmark = pytest.mark.promise("examples")
@@ -35,3 +36,13 @@ def test_a_note_counts_the_runs_of_every_commit_by_machine():
     rows = [Where("one", "abc"), Where("two", "abc"), Where("one", "abc"), Where("one", "def")]
     lines = where.note(rows).splitlines()
     assert lines == ["Machine 1: one; runs by commit: abc (2), def (1).", "Machine 2: two; runs by commit: abc (1)."]
+
+
+def test_differences_of_a_study_are_of_runs_that_are_not_paired():
+    """soft, 1 2 3, is 2 ahead of hard, 0 0 0, with a standard error of sqrt(1 / 3); where there is one run there is no error."""
+    there = Where("one", "abc")
+    runs = {"soft": (1.0, 2.0, 3.0), "hard": (0.0, 0.0, 0.0), "copy": (1.0,)}
+    scored = [(name, seed, JF) for name, of_seeds in runs.items() for seed, JF in enumerate(of_seeds)]
+    rows = [study.Row(name, seed, 9, frame, JF, 0.0, 0.0, *there) for name, seed, JF in scored for frame in (-1, 1)]
+    rows += [study.Row("hard", seed, 9, -1, 5.0, 0.0, 0.0, "two", "abc") for seed in range(2)]
+    assert study.differences(rows).splitlines()[2:] == ["| hard | 1 | +2.0 ± 0.6 | 3, 3 |"]
