@@ -4,6 +4,7 @@
 #include "cpu/backward_delta.h"
 #include "cpu/backward_reduce.h"
 #include "cpu/backward_step.h"
+#include "cpu/runs.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
@@ -15,55 +16,57 @@ class Backward {
   Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
         tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
-        sums_(plan.sum_slots() * (plan.outer_keys ? plan.dkv_size() : plan.dquery_size())), dmask_(plan.dmask_tiles() * kKeys * kQueries),
-        dalpha_(plan.pairs * kQueries), mask_(kKeys * kQueries), dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
-        rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        key_steps_memory_(steps_size<E>(kKeys, n_.D)) {
+        row_memory_(plan.in_runs ? 0 : plan.row_size()), dmask_(plan.dmask_tiles() * kKeys * kQueries), mask_(kKeys * kQueries),
+        dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0), rows_(step_.scratch()), keys_(kKeys * row_elements<E>(n_.D)),
+        values_(kKeys * row_elements<E>(n_.Dv)), key_steps_memory_(steps_size<E>(kKeys, n_.D)), row_(row_memory_) {
     const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
     for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
   }
 
   int64_t bytes() const {
-    return bytes_in(pairs_, tiles_, tile_memory_, step_, sums_, dmask_, dalpha_, mask_, dmap_, rows_, keys_, values_, key_steps_memory_);
+    return bytes_in(pairs_, tiles_, tile_memory_, step_, row_memory_, dmask_, mask_, dmap_, keys_, values_, key_steps_memory_);
   }
 
-  // slot: the group's place in its round.
+  // All of an item. slot: the group's place in its round.
   void run(int64_t group, int64_t slot, int64_t split) {
-    for (int64_t pair = 0; pair < plan_.pairs; ++pair) pairs_[pair] = plan_.pair(group, pair);
-    slot_ = slot;
-    begins_dmask_ = !plan_.adds_up_dmask() || plan_.turn(group) == 0;
-    ends_dmask_ = !plan_.adds_up_dmask() || (plan_.shares == 1 && plan_.turn(group) == plan_.turns - 1);
-    dmask_total_ = parts_.dmask_total + plan_.share(group) * plan_.dmask_tiles_size(t_.scores.mask_size);
-    fill<T>(dalpha_, plan_.pairs * kQueries, T(0));
-    const int64_t outer = plan_.outer_blocks(), inner = plan_.inner_blocks();
-    clear_own_part(split);
-    for (int64_t o = outer * split / plan_.splits; o < outer * (split + 1) / plan_.splits; ++o) {
-      if (plan_.pairs_innermost) {
-        for (int64_t i = 0; i < inner; ++i) {
-          for (int64_t pair = 0; pair < plan_.pairs; ++pair) visit(split, o, i, pair);
-        }
-      } else {
-        for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
-          for (int64_t i = 0; i < inner; ++i) visit(split, o, i, pair);
-        }
+    begin_group(group, slot);
+    for (int64_t o = plan_.first_outer(split); o < plan_.first_outer(split + 1); ++o) {
+      const int64_t inner = plan_.inner_blocks(), visits = inner * plan_.pairs;
+      for (int64_t v = 0; v < visits; ++v) {
+        plan_.pairs_innermost ? visit(split, o, v / plan_.pairs, v % plan_.pairs) : visit(split, o, v % inner, v / inner);
       }
     }
+    drain();
+  }
+
+  // One run of an item.
+  void run(int64_t group, int64_t slot, int64_t split, int64_t o, const Run& run, Runs& runs) {
+    begin_group(group, slot);
+    row_ = parts_.rows + runs.slot(run) * plan_.row_size();
     for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
-      T sum = 0;
-      for (int64_t i = 0; i < kQueries; ++i) sum += dalpha_[pair * kQueries + i];
-      parts_.dalpha[split * parts_.dalpha_size + pairs_[pair].b * n_.H + pairs_[pair].h] = sum;
+      runs.wait(run, pairs_[pair].end_of_kv);
+      visit(split, o, run.index, pair);
+      runs.finish(run, pair + 1);
     }
     drain();
   }
 
  private:
+  void begin_group(int64_t group, int64_t slot) {
+    for (int64_t pair = 0; pair < plan_.pairs; ++pair) pairs_[pair] = plan_.pair(group, pair);
+    slot_ = slot;
+    begins_dmask_ = !plan_.adds_up_dmask() || plan_.turn(group) == 0;
+    ends_dmask_ = !plan_.adds_up_dmask() || (plan_.shares == 1 && plan_.turn(group) == plan_.turns - 1);
+    dmask_total_ = parts_.dmask_total + plan_.share(group) * plan_.dmask_tiles_size(t_.scores.mask_size);
+  }
+
   void visit(int64_t split, int64_t o, int64_t i, int64_t pair_index) {
     const Pair& pair = pairs_[pair_index];
     const int64_t kb = plan_.outer_keys ? o : i, qb = plan_.outer_keys ? i : o, g = kv_head(n_, pair.h);
     const QueryBlock q = query_block(plan_.blocking, qb);
     if (block_read_.differs(t_.scores.padding == nullptr ? 0 : pair.b, kb, 0, 0)) k_ = key_block(t_.scores, plan_.blocking, pair.b, kb);
     const KeyBlock& k = k_;
-    const Sums<T> sums = begin(split, i, pair_index, kb, qb);
+    const Sums<T> sums = begin(split, o, i, pair_index, kb, qb);
     if (k.attended > 0) {
       QueryTiles<E>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
       tiles.read(t_, pair.b, pair.h, q);
@@ -71,14 +74,19 @@ class Backward {
       step_.run(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, ahead(pair_index, i, k), sums);
     } else {
       if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
-      if (sums.dkv_is_new) fill<T>(kv_slot(pair.kv), plan_.dkv_size(), T(0));
+      if (sums.dkv_is_new) fill<T>(dkv_of(split, pair, kb), plan_.dkv_size(), T(0));
     }
     if (sums.dmask != nullptr) finish_dmask(split, pair_index, q, k, sums.dmask);
     const bool last_inner = i == plan_.inner_blocks() - 1;
     if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, k)) {
-      store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, kv_slot(pair.kv));
+      store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, dkv_of(split, pair, kb));
     }
     if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery);
+    if (sums.dalpha != nullptr && last_inner) {
+      Vec<T> sum{};
+      for (int64_t lane = 0; lane < plan_.blocking.queries; lane += kLanes<T>) sum += load(sums.dalpha + lane);
+      parts_.dalpha[o * parts_.dalpha_size + pair.b * n_.H + pair.h] = sum_lanes<T>(sum);
+    }
   }
 
   // This visit's values and the next one's keys, where they are not those of the visit before, and the next one's queries.
@@ -117,22 +125,25 @@ class Backward {
     return plan_.outer_keys && plan_.inner_blocks() == 1 && bytes <= kTilesBytes ? plan_.pairs : 1;
   }
   bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
-  T* kv_slot(int64_t kv) { return sums_ + (plan_.pairs_innermost ? kv : 0) * plan_.dkv_size(); }
-  T* query_slot(int64_t pair) { return sums_ + (plan_.pairs_innermost ? pair : 0) * plan_.dquery_size(); }
+  T* dkv_of(int64_t split, const Pair& pair, int64_t kb) const {
+    if (plan_.outer_keys) return row_ + (plan_.pairs_innermost ? pair.kv : 0) * plan_.dkv_size();
+    return own_part(split) + (pair.kv * plan_.blocking.key_blocks + kb) * plan_.dkv_size();
+  }
+  T* dquery_of(int64_t split, int64_t pair, int64_t qb) const {
+    if (!plan_.outer_keys) return row_ + (plan_.pairs_innermost ? pair : 0) * plan_.dquery_size();
+    return own_part(split) + (pair * plan_.blocking.query_blocks + qb) * plan_.dquery_size();
+  }
 
   // Where this visit's sums go, those that begin with it cleared.
-  Sums<T> begin(int64_t split, int64_t i, int64_t pair_index, int64_t kb, int64_t qb) {
+  Sums<T> begin(int64_t split, int64_t o, int64_t i, int64_t pair_index, int64_t kb, int64_t qb) {
     const Pair& pair = pairs_[pair_index];
     const int64_t g = kv_head(n_, pair.h);
-    T *dquery, *dkv;
-    if (plan_.outer_keys) {
-      dquery = own_part(split) + (pair_index * plan_.blocking.query_blocks + qb) * plan_.dquery_size();
-      dkv = kv_slot(pair.kv);
-    } else {
-      dquery = query_slot(pair_index);
-      dkv = own_part(split) + (pair.kv * plan_.blocking.key_blocks + kb) * plan_.dkv_size();
-      if (i == 0) fill<T>(dquery, plan_.dquery_size(), T(0));
-    }
+    T *dkv = dkv_of(split, pair, kb), *dquery = dquery_of(split, pair_index, qb);
+    T* dalpha = row_ + plan_.sums_size() + pair_index * plan_.blocking.queries;
+    if (i == 0) fill<T>(dalpha, plan_.blocking.queries, T(0));
+    const bool first_outer = o == plan_.first_outer(split);
+    if (t_.dquery != nullptr && (plan_.outer_keys ? first_outer : i == 0)) fill<T>(dquery, plan_.dquery_size(), T(0));
+    if (wants_dkv() && !plan_.outer_keys && first_outer && pair.first_of_kv) fill<T>(dkv, plan_.dkv_size(), T(0));
     const bool tile = plan_.tile_dmask, direct = stored_directly(pair, k_);
     const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
     const int64_t bytes = bytes_of(t_.scores.dtype);
@@ -151,7 +162,7 @@ class Backward {
             .dkv_is_final = direct,
             .dmask = dmask,
             .dmask_is_new = !tile || (pair.first_of_mask && begins_dmask_),
-            .dalpha = t_.dalpha != nullptr ? dalpha_ + pair_index * kQueries : nullptr};
+            .dalpha = t_.dalpha != nullptr ? dalpha : nullptr};
   }
 
   // Fills the tiles of this visit, those that are not there from the last one; returns M's.
@@ -189,10 +200,7 @@ class Backward {
     store_dmask_tile<T>(t_, t_.scores.mask_batch.mask_of(pair.b), pair.h, q, k, tile, rows_);
   }
 
-  void clear_own_part(int64_t split) {
-    if (plan_.wants_parts) fill<T>(own_part(split), parts_.sums_size / plan_.round, T(0));
-  }
-  T* own_part(int64_t split) { return parts_.sums + split * parts_.sums_size + slot_ * (parts_.sums_size / plan_.round); }
+  T* own_part(int64_t split) const { return parts_.sums + split * parts_.sums_size + slot_ * (parts_.sums_size / plan_.round); }
 
   const BackwardTask<T>& t_;
   const Sizes& n_;
@@ -202,10 +210,10 @@ class Backward {
   Buffer<QueryTiles<E>> tiles_;
   Buffer<E> tile_memory_;
   BackwardStep<E> step_;
-  Buffer<T> sums_;    // [slot][dK, dV] or [slot][dQ]
+  Buffer<T> row_memory_;
   Buffer<T> dmask_;   // [inner block or one][key][lane]
-  Buffer<T> dalpha_;  // [pair][lane]
-  Buffer<T> mask_, dmap_, rows_;
+  Buffer<T> mask_, dmap_;
+  T* rows_;  // [kQueries][kKeys], for what is turned
   Buffer<E> keys_, values_, key_steps_memory_;
   KeyTiles<E> keys_read_{};
   KeyBlock k_;
@@ -213,7 +221,22 @@ class Backward {
   bool begins_dmask_ = true, ends_dmask_ = true;  // among the groups that add to one dM
   T* dmask_total_ = nullptr;  // that dM
   Held block_read_, kv_read_, mask_read_, dmap_read_;
+  T* row_;  // of the outer block at hand: [slot][dK, dV] or [slot][dQ], then dalpha's [pair][lane]
 };
+
+// The groups of a round by a plan in runs.
+template <class T, class Make>
+inline void in_runs(const BackwardPlan<T>& plan, int64_t first, int64_t groups, ParallelFor threads, int64_t bytes, const Make& make) {
+  const int64_t chains = groups * plan.splits;
+  Runs runs(chains, groups * plan.outer_blocks(), plan.inner_blocks(), plan.pairs, plan.row_slots);
+  share_out<Run>(
+      threads, runs.count(), bytes, [&](Run& run) { return runs.take(run); }, make,
+      [&](auto& backward, const Run& run) {
+        const int64_t slot = run.row % groups,
+                      split = plan.splits - 1 - run.row % chains / groups;  // of two splits the second may be longer
+        backward.run(first + slot, slot, split, plan.first_outer(split) + run.row / chains, run, runs);
+      });
+}
 
 // (6)-(8), once delta is there.
 template <class E, class T>
@@ -225,9 +248,13 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
   const int64_t spare = plan.memory.for_workers(parts.bytes());
   for (int64_t first = 0; first < plan.groups; first += plan.round) {
     const int64_t groups = smaller_of(plan.round, plan.groups - first);
-    for_each_item(threads, groups * plan.splits, spare, make, [&](Backward<E>& backward, int64_t item) {
-      backward.run(first + item / plan.splits, item / plan.splits, item % plan.splits);
-    });
+    if (plan.in_runs) {
+      in_runs(plan, first, groups, threads, spare, make);
+    } else {
+      for_each_item(threads, groups * plan.splits, spare, make, [&](Backward<E>& backward, int64_t item) {
+        backward.run(first + item / plan.splits, item / plan.splits, item % plan.splits);
+      });
+    }
     if (plan.dmask_rows > 0) store_key_dmask(task, plan, parts, first, groups, threads);
     if (plan.shares > 1 && plan.mask_of(first + groups) > plan.mask_of(first))
       store_shares(task, plan, parts, plan.mask_of(first), threads);

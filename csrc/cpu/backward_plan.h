@@ -9,6 +9,8 @@
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
 // sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
+// Where that makes too few items, they are cut on into runs (runs.h): a row is an outer block, and a run one inner block of it with all pairs,
+// pair by pair. The runs of a row add to the same dK and dV, and those of an item to its dQ, each after the one before it.
 #pragma once
 
 #include "cpu/tiles/tiles.h"
@@ -39,6 +41,7 @@ struct Pair {
   int64_t kv;  // which of the group's (batch, kv head) it belongs to
   bool first_of_kv, last_of_kv;
   bool first_of_mask, last_of_mask;  // among consecutive pairs that read the same M
+  int64_t end_of_kv;  // how many of the group's pairs have been visited with the last of the same kv
 };
 
 // What a call may hold besides its inputs and results: a quarter of them (out and its gradient, and the gradients asked for, included),
@@ -83,6 +86,8 @@ struct BackwardPlan {
   int64_t splits;  // of the outer blocks
   int64_t dmask_rows;  // a group's rows of dM where M lacks the queries' extent
   int64_t round;  // how many groups at a time
+  bool in_runs;
+  int64_t row_slots;  // then: rows that have memory at a time
 
   explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size) {
     const Scores& s = t.scores;
@@ -108,8 +113,8 @@ struct BackwardPlan {
     shares = cut ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
     // Every thread has its group's tiles and sums. Where many threads are to have a share, a group is small.
     const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 3;
-    const int64_t row_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
-    const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * row_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
+    const int64_t head_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
+    const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * head_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
     batches = batch_inside ? largest_divisor(sharers / shares, bytes / (cut ? 16 : 2) / batch_bytes) : 1;
     turns = sharers / shares / batches;
     groups = n.B / batches * groups_of_a_batch();
@@ -125,7 +130,18 @@ struct BackwardPlan {
     round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
     if (adds_up_dmask()) round = largest_divisor(groups_of_a_turn(), round);  // no two that add to one dM
     splits = splits_within(bytes);
+    in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0;
+    if (!in_runs) return;
+    pairs_innermost = true;
+    splits = smaller_of<int64_t>(splits, 2);  // two threads need not wait for each other; more memory serves more workers
+    const int64_t left = memory.free() - splits * part_size() * static_cast<int64_t>(sizeof(T));
+    row_slots = larger_of<int64_t>(1, left / 2 / (row_size() * static_cast<int64_t>(sizeof(T))));
+    row_slots = smaller_of(row_slots, round * outer_blocks());
   }
+
+  int64_t first_outer(int64_t split) const { return outer_blocks() * split / splits; }
+  int64_t sums_size() const { return sum_slots() * (outer_keys ? dkv_size() : dquery_size()); }
+  int64_t row_size() const { return sums_size() + pairs * blocking.queries; }  // with dalpha's
 
   // Whether dM is made of more than one group's, in BackwardParts::dmask_total.
   bool adds_up_dmask() const { return batch_inside && batches < sharers; }
@@ -178,7 +194,8 @@ struct BackwardPlan {
             .first_of_kv = inside == 0,
             .last_of_kv = inside == per_kv - 1,
             .first_of_mask = mask_by_head_ ? !heads_outside || b == 0 : i == 0,
-            .last_of_mask = mask_by_head_ ? !heads_outside || b == batches - 1 : i == pairs - 1};
+            .last_of_mask = mask_by_head_ ? !heads_outside || b == batches - 1 : i == pairs - 1,
+            .end_of_kv = heads_outside ? (per_kv - 1) * batches + b + 1 : (i / per_kv + 1) * per_kv};
   }
 
  private:

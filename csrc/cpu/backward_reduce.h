@@ -12,15 +12,18 @@ struct BackwardParts {
   Buffer<T> sums;    // [split][group of a round][pair][query block][dQ] or [split][group of a round][batch, kv head][key block][dK, dV]
   Buffer<T> dmask;   // [dmask_parts][group of a round][row][Nk], of an M without the queries' extent
   Buffer<T> dmask_total;  // where groups add up dM: [B|1, H|1, Nk] of such an M, else [share][H|1, query block, key block][key][lane]
-  Buffer<T> dalpha;  // [split][B, H]
-  int64_t sums_size, dmask_size, dalpha_size;  // of one split
+  Buffer<T> dalpha;  // [outer block][B, H]
+  Buffer<T> rows;    // [slot][sums and dalpha's], of a plan in runs
+  int64_t sums_size, dmask_size;  // of one split
+  int64_t dalpha_size;            // of one outer block
 
   BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
       : sums(plan.splits * plan.part_size()), dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
-        dmask_total(plan.dmask_total_size(t.scores.mask_size)), dalpha(plan.splits * plan.n.B * plan.n.H), sums_size(plan.part_size()),
+        dmask_total(plan.dmask_total_size(t.scores.mask_size)), dalpha(plan.outer_blocks() * plan.n.B * plan.n.H),
+        rows(plan.in_runs ? plan.row_slots * plan.row_size() : 0), sums_size(plan.part_size()),
         dmask_size(plan.round * plan.dmask_rows * plan.n.Nk), dalpha_size(plan.n.B * plan.n.H) {}
 
-  int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha); }
+  int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha, rows); }
 };
 
 // dQ of one pair and query block, [lane][D], to its rows.
@@ -142,14 +145,14 @@ inline void store_shares(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
   });
 }
 
-// dalpha, from the items' sums of dS * (M - mbar) and the rows' mbar * dL.
+// dalpha, from the outer blocks' sums of dS * (M - mbar) and the rows' mbar * dL.
 template <class T>
 inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, const T* dlse) {
   const Sizes& n = plan.n;
   for (int64_t h = 0; h < n.H; ++h) {
     T sum = 0;
     for (int64_t b = 0; b < n.B; ++b) {
-      for (int64_t split = 0; split < plan.splits; ++split) sum += parts.dalpha[split * parts.dalpha_size + b * n.H + h];
+      for (int64_t o = 0; o < plan.outer_blocks(); ++o) sum += parts.dalpha[o * parts.dalpha_size + b * n.H + h];
       if (dlse == nullptr) continue;
       for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) {
         if (t.lse[row] != -std::numeric_limits<T>::infinity()) sum += t.mbar[row] * dlse[row];

@@ -13,7 +13,7 @@ struct Sums {
   T* dquery;  // [lane][D up to whole vectors], without scale
   void* dkey;    // of T, [key][D up to whole vectors]
   void* dvalue;  // of T, [key][Dv up to whole vectors]
-  bool dkv_is_new;  // nothing there yet to add to
+  bool dkv_is_new;     // nothing there yet to add to
   bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
   T* dmask;   // [key][lane]
   bool dmask_is_new;
@@ -90,10 +90,13 @@ class BackwardStep {
   using T = typename SumOf<E>::type;
 
   explicit BackwardStep(const BackwardTask<T>& task)
-      : t_(task), n_(task.scores.size), p_(kStrip), keep_(task.dropout.p > 0 ? kStrip : 0), dp_(kStrip), weights_(kKeys * kQueries),
-        ds_(kKeys * kQueries) {}
+      : t_(task), n_(task.scores.size), p_(kStripSize<T>), keep_(task.dropout.p > 0 ? kStripSize<T> : 0), dp_(kStripSize<T>),
+        tiles_((kStepUnit<E> == 1 ? 2 : 3) * kTileSize), weights_{tiles_}, ds_{tiles_ + kTileSize} {}
 
-  int64_t bytes() const { return bytes_in(p_, keep_, dp_, weights_, ds_); }
+  int64_t bytes() const { return bytes_in(p_, keep_, dp_, tiles_); }
+
+  // Room for kKeys * kQueries numbers, free until the next run.
+  T* scratch() const { return reinterpret_cast<T*>(tiles_.get()); }
 
   // mask, dmap: tiles, null where there is none.
   void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
@@ -125,13 +128,13 @@ class BackwardStep {
       add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums, sums.dkey);
     }
     if (sums.dquery != nullptr) {
-      product(ds_.by_key(k.count, q.lanes), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count), ahead.next_douts,
-              AddTo<T>{sums.dquery, stride, false});
+      product(ds_.by_key(k.count, q.lanes, weights_.get(), tiles_ + 2 * kTileSize), keys.key_steps, q.count, stride / kLanes<T>,
+              packed<E>(k.count), ahead.next_douts, AddTo<T>{sums.dquery, stride, false});
     }
   }
 
  private:
-  static constexpr int64_t kStrip = kKeys * kQueries;  // at most, and then all of it
+  static constexpr int64_t kTileSize = kKeys * kQueries / kStepsPerElement<E>;
 
   // A few keys of the block: where they begin in its tiles, their rows, and what to fetch meanwhile.
   struct Strip {
@@ -281,7 +284,8 @@ class BackwardStep {
 
   const BackwardTask<T>& t_;
   const Sizes& n_;
-  Buffer<T> p_, keep_, dp_;     // [key][lane] of a strip
+  Buffer<T> p_, keep_, dp_;  // [key][lane] of a strip
+  Buffer<E> tiles_;
   WeightTile<E> weights_, ds_;  // P*C/(1-p) and dS of the block
 };
 

@@ -12,24 +12,33 @@ namespace smattn::cpu::SMATTN_UNIT {
 // What kernels may take of kPromisedBytes: the rest goes to the threads' stacks and to the allocator.
 constexpr int64_t kSpareBytes = kPromisedBytes - (3 << 20);
 
-// work(worker, item) for every item, by workers that make() makes; at most `bytes` at a time, but one worker always.
-template <class Make, class Work>
-inline void for_each_item(ParallelFor threads, int64_t items, int64_t bytes, const Make& make, const Work& work) {
+// work(worker, item) for every item, by workers that make() makes; at most `bytes` at a time, but one worker always. take(item) puts the next
+// item in the place of a worker's last, false where there is none; a worker's first comes after Item{}.
+template <class Item, class Take, class Make, class Work>
+inline void share_out(ParallelFor threads, int64_t items, int64_t bytes, const Take& take, const Make& make, const Work& work) {
   auto first = make();
   const int64_t workers = larger_of<int64_t>(1, bytes / first.bytes());
-  int64_t taken = 0;
-  const auto take = [&taken] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
-  const auto go_on = [&](auto& worker, int64_t item) {
+  bool first_works = false;
+  const auto go_on = [&](auto& worker, Item& item) {
     const TilesInUse tiles;
-    for (; item < items; item = take()) work(worker, item);
+    do work(worker, item);
+    while (take(item));
   };
   parallel_for(threads, items, blocks_of(items, workers), [&](int64_t, int64_t) {
-    const int64_t item = take();
-    if (item == 0) return go_on(first, item);
-    if (item >= items) return;
+    Item item{};
+    if (!take(item)) return;
+    if (!__atomic_exchange_n(&first_works, true, __ATOMIC_RELAXED)) return go_on(first, item);
     auto worker = make();
     go_on(worker, item);
   });
+}
+
+// The same of numbered items, which may be taken in any order.
+template <class Make, class Work>
+inline void for_each_item(ParallelFor threads, int64_t items, int64_t bytes, const Make& make, const Work& work) {
+  int64_t taken = 0;
+  const auto take = [&taken, items](int64_t& item) { return (item = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED)) < items; };
+  share_out<int64_t>(threads, items, bytes, take, make, work);
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -2,6 +2,8 @@
 // instruction set this machine has, on one thread and on several, against naive loops in long double.
 //
 //     smattn_driver [first [last]]    problems first..last - 1; each prints alike wherever it is run
+//
+// And how many items the backward of a small batch has, whose heads share a mask.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -31,7 +33,7 @@ void run_on(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*),
       body(begin, std::min(items, begin + piece), context);
   };
   std::vector<std::thread> others;
-  for (int t = 1; t < Threads; ++t) others.emplace_back(work);
+  for (int64_t t = 1; t < std::min<int64_t>(Threads, (items + piece - 1) / piece); ++t) others.emplace_back(work);
   work();
   for (std::thread& other : others) other.join();
 }
@@ -64,16 +66,33 @@ void run_problem(int64_t index, Tally& tally) {
   std::fflush(stdout);  // the line that a crash leaves behind
   const Inputs inputs = make_inputs(problem);
   const Answers answers = solve(problem, inputs);
+  const bool many = index % 2 == 1;
+  const char* threads = many ? "64 threads" : "3 threads";
   for (const cpu::Kernels* kernels : cpu::available()) {
     const std::vector<Output> alone = run_kernels(*kernels, problem, inputs, answers, run_on<1>);
-    const std::vector<Output> shared = run_kernels(*kernels, problem, inputs, answers, run_on<3>);
+    const std::vector<Output> shared = run_kernels(*kernels, problem, inputs, answers, many ? run_on<64> : run_on<3>);
     bool good = check(alone, kernels->name, "1 thread", tally);
-    good = check(shared, kernels->name, "3 threads", tally) && good;
+    good = check(shared, kernels->name, threads, tally) && good;
     for (size_t k = 0; k < alone.size(); ++k) {
-      if (!alone[k].array.same_bytes(shared[k].array)) good = report(kernels->name, "1 and 3 threads", alone[k].name + ": other bits");
+      if (!alone[k].array.same_bytes(shared[k].array)) good = report(kernels->name, threads, alone[k].name + ": other bits than on 1");
     }
     ++(good ? tally.passed : tally.failed);
   }
+}
+
+// The workload self1k.
+bool has_many_items(const cpu::Kernels& kernels, DType dtype) {
+  constexpr int64_t kWanted = 32;
+  Problem problem;
+  problem.size = {.B = 1, .H = 8, .Hkv = 8, .Nq = 1024, .Nk = 1024, .D = 64, .Dv = 64};
+  problem.dtype = problem.mask_dtype = dtype;
+  problem.mask_size[2] = problem.size.Nq;
+  problem.mask.expanded = {true, true, false, false};
+  problem.has_dlse = false;
+  const Pieces pieces = pieces_of_backward(kernels, problem);
+  std::printf("self1k's backward on %s, %s: %lld items, at most %lld workers\n", kernels.name, name_of(dtype),
+              static_cast<long long>(pieces.items), static_cast<long long>(pieces.workers));
+  return pieces.items >= kWanted || report(kernels.name, name_of(dtype), "self1k's backward has fewer than 32 items");
 }
 
 }  // namespace
@@ -84,6 +103,11 @@ int main(int argc, char** argv) {
   const int64_t first = argc > 1 ? std::atoll(argv[1]) : 0, last = argc > 2 ? std::atoll(argv[2]) : argc > 1 ? first + 1 : 200;
   Tally tally;
   for (int64_t index = first; index < last; ++index) run_problem(index, tally);
+  for (const smattn::cpu::Kernels* kernels : smattn::cpu::available()) {
+    for (const smattn::DType dtype : {smattn::DType::kFloat32, smattn::DType::kBFloat16}) {
+      ++(has_many_items(*kernels, dtype) ? tally.passed : tally.failed);
+    }
+  }
   std::printf("worst error / allowed:\n");
   for (const auto& [name, share] : tally.share) std::printf("  %-16s %.3f\n", name.c_str(), share);
   std::printf("%lld passed, %lld failed\n", static_cast<long long>(tally.passed), static_cast<long long>(tally.failed));

@@ -111,6 +111,13 @@ void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, co
   kernels.attention_map_backward(g, threads);
 }
 
+std::vector<Pieces> counted;
+
+// Runs nothing.
+void count_pieces(int64_t items, int64_t grain, void (*)(int64_t, int64_t, void*), void*) {
+  counted.push_back({items, (items + grain - 1) / grain});
+}
+
 // Numbers below what a kernel's arithmetic holds become 0 on the way, and the last rounding has a smallest step of its own.
 double floor_of(DType dtype) {
   constexpr double kSmallest[] = {0x1p-100, 0x1p-1000, 0x1p-24, 0x1p-100};  // float16's subnormals are in reach
@@ -125,6 +132,13 @@ std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& prob
   run_attention(kernels, problem, inputs, answers, threads, outputs);
   run_map(kernels, problem, inputs, answers, threads, outputs);
   return outputs.take();
+}
+
+Pieces pieces_of_backward(const cpu::Kernels& kernels, const Problem& problem) {
+  counted.clear();
+  Outputs outputs;
+  run_attention(kernels, problem, make_inputs(problem), Answers{}, count_pieces, outputs);
+  return counted.at(2);  // after forward and delta
 }
 
 Comparison compare(const Output& output) {

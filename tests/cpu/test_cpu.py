@@ -142,6 +142,16 @@ def test_the_same_bits_on_any_number_of_threads(shape, dtype):
             assert differing(alone, run(case, "cpu")) == []
 
 
+def test_rows_that_take_turns_give_the_same_bits_on_any_number_of_threads():
+    """So many heads share the mask that backward's memory holds few rows of runs at a time (csrc/cpu/runs.h)."""
+    case = make_case(1, 64, 520, 520, 64, dtype=torch.bfloat16)
+    with threads(1):
+        alone = run(case, "cpu")
+    assert_within_budget(alone, case)
+    with threads(7):
+        assert differing(alone, run(case, "cpu")) == []
+
+
 def moved(t, offset):
     """The same values, `offset` elements into a longer storage."""
     storage = torch.full((t.numel() + offset,), float("nan"), dtype=t.dtype)

@@ -141,6 +141,10 @@ MANY_THREADS = {
     "wide": ZeroCall(16, 8, 64, 64, 256, threads=64),
     "double": ZeroCall(32, 8, 64, 64, 128, dtype="float64", threads=128),
     "self1k": ZeroCall(1, 8, 1024, 1024, 64, threads=128),
+    "half, self1k": ZeroCall(1, 8, 1024, 1024, 64, dtype="float16", threads=64),
+    "bfloat16, self1k": ZeroCall(1, 8, 1024, 1024, 64, dtype="bfloat16", threads=64),
+    "many heads of as many queries": ZeroCall(1, 32, 1024, 1024, 64, threads=64),
+    "bfloat16, vit_cls": ZeroCall(4, 12, 1045, 1045, 64, dtype="bfloat16", threads=64),
     "half, much kept, one mask row": ZeroCall(4, 16, 1045, 1045, 48, dtype="float16", mask=(False, False, False), threads=64),
 }
 

@@ -173,11 +173,11 @@ inline void transpose(Vec<T> (&v)[kLanes<T>]) {
 }
 
 template <class I>
-inline I smaller_of(I a, I b) {
+constexpr I smaller_of(I a, I b) {
   return a < b ? a : b;
 }
 template <class I>
-inline I larger_of(I a, I b) {
+constexpr I larger_of(I a, I b) {
   return a > b ? a : b;
 }
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

@@ -70,12 +70,15 @@ inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t 
 }
 
 // Keys in a strip of a tile: what passes over it read and write stays in the first-level cache.
+constexpr int64_t kStripBytes = 9 << 10;
 template <class T>
 inline int64_t strip_keys(int64_t lanes) {
-  constexpr int64_t kStripBytes = 9 << 10;
   const int64_t keys = smaller_of(kKeys, kStripBytes / static_cast<int64_t>(sizeof(T)) / lanes);
   return larger_of(kStripUnit, keys / kStripUnit * kStripUnit);
 }
+// At most so many numbers, and a key more for what goes two keys at a time.
+template <class T>
+constexpr int64_t kStripSize = larger_of<int64_t>(kStripBytes / static_cast<int64_t>(sizeof(T)), kStripUnit* kQueries) + kQueries;
 inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
   KeyBlock strip;
   strip.first = k.first + at, strip.count = smaller_of(keys, k.count - at);

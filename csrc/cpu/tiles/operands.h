@@ -123,8 +123,7 @@ inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t strid
 template <class E>
 class WeightTile {
  public:
-  explicit WeightTile(int64_t size)
-      : tile_(packed<E>(size)), steps_(kStepsPerElement<E> == 1 ? 0 : packed<E>(size)), turned_(kStepUnit<E> == 1 ? 0 : packed<E>(size)) {}
+  explicit WeightTile(E* memory) : tile_(memory) {}
 
   // Numbers from key to key: whole steps of a sum over the lanes.
   static int64_t row(int64_t lanes) { return round_up(lanes, kStepsPerElement<E> * kStepUnit<E>); }
@@ -141,9 +140,10 @@ class WeightTile {
     if constexpr (kStepsPerElement<E> == 1) store(tile + at, x);
   }
   RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(row(lanes))}; }  // for a sum over the lanes
-  auto by_key(int64_t keys, int64_t lanes) {                                           // over the keys
-    const Vectors<E> steps = by_step(by_lane(lanes), keys, lanes, steps_.get());
-    return cpu::SMATTN_UNIT::by_key(const_cast<E*>(steps.data), packed<E>(keys), lanes, turned_.get());
+  // Over the keys; steps and turned: memory for as much, of pairs and of what products read in tiles.
+  auto by_key(int64_t keys, int64_t lanes, E* steps, E* turned) const {
+    const Vectors<E> by_pair = by_step(by_lane(lanes), keys, lanes, steps);
+    return cpu::SMATTN_UNIT::by_key(const_cast<E*>(by_pair.data), packed<E>(keys), lanes, turned);
   }
   // What lies beyond the lanes of a few keys is 0.
   void clear_rest(int64_t first, int64_t keys, int64_t lanes) {
@@ -151,10 +151,9 @@ class WeightTile {
       for (int64_t lane = lanes; lane < row(lanes); lane += kLanes<typename SumOf<E>::type>) put(j * row(lanes) + lane, Sum<E>{});
     }
   }
-  int64_t bytes() const { return bytes_in(tile_, steps_, turned_); }
 
  private:
-  Buffer<E> tile_, steps_, turned_;
+  E* tile_;
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -1,0 +1,77 @@
+// Work in rows of runs, where what a run does step by step must come after the same step of the run before it in its row, and after that of the
+// run at its place in the row before: then many run at a time, each a step behind those two, and every sum has one order. Rows form chains;
+// only rows of a chain depend on each other. A row has memory in one of a few slots, which it gets once the row that had it before is done.
+#pragma once
+
+#include <sched.h>
+
+#include "cpu/tiles/buffer.h"
+
+namespace smattn::cpu::SMATTN_UNIT {
+
+struct Run {
+  int64_t row = -1, index = -1;  // the rows of all chains together: the first of each, then the second of each; the longer ones first
+};
+
+class Runs {
+ public:
+  Runs(int64_t chains, int64_t rows, int64_t runs, int64_t steps, int64_t slots)
+      : chains_(chains), rows_(rows), runs_(runs), steps_(steps), slots_(slots), taken_(rows), done_(rows * runs) {
+    fill<int64_t>(taken_, rows, 0);
+    fill<int64_t>(done_, rows * runs, 0);
+  }
+
+  int64_t count() const { return rows_ * runs_; }
+  int64_t slot(const Run& run) const { return run.row % slots_; }
+
+  // The next for a worker: of the row that it is in, where that has one, for what is in its cache; else of the row with the fewest taken.
+  // Those that a run waits for have been taken before it, so that the earliest of all under way never waits.
+  bool take(Run& run) {
+    if (run.row >= 0 && take_of(run.row, run)) return true;
+    for (;;) {
+      int64_t row = rows_, fewest = runs_;
+      for (int64_t r = 0; r < rows_; ++r) {
+        const int64_t taken = taken_of(r);
+        if (taken < fewest && may_follow(r, taken)) row = r, fewest = taken;
+      }
+      if (row == rows_) return false;
+      if (take_of(row, run)) return true;
+    }
+  }
+
+  // Until those before it have done so many steps.
+  void wait(const Run& run, int64_t steps) const {
+    if (run.index == 0 && run.row >= slots_) wait_for(run.row - slots_, runs_ - 1, steps_);
+    if (run.index > 0) wait_for(run.row, run.index - 1, steps);
+    if (run.row >= chains_) wait_for(run.row - chains_, run.index, steps);
+  }
+  void finish(const Run& run, int64_t steps) { __atomic_store_n(done_ + run.row * runs_ + run.index, steps, __ATOMIC_RELEASE); }
+
+ private:
+  int64_t taken_of(int64_t row) const { return __atomic_load_n(taken_ + row, __ATOMIC_RELAXED); }
+  bool may_follow(int64_t row, int64_t index) const {
+    return (row < chains_ || taken_of(row - chains_) > index) && (row < slots_ || taken_of(row - slots_) == runs_);
+  }
+  bool take_of(int64_t row, Run& run) {
+    int64_t index = taken_of(row);
+    while (index < runs_ && may_follow(row, index)) {
+      if (__atomic_compare_exchange_n(taken_ + row, &index, index + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        run = {row, index};
+        return true;
+      }
+    }
+    return false;
+  }
+  void wait_for(int64_t row, int64_t index, int64_t steps) const {
+    constexpr int kPatience = 1000;  // then another thread may need this one's core
+    for (int i = 0; __atomic_load_n(done_ + row * runs_ + index, __ATOMIC_ACQUIRE) < steps; ++i) {
+      if (i >= kPatience) sched_yield();
+    }
+  }
+
+  const int64_t chains_, rows_, runs_, steps_, slots_;
+  Buffer<int64_t> taken_;  // by row
+  Buffer<int64_t> done_;  // by row and run: steps
+};
+
+}  // namespace smattn::cpu::SMATTN_UNIT
