@@ -39,6 +39,12 @@ def test_loads_of_single_elements_are_told_from_those_of_16_bytes(dtype, arch):
         assert counts.bytes_a_thread("from_ptr") == width
 
 
+def test_rows_are_named_as_in_the_compilers_table():
+    lines = (emulate.RESULTS.parent / "triton-kernels.csv").read_text().splitlines()
+    compiled = next(line for line in lines if not line.startswith("#")).split(",")
+    assert {"kernel", "arch", "D", "block_m", "block_n", "warps"} <= set(HEAD) & set(compiled)
+
+
 def test_a_run_that_was_stopped_goes_on_and_says_what_did_not_run(monkeypatch, tmp_path):
     """Time passes once for each specialisation, of ten problems."""
     ran, progress, kept = [], emulate.Progress(), tmp_path / "kept"
