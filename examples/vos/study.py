@@ -118,19 +118,19 @@ def differences(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Plot every seed's J&F and the median, and beside it J&F over the frames as the mean of the seeds."""
+    """Plot every run's J&F and the median, and beside it J&F over the frames as the mean of the runs."""
     import matplotlib.pyplot as plt
 
     figure, (seeds, course) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, 1.4])
     names = list(dict.fromkeys(row.contestant for row in rows))
     dots(seeds, {name: [row.JF for row in rows if row.contestant == name and row.frame < 0] for name in names}, statistics.median)
-    seeds.set_ylabel("J&F, each seed and the median")
+    seeds.set_ylabel("J&F, each run and the median")
     for i, name in enumerate(names):
         own = [row for row in rows if row.contestant == name and row.frame >= 0]
         frames = sorted({row.frame for row in own})
         JF = [statistics.mean(row.JF for row in own if row.frame == t) for t in frames]
         course.plot(frames, JF, "--" if i % 2 else "-", color=f"C{i}", label=name)  # Two lines may coincide.
-    course.set(xlabel="frame", ylabel="J&F, mean of the seeds")
+    course.set(xlabel="frame", ylabel="J&F, mean of the runs")
     course.legend()
     figure.savefig(path, dpi=110)
 
