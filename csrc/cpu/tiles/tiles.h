@@ -144,6 +144,11 @@ struct Exponents {
     const Vec<T> x = kStepsPerElement<E> > 1 ? product * factor : product;
     return mask == nullptr ? x : x + alpha * load(mask + at);
   }
+  // The same less `subtracted`, in two operations.
+  Vec<T> operator()(Vec<T> product, int64_t at, Vec<T> subtracted) const {
+    const Vec<T> rest = mask == nullptr ? -subtracted : alpha * load(mask + at) - subtracted;
+    return kStepsPerElement<E> > 1 ? product * factor + rest : product + rest;
+  }
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT
