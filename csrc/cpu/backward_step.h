@@ -177,7 +177,7 @@ class BackwardStep {
   void exponentials(T* p, int64_t at, int64_t stride, int64_t to, int64_t row, const Exponents<E>& exponent, Vec<T> lse) {
     Vec<T> x[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride) - lse;
+    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride, lse);
     exp2_of_weights<T, N>(x);
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i]);

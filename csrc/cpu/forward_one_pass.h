@@ -1,4 +1,4 @@
-// Scores to weights in one pass, for matrix tiles: the exponents are taken relative to the maximum of the keys before, whatever these hold. A weight
+// Scores to weights in one pass, for matrix tiles: the exponents are taken relative to the maximum of the keys before, or of the first few. A weight
 // may then be above 1, which costs no precision, as long as no sum leaves the range of floats: then the block is done again in two passes.
 #pragma once
 
@@ -17,11 +17,13 @@ class OnePass {
   int64_t bytes() const { return bytes_in(scores_, weights_); }
 
   // Makes the block's weights and adds to the part's rows. False, and then nothing has changed, where it takes two passes: there are keys that
-  // are padding or do not fill a strip, queries have no finite maximum yet, or the weights have grown too large.
+  // are padding or do not fill a strip, a query has no finite maximum, or the weights have grown too large.
   bool run(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, int64_t D,
            bool wants_mbar, const Prefetch& ahead, const ForwardPart<E>& part) {
-    if (k.attended < k.count || k.count % kStrip != 0 || !all_finite(part.row(kMaximum), q.lanes)) return false;
-    T sums[kSums][kQueries] = {};
+    if (k.attended < k.count || k.count % kStrip != 0) return false;
+    T maxima[kQueries], sums[kSums][kQueries] = {};
+    copy<T>(part.row(kMaximum), q.lanes, maxima);
+    const bool first_keys = !all_finite(maxima, q.lanes);
     for (int64_t lane = 0; lane < q.lanes; lane += kGroup) {
       const int64_t lanes = smaller_of(kGroup, q.lanes - lane);
       const auto products = [&](int64_t first) {
@@ -34,13 +36,19 @@ class OnePass {
       for (int64_t first = 0; first < k.count; first += kStrip) {
         products(first + kStrip);  // before this strip's weights: tiles work beside vectors
         for (int64_t l = 0; l < lanes; l += kLanes<T>) {
-          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(part.row(kMaximum) + lane + l), wants_mbar, sums);
+          T* maximum = maxima + lane + l;
+          if (first_keys && first == 0) {
+            store(maximum, with_first(exponent, scores(0) + l, q, lane + l, load(maximum)));
+            if (!all_finite(maximum, kLanes<T>)) return false;
+          }
+          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(maximum), wants_mbar, sums);
         }
       }
     }
     for (int64_t i = 0; i < q.lanes; ++i) {
       if (!(sums[0][i] <= kLargest)) return false;
     }
+    copy<T>(maxima, q.lanes, part.row(kMaximum));
     constexpr Row kRow[kSums] = {kSum, kRounded, kMbar};
     for (int s = 0; s < kSums; ++s) {
       for (int64_t i = 0; i < q.lanes; ++i) part.row(kRow[s])[i] += sums[s][i];
@@ -64,6 +72,13 @@ class OnePass {
     return finite;
   }
 
+  // The maximum, of queries that have none that of the first strip.
+  Vec<T> with_first(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t lane, Vec<T> maximum) const {
+    Vec<T> found = broadcast(static_cast<T>(-__builtin_inf()));
+    for (int64_t j = 0; j < kStrip; ++j) found = larger(found, exponent(load(score + j * kGroup), j * q.lanes + lane));
+    return maximum == static_cast<T>(-__builtin_inf()) ? found : maximum;
+  }
+
   // A strip's weights of one vector of queries, turned.
   void weigh(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t first, int64_t lane, int64_t keys,
              Vec<T> subtracted, bool wants_mbar, T (&sums)[3][kQueries]) {
@@ -73,7 +88,7 @@ class OnePass {
     for (int64_t j = 0; j < kStrip; j += kExpAtOnce) {
       Vec<T> p[kExpAtOnce];
 #pragma GCC unroll 8
-      for (int i = 0; i < kExpAtOnce; ++i) p[i] = exponent(load(score + (j + i) * kGroup), (first + j + i) * q.lanes + lane) - subtracted;
+      for (int i = 0; i < kExpAtOnce; ++i) p[i] = exponent(load(score + (j + i) * kGroup), (first + j + i) * q.lanes + lane, subtracted);
       exp2_of_weights<T, kExpAtOnce>(p);
       sum += sum_of(p);
 #pragma GCC unroll 8
@@ -81,7 +96,7 @@ class OnePass {
 #pragma GCC unroll 8
       for (int i = 0; i < kExpAtOnce; i += 2) {
         const Vec<E> pair = paired(p[i], p[i + 1]);
-        rounded += (Vec<T>)(pair << 16) + (Vec<T>)(pair >> 16 << 16);
+        rounded += (Vec<T>)(pair << 16) + (Vec<T>)(pair & -0x10000);
         pairs[(j + i) / 2] = pair;
       }
     }

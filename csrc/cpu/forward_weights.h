@@ -90,7 +90,7 @@ class ForwardWeights {
         } else {
           const Vec<E> pair = paired(p[i], p[i + 1]);
           store(weights + (j + i) / 2 * stride, pair);
-          const Vec<T> first = (Vec<T>)(pair << 16), second = (Vec<T>)(pair >> 16 << 16);
+          const Vec<T> first = (Vec<T>)(pair << 16), second = (Vec<T>)(pair & -0x10000);
           rounded += first + second;
         }
       }

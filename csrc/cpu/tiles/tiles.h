@@ -88,6 +88,33 @@ inline void select_attended(const QueryBlock& q, const KeyBlock& k, T* tile) {
   }
 }
 
+// A matrix of bfloat16 as a tile, keys by the vector of pairs: pairs are turned, which is half the work, and then widened. False, and then nothing
+// is read, of any other matrix.
+template <class T>
+inline bool read_pairs([[maybe_unused]] const Strided& matrix, [[maybe_unused]] const QueryBlock& q, [[maybe_unused]] const KeyBlock& k,
+                       [[maybe_unused]] T* tile) {
+  if constexpr (sizeof(T) == 2 * sizeof(BFloat16)) {
+    constexpr int W = kLanes<T>;
+    if (matrix.dtype != DType::kBFloat16 || matrix.column_stride != 1 || k.count % (2 * W) != 0) return false;
+    typedef Bits<T> Pairs __attribute__((vector_size(kVectorBytes)));
+    const auto* row = static_cast<const BFloat16*>(matrix.data) + matrix.offset;
+    for (int64_t lane = 0; lane < q.lanes; lane += W, row += W * matrix.row_stride) {
+      for (int64_t j = 0; j < k.count; j += 2 * W) {
+        Vec<T> v[W];
+        for (int i = 0; i < W; ++i)
+          v[i] = lane + i < q.count ? load(reinterpret_cast<const T*>(row + i * matrix.row_stride + j)) : Vec<T>{};
+        transpose<T>(v);
+        for (int i = 0; i < W; ++i) {
+          T* to = tile + (j + 2 * i) * q.lanes + lane;
+          store(to, (Vec<T>)((Pairs)v[i] << 16)), store(to + q.lanes, (Vec<T>)((Pairs)v[i] & -0x10000));
+        }
+      }
+    }
+    return true;
+  }
+  return false;
+}
+
 // A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
 template <class T>
 inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
@@ -98,7 +125,7 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
     for (int64_t j = 0; j < k.count; ++j) fill<T>(tile + j * q.lanes, q.lanes, rows[j]);
   } else if (matrix.row_stride == 1) {
     read_rows<T>(matrix.transposed(), k.count, q.count, tile, q.lanes);
-  } else {
+  } else if (!read_pairs(matrix, q, k, tile)) {
     const int64_t stride = round_up(k.count, kLanes<T>);
     read_rows<T>(matrix, q.count, k.count, rows, stride);
     fill<T>(rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
@@ -143,6 +170,11 @@ struct Exponents {
   Vec<T> operator()(Vec<T> product, int64_t at) const {
     const Vec<T> x = kStepsPerElement<E> > 1 ? product * factor : product;
     return mask == nullptr ? x : x + alpha * load(mask + at);
+  }
+  // The same less `subtracted`, in two operations.
+  Vec<T> operator()(Vec<T> product, int64_t at, Vec<T> subtracted) const {
+    const Vec<T> rest = mask == nullptr ? -subtracted : alpha * load(mask + at) - subtracted;
+    return kStepsPerElement<E> > 1 ? product * factor + rest : product + rest;
   }
 };
 
