@@ -42,7 +42,7 @@ def _dmask_kernel(
     stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod,
-    B, H, Nq, Nk, n_masks, sharers, part_sharers, own_step, share_step, scale, drop_threshold, keep_scale,
+    B, H, Nq, Nk, n_masks, sharers, part_sharers, part_heads, own_step, share_step, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     SHARED_H: tl.constexpr, SHARED_M: tl.constexpr, IN_PARTS: tl.constexpr, NEED_DALPHA: tl.constexpr, PINNED_MASK: tl.constexpr,
@@ -57,8 +57,10 @@ def _dmask_kernel(
     outer = pid // n_blocks // m_tiles  # of M's batch and head axes, behind those of its parts
     mask_heads = 1 if SHARED_H else H
     first_b = outer // mask_heads % n_masks * own_step
-    h_lo = outer % mask_heads
     part = outer // mask_heads // n_masks
+    head_parts = tl.cdiv(H, part_heads) if SHARED_H else 1
+    h_lo = part % head_parts * part_heads if SHARED_H else outer % mask_heads
+    i_lo = part // head_parts * part_sharers
     start_n = n_block * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -68,7 +70,7 @@ def _dmask_kernel(
     for m_block in range(m_lo, m_blocks if SHARED_M else m_lo + 1):
         offs_m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = offs_m < Nq
-        for i in range(part * part_sharers, tl.minimum(sharers, (part + 1) * part_sharers)):
+        for i in range(i_lo, tl.minimum(sharers, i_lo + part_sharers)):
             b = tl.cast(first_b + i * share_step, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h_lo.to(tl.int64) * stride_mh
@@ -78,7 +80,7 @@ def _dmask_kernel(
                 m = as_product(m, BLOCK_M, BLOCK_N)
             if NEED_DALPHA:
                 partials = dalpha_ptr + tl.cast(m_block * n_blocks + n_block, tl.int64) * B * H + b * H
-            heads = H if SHARED_H else 1
+            heads = tl.minimum(part_heads, H - h_lo) if SHARED_H else 1
             seen = unless_padding(heads, live, HAS_PADDING)
             for head in range(h_lo, h_lo + seen):
                 h = tl.cast(head, tl.int64)
@@ -123,26 +125,32 @@ def partials(call: Call, dout: Tensor) -> int:
 
 
 def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, dmask: Tensor, dalpha: Tensor | None) -> None:
-    """Fill dmask, contiguous, in its own shape and dtype, and where given the dalpha partials (partials(call), B, H).
-
-    Where few programs have many batch elements to sum, the sum is cut into parts, which are added up afterwards in their order.
-    """
+    """Fill dmask, contiguous, in its own shape and dtype, and where given the dalpha partials (partials(call), B, H)."""
     t, tile = call.problem, _tile(call, dout)
     mask_heads, mask_queries = dmask.shape[2:4]
     programs = t.sharing.masks * mask_heads * cdiv(mask_queries, tile.block_m) * cdiv(t.Nk, tile.block_n)
-    part_sharers = cdiv(t.sharing.sharers, plan.dmask_parts(t, programs))
-    n_parts = cdiv(t.sharing.sharers, part_sharers)
-    parts = accumulator(call, n_parts, *dmask.shape) if n_parts > 1 else None
+    cut = plan.parts_of_dmask(t, programs, t.H if mask_heads == 1 else 1)
+    parts = parts_for(call, cut, dmask)
     arguments = gradient_arguments(call, tile, dout, rows)
     arguments |= descriptors.blocks(tile, q_ptr=call.query, do_ptr=dout, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
         mbar_ptr=mbar, dmask_ptr=dmask if parts is None else parts, dalpha_ptr=dalpha,
-        B=t.B, n_masks=t.sharing.masks, part_sharers=part_sharers, **sharing_arguments(t),
+        B=t.B, n_masks=t.sharing.masks, part_sharers=cut.sharers, part_heads=cut.heads, **sharing_arguments(t),
         SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, IN_PARTS=parts is not None, NEED_DALPHA=dalpha is not None,
         PINNED_MASK=mask_heads == 1 and pins_mask(call),
     )  # fmt: skip
-    launch(_dmask_kernel, programs * n_parts, arguments, tile)
-    if parts is not None:
+    launch(_dmask_kernel, programs * cut.number, arguments, tile)
+    add_up(call, parts, dmask)
+
+
+def parts_for(call: Call, cut: plan.Parts, dmask: Tensor) -> Tensor | None:
+    """Room for the parts of dM before the sigmoid of logits, (number, *its shape) in float32; None where the sum is not cut."""
+    return accumulator(call, cut.number, *dmask.shape) if cut.number > 1 else None
+
+
+def add_up(call: Call, parts: Tensor | None, dmask: Tensor | None) -> None:
+    """Fill dM with the sum of its parts, in their order, where there are any."""
+    if parts is not None and dmask is not None:
         dmask.copy_(through_sigmoid_of(call, parts.sum(0)))
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..call import Call, Gradients, Needs
-from . import plan
+from . import backward_dmask, plan
 from .launch import launch
 from .operands import Rows, accumulator, gradient_arguments, sharing_arguments, tile_of
 from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset, unless_padding
@@ -33,12 +33,13 @@ def _few_queries_kernel(
     stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
     stride_ah, stride_pb, stride_pn,
     stride_dob, stride_doh, stride_dom, stride_dod, stride_dlb, stride_dlh, stride_dlm,
-    B, H, Nq, Nk, sharers, own_step, share_step, n_splits, split_blocks, scale, drop_threshold, keep_scale,
+    B, H, Nq, Nk, owners, sharers, part_sharers, own_step, share_step, n_splits, split_blocks, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
     FIRST_PASS: tl.constexpr, HAS_DLSE: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DMASK: tl.constexpr, NEED_DALPHA: tl.constexpr,
     SHARED_B: tl.constexpr, SHARED_H: tl.constexpr, SHARED_M: tl.constexpr,  # M lacks the axis
+    IN_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -46,10 +47,13 @@ def _few_queries_kernel(
     SUM_B: tl.constexpr = tl.constexpr(NEED_DMASK and SHARED_B)  # dM is summed over the axis here
     SUM_H: tl.constexpr = tl.constexpr(NEED_DMASK and SHARED_H)
     SHARED_MASK: tl.constexpr = tl.constexpr(MASK_KIND if SHARED_H else 0)  # the kind of a mask that one load serves all heads of
+    STORED_KIND: tl.constexpr = tl.constexpr(SOFT if IN_PARTS else MASK_KIND)
     groups = 1 if SUM_H else H // GROUP
+    outer = pid // n_splits // groups  # of M's batch axes, behind those of its parts
+    owner = outer % owners  # the number of a mask, or of a batch element
     g_lo = pid // n_splits % groups
     g_hi = H // GROUP if SUM_H else g_lo + 1
-    owner = pid // n_splits // groups  # the number of a mask, or of a batch element
+    i_lo = outer // owners * part_sharers
     first_b = owner * own_step if SUM_B else owner
     offs_m = tl.arange(0, BLOCK_M)
     first_block = split * split_blocks
@@ -57,7 +61,7 @@ def _few_queries_kernel(
         offs_n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
         started = (offs_m < Nq) & (tl.full([BLOCK_M], n_block, tl.int32) > first_block)  # this split's dQ already holds a sum
         dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for i in tl.range(0, sharers if SUM_B else 1, disable_licm=True):
+        for i in tl.range(i_lo, tl.minimum(sharers, i_lo + part_sharers) if SUM_B else i_lo + 1, disable_licm=True):
             b = tl.cast(first_b + i * share_step, tl.int64)
             live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) if MASK_KIND else None
@@ -78,11 +82,11 @@ def _few_queries_kernel(
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if NEED_DMASK and (SUM_B or SHARED_H):
-            mask_bh = owner if SHARED_H else owner * groups + g_lo
+            mask_bh = outer if SHARED_H else outer * groups + g_lo
             mask_batch = mask_ptr + mask_offset(first_b.to(tl.int64), inner_batch, stride_mb, stride_mi)
             store_mask_tile(
                 dmask_ptr, dm, mask_bh.to(tl.int64), mask_batch + (0 if SHARED_H else g_lo) * stride_mh,
-                stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, MASK_KIND, SHARED_M,
+                stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, STORED_KIND, SHARED_M,
             )  # fmt: skip
         if NEED_DQ:
             tl.debug_barrier()  # the next key block adds to what other threads of this program stored
@@ -194,10 +198,14 @@ def run(call: Call, dout: Tensor, rows: Rows, mbar: Tensor | None, grads: Gradie
     needs = Needs(*(grad is not None for grad in grads))
     cut = plan.cut_of_few_queries(t, needs, tile.block_n)
     parts = accumulator(call, cut.n_splits, t.B, t.H, t.Nq, t.D) if cut.flags["NEED_DQ"] else None
+    dmask_parts = None if grads.mask is None else backward_dmask.parts_for(call, cut.parts, grads.mask)
     arguments = gradient_arguments(call, tile, dout, rows)
     arguments.update(
-        mbar_ptr=mbar, dq_ptr=parts, dk_ptr=grads.key, dv_ptr=grads.value, dmask_ptr=grads.mask, dalpha_ptr=dalpha_tiles,
-        B=t.B, **sharing_arguments(t), n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
+        mbar_ptr=mbar, dq_ptr=parts, dk_ptr=grads.key, dv_ptr=grads.value, dalpha_ptr=dalpha_tiles,
+        dmask_ptr=grads.mask if dmask_parts is None else dmask_parts,
+        B=t.B, owners=cut.owners, part_sharers=cut.parts.sharers, **sharing_arguments(t),
+        n_splits=cut.n_splits, split_blocks=cut.split_blocks, **rows.arguments(), **cut.flags,
     )  # fmt: skip
     launch(_few_queries_kernel, cut.programs, arguments, tile)
+    backward_dmask.add_up(call, dmask_parts, grads.mask)
     return parts

@@ -111,43 +111,61 @@ def _key_only(problem: Problem, needs: Needs) -> bool:
     return not (problem.sharing.sharers > 1 and problem.mask_shape[2] > problem.Hkv)
 
 
+class Parts(NamedTuple):
+    """How the sum that dM is falls to programs: a part of the batch elements and of the heads that share the mask to each."""
+
+    sharers: int  # batch elements of a part
+    heads: int  # of a part
+    number: int
+
+
+@lru_cache
+def parts_of_dmask(problem: Problem, programs: int, heads: int) -> Parts:
+    """The parts, added up afterwards in their order, that bring `programs` nearest to SPLIT_PROGRAMS. heads: over which a program sums."""
+    sharers, few = problem.sharing.sharers, problem.Nq <= FEW_QUERIES
+    wanted = max(1, min((SPLIT_PROGRAMS + programs // 2) // programs, partial_dmasks(problem, beside_dqueries=few)))
+    part_sharers = cdiv(sharers, min(wanted, sharers))
+    of_batch = cdiv(sharers, part_sharers)
+    part_heads = cdiv(heads, min(wanted // of_batch, heads))
+    return Parts(part_sharers, part_heads, of_batch * cdiv(heads, part_heads))
+
+
 class Cut(NamedTuple):
-    """How few_queries falls to programs. Each goes over some key blocks, and over all heads or batch elements that share dM."""
+    """How few_queries falls to programs. Each goes over some key blocks, over all heads that share dM, and its part of the batch elements.
+
+    Heads are few, and such a call is bound by its launches, of which parts take two more.
+    """
 
     programs: int
-    blocks: int
+    owners: int  # masks or batch elements
     split_blocks: int
     n_splits: int
+    parts: Parts
     flags: dict[str, bool]
 
 
 @lru_cache
 def cut_of_few_queries(problem: Problem, needs: Needs, block_n: int) -> Cut:
     mask_heads, mask_queries = problem.mask_shape[2:4] if problem.mask_shape else (problem.H, problem.Nq)
-    owners, dq_inside = problem.B * problem.Hkv, needs.query and holds_dq(problem)
-    if needs.mask:
-        owners = problem.sharing.masks * (1 if mask_heads == 1 else problem.Hkv)
-    blocks = cdiv(problem.Nk, block_n)
-    split_blocks = cdiv(blocks, splits(problem, needs, owners)) if dq_inside else 1
+    dq_inside = needs.query and holds_dq(problem)
+    owners, groups = problem.sharing.masks if needs.mask else problem.B, 1 if needs.mask and mask_heads == 1 else problem.Hkv
+    blocks, split_blocks = cdiv(problem.Nk, block_n), 1
+    if dq_inside:
+        wanted = max(1, SPLIT_PROGRAMS // (owners * groups))
+        split_blocks = max(cdiv(blocks, partial_dqueries(problem, needs)), (blocks + wanted // 2) // wanted, 1)
+    n_splits = cdiv(blocks, split_blocks)
+    programs = owners * groups * n_splits
+    parts = parts_of_dmask(problem, programs, 1) if needs.mask else Parts(1, 1, 1)
     flags = dict(
-        SHARED_B=problem.sharing.sharers > 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1,
+        SHARED_B=problem.sharing.sharers > 1, SHARED_H=mask_heads == 1, SHARED_M=mask_queries == 1, IN_PARTS=parts.number > 1,
         NEED_DQ=dq_inside, NEED_DK=needs.key, NEED_DV=needs.value, NEED_DMASK=needs.mask, NEED_DALPHA=needs.alpha,
     )  # fmt: skip
-    n_splits = cdiv(blocks, split_blocks)
-    return Cut(owners * n_splits, blocks, split_blocks, n_splits, flags)
+    return Cut(programs * parts.number, owners, split_blocks, n_splits, parts, flags)
 
 
 def splits(problem: Problem, needs: Needs, owners: int) -> int:
     """How many parts of the keys dQ is summed in."""
     return min(partial_dqueries(problem, needs), max(1, SPLIT_PROGRAMS // owners))
-
-
-def dmask_parts(problem: Problem, programs: int) -> int:
-    """In how many parts dM's pass sums over the batch elements that share a mask, where there would be `programs` programs of it."""
-    if problem.Nq <= FEW_QUERIES:
-        return 1
-    wanted = min(problem.sharing.sharers, SPLIT_PROGRAMS // max(1, programs))
-    return max(1, min(wanted, partial_dmasks(problem)))
 
 
 @lru_cache

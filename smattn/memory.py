@@ -6,7 +6,7 @@ During forward and backward a fused backend holds, besides inputs, outputs and g
 
 Forward leaves rows to backward, and what rounding took from the output only as far as `queries_with_remainder` says. Where Triton's
 kernels split the keys, forward's partial outputs stay below PARTIAL_OUTPUTS, and backward holds `partial_dqueries` partial gradients of
-query beside what forward left, or `partial_dmasks` of the mask, and sums of alpha's gradient as `has_room_for_dalpha_tiles` says. These
+query beside what forward left, and `partial_dmasks` of the mask, and sums of alpha's gradient as `has_room_for_dalpha_tiles` says. These
 shares are the same on every chip, because the number of splits decides the order of the sums.
 
 The C++ backends plan in C++ and cannot import this file. csrc/memory.h has the promise as two constants, which their plans share out.
@@ -29,6 +29,7 @@ KEPT_BYTES = PROMISED_BYTES // 4  # what forward keeps: a promised share of the 
 DQUERY_BYTES = 3 * PROMISED_BYTES // 8  # backward's partial gradients of query, with what forward kept: these bytes
 DQUERY_SHARE = 5  # and inputs, outputs and gradients divided by this, which leaves some of the promise to the other buffers
 DMASK_BYTES = 5 * PROMISED_BYTES // 8  # backward's partial gradients of the mask and their sum: a promised share of the mask, and these
+DMASK_BESIDE = 3 * PROMISED_BYTES // 8  # the same where there may be partial gradients of query as well: these bytes alone
 DALPHA_BYTES = PROMISED_BYTES // 8  # backward's partial sums of dalpha: a promised share of the mask, and these
 
 
@@ -61,10 +62,11 @@ def partial_dqueries(problem: Problem, needs: Needs) -> int:
     return max(0, share) // (4 * p.B * p.H * p.Nq * p.D)
 
 
-def partial_dmasks(problem: Problem) -> int:
-    """How many float32 gradients of the mask backward may hold beside their sum, where it has no partial gradient of query."""
+def partial_dmasks(problem: Problem, beside_dqueries: bool) -> int:
+    """How many float32 gradients of the mask backward may hold beside their sum. beside_dqueries: and beside partial gradients of query."""
     elements = math.prod(problem.mask_shape or (0,))
-    return (_bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES) // max(1, 4 * elements) - 1
+    room = DMASK_BESIDE if beside_dqueries else _bytes_of_mask(problem) // PROMISED_SHARE + DMASK_BYTES
+    return room // max(1, 4 * elements) - 1
 
 
 def has_room_for_dalpha_tiles(problem: Problem, scores_of_a_tile: int) -> bool:

@@ -27,12 +27,15 @@ def query_program(H, Nq, n_splits, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr):
-    """Which keys lie before `end` and are not padding, [BLOCK_N]. pad_ptr: of this batch."""
-    live = offs_n < end
-    if HAS_PADDING:
-        live &= tl.load(pad_ptr + offs_n.to(tl.int64) * stride_pn, mask=live, other=1) == 0
-    return live
+def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr, EDGE: tl.constexpr = True):
+    """Which keys lie before `end` and are not padding, [BLOCK_N]. pad_ptr: of this batch. Without EDGE all do, and nothing is tested."""
+    if EDGE:
+        live = offs_n < end
+        if HAS_PADDING:
+            live &= tl.load(pad_ptr + offs_n.to(tl.int64) * stride_pn, mask=live, other=1) == 0
+        return live
+    else:
+        return tl.full(offs_n.shape, True, tl.int1)
 
 
 @triton.jit
@@ -54,6 +57,17 @@ def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl
         return first // BLOCK_N * BLOCK_N, last  # The compiler has to know that blocks start at multiples, see attend.
     else:
         return lo, hi
+
+
+@triton.jit
+def edge_of(lo, hi, ONE_LOOP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where in lo..hi the key blocks begin that are tested for keys that do not count: at the last one, if it is not whole.
+
+    Those before are a loop of their own, without a test of each score and each load. In the second loop, which goes round once, nothing is
+    computed ahead and kept in registers (disable_licm). Under padding every block is to be tested, and under dropout random numbers cost so
+    much more than tests that there is one loop too.
+    """
+    return lo if ONE_LOOP else hi // BLOCK_N * BLOCK_N
 
 
 @triton.jit
@@ -99,13 +113,15 @@ def sigmoid(x):
 def load_mask(
     mask_ptr, rows, cols, stride_row, stride_col, n_rows, n_cols, live, MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr
 ):  # fmt: skip
-    """A tile of M in float32, whatever its dtype; without a mask the scalar 0.
+    """A tile of M in float32, whatever its dtype; without a mask the scalar 0. n_rows, n_cols: None where no row or column is past the end.
 
     Where a key is not live the tile is 0, and past the ends it holds some number. Padding is selected out after the load, because a load
     that skips keys in the middle reads single elements.
     """
     if MASK_KIND:
-        m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, rows < n_rows, cols < n_cols).to(tl.float32)
+        row_ok = tl.full(rows.shape, True, tl.int1) if n_rows is None else rows < n_rows
+        col_ok = tl.full(cols.shape, True, tl.int1) if n_cols is None else cols < n_cols
+        m = load_tile(mask_ptr, rows, cols, stride_row, stride_col, row_ok, col_ok).to(tl.float32)
         if MASK_KIND >= LOGITS:
             m = sigmoid(m)
         if MASK_KIND == ROUNDED_LOGITS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .load import live_keys, live_span, load_block, load_mask
+from .load import edge_of, live_keys, live_span, load_block, load_mask
 from .score import as_product, dot, dropout_keep, matmul, rounded_product, score_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -77,29 +77,33 @@ def attend(
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
-    for start_n in range(lo, hi, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING)
-        k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
-        qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        m = load_mask(mask_ptr, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
-        if PINNED_MASK:
-            m = as_product(m, BLOCK_M, BLOCK_N)
-        s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
-        p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
-        if SAVE_MBAR:
-            mbar = rescaled(rescale, mbar) + tl.sum(rounded_product(p, m), 1)
-        if DV > 0:
-            if q.dtype == tl.float16:
-                p = p * FLOAT16_SCALE
-            p = p.to(q.dtype)
-            if ROUNDS:
-                divisor = divisor * rescale + tl.sum(p.to(tl.float32), 1)
-            if HAS_DROPOUT:
-                keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
-                p = tl.where(keep, p, 0.0)
-            v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
-            acc = dot(p, v, acc * rescale[:, None], ALLOW_TF32)
+    mask_rows = tl.minimum(offs_m, Nq - 1)  # past the end the last one again: a load that tests rows has to fill in zeros
+    ONE_LOOP: tl.constexpr = HAS_PADDING or HAS_DROPOUT
+    edge = edge_of(lo, hi, ONE_LOOP, BLOCK_N)
+    for EDGE in tl.static_range(ONE_LOOP, 2):
+        for start_n in tl.range(edge if EDGE else lo, hi if EDGE else edge, BLOCK_N, disable_licm=EDGE > ONE_LOOP):
+            offs_n, n_cols = start_n + tl.arange(0, BLOCK_N), Nk if EDGE else None
+            live = live_keys(pad_ptr, offs_n, Nk, stride_pn, HAS_PADDING, EDGE)
+            k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)  # [BLOCK_N, BLOCK_D]
+            qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+            m = load_mask(mask_ptr, mask_rows, offs_n, stride_mm, stride_mn, None, n_cols, live[None, :], MASK_KIND, HAS_PADDING)
+            if PINNED_MASK:
+                m = as_product(m, BLOCK_M, BLOCK_N)
+            s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
+            p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
+            if SAVE_MBAR:
+                mbar = rescaled(rescale, mbar) + tl.sum(rounded_product(p, m), 1)
+            if DV > 0:
+                if q.dtype == tl.float16:
+                    p = p * FLOAT16_SCALE
+                p = p.to(q.dtype)
+                if ROUNDS:
+                    divisor = divisor * rescale + tl.sum(p.to(tl.float32), 1)
+                if HAS_DROPOUT:
+                    keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
+                    p = tl.where(keep, p, 0.0)
+                v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
+                acc = dot(p, v, acc * rescale[:, None], ALLOW_TF32)
     if not ROUNDS:
         divisor = l_i  # elsewhere it is multiplied by FLOAT16_SCALE where acc is
     dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.

@@ -72,9 +72,9 @@ def count(loop: Loop, warps: int, arguments: dict[str, Any], ttir: str) -> Count
     """arguments: of the launch. A kernel that goes over rows alone has no scores."""
     if "BLOCK_N" not in arguments or "BLOCK_M" not in arguments:
         return Counts(loop, warps)
-    dots = DOT.findall(ttir)
-    deepest = max((indent for indent, *_ in dots), default="")  # in the inner loop
-    needed = sum(2 * int(rows) * int(depth) * int(cols) for indent, rows, depth, cols in dots if indent == deepest)
+    by_loop = [DOT.findall(part) for part in ttir.split("scf.for ")]
+    deepest = max((indent for dots in by_loop for indent, *_ in dots), default="")  # in the inner loop, of which a last block has a copy
+    needed = max(sum(2 * int(m) * int(k) * int(n) for indent, m, k, n in dots if indent == deepest) for dots in by_loop)
     return Counts(loop, warps, arguments["BLOCK_M"] * arguments["BLOCK_N"], needed)
 
 

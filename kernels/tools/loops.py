@@ -109,9 +109,12 @@ def count(instructions: list[Instruction]) -> Loop:
 
 
 def inner_loop(code: str) -> Loop:
-    """The innermost loop with the most tensor operations, or exponentials where there are none. All 0 where no loop has any."""
+    """The innermost loop with the most tensor operations, or exponentials where there are none. All 0 where no loop has any.
+
+    Of several that have as many the shortest: a pass over keys has a second loop for the last block, which tests what the first need not.
+    """
     bodies, following = blocks(code)
     counted = [(loop, count([line for block in sorted(loop) for line in bodies[block]])) for loop in natural_loops(following)]
     busy = [(loop, of) for loop, of in counted if of.flops or of.exponentials]
     innermost = [of for loop, of in busy if not any(other < loop for other, _ in busy)]
-    return max(innermost, key=lambda of: (of.flops, of.exponentials), default=Loop())
+    return max(innermost, key=lambda of: (of.flops, of.exponentials, -of.instructions), default=Loop())

@@ -50,6 +50,14 @@ def test_the_inner_loop_is_the_one_within_the_others():
     assert loop.passes == (both + one) / 4 + 4 + 4 + 1
 
 
+def test_of_a_loop_and_its_copy_for_the_last_block_the_one_without_tests_is_counted():
+    whole, tested = (f".L_x_{n}:\nMUFU.EX2 R3, R3 ;\n{more}@P0 BRA `(.L_x_{n}) ;\n" for n, more in enumerate(("", "NOP ;\n")))
+    assert loops.inner_loop(tested + "EXIT ;").instructions == 3
+    assert all(loops.inner_loop(code + "EXIT ;").instructions == 2 for code in (whole + tested, tested + whole))
+    loop = "        scf.for %i = %a to %b {" + TTIR
+    assert counts.count(loops.Loop(), 4, {"BLOCK_M": 64, "BLOCK_N": 64}, loop + loop).needed == 2 * 64 * 32 * 64
+
+
 def test_code_without_a_loop_has_none():
     assert loops.inner_loop(CODE.replace("@!P0 BRA `(.L_x_2)", "NOP").replace("@!P2 BRA `(.L_x_1)", "NOP")) == loops.Loop()
 

@@ -9,8 +9,9 @@ from smattn import memory
 from smattn.call import Needs, Problem
 from smattn.kernels import plan
 from smattn.kernels.plan import DELTA_FIRST, DELTA_FROM_OUTPUT, DELTA_SWEEP
+from smattn.kernels.tiles import tile
 from smattn.testing import assert_within_budget, make_case, run
-from tests.support.expected import BACKENDS
+from tests.support.expected import BACKENDS, DEVICE
 
 pytestmark = pytest.mark.promise("Triton kernels")
 ALL = Needs(True, True, True, True, True)
@@ -87,6 +88,48 @@ def test_dalpha_is_summed_with_dq_where_a_small_mask_leaves_no_room_for_a_sum_of
     assert steps.dalpha_tiles == "dq" and steps.dq and steps.dmask
 
 
+def bias(rows, heads, N, D=32, **more):
+    """Of each head or of all, which `rows` batch elements share."""
+    return Problem(rows, heads, heads, N, N, D, D, torch.bfloat16, torch.float32, (1, 1, heads, N, N), "cuda", **more)
+
+
+@pytest.mark.parametrize("programs, rows, heads, parts", [
+    (144, 384, 1, (192, 1, 2)),
+    (16, 128, 1, (8, 1, 16)),
+    (264, 128, 1, (128, 1, 1)),
+    (200, 128, 8, (128, 8, 1)),
+    (64, 1, 8, (1, 2, 4)),
+    (20, 5, 8, (1, 4, 10)),
+    (1, 3, 2, (1, 1, 6)),
+])  # fmt: skip
+def test_the_sum_that_dm_is_falls_to_about_two_programs_a_multiprocessor(programs, rows, heads, parts):
+    case = bias(rows, 1, 256)
+    assert plan.parts_of_dmask(case, programs, heads) == parts
+    sharers, part_heads, number = parts
+    assert plan.cdiv(rows, sharers) * plan.cdiv(heads, part_heads) == number
+
+
+def test_parts_of_dm_leave_the_other_buffers_their_memory():
+    few, many = (bias(64, 1, N) for N in (128, 2048))
+    assert plan.parts_of_dmask(few, 1, 1).number > 60 and plan.parts_of_dmask(many, 1, 1).number == 1
+    wide = few._replace(mask_shape=(1, 1, 16, 128, 512))
+    assert memory.partial_dmasks(wide, beside_dqueries=True) < memory.partial_dmasks(wide, beside_dqueries=False)
+    assert (memory.partial_dmasks(few, beside_dqueries=True) + 1) * 4 * 128 * 128 <= memory.DMASK_BESIDE
+
+
+def test_few_queries_share_out_the_sum_over_the_batch():
+    needs = ALL._replace(alpha=False)
+    of_pairs = plan.cut_of_few_queries(bias(128, 4, 128), needs, 32)
+    assert (of_pairs.programs, of_pairs.parts) == (256, (8, 1, 16)), "16 programs would go over 128 batch elements each"
+    assert of_pairs.flags["IN_PARTS"] and plan.cut_of_few_queries(problem(13, 32), ALL, 64).parts == (1, 1, 1)
+    assert plan.cut_of_few_queries(bias(128, 4, 128), needs._replace(mask=False), 32).parts.number == 1
+
+
+def test_thirteen_queries_among_the_keys_of_a_clip_take_one_wave():
+    cut = plan.cut_of_few_queries(problem(13, 32), ALL, tile("few", problem(13, 32), 90).block_n)
+    assert cut.parts.number == 1 and cut.programs <= 3 * 132, "three programs fit a multiprocessor, see the table of compiled kernels"
+
+
 @pytest.fixture
 def no_room(monkeypatch):
     """No call has room for a sum of dalpha for every tile."""
@@ -105,3 +148,25 @@ def no_room(monkeypatch):
 def test_the_gradients_where_there_is_no_room_for_a_sum_of_every_tile(no_room, device, Nq, D, needs):
     case = make_case(2, 4, Nq, 70, D, Hkv=2, mask_shape=(1, 4, 1, 70), dtype=torch.float16, with_lse=True, device=device)
     assert_within_budget(run(case, "triton", needs), case)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no device for Triton")
+@pytest.mark.parametrize("Nq, mask, programs, cut", [
+    (20, (1, 1), 10, (2, 1, 3)),
+    (20, (1, 4), 30, (2, 1, 3)),
+    (140, (1, 1), 80, (2, 4, 3)),
+    (140, (1, 1), 270, (1, 2, 10)),
+    (140, (1, 4), 300, (2, 1, 3)),
+])  # fmt: skip
+def test_the_gradients_where_the_sum_that_dm_falls_to_parts(monkeypatch, device, Nq, mask, programs, cut):
+    monkeypatch.setattr(plan, "SPLIT_PROGRAMS", programs)
+    cached = (plan.cut_of_few_queries, plan.parts_of_dmask)
+    for cuts in cached:
+        cuts.cache_clear()
+    made = []
+    monkeypatch.setattr(plan, "Parts", lambda *parts, of=plan.Parts: made.append(parts) or of(*parts))
+    case = make_case(5, 4, Nq, 70, 32, mask_shape=(*mask, Nq, 70), dtype=torch.float16, device=device)
+    assert_within_budget(run(case, "triton"), case)
+    assert cut in made or DEVICE == "cuda", "a GPU has other tiles, and so other numbers of programs"
+    for cuts in cached:
+        cuts.cache_clear()
