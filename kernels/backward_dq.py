@@ -77,18 +77,19 @@ def _dq_kernel(
     pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
     end = tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N)
     lo, hi = live_span(pad_batch, first_block * BLOCK_N, end, stride_pn, HAS_PADDING, BLOCK_N)
-    mask_rows = tl.minimum(offs_m, Nq - 1)  # past the end the last one again: a load that tests rows has to fill in zeros
     ONE_LOOP: tl.constexpr = HAS_PADDING or HAS_DROPOUT
     edge = edge_of(lo, hi, ONE_LOOP, BLOCK_N)
     for EDGE in tl.static_range(ONE_LOOP, 2):
         for start_n in tl.range(edge if EDGE else lo, hi if EDGE else edge, BLOCK_N, disable_licm=EDGE > ONE_LOOP):
-            offs_n, n_cols = start_n + tl.arange(0, BLOCK_N), Nk if EDGE else None
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            mask_rows = offs_m if EDGE else tl.minimum(offs_m, Nq - 1)  # past the end the last one again, as in attend
+            n_rows, n_cols = Nq if EDGE else None, Nk if EDGE else None
             live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING, EDGE)
             k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
             k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
             v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
-            m = load_mask(mask_tile, mask_rows, offs_n, stride_mm, stride_mn, None, n_cols, live[None, :], MASK_KIND, HAS_PADDING)
+            m = load_mask(mask_tile, mask_rows, offs_n, stride_mm, stride_mn, n_rows, n_cols, live[None, :], MASK_KIND, HAS_PADDING)
             dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
             _, ds = score_gradient(
                 q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,

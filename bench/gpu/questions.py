@@ -30,7 +30,7 @@ QUESTIONS = (
     Question("forward with heads of 128: the same", Cell("forward", 2, 128), Tile(64, 64, 4, 2, tma=True)),
     Question("dK and dV with heads of 128: four warps, or eight?", Cell("dkdv", 2, 128), Tile(32, 64, 8, 2, tma=True)),
     Question("dK and dV with heads of 64: one stage, or two?", Cell("dkdv", 2, 64), Tile(64, 64, 4, 2, tma=True)),
-    Question("dM with heads of 64: more programs, or fewer reads?", Cell("dmask", 2, 64), Tile(64, 64, 4, 2, tma=True)),
+    Question("dM with heads of 64: more programs, or fewer reads?", Cell("dmask", 2, 64), Tile(128, 64, 8, 2, tma=True)),
     Question("dQ with heads of 64: one stage, or two?", Cell("dq", 2, 64), Tile(64, 64, 4, 2, tma=True)),
 )
 Times = Callable[[Cell, int, list[Tile], str, float], dict[Tile, float]]
