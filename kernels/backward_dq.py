@@ -77,7 +77,7 @@ def _dq_kernel(
     pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
     end = tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N)
     lo, hi = live_span(pad_batch, first_block * BLOCK_N, end, stride_pn, HAS_PADDING, BLOCK_N)
-    ONE_LOOP: tl.constexpr = HAS_PADDING or HAS_DROPOUT
+    ONE_LOOP: tl.constexpr = HAS_PADDING or HAS_DROPOUT or q.dtype == tl.float32
     edge = edge_of(lo, hi, ONE_LOOP, BLOCK_N)
     for EDGE in tl.static_range(ONE_LOOP, 2):
         for start_n in tl.range(edge if EDGE else lo, hi if EDGE else edge, BLOCK_N, disable_licm=EDGE > ONE_LOOP):

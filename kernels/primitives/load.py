@@ -63,9 +63,9 @@ def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl
 def edge_of(lo, hi, ONE_LOOP: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where in lo..hi the key blocks begin that are tested for keys that do not count: at the last one, if it is not whole.
 
-    Those before are a loop of their own, without a test of each score and each load. In the second loop, which goes round once, nothing is
-    computed ahead and kept in registers (disable_licm). Under padding every block is to be tested, and under dropout random numbers cost so
-    much more than tests that there is one loop too.
+    Those before are a loop of their own, without a test of each score and each load. In the second, which goes round once, nothing is
+    worked out ahead and kept in registers (disable_licm). There is one loop under padding, where every block is to be tested, and where
+    random numbers or products in float32 cost so much more than tests.
     """
     return lo if ONE_LOOP else hi // BLOCK_N * BLOCK_N
 

@@ -127,7 +127,7 @@ def test_few_queries_share_out_the_sum_over_the_batch():
 
 def test_thirteen_queries_among_the_keys_of_a_clip_take_one_wave():
     cut = plan.cut_of_few_queries(problem(13, 32), ALL, tile("few", problem(13, 32), 90).block_n)
-    assert cut.parts.number == 1 and cut.programs <= 3 * 132, "three programs fit a multiprocessor, see the table of compiled kernels"
+    assert cut.parts.number == 1 and cut.programs <= 3 * 132, "three programs of this tile fit each of 132 multiprocessors"
 
 
 @pytest.fixture
