@@ -51,7 +51,7 @@ def _delta_sweep_kernel(
     lo, hi = live_span(pad_batch, 0, Nk, stride_pn, HAS_PADDING, BLOCK_N)
     for start_n in range(lo, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING, True)
+        live = live_keys(pad_batch, offs_n, Nk, stride_pn, HAS_PADDING)
         k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
         k = load_block(k_head, b, g, start_n, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
         v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)

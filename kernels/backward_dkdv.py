@@ -45,7 +45,7 @@ def _dkdv_kernel(
     bg = b * Hkv + g
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING, True)
+    live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
     k = load_tile(k_ptr + b * stride_kb + g.to(tl.int64) * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
     v = load_tile(v_ptr + b * stride_vb + g.to(tl.int64) * stride_vh, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0

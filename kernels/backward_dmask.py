@@ -72,7 +72,7 @@ def _dmask_kernel(
         row_ok = offs_m < Nq
         for i in range(i_lo, tl.minimum(sharers, i_lo + part_sharers)):
             b = tl.cast(first_b + i * share_step, tl.int64)
-            live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING, True)
+            live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h_lo.to(tl.int64) * stride_mh
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], MASK_KIND, HAS_PADDING)

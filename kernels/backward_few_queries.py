@@ -63,7 +63,7 @@ def _few_queries_kernel(
         dm = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in tl.range(i_lo, tl.minimum(sharers, i_lo + part_sharers) if SUM_B else i_lo + 1, disable_licm=True):
             b = tl.cast(first_b + i * share_step, tl.int64)
-            live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING, True)
+            live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
             mask_batch = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) if MASK_KIND else None
             m_rows = unless_padding(Nq, live, HAS_PADDING)
             m = load_mask(mask_batch, offs_m, offs_n, stride_mm, stride_mn, m_rows, Nk, live[None, :], SHARED_MASK, HAS_PADDING)

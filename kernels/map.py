@@ -35,7 +35,7 @@ def _map_kernel(
     b = (pid // n_blocks // m_blocks).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     row_ok = offs_m < Nq
-    live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING, True)
+    live = live_keys(pad_ptr + b * stride_pb if HAS_PADDING else None, offs_n, Nk, stride_pn, HAS_PADDING)
     mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) if MASK_KIND else None
     m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

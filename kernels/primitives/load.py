@@ -27,7 +27,7 @@ def query_program(H, Nq, n_splits, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr, EDGE: tl.constexpr):
+def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr, EDGE: tl.constexpr = True):
     """Which keys lie before `end` and are not padding, [BLOCK_N]. pad_ptr: of this batch. Without EDGE all do, and nothing is tested."""
     if EDGE:
         live = offs_n < end
@@ -51,7 +51,7 @@ def live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING: tl.constexpr, BLOCK_N: tl
         first, last = hi, lo
         for start in range(lo, hi, 1024):
             keys = start + tl.arange(0, 1024)
-            live = live_keys(pad_ptr, keys, hi, stride_pn, HAS_PADDING, True)
+            live = live_keys(pad_ptr, keys, hi, stride_pn, HAS_PADDING)
             first = tl.minimum(first, tl.min(tl.where(live, keys, hi), 0))
             last = tl.maximum(last, tl.max(tl.where(live, keys + 1, lo), 0))
         return first // BLOCK_N * BLOCK_N, last  # The compiler has to know that blocks start at multiples, see attend.
