@@ -10,6 +10,8 @@ from .score import LOG2E
 # MASK_KIND is 0 without a mask; else mask_ptr leads to M, to its logits, or to logits whose M the other passes read rounded to their dtype.
 SOFT, LOGITS, ROUNDED_LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
+ALL = tl.constexpr(True)  # of EDGE: every block is tested
+
 
 @triton.jit
 def query_program(H, Nq, n_splits, BLOCK_M: tl.constexpr):
@@ -27,7 +29,7 @@ def query_program(H, Nq, n_splits, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr, EDGE: tl.constexpr = True):
+def live_keys(pad_ptr, offs_n, end, stride_pn, HAS_PADDING: tl.constexpr, EDGE: tl.constexpr = ALL):
     """Which keys lie before `end` and are not padding, [BLOCK_N]. pad_ptr: of this batch. Without EDGE all do, and nothing is tested."""
     if EDGE:
         live = offs_n < end
@@ -64,8 +66,8 @@ def edge_of(lo, hi, ONE_LOOP: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where in lo..hi the key blocks begin that are tested for keys that do not count: at the last one, if it is not whole.
 
     Those before are a loop of their own, without a test of each score and each load. In the second, which goes round once, nothing is
-    worked out ahead and kept in registers (disable_licm). There is one loop under padding, where every block is to be tested, and where
-    random numbers or products in float32 cost so much more than tests.
+    worked out ahead and kept in registers (disable_licm). ONE_LOOP: all blocks are tested. So it is under padding, where each has to be,
+    and where random numbers or products in float32 cost so much more than tests.
     """
     return lo if ONE_LOOP else hi // BLOCK_N * BLOCK_N
 

@@ -78,7 +78,9 @@ def attend(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
     mask_rows = tl.minimum(offs_m, Nq - 1)  # past the end the last one again: a load that tests rows has to fill in zeros
-    ONE_LOOP: tl.constexpr = HAS_PADDING or HAS_DROPOUT or q.dtype == tl.float32
+    # Two loops over a mask in float32 would want more registers than there are.
+    WIDE_MASK: tl.constexpr = MASK_KIND > 0 and mask_ptr.dtype.element_ty == tl.float32
+    ONE_LOOP: tl.constexpr = HAS_PADDING or HAS_DROPOUT or q.dtype == tl.float32 or WIDE_MASK
     edge = edge_of(lo, hi, ONE_LOOP, BLOCK_N)
     for EDGE in tl.static_range(ONE_LOOP, 2):
         for start_n in tl.range(edge if EDGE else lo, hi if EDGE else edge, BLOCK_N, disable_licm=EDGE > ONE_LOOP):
