@@ -253,6 +253,19 @@ def test_an_exported_program_can_be_trained(backend, device, strict, dtype):
     assert_within_budget({f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}, case)
 
 
+def in_a_graph(step):
+    """The step captured, after one call on a side stream, which compiles; and what it returned, which every replay fills anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 def test_cuda_graph_of_a_module(device):
     """As its docstring says: captured once, and replayed on what lies in the captured inputs."""
@@ -265,14 +278,7 @@ def test_cuda_graph_of_a_module(device):
         out = layer(query, pixels, pixels, mask)
         return out, *torch.autograd.grad(out.sum(), wanted)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = in_a_graph(step)
     for tensor in (query, mask):
         tensor.mul_(0.5)
         graph.replay()
@@ -290,14 +296,7 @@ def test_cuda_graph_replay(fused_backend, device, dropout_p, Nq):
         out = soft_masked_attention(*inputs, dropout_p=dropout_p, backend=fused_backend)
         return out, torch.autograd.grad(out, inputs, case.dout)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, grads = step()
+    graph, (out, grads) = in_a_graph(step)
     graph.replay()
     first = [t.clone() for t in (out, *grads)]
     graph.replay()
