@@ -25,7 +25,7 @@ namespace {
 // As small pieces as allowed, to whoever comes first.
 template <int Threads>
 void run_on(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  const int64_t piece = Threads == 1 ? items : std::max<int64_t>(grain, 1);
+  const int64_t piece = std::max<int64_t>(Threads == 1 ? items : grain, 1);
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     // Relaxed: the counter must not order what two pieces do, or ThreadSanitizer would miss their races.

@@ -112,7 +112,9 @@ def text(totals: dict[Key, Total]) -> str:
 
 
 def sources() -> str:
-    files = [*(ROOT / "kernels").rglob("*.py"), *(file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file())]
+    """A hash of the kernels, of what launches them and of their tiles; not of what only reads them (kernels/tools)."""
+    kernels = [file for kind in ("*.py", "*.csv") for file in (ROOT / "kernels").rglob(kind) if file.parent.name != "tools"]
+    files = [*kernels, *(file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file())]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
