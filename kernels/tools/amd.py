@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from ..chip import amd_number
 from ..tiles import Tile
 from .aot import compile_all, source
-from .jobs import SAMPLE, Job, jobs, record
+from .jobs import SAMPLE, Job, jobs, one_of, record
 
 SHARED_MEMORY = {"gfx90a": 65_536, "gfx942": 65_536, "gfx950": 163_840}  # bytes that a program can have, per chip
 WAVE = 64  # threads, in the place of a warp's 32
@@ -88,8 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
-    calls = [(chip, job) for chip in options.arch for job in jobs([amd_number(chip)], SAMPLE) if not job.variant.tf32]
-    _, failed = compile_all(compile_job, calls[:: options.every], ", ".join(options.arch), options.processes)
+    samples = {chip: (job for job in jobs([amd_number(chip)], SAMPLE) if not job.variant.tf32) for chip in options.arch}
+    calls = [(chip, job) for chip, sample in samples.items() for job in one_of(options.every, sample)]
+    _, failed = compile_all(compile_job, calls, ", ".join(options.arch), options.processes)
     return 1 if failed else 0
 
 

@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tiles import Tile, block_of
 from .counts import Counts, count, excess
-from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, record
+from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, one_of, record
 from .loops import Loop
 from .machine_code import Reading, read
 
@@ -198,12 +198,14 @@ def main(arguments: list[str] | None = None) -> int:
     extents.add_argument("--sample", action="store_const", dest="extent", const=SAMPLE, default=PRODUCT, help="some of it: minutes")
     extents.add_argument("--full", action="store_const", dest="extent", const=FULL, help="the product in every variant: hours")
     parser.add_argument("--table", type=Path, help="write the table here as well, as comma-separated values")
+    parser.add_argument("--every", type=int, default=1, help="one of so many of each chip's calls, others on each chip")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
+    calls = [(job,) for job in one_of(options.every, jobs(options.arch, options.extent))]
     chips = ", ".join(f"sm_{arch}" for arch in options.arch)
-    compiled, failed = compile_all(compile_job, [(job,) for job in jobs(options.arch, options.extent)], chips, options.processes)
+    compiled, failed = compile_all(compile_job, calls, chips, options.processes)
     if options.table:
         write_table(options.table, compiled)
     return 1 if failed else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -113,22 +113,28 @@ def _sample(archs: list[int]) -> Iterator[Job]:
             yield Job(arch, torch.float16, D, Nq, PLAIN)
         for D, Nq in (*product((64,), (few, most, MANY)), (32, few), (32, most), (128, few), (128, MANY), (WIDEST, MANY)):
             yield Job(arch, torch.float32, D, Nq, PLAIN)
-        for Nq in (few, most, MANY):
-            yield Job(arch, torch.float32, 64, Nq, TF32)
+        yield Job(arch, torch.bfloat16, 64, few, PLAIN)  # it has float16's tiles
         for Nq in (few, MANY):
-            yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)  # it has float16's tiles
+            yield Job(arch, torch.float32, 64, Nq, TF32)
             yield Job(arch, torch.float16, 64, Nq, MAP)
         for D in (32, 64, 128):
             yield Job(arch, torch.bfloat16, D, MANY, HALF_MASKS[1])
         yield Job(arch, torch.float32, 64, MANY, MAP)
         for D in (32, 64, 128, WIDEST) if arch >= 90 else ():  # where the calls above have descriptors
-            yield Job(arch, torch.float16, D, MANY, PADDING)
             yield Job(arch, torch.float16, D, MANY, MISALIGNED)
+        for D in (32, WIDEST) if arch >= 90 else ():  # beside those that are counted
+            yield Job(arch, torch.float16, D, MANY, PADDING)
     chip = 90 if 90 in archs else archs[-1]
-    for Nq in (few, MANY):
-        yield Job(chip, torch.float16, 64, Nq, FEATURES)
-        for variant in OTHERS:
-            yield Job(chip, torch.bfloat16, 32, Nq, variant)
+    yield from (Job(chip, torch.float16, 64, Nq, FEATURES) for Nq in (few, MANY))
+    yield from (Job(chip, torch.bfloat16, 32, Nq, variant) for Nq, variant in product((few, MANY), OTHERS))
+
+
+def one_of(every: int, calls: Iterable[Job]) -> list[Job]:
+    """One of so many of each chip's calls. Each chip begins one call later, so that what is left out on one is there on another."""
+    by_chip: dict[int, list[Job]] = {}
+    for job in calls:
+        by_chip.setdefault(job.arch, []).append(job)
+    return [job for first, of_chip in enumerate(by_chip.values()) for job in of_chip[first % every :: every]]
 
 
 def _narrow(arch: int) -> Iterator[Job]:
