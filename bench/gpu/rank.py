@@ -3,7 +3,7 @@
 For each cell of the table, the present tile and the SHAPES are compiled ahead of time under masks of 16 and 32 bits, in training. Those
 that fail `make aot` are left out, and the others ranked by the larger of their two costs (smattn/kernels/tools/counts.py): a prediction
 of cycles, which no GPU has confirmed. --write puts the cheapest into kernels/tiles.csv where it is cheaper by more than MARGIN. Each tile's
-cost is noted in build/rank.jsonl, so that a search goes on where the last one of the same kernels stopped; a tile takes some 15 seconds.
+cost is noted in build/rank.jsonl, so that a search goes on where the last one of the same kernels stopped; a tile takes some three seconds.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def launched(kernel: str) -> str:
 def cost(cell: Cell, arch: int, tile: Tile) -> float:
     """Cycles of a multiprocessor for 64 x 64 scores, under the mask for which they are more; infinite where `make aot` would fail."""
     put(cell, arch, tile)
-    job = cell.job(arch)
-    masks = {job.dtype, torch.float32}
-    rows = [row for dtype in masks for row in aot.compile_job(job._replace(variant=job.variant._replace(mask_dtype=dtype)))]
-    found = [row for row in rows if row.kernel == launched(cell.kernel) and row.tile == tile]
+    job, kernel = cell.job(arch), launched(cell.kernel)
+    variants = [job.variant._replace(mask_dtype=dtype) for dtype in {job.dtype, torch.float32}]
+    rows = [row for variant in variants for row in aot.compile_job(job._replace(variant=variant), only=kernel)]
+    found = [row for row in rows if row.tile == tile]
     if not found or any(row.failure() for row in found):
         return math.inf
     return max(row.counts.cycles(row.job.arch).together() for row in found)

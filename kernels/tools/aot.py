@@ -137,10 +137,13 @@ def without_a_gpu(arch: int, kernel: Any, arguments: dict[str, Any], tile: Tile)
     return triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=tile.options())
 
 
-def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], Any] = without_a_gpu) -> list[Row]:
+def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], Any] = without_a_gpu, only: str = "") -> list[Row]:
+    """A row for each of the call's kernels, or for the one of this name alone."""
     rows = []
     for kernel, arguments, tile in record(job):
         name = kernel.__name__.strip("_").removesuffix("_kernel")
+        if only not in ("", name):
+            continue
         try:
             compiled = compiler(job.arch, kernel, arguments, tile)
         except Exception as error:  # whatever the compiler throws belongs in the table

@@ -118,16 +118,16 @@ def test_a_call_of_the_sample_that_a_chip_leaves_out_is_compiled_for_another():
         return {job._replace(arch=0) for job in calls}
 
     sample = list(jobs([80, 90, 100], SAMPLE))
-    half = one_of(2, sample)
+    third = one_of(3, sample)
     on_all = set.intersection(*(without_the_chip(job for job in sample if job.arch == arch) for arch in (80, 90, 100)))
-    assert len(on_all) > 30 and on_all <= without_the_chip(half) and len(half) < len(sample) / 2 + 2
+    assert len(on_all) > 30 and on_all <= without_the_chip(third) and len(third) < len(sample) / 3 + 2
     assert one_of(1, sample) == sample
 
 
 @pytest.mark.slow
-def test_half_of_the_sample_compiles_and_has_every_kernel_chip_and_dtype():
-    """The table in the results is of all of it, which takes twice as long."""
-    result = without_interpreter("-m", "smattn.kernels.tools.aot", "--sample", "--every", "2")
+def test_a_third_of_the_sample_compiles_and_has_every_kernel_chip_and_dtype():
+    """The table in the results is of all of it, which takes three times as long."""
+    result = without_interpreter("-m", "smattn.kernels.tools.aot", "--sample", "--every", "3")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [match.groups() for match in ROWS.finditer(result.stdout)]
     counted = int(re.search(r"^(\d+) kernels compiled for sm_80, sm_90, sm_100, 0 failed$", result.stdout, re.MULTILINE)[1])
@@ -135,7 +135,7 @@ def test_half_of_the_sample_compiles_and_has_every_kernel_chip_and_dtype():
     over = [row for row in rows if int(row[7]) > SHARED_MEMORY[int(row[1])]]
     assert over == []
     compiled = {(kernel, arch, dtype.replace("bfloat", "float")) for kernel, arch, dtype, *_ in rows}
-    missing = set(product(KERNELS | MAP_KERNELS, ("80", "90", "100"), ("float16",))) - compiled
-    missing |= set(product(KERNELS, ("80", "90", "100"), ("float32",))) - compiled
+    missing = set(product(KERNELS, ("80", "90", "100"), ("float16", "float32"))) - compiled
     missing |= set(product(KERNELS, ("32", "64", "128", "256"))) - {(kernel, D) for kernel, _, _, D, *_ in rows}
+    missing |= MAP_KERNELS - {kernel for kernel, *_ in rows}
     assert missing == set()
