@@ -1,6 +1,6 @@
 """The tile that a kernel takes, looked up in tiles.csv.
 
-A tile follows from the chip, the dtype and the shape alone, so results repeat bit for bit. `python -m smattn.kernels.aot` compiles every
+A tile follows from the chip, the dtype and the shape alone, so results repeat bit for bit. `python -m smattn.kernels.tools.aot` compiles every
 line of the table and reports its registers, spills and shared memory; `make tune` times tiles and writes the fastest.
 """
 

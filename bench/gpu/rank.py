@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from bench.gpu.cells import BACKWARD, FORWARD, Cell
-from bench.gpu.tune import CSV, NOTES, cells, of_the_kernels, present, put
+from bench.gpu.tune import CSV, NOTES, cells, present, put
 from smattn.kernels import tiles as table
 from smattn.kernels.tiles import HEAD_SIZES, Tile
 from smattn.kernels.tools import aot
+from smattn.kernels.tools.sources import sources
 
 MARGIN = 1.02
 SHAPES = ((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 4, 2), (32, 64, 4, 1))
@@ -58,7 +59,7 @@ def cheapest(costs: Mapping[Tile, float], now: Tile) -> Tile:
 
 def rank(cell: Cell, arch: int, notes: Path, cost: Callable[[Cell, int, Tile], float] = cost) -> Tile:
     """The cheapest tile. This process uses it from now on."""
-    now, key = present(cell, arch), f"sm_{arch}, kernels {of_the_kernels()}, {cell.text()}"
+    now, key = present(cell, arch), f"sm_{arch}, kernels {sources()}, {cell.text()}"
     lines = notes.read_text().splitlines() if notes.exists() else []
     known = {Tile(*note["tile"]): note["cost"] for note in map(json.loads, lines) if note["of"] == key}
     for tile in candidates(cell, now):

@@ -13,7 +13,6 @@ forgets them. Once `make gpu` has installed the tree into build/gpu, this search
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -39,6 +38,7 @@ from smattn.kernels import tiles as table
 from smattn.kernels.chip import arch_of, generation
 from smattn.kernels.tiles import HEAD_SIZES, Table, Tile
 from smattn.kernels.tools import aot
+from smattn.kernels.tools.sources import sources
 from smattn.testing import Case, errors, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +211,7 @@ class Notes:
     """What searches of this chip, these kernels and this Triton have found: a line for each cell, in a file that others share."""
 
     def __init__(self, path: Path, chip: str) -> None:
-        self._path, self._key = path, f"{chip}, triton {triton.__version__}, kernels {of_the_kernels()}"
+        self._path, self._key = path, f"{chip}, triton {triton.__version__}, kernels {sources()}"
 
     def found(self) -> dict[str, Tile]:
         """The tiles found, by Cell.text()."""
@@ -223,12 +223,6 @@ class Notes:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a") as file:
             file.write("\n" * (file.tell() > 0) + json.dumps({"of": self._key, "cell": cell.text(), "tile": tile._asdict()}))
-
-
-def of_the_kernels() -> str:
-    """A name for the kernels' source. The table does not count, for it is what changes."""
-    files = sorted(CSV.parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def search(todo: Sequence[Cell], arch: int, notes: Notes, tuned: Callable[[Cell], Tile], until: float) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +31,7 @@ from .counts import Counts, count, excess
 from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, one_of, record
 from .loops import Loop
 from .machine_code import Reading, read
+from .sources import sources
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes that a program can have, per chip
 RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and that each program takes besides its own
@@ -161,7 +161,6 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], A
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
     """As comma-separated values, numbers of queries that differ in nothing else on one line; above it what was compiled by what."""
-    sources = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))).hexdigest()
     lines: dict[tuple[Any, ...], dict[int, None]] = {}
     for row in rows:
         (arch, dtype, D, Nq, variant, *_), t, r = row.job, row.tile, row.reading
@@ -173,7 +172,7 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
         )  # fmt: skip
         lines.setdefault(line, {})[Nq] = None
     with path.open("w", newline="") as file:
-        file.write(f"# triton {triton.__version__}, kernels/*.py sha256 {sources[:16]}\n")
+        file.write(f"# triton {triton.__version__}, kernels/*.py sha256 {sources()}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow((*TABLE_HEAD, "queries"))
         table.writerows((*line, " ".join(map(str, queries))) for line, queries in lines.items())

@@ -24,6 +24,7 @@ import torch
 import triton
 
 from smattn.kernels.tiles import Tile, block_of
+from smattn.kernels.tools.sources import sources
 
 from . import cuda_backend
 from .backend import CHIPS, install, name_of
@@ -111,17 +112,16 @@ def text(totals: dict[Key, Total]) -> str:
     return "\n".join("  ".join(f"{figure:>{len(name)}}" for figure, name in zip(line, HEAD, strict=True)) for line in lines)
 
 
-def sources() -> str:
-    """A hash of the kernels, of what launches them and of their tiles; not of what only reads them (kernels/tools)."""
-    kernels = [file for kind in ("*.py", "*.csv") for file in (ROOT / "kernels").rglob(kind) if file.parent.name != "tools"]
-    files = [*kernels, *(file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file())]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+def of_what_runs() -> str:
+    """A hash of the kernels, their tiles, and the CUDA C++ kernels."""
+    files = [ROOT / "kernels" / "tiles.csv", *sorted(file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file())]
+    return hashlib.sha256(sources().encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def write(path: Path, totals: dict[Key, Total], summary: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     with path.open("w", newline="") as file:
-        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, sources of the kernels sha256 {sources()}\n")
+        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, sources of the kernels sha256 {of_what_runs()}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEAD)
         table.writerows(rows(totals))
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
     torch.set_num_threads(1)
-    kept = CACHE / f"{options.problems}-problems-of-{options.seed}-{sources()}.pickle"
+    kept = CACHE / f"{options.problems}-problems-of-{options.seed}-{of_what_runs()}.pickle"
     progress = pickle.loads(kept.read_bytes()) if kept.exists() else Progress()
     run(progress, options.seed, options.problems, time.monotonic() + 60 * options.minutes, kept)
     print(text(progress.totals))

@@ -90,12 +90,31 @@ def test_it_refuses_to_run_under_the_interpreter():
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
 
 
-def test_the_table_in_the_results_is_of_every_call_of_the_sample_and_without_a_failure():
-    from smattn.kernels.tools.jobs import SAMPLE, jobs
+def test_the_table_in_the_results_is_of_the_present_kernels_and_tiles():
+    from smattn.kernels.tools.jobs import SAMPLE, jobs, record
+    from smattn.kernels.tools.sources import sources
 
     head, *lines = RESULTS.read_text().splitlines()
     assert re.fullmatch(r"# triton 3\.\d+\.\d+, kernels/\*\.py sha256 [0-9a-f]{16}", head)
-    rows = list(csv.DictReader(lines))
+    again = f"make it anew: python -m smattn.kernels.tools.aot --sample --table {RESULTS}"
+    assert head.endswith(sources()), again
+    compiled = {
+        (row["kernel"], row["arch"], row["dtype"], row["D"], Nq, row["Nk"], row["variant"],
+         *(row[column] for column in ("block_m", "block_n", "warps", "stages", "maxnreg")))
+        for row in csv.DictReader(lines) for Nq in row["queries"].split()
+    }  # fmt: skip
+    launched = {
+        (kernel.__name__.strip("_").removesuffix("_kernel"), str(j.arch), str(j.dtype)[6:], str(j.D), str(j.Nq), str(j.Nk), j.variant.name,
+         *("" if value is None else str(value) for value in tile[:5]))
+        for j in jobs([80, 90, 100], SAMPLE) for kernel, _, tile in record(j)
+    }  # fmt: skip
+    assert compiled == launched, again
+
+
+def test_the_table_in_the_results_is_of_every_call_of_the_sample_and_without_a_failure():
+    from smattn.kernels.tools.jobs import SAMPLE, jobs
+
+    rows = list(csv.DictReader(RESULTS.read_text().splitlines()[1:]))
     compiled = {(row["arch"], row["dtype"], row["D"], row["Nk"], row["variant"], Nq) for row in rows for Nq in row["queries"].split()}
     sample = jobs([80, 90, 100], SAMPLE)
     assert compiled == {(str(j.arch), str(j.dtype)[6:], str(j.D), str(j.Nk), j.variant.name, str(j.Nq)) for j in sample}
