@@ -48,6 +48,7 @@ MAP, MAP_TF32 = Variant("map", as_map=True), Variant("map tf32", tf32=True, as_m
 PADDING, MISALIGNED = Variant("padding", padding=True), Variant("misaligned", misaligned=True)
 HALF_MASKS = tuple(PLAIN._replace(name=f"{dtype} mask"[6:], mask_dtype=dtype) for dtype in (torch.float16, torch.bfloat16))
 DROPOUT = Variant("dropout", mask_dtype=torch.bfloat16, dropout=True)
+SMALL_CALL = HALF_MASKS[1]._replace(name="bfloat16 mask, small call")
 MISALIGNED_FEATURES = FEATURES._replace(name=f"misaligned {FEATURES.name}", misaligned=True)
 OTHERS = (
     MAP._replace(name="map padding gqa", padding=True, group=2),
@@ -98,7 +99,7 @@ def _counted(archs: list[int]) -> Iterator[Job]:
     for arch, D in product(archs, (64, 128)):
         yield from (Job(arch, torch.bfloat16, D, MANY, variant, Nk=ODD) for variant in (PLAIN, HALF_MASKS[1]))
         yield from (Job(arch, torch.bfloat16, D, MANY, variant) for variant in (PADDING, DROPOUT))
-        yield Job(arch, torch.bfloat16, D, MANY, HALF_MASKS[1], B=2)
+        yield Job(arch, torch.bfloat16, D, MANY, SMALL_CALL, B=2)
 
 
 def _sample(archs: list[int]) -> Iterator[Job]:

@@ -111,6 +111,19 @@ def test_the_table_in_the_results_is_of_the_present_kernels_and_tiles():
     assert compiled == launched, again
 
 
+def test_the_costs_of_odd_lengths_in_the_docs_are_those_of_the_table():
+    costs = {}
+    for row in csv.DictReader(RESULTS.read_text().splitlines()[1:]):
+        if row["variant"] == "bfloat16 mask" and row["kernel"] in PASSES and row["dtype"] == "bfloat16":
+            cost = max(int(row["issue"]) + int(row["tensor"] or 0), int(row["exp2"]), int(row["passes"]))
+            costs[row["kernel"], row["arch"], row["D"], row["Nk"]] = cost
+    lines = []
+    for name, kernel in {"forward": "forward", "dQ": "dq", "dK and dV": "dkdv", "dM": "dmask"}.items():
+        pairs = [(costs[kernel, arch, D, "1045"], costs[kernel, arch, D, "4096"]) for D in ("64", "128") for arch in ("80", "90")]
+        lines.append(f"| {name} | " + " | ".join(f"{odd} / {even}, {odd / even:.2f}" for odd, even in pairs) + " |")
+    assert "\n".join(lines) in (RESULTS.parents[2] / "docs" / "design" / "tiles.md").read_text(), "\n".join(lines)
+
+
 def test_the_table_in_the_results_is_of_every_call_of_the_sample_and_without_a_failure():
     from smattn.kernels.tools.jobs import SAMPLE, jobs
 
