@@ -1,8 +1,9 @@
 """Write every published figure from result files: `python -m bench.reporting.measured [bench/results/FILE.jsonl ...]`
 
-docs/measured.md has all of them between its markers, those of CPUs and those of GPUs, and README.md six rows (readme_figures.py). The files
-given take the place of those that the page shows of the same machine, and the files of other machines stay. Without a file the page is
-written again from those that it shows. examples/wsss/README.md has the table of the newest token-maps file.
+docs/measured.md has all of them between its markers, those of CPUs and those of GPUs, and README.md six rows (readme_figures.py) of the
+machine that ran last. The files given take the place of those that the page shows of the same machine, and the files of other machines
+stay. Without a file the page is written again from those that it shows. examples/wsss/README.md has the table of the newest token-maps
+file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench.reporting.tables import DISTURBED, Duel, between, disturbed, duels, m
 from bench.studies import token_maps
 
 PAGE = ROOT / "docs" / "measured.md"
+DATE = len("YYYY-MM-DD")
 SWEEP = "-nk-sweep"  # in the name of what nk_sweep.py writes; any other file is bench.run's
 CPU, GPU = between("figures"), between("gpu figures")
 NO_GPU = "No run on a GPU has been made yet; `make gpu` makes one.\n"
@@ -44,6 +46,12 @@ def to_show(shown: list[str], given: list[str]) -> list[str]:
     files = [file for file in shown if machine(file) not in anew] + given
     order = list(dict.fromkeys(machine(file) for file in [*shown, *given]))
     return sorted(files, key=lambda file: order.index(machine(file)))
+
+
+def of_the_newest(runs: list[str]) -> list[str]:
+    """The runs of the machine that ran last, by the dates that files' names begin with."""
+    newest = max(runs, key=lambda file: Path(file).name[:DATE])
+    return [file for file in runs if machine(file) == machine(newest)]
 
 
 def with_figures(page: str, files: list[str]) -> str:
@@ -133,10 +141,10 @@ def main(given: list[str]) -> None:
     cpu_files, gpu_files = to_show(files_shown(page), on_cpus), to_show(files_shown(page, GPU), on_gpus)
     PAGE.write_text(with_gpu_figures(with_figures(page, cpu_files), gpu_files))
     runs = [file for file in gpu_files or cpu_files if SWEEP not in file]
-    readme.write_text(with_readme_figures(readme.read_text(), [file for file in runs if machine(file) == machine(runs[0])]))
+    readme.write_text(with_readme_figures(readme.read_text(), of_the_newest(runs)))
     examples = ROOT / "examples" / "wsss" / "README.md"
-    newest = max(RESULTS.glob("*-token-maps.jsonl"))
-    examples.write_text(between("token_maps").sub(lambda _: token_maps.section(newest, "../../bench/results") + "\n", examples.read_text()))
+    maps = max(RESULTS.glob("*-token-maps.jsonl"))
+    examples.write_text(between("token_maps").sub(lambda _: token_maps.section(maps, "../../bench/results") + "\n", examples.read_text()))
 
 
 if __name__ == "__main__":
