@@ -48,7 +48,7 @@ def test_random_maps(map_backend, dtype, device):
 @pytest.mark.slow
 def test_more_random_calls(backend, dtype, device):
     interpreted = backend == "triton" and device == "cpu"
-    assert hypothesize(backend, dtype, device, 15 if interpreted else 300, largest=100 if interpreted else 300)
+    assert hypothesize(backend, dtype, device, 8 if interpreted else 300, largest=100 if interpreted else 300)
 
 
 def test_all_five_gradients_come_back(backend, dtype, device):

@@ -88,8 +88,8 @@ def test_the_checks_can_fail():
 
 @pytest.mark.slow
 def test_a_sample_of_every_kernel_compiles_for_gfx942():
-    """A quarter of what `make aot` compiles, which takes minutes."""
-    result = without_interpreter("-m", "smattn.kernels.tools.amd", "--every", "4")
+    """A sixth of what `make aot` compiles, which takes minutes."""
+    result = without_interpreter("-m", "smattn.kernels.tools.amd", "--every", "6")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [match.groups() for match in ROWS.finditer(result.stdout)]
     assert len(rows) == int(re.search(r"^(\d+) kernels compiled for gfx942, 0 failed$", result.stdout, re.MULTILINE)[1])
