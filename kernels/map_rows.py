@@ -44,6 +44,8 @@ def _map_means_kernel(
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     eta = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
+    lowest = tl.full([BLOCK_M], float("inf"), tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     pad_batch = pad_ptr + b * stride_pb if HAS_PADDING else None
     end = tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N)
     lo, hi = live_span(pad_batch, first_block * BLOCK_N, end, stride_pn, HAS_PADDING, BLOCK_N)
@@ -58,9 +60,14 @@ def _map_means_kernel(
         eta += tl.sum(rounded_product(p, do), 1)
         if NEED_MBAR:
             mbar += tl.sum(rounded_product(p, m), 1)
-    sums = sums_ptr + 2 * (split.to(tl.int64) * n_rows + bh * Nq)
-    tl.store(sums + 2 * offs_m, eta, mask=row_ok)
-    tl.store(sums + 2 * offs_m + 1, mbar, mask=row_ok)
+            lowest = tl.minimum(lowest, tl.min(tl.where(live[None, :], m, float("inf")), 1))
+            highest = tl.maximum(highest, tl.max(tl.where(live[None, :], m, float("-inf")), 1))
+    sums = sums_ptr + 4 * (split.to(tl.int64) * n_rows + bh * Nq + offs_m)
+    tl.store(sums, eta, mask=row_ok)
+    if NEED_MBAR:
+        tl.store(sums + 1, mbar, mask=row_ok)
+        tl.store(sums + 2, lowest, mask=row_ok)
+        tl.store(sums + 3, highest, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=["Nq", "n_splits"])
@@ -74,25 +81,31 @@ def _map_rows_kernel(
     row_ok = offs_m < Nq
     eta = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
+    lowest = tl.full([BLOCK_M], float("inf"), tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for split in range(0, n_splits):
-        sums = sums_ptr + 2 * (tl.cast(split, tl.int64) * n_rows + bh * Nq + offs_m)
+        sums = sums_ptr + 4 * (tl.cast(split, tl.int64) * n_rows + bh * Nq + offs_m)
         eta += tl.load(sums, mask=row_ok, other=0.0)
-        mbar += tl.load(sums + 1, mask=row_ok, other=0.0)
+        if NEED_MBAR:
+            mbar += tl.load(sums + 1, mask=row_ok, other=0.0)
+            lowest = tl.minimum(lowest, tl.load(sums + 2, mask=row_ok, other=0.0))
+            highest = tl.maximum(highest, tl.load(sums + 3, mask=row_ok, other=0.0))
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
+    dead = lse == float("-inf")
     if NEED_ROWS:
-        dead = lse == float("-inf")
         lse_log2, delta = finish_rows(lse * LOG2E, tl.load(weights_ptr + bh % H) * eta, dead)
         store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
-    if NEED_MBAR:
+    if NEED_MBAR:  # A mean lies between what it is of, also when P, rebuilt from lse, adds up to no exact 1. Of one key it is M itself.
+        mbar = tl.where(dead, 0.0, tl.minimum(tl.maximum(mbar, lowest), highest))
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
     if NEED_ETA:
         tl.store(eta_ptr + bh * Nq + offs_m, eta, mask=row_ok)
 
 
 def sums_of_splits(call: Call) -> Tensor:
-    """Room for what each split of the keys adds to the rows' eta and mbar: (splits, B * H * Nq, 2)."""
+    """Room for what each split of the keys knows of the rows: eta, mbar, and M's least and greatest: (splits, B * H * Nq, 4)."""
     t = call.problem
-    return accumulator(call, cut_of(call).splits, t.B * t.H * t.Nq, 2)
+    return accumulator(call, cut_of(call).splits, t.B * t.H * t.Nq, 4)
 
 
 def run(call: Call, dout: Tensor, lse: Tensor, sums: Tensor, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None) -> None:

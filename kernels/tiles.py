@@ -1,7 +1,7 @@
 """The tile that a kernel takes, looked up in tiles.csv.
 
-A tile follows from the chip, the dtype and the shape alone, so results repeat bit for bit. `make aot` compiles what calls take of the table,
-and reports registers, spills, shared memory and what an inner loop costs; `make tune` times tiles and writes the fastest.
+A tile follows from the chip, the dtype and the shape alone, so results repeat bit for bit. `make aot` compiles the table's
+tiles and reports registers, spills, shared memory and what an inner loop costs; `make tune` times tiles and writes the fastest.
 """
 
 from __future__ import annotations

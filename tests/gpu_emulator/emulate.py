@@ -103,7 +103,7 @@ def add_up(totals: dict[Key, Total], arch: int, launched: list[tuple[str, Tile, 
 def rows(totals: dict[Key, Total]) -> list[tuple[str, ...]]:
     return [
         (k.kernel, str(k.arch), str(k.bytes), str(k.D), str(k.tile.block_m), str(k.tile.block_n), str(k.tile.warps), *total.row())
-        for k, total in sorted(totals.items())
+        for k, total in sorted(totals.items(), key=lambda item: (*item[0][:-1], str(item[0].tile)))
     ]
 
 

@@ -88,3 +88,8 @@ def test_tensor_operations_executed_over_needed(arch, capsys):
     assert all(1 <= float(line["flops_over_needed"]) <= 1.13 for line in table.values()), "dM has a product of zeros for its one head"
     assert all(2 <= float(line["bytes_a_load"]) <= 512 for line in table.values())
     assert {line["mask_bytes_a_thread"] for line in table.values()} == {"16.00"}
+
+
+def test_a_table_may_have_tiles_that_differ_in_registers_alone():
+    tiles = (Tile(64, 64, 4, 1, 128), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1, 96))
+    assert len(rows({Key("forward", 80, 2, 64, tile): Total() for tile in tiles})) == 3

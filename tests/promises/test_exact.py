@@ -88,6 +88,17 @@ def test_lengths(backend, device, Nq, Nk):
     assert_within_budget(run(case, backend), case)
 
 
+@pytest.mark.promise("any shape")
+@pytest.mark.parametrize("Nk", [1, 35])
+@pytest.mark.parametrize("Nq", [7, 131])
+def test_a_map_over_one_key(map_backend, dtype, device, Nq, Nk):
+    """One that is attended to: dalpha is exactly 0, since the mean of one key's M is that M."""
+    case = make_case(1, 2, Nq, Nk, 8, Hkv=1, dtype=dtype, as_map=True, mask_shape=(1, 2, Nq, Nk), device=device)
+    if Nk > 1:
+        case = replace(case, key_padding_mask=torch.arange(Nk, device=device)[None] != 20)
+    assert_within_budget(run(case, map_backend), case)
+
+
 MASK_SHAPES = [*product((1, 2), repeat=3), *product((1, 2), repeat=2)]
 MANY_QUERIES = [(shape, 131) for shape in MASK_SHAPES if len(shape) == 3]
 
