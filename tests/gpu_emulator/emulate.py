@@ -1,7 +1,8 @@
 """`make emulate PROBLEMS=n SEED=s`: drawn problems through the compiled kernels, and what Triton's execute, kernel by kernel.
 
 The first problem of each specialisation runs on the CUDA C++ kernels too. A failure does not end it. A run that was stopped, or that
---minutes ended, goes on where it was, as long as no kernel changed. `--write` leaves the table in bench/results/emulated-kernels.csv.
+--minutes ended, goes on where it was, as long as no kernel changed, and tries again what failed. `--write` leaves the table in
+bench/results/emulated-kernels.csv.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Progress:
 
     problems: int = 0
     ran: Counter[str] = field(default_factory=Counter)  # problems by chip, and launches
-    failures: list[str] = field(default_factory=list)
+    failures: dict[tuple[int, str], str] = field(default_factory=dict)  # by problem and what ran it
     totals: dict[Key, Total] = field(default_factory=dict)
 
     def summary(self, seed: int) -> str:
@@ -143,16 +144,20 @@ class Progress:
 
 
 def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> None:
-    """Problems up to `count`, or up to a time. What was done is kept in a file, whenever a specialisation is through."""
+    """Problems up to `count`, or up to a time. What was done is kept in a file, whenever a specialisation is through.
+
+    Of what an earlier run did only those are tried again that failed; they are counted once.
+    """
     emulated = install(*CHIPS)
     for row in emulated.values():
         row.detailed = True
     cuda = cuda_backend.install() if shutil.which("nvcc") else None
+    kept.parent.mkdir(parents=True, exist_ok=True)
     for number, (drawn, case) in enumerate(itertools.islice(problems(seed), count)):
-        if number < progress.problems:
+        again = number < progress.problems
+        if again and all(number != failed for failed, _ in progress.failures):
             continue
-        if number % TOGETHER == 0:
-            kept.parent.mkdir(parents=True, exist_ok=True)
+        if number % TOGETHER == 0 and not again:
             kept.write_bytes(pickle.dumps(progress))
             if time.monotonic() > until:
                 break
@@ -161,18 +166,22 @@ def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> 
             ways.append((CUDA, cuda_backend.NAME, cuda))
         for way, name, row in ways:
             row.counts.clear()
+            progress.failures.pop((number, way), None)
             try:
                 check(drawn, case, name, row)
             except Exception as error:  # whatever is thrown belongs in the result
                 sizes = f"Nq {case.query.shape[2]}, Nk {case.key.shape[2]}"
-                progress.failures.append(f"problem {number} on {way}, {drawn}, {sizes}: {type(error).__name__}: {error}")
-                print(f"FAILED {progress.failures[-1]}", flush=True)
-            progress.ran[way] += 1
-            progress.ran["launches"] += len(row.counts)
-        add_up(progress.totals, drawn.arch, emulated[drawn.arch].counts)
-        progress.problems += 1
-    else:
-        kept.unlink(missing_ok=True)
+                failure = f"problem {number} on {way}, {drawn}, {sizes}: {type(error).__name__}: {error}"
+                progress.failures[number, way] = failure
+                print(f"FAILED {failure}", flush=True)
+            progress.ran[way] += not again
+            progress.ran["launches"] += 0 if again else len(row.counts)
+        if not again:
+            add_up(progress.totals, drawn.arch, emulated[drawn.arch].counts)
+            progress.problems += 1
+    kept.write_bytes(pickle.dumps(progress))
+    if progress.problems == count and not progress.failures:
+        kept.unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,6 +61,24 @@ def test_a_run_that_was_stopped_goes_on_and_says_what_did_not_run(monkeypatch, t
     assert not kept.exists() and progress.summary(3).endswith("0 failed; no CUDA C++ kernel ran, since there is no nvcc here")
 
 
+def test_what_failed_is_tried_again_and_counted_once(monkeypatch, tmp_path):
+    ran, progress, kept = [], emulate.Progress(), tmp_path / "kept"
+
+    def check(drawn, case, name, row):
+        ran.append(case.rng)
+        assert len(ran) not in (3, 25)
+
+    monkeypatch.setattr(emulate, "install", lambda *archs: ROWS)
+    monkeypatch.setattr(emulate, "check", check)
+    monkeypatch.setattr(emulate, "shutil", SimpleNamespace(which=lambda name: None))
+    emulate.run(progress, seed=3, count=20, until=float("inf"), kept=kept)
+    assert [number for number, _ in progress.failures] == [2] and ", 1 failed" in progress.summary(3)
+    progress = pickle.loads(kept.read_bytes())
+    emulate.run(progress, seed=3, count=20, until=float("inf"), kept=kept)
+    assert ran[20:] == [ran[2]] and progress.problems == 20 == sum(progress.ran[f"sm_{arch}"] for arch in backend.CHIPS)
+    assert not progress.failures and not kept.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", backend.CHIPS)
 def test_tensor_operations_executed_over_needed(arch, capsys):
