@@ -122,7 +122,7 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
   }
   if (p.out == nullptr) return;
   for (int64_t i = 0; i < q.count; ++i) {
-    for (int64_t d = 0; d < n.Dv; ++d) part.out[i * part.stride + d] *= inverse[i];
+    for (T* to = part.out + i * part.stride; to < part.out + (i + 1) * part.stride; to += kLanes<T>) store(to, load(to) * inverse[i]);
   }
   write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out, p.scores.dtype, row * n.Dv, n.Dv);
   if (p.remainder != nullptr) write_remainders<T>(part.out, part.stride, q.count, n.Dv, p.remainder, p.scores.dtype, row * n.Dv);
