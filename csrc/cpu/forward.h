@@ -92,10 +92,10 @@ class Forward {
     const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv);
     if constexpr (OnePass<E>::kServes) {
       const bool tries = p_.out != nullptr && p_.dropout.p == 0 && t_.eta == nullptr;
-      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, part)) {
+      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, next_keys, part)) {
         make_value_steps(k, same_keys);
-        return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
-                       AddTo<T>{part.out, part.stride, false});
+        return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count),
+                       OnePass<E>::has_few_queries(q) ? Prefetch{} : next_keys, AddTo<T>{part.out, part.stride, false});
       }
     }
     T maxima[kQueries];
