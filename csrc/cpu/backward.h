@@ -16,15 +16,16 @@ class Backward {
   Backward(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
         tile_memory_(tile_slots() * QueryTiles<E>::size(n_, plan.blocking.queries)), step_(task),
-        row_memory_(plan.in_runs ? 0 : plan.row_size()), dmask_(plan.dmask_tiles() * kKeys * kQueries), mask_(kKeys * kQueries),
-        dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0), rows_(step_.scratch()), keys_(kKeys * row_elements<E>(n_.D)),
-        values_(kKeys * row_elements<E>(n_.Dv)), key_steps_memory_(steps_size<E>(kKeys, n_.D)), row_(row_memory_) {
+        row_memory_(plan.in_runs ? 0 : plan.row_size()), dquery_(plan.dquery_at_once() ? plan.dquery_size() : 0),
+        dmask_(plan.dmask_tiles() * kKeys * kQueries), mask_(kKeys * kQueries), dmap_(task.dmap.data != nullptr ? kKeys * kQueries : 0),
+        rows_(step_.scratch()), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
+        key_steps_memory_(steps_size<E>(kKeys, n_.D)), row_(row_memory_) {
     const int64_t size = QueryTiles<E>::size(n_, plan.blocking.queries);
     for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(n_, plan.blocking.queries, tile_memory_ + i * size);
   }
 
   int64_t bytes() const {
-    return bytes_in(pairs_, tiles_, tile_memory_, step_, row_memory_, dmask_, mask_, dmap_, keys_, values_, key_steps_memory_);
+    return bytes_in(pairs_, tiles_, tile_memory_, step_, row_memory_, dquery_, dmask_, mask_, dmap_, keys_, values_, key_steps_memory_);
   }
 
   // All of an item. slot: the group's place in its round.
@@ -78,10 +79,11 @@ class Backward {
     }
     if (sums.dmask != nullptr) finish_dmask(split, pair_index, q, k, sums.dmask);
     const bool last_inner = i == plan_.inner_blocks() - 1;
-    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, k)) {
+    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, i, k)) {
       store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, dkv_of(split, pair, kb));
     }
-    if (!plan_.outer_keys && last_inner && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery);
+    const bool has_dquery = plan_.outer_keys ? plan_.dquery_at_once() : last_inner;
+    if (has_dquery && t_.dquery != nullptr) store_dquery<T>(t_, pair.b, pair.h, q, sums.dquery);
     if (sums.dalpha != nullptr && last_inner) {
       Vec<T> sum{};
       for (int64_t lane = 0; lane < plan_.blocking.queries; lane += kLanes<T>) sum += load(sums.dalpha + lane);
@@ -112,10 +114,10 @@ class Backward {
     return ahead;
   }
 
-  // Whether dK and dV of this visit are complete with it and can be written where they belong, as they come.
-  bool stored_directly(const Pair& pair, const KeyBlock& k) const {
-    return plan_.outer_keys && plan_.inner_blocks() == 1 && pair.first_of_kv && pair.last_of_kv && k.attended == k.count &&
-           t_.scores.dtype == kStored<E> && n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
+  // Whether dK and dV are complete with this visit, of inner block i, and can be written where they belong, as they come.
+  bool stored_directly(const Pair& pair, int64_t i, const KeyBlock& k) const {
+    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k.attended == k.count && t_.scores.dtype == kStored<E> &&
+           n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
   static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
   // Where queries are few their tiles are kept for all pairs, as far as a core's cache holds them.
@@ -130,6 +132,7 @@ class Backward {
     return own_part(split) + (pair.kv * plan_.blocking.key_blocks + kb) * plan_.dkv_size();
   }
   T* dquery_of(int64_t split, int64_t pair, int64_t qb) const {
+    if (plan_.dquery_at_once()) return dquery_;
     if (!plan_.outer_keys) return row_ + (plan_.pairs_innermost ? pair : 0) * plan_.dquery_size();
     return own_part(split) + (pair * plan_.blocking.query_blocks + qb) * plan_.dquery_size();
   }
@@ -144,22 +147,21 @@ class Backward {
     const bool first_outer = o == plan_.first_outer(split);
     if (t_.dquery != nullptr && (plan_.outer_keys ? first_outer : i == 0)) fill<T>(dquery, plan_.dquery_size(), T(0));
     if (wants_dkv() && !plan_.outer_keys && first_outer && pair.first_of_kv) fill<T>(dkv, plan_.dkv_size(), T(0));
-    const bool tile = plan_.tile_dmask, direct = stored_directly(pair, k_);
+    const bool tile = plan_.tile_dmask, direct = stored_directly(pair, i, k_);
     const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
     const int64_t bytes = bytes_of(t_.scores.dtype);
-    void* dkey = direct ? static_cast<char*>(t_.dkey) + row * n_.D * bytes : static_cast<void*>(dkv);
+    const auto place = [&](void* gradient, int64_t size) { return direct ? static_cast<char*>(gradient) + row * size * bytes : nullptr; };
     T* dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * kKeys * kQueries : 0);
     if (tile && pair.first_of_mask && !begins_dmask_) {
       const QueryBlock q = query_block(plan_.blocking, qb);
       copy<T>(dmask_total_ + plan_.dmask_tile(pair.h, q, k_), k_.count * q.lanes, dmask);
     }
-    T* own_dvalue = dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>);
-    void* dvalue = direct ? static_cast<char*>(t_.dvalue) + row * n_.Dv * bytes : static_cast<void*>(own_dvalue);
     return {.dquery = t_.dquery != nullptr ? dquery : nullptr,
-            .dkey = t_.dkey != nullptr ? dkey : nullptr,
-            .dvalue = t_.dvalue != nullptr ? dvalue : nullptr,
+            .dkey = t_.dkey != nullptr ? dkv : nullptr,
+            .dvalue = t_.dvalue != nullptr ? dkv + plan_.blocking.keys * round_up(n_.D, kLanes<T>) : nullptr,
             .dkv_is_new = plan_.outer_keys && i == 0 && pair.first_of_kv,
-            .dkv_is_final = direct,
+            .final_dkey = place(t_.dkey, n_.D),
+            .final_dvalue = place(t_.dvalue, n_.Dv),
             .dmask = dmask,
             .dmask_is_new = !tile || (pair.first_of_mask && begins_dmask_),
             .dalpha = t_.dalpha != nullptr ? dalpha : nullptr};
@@ -211,6 +213,7 @@ class Backward {
   Buffer<E> tile_memory_;
   BackwardStep<E> step_;
   Buffer<T> row_memory_;
+  Buffer<T> dquery_;  // of a visit
   Buffer<T> dmask_;   // [inner block or one][key][lane]
   Buffer<T> mask_, dmap_;
   T* rows_;  // [kQueries][kKeys], for what is turned

@@ -15,16 +15,23 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
     forward_pass<E>(means, threads);
   } else {
     parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> dout(n.Dv), out(n.Dv), remainder(n.Dv);
-      if (p.remainder.data == nullptr) fill<T>(remainder, n.Dv, T(0));
+      constexpr int64_t kRows = 16;  // at a time
+      const int64_t stride = round_up(n.Dv, kLanes<T>);
+      const Buffer<T> dout(kRows * stride), out(kRows * stride), remainder(kRows * stride);
+      if (p.remainder.data == nullptr) fill<T>(remainder, kRows * stride, T(0));
       for (int64_t bh = begin; bh < end; ++bh) {
-        for (int64_t i = 0; i < n.Nq; ++i) {
-          read_rows<T>(rows_of(p.dout, bh / n.H, bh % n.H, i), 1, n.Dv, dout, n.Dv);
-          read_rows<T>(rows_of(p.out, bh / n.H, bh % n.H, i), 1, n.Dv, out, n.Dv);
-          if (p.remainder.data != nullptr) read_rows<T>(rows_of(p.remainder, bh / n.H, bh % n.H, i), 1, n.Dv, remainder, n.Dv);
-          T sum = 0;
-          for (int64_t d = 0; d < n.Dv; ++d) sum += dout[d] * (out[d] + remainder[d] * T(1 / kRemainderScale));
-          delta[bh * n.Nq + i] = sum;
+        for (int64_t first = 0; first < n.Nq; first += kRows) {
+          const int64_t rows = smaller_of(kRows, n.Nq - first);
+          const auto read = [&](const Tensor4& t, T* to) { read_rows<T>(rows_of(t, bh / n.H, bh % n.H, first), rows, n.Dv, to, stride); };
+          read(p.dout, dout), read(p.out, out);
+          if (p.remainder.data != nullptr) read(p.remainder, remainder);
+          for (int64_t i = 0; i < rows; ++i) {
+            Vec<T> sum{};
+            for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) {
+              sum += load(dout + at) * (load(out + at) + load(remainder + at) * T(1 / kRemainderScale));
+            }
+            delta[bh * n.Nq + first + i] = sum_lanes<T>(sum);
+          }
         }
       }
     });

@@ -5,7 +5,8 @@
 // begins with the dM that the last one left. Where that makes few groups, the batches that share M are cut into shares, which have a dM
 // each and go side by side; the shares' dM are added up in order. Batch elements are taken in the order of MaskBatch, in which those that
 // share M are neighbours; a `place` is one's number in that order. An item is a group and a part of its outer blocks:
-//   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to.
+//   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to, unless there
+//             is one key block.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
 // sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
@@ -95,7 +96,7 @@ struct BackwardPlan {
     tile_dmask = t.dmask != nullptr && full_mask;
     const int64_t bytes = memory.for_sums();
     const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
-      const bool wanted = by_keys ? t.dquery != nullptr : t.dkey != nullptr || t.dvalue != nullptr;
+      const bool wanted = by_keys ? t.dquery != nullptr && blocking.key_blocks > 1 : t.dkey != nullptr || t.dvalue != nullptr;
       const int64_t size = by_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
       return wanted ? size * static_cast<int64_t>(sizeof(T)) : 0;
     };
@@ -160,6 +161,7 @@ struct BackwardPlan {
   int64_t inner_blocks() const { return outer_keys ? blocking.query_blocks : blocking.key_blocks; }
   int64_t sum_slots() const { return pairs_innermost ? (outer_keys ? kvs : pairs) : 1; }
   int64_t dmask_parts() const { return outer_keys ? 1 : splits; }  // of an M without the queries' extent: who owns a key block owns its sum
+  bool dquery_at_once() const { return outer_keys && blocking.key_blocks == 1; }  // a visit has all of its pair's keys: nothing to add up
   int64_t dmask_tiles() const { return pairs_innermost ? 1 : inner_blocks(); }
 
   int64_t dquery_size() const { return round_up(n.D, kLanes<T>) * blocking.queries; }  // [lane][D], one (pair, query block)

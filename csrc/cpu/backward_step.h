@@ -11,10 +11,10 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class T>
 struct Sums {
   T* dquery;  // [lane][D up to whole vectors], without scale
-  void* dkey;    // of T, [key][D up to whole vectors]
-  void* dvalue;  // of T, [key][Dv up to whole vectors]
-  bool dkv_is_new;     // nothing there yet to add to
-  bool dkv_is_final;  // and nothing comes after: dkey and dvalue are the outputs themselves
+  T* dkey;    // [key][D up to whole vectors]
+  T* dvalue;  // [key][Dv up to whole vectors]
+  bool dkv_is_new;  // nothing there yet to add to
+  void *final_dkey, *final_dvalue;  // nothing comes after: the sums go here, to the outputs; else null
   T* dmask;   // [key][lane]
   bool dmask_is_new;
   T* dalpha;  // [lane]
@@ -32,9 +32,8 @@ struct QueryTiles {
 
   E* query;               // [D][lane], times scale * log2(e) unless of pairs
   E* dout;                // [Dv][lane]
-  E *query_rows, *dout_rows;
-  Vectors<E> query_steps;  // for a sum over the queries, times scale unless of pairs
-  Vectors<E> dout_steps;
+  E *query_rows, *dout_rows, *query_step_memory, *dout_step_memory;
+  Vectors<E> query_steps, dout_steps;  // for a sum over the queries
   T *lse_log2, *delta, *mbar;
   int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
@@ -47,8 +46,7 @@ struct QueryTiles {
   void place(const Sizes& n, int64_t lanes, E* memory) {
     const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
     query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
-    query_steps.data = kStepsPerElement<E> == 1 ? query_rows : dout_rows + Dv;
-    dout_steps.data = kStepsPerElement<E> == 1 ? dout_rows : query_steps.data + steps_size<E>(lanes, n.D);
+    query_step_memory = dout_rows + Dv, dout_step_memory = query_step_memory + steps_size<E>(lanes, n.D);
     lse_log2 = reinterpret_cast<T*>(memory + 2 * (D + Dv) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv));
     delta = lse_log2 + lanes, mbar = delta + lanes;
     b = -1;
@@ -59,13 +57,10 @@ struct QueryTiles {
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
     const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
-    if constexpr (kStepsPerElement<E> == 1) {
-      for (int64_t i = 0; i < q.count * row_elements<E>(n.D); ++i) query_rows[i] *= static_cast<T>(t.scores.scale);
-    }
-    query_steps = by_step(queries, q.count, n.D, const_cast<E*>(query_steps.data));
+    query_steps = by_step(queries, q.count, n.D, query_step_memory);
     if (t.value.data != nullptr) {
       const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
-      dout_steps = by_step(douts, q.count, n.Dv, const_cast<E*>(dout_steps.data));
+      dout_steps = by_step(douts, q.count, n.Dv, dout_step_memory);
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
     for (int64_t i = 0; i < q.lanes; ++i) {
@@ -117,7 +112,8 @@ class BackwardStep {
     weights_.clear_rest(0, k.count, q.lanes);
     ds_.clear_rest(0, k.count, q.lanes);
     if (sums.dvalue != nullptr) {
-      add_rows(weights_.by_lane(q.lanes), q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums, sums.dvalue);
+      add_rows(weights_.by_lane(q.lanes), q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums.dkv_is_new, sums.dvalue,
+               sums.final_dvalue);
     }
     const int64_t stride = round_up(n_.D, kLanes<T>);
     if (sums.dkey != nullptr) {
@@ -125,7 +121,7 @@ class BackwardStep {
       const Prefetch sums_ahead =
           dquery == nullptr ? Prefetch{} : Prefetch{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1};
       const T scale = static_cast<T>(t_.scores.scale);
-      add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums, sums.dkey);
+      add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums.dkv_is_new, sums.dkey, sums.final_dkey);
     }
     if (sums.dquery != nullptr) {
       product(ds_.by_key(k.count, q.lanes, weights_.get(), tiles_ + 2 * kTileSize), keys.key_steps, q.count, stride / kLanes<T>,
@@ -267,18 +263,17 @@ class BackwardStep {
     constexpr int operator()() const { return N; }
   };
 
-  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], of pairs times `factor`
+  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], times `factor`; to `final` where that is not null.
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Prefetch& ahead,
-                const Sums<T>& sums, void* sum) {
+                bool is_new, T* sum, void* final) {
     const int64_t stride = round_up(size, kLanes<T>);
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
-            [sum, stride, factor, is_new = sums.dkv_is_new, is_final = sums.dkv_is_final]<int N>(int64_t j, int64_t c,
-                                                                                                 const Vec<T>(&added)[N]) {
+            [sum, stride, factor, is_new, final]<int N>(int64_t j, int64_t c, const Vec<T>(&added)[N]) {
+              const int64_t at = j * stride + c * kLanes<T>;
               Vec<T> x[N];
-              for (int i = 0; i < N; ++i) x[i] = kStepsPerElement<E> > 1 ? added[i] * factor : added[i];
-              if (is_final) return stream_row<E>(sum, j * stride + c * kLanes<T>, stride, x);
-              T* to = static_cast<T*>(sum) + j * stride + c * kLanes<T>;
-              for (int i = 0; i < N; ++i, to += kLanes<T>) store(to, is_new ? x[i] : load(to) + x[i]);
+              for (int i = 0; i < N; ++i) x[i] = is_new ? added[i] * factor : load(sum + at + i * kLanes<T>) + added[i] * factor;
+              if (final != nullptr) return stream_row<E>(final, at, stride, x);
+              for (int i = 0; i < N; ++i) store(sum + at + i * kLanes<T>, x[i]);
             });
   }
 

@@ -19,12 +19,15 @@ class Forward {
       : t_(task), p_(task.params), s_(p_.scores), n_(s_.size), plan_(plan), query_size_(row_elements<E>(n_.D) * kQueries),
         dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0), queries_(plan.group_heads * query_size_),
         douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
-        parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), mask_(kKeys * kQueries),
-        dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0), rows_(kQueries * kKeys),
-        keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)), value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {}
+        parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), masks_(plan.mask_tiles * kKeys * kQueries),
+        masks_read_(plan.mask_tiles), dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
+        rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
+        value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {
+    fill<Held>(masks_read_, plan.mask_tiles, Held{});
+  }
 
   int64_t bytes() const {
-    return bytes_in(queries_, douts_, query_rows_, parts_, weights_, one_pass_, mask_, dmap_, keep_, rows_, keys_, values_,
+    return bytes_in(queries_, douts_, query_rows_, parts_, weights_, one_pass_, masks_, masks_read_, dmap_, keep_, rows_, keys_, values_,
                     value_steps_memory_);
   }
 
@@ -44,11 +47,9 @@ class Forward {
     for (int64_t kb = blocks * split / plan_.splits; kb < blocks * (split + 1) / plan_.splits; ++kb) {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
       if (k.attended == 0) continue;
-      const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
       if (t_.dmap.data != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
-        const bool another = h == 0 || s_.mask_size[1] > 1;
-        if (mask != nullptr && another) read_mask<T>(s_, b, first + h, q, k, rows_, mask_);
+        const T* mask = s_.mask.data == nullptr ? nullptr : read_mask_tile(b, first + h, query_index, kb, q, k, plan_.mask_tile(h, kb));
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
         const bool last = h == heads - 1;
         const Prefetch next =
@@ -72,6 +73,14 @@ class Forward {
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
+  // M's tile, if it is not there from an earlier item.
+  const T* read_mask_tile(int64_t b, int64_t h, int64_t query_index, int64_t kb, const QueryBlock& q, const KeyBlock& k, int64_t place) {
+    T* tile = masks_ + place * kKeys * kQueries;
+    const int64_t mask = s_.padding == nullptr ? s_.mask_batch.mask_of(b) : b;  // each batch selects its own out
+    if (masks_read_[place].differs(mask, s_.mask_size[1] > 1 ? h : 0, query_index, kb)) read_mask<T>(s_, b, h, q, k, rows_, tile);
+    return tile;
+  }
+
   // One head against one key block.
   void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query, const E* dout,
               const ForwardPart<E>& part, const Prefetch& next_keys) {
@@ -83,10 +92,10 @@ class Forward {
     const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv);
     if constexpr (OnePass<E>::kServes) {
       const bool tries = p_.out != nullptr && p_.dropout.p == 0 && t_.eta == nullptr;
-      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, part)) {
+      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, next_keys, part)) {
         make_value_steps(k, same_keys);
-        return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
-                       AddTo<T>{part.out, part.stride, false});
+        return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count),
+                       OnePass<E>::has_few_queries(q) ? Prefetch{} : next_keys, AddTo<T>{part.out, part.stride, false});
       }
     }
     T maxima[kQueries];
@@ -135,7 +144,8 @@ class Forward {
   Buffer<T> parts_;    // [head of the group], where there is one split; else one, to merge into
   ForwardWeights<E> weights_;
   OnePass<E> one_pass_;
-  Buffer<T> mask_;     // [key][lane]
+  Buffer<T> masks_;    // [key][lane] of each tile that is kept
+  Buffer<Held> masks_read_;
   Buffer<T> dmap_;     // [key][lane], dA or dP
   Buffer<T> keep_;     // [key][lane], C/(1-p)
   Buffer<T> rows_;
@@ -149,16 +159,15 @@ class Forward {
 template <class E, class T>
 inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const Sizes& n = task.params.scores.size;
-  const ForwardPlan<E> plan(n);
+  const ForwardPlan<E> plan(task.params.scores);
   const int64_t query_blocks = plan.blocking.query_blocks;
   const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
   const int64_t per_split = n.B * query_blocks * per_query_block;
   const Buffer<T> parts(plan.splits > 1 ? plan.splits * per_split : 0);
   const auto make = [&] { return Forward<E>(task, plan); };
-  const int64_t spare = kSpareBytes - parts.bytes(), items = n.B * plan.groups * query_blocks * plan.splits;
-  for_each_item(threads, items, spare, make, [&](Forward<E>& forward, int64_t item) {
-    const int64_t split = item % plan.splits, qb = item / plan.splits % query_blocks;
-    const int64_t group = item / (plan.splits * query_blocks) % plan.groups, b = item / (plan.splits * query_blocks * plan.groups);
+  const int64_t spare = kSpareBytes - parts.bytes();
+  for_each_item(threads, plan.items(), spare, make, [&](Forward<E>& forward, int64_t number) {
+    const auto [b, group, qb, split] = plan.item(number);
     forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
   });
   if (plan.splits == 1) return;

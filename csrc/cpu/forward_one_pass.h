@@ -16,21 +16,25 @@ class OnePass {
 
   int64_t bytes() const { return bytes_in(scores_, weights_); }
 
+  // Then products are too short for all that is to be fetched meanwhile, and would wait for it: it is fetched while the weights are made.
+  static bool has_few_queries(const QueryBlock& q) { return q.lanes == kLanes<T>; }
+
   // Makes the block's weights and adds to the part's rows. False, and then nothing has changed, where it takes two passes: there are keys that
   // are padding or do not fill a strip, a query has no finite maximum, or the weights have grown too large.
   bool run(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, int64_t D,
-           bool wants_mbar, const Prefetch& ahead, const ForwardPart<E>& part) {
+           bool wants_mbar, const Prefetch& values_ahead, const Prefetch& keys_ahead, const ForwardPart<E>& part) {
     if (k.attended < k.count || k.count % kStrip != 0) return false;
     T maxima[kQueries], sums[kSums][kQueries] = {};
     copy<T>(part.row(kMaximum), q.lanes, maxima);
     const bool first_keys = !all_finite(maxima, q.lanes);
+    const bool few = has_few_queries(q);
+    Fetching fetching(few ? values_ahead : Prefetch{}, few ? keys_ahead : Prefetch{}, k.count / kExpAtOnce);
     for (int64_t lane = 0; lane < q.lanes; lane += kGroup) {
       const int64_t lanes = smaller_of(kGroup, q.lanes - lane);
       const auto products = [&](int64_t first) {
         if (first >= k.count) return;
-        const Prefetch fetch = lane == 0 ? ahead.part(first, kStrip, k.count) : Prefetch{};
-        product(key.from_row(first), Vectors<E>{query + lane, q.lanes}, kStrip, lanes / kLanes<T>, packed<E>(D), fetch,
-                AddTo<T>{scores(first), kGroup, true});
+        product(key.from_row(first), Vectors<E>{query + lane, q.lanes}, kStrip, lanes / kLanes<T>, packed<E>(D),
+                !few && lane == 0 ? values_ahead.part(first, kStrip, k.count) : Prefetch{}, AddTo<T>{scores(first), kGroup, true});
       };
       products(0);
       for (int64_t first = 0; first < k.count; first += kStrip) {
@@ -41,7 +45,7 @@ class OnePass {
             store(maximum, with_first(exponent, scores(0) + l, q, lane + l, load(maximum)));
             if (!all_finite(maximum, kLanes<T>)) return false;
           }
-          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(maximum), wants_mbar, sums);
+          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(maximum), wants_mbar, fetching, sums);
         }
       }
     }
@@ -64,6 +68,15 @@ class OnePass {
   static constexpr int kSums = 3;  // of the weights, of them as rounded, of their products with M
   static constexpr int64_t strip_size() { return kStrip * kGroup; }
 
+  struct Fetching {
+    Prefetch values, keys;
+    int64_t value_lines, key_lines;
+
+    Fetching(const Prefetch& values, const Prefetch& keys, int64_t times)
+        : values(values), keys(keys), value_lines(values.lines_at_each(times)), key_lines(keys.lines_at_each(times)) {}
+    void next() { values.lines(value_lines), keys.lines(key_lines); }
+  };
+
   T* scores(int64_t first) const { return scores_ + first / kStrip % 2 * strip_size(); }
 
   static bool all_finite(const T* x, int64_t n) {
@@ -81,11 +94,12 @@ class OnePass {
 
   // A strip's weights of one vector of queries, turned.
   void weigh(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t first, int64_t lane, int64_t keys,
-             Vec<T> subtracted, bool wants_mbar, T (&sums)[3][kQueries]) {
+             Vec<T> subtracted, bool wants_mbar, Fetching& fetching, T (&sums)[3][kQueries]) {
     const T* mask = wants_mbar ? exponent.mask + first * q.lanes + lane : nullptr;
     Vec<T> sum = load(sums[0] + lane), rounded = load(sums[1] + lane), mbar = load(sums[2] + lane);
     Vec<E> pairs[kStrip / 2];
     for (int64_t j = 0; j < kStrip; j += kExpAtOnce) {
+      fetching.next();
       Vec<T> p[kExpAtOnce];
 #pragma GCC unroll 8
       for (int i = 0; i < kExpAtOnce; ++i) p[i] = exponent(load(score + (j + i) * kGroup), (first + j + i) * q.lanes + lane, subtracted);

@@ -96,6 +96,21 @@ inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, i
   }
 }
 
+// The logsumexp of rows from their maximum scores, in base 2, and their sums relative to those.
+template <class T>
+inline void logsumexp(const T* maxima, const T* sums, int64_t lanes, T* lse) {
+  typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
+  for (int64_t lane = 0; lane < lanes; lane += kLanes<double>) {
+    Numbers maximum, sum;
+    __builtin_memcpy(&maximum, maxima + lane, sizeof(maximum));
+    __builtin_memcpy(&sum, sums + lane, sizeof(sum));
+    const Vec<double> exponent = __builtin_convertvector(maximum, Vec<double>);
+    const Vec<double> log = natural_log(__builtin_convertvector(sum, Vec<double>));
+    const Numbers rounded = __builtin_convertvector(exponent * kLn2 + (exponent * kLn2Rest + log), Numbers);
+    __builtin_memcpy(lse + lane, &rounded, sizeof(rounded));
+  }
+}
+
 // Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where they
 // were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all keys.
 // A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
@@ -109,20 +124,19 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
   // The weights of pairs do not have dropout's factor yet.
   const T kept = kStepsPerElement<E> > 1 && p.dropout.p > 0 ? static_cast<T>(1.0 / (1.0 - p.dropout.p)) : T(1);
   const T *sums = part.row(kSum), *divisors = part.row(kStepsPerElement<E> > 1 ? kRounded : kSum);
-  T inverse[kQueries];
+  T inverse[kQueries], lse[kQueries];
+  if (p.lse != nullptr) logsumexp<T>(part.row(kMaximum), sums, q.lanes, lse);
   for (int64_t i = 0; i < q.count; ++i) {
     const bool alive = !is_dead(part.row(kMaximum)[i], sums[i]);
     const T mean = alive ? 1 / sums[i] : T(0);
     inverse[i] = alive ? kept / divisors[i] + (sums[i] - sums[i]) : T(0);  // NaN where the sum is infinite
     if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = alive ? part.row(kMbar)[i] * mean : T(0);
     if (task.eta != nullptr) task.eta[row + i] = alive ? part.row(kEta)[i] * mean : T(0);
-    if (p.lse == nullptr) continue;
-    const double lse = to_natural(static_cast<double>(part.row(kMaximum)[i])) + __builtin_log(static_cast<double>(sums[i]));
-    static_cast<T*>(p.lse)[row + i] = alive ? static_cast<T>(lse) : -std::numeric_limits<T>::infinity();
+    if (p.lse != nullptr) static_cast<T*>(p.lse)[row + i] = alive ? lse[i] : -std::numeric_limits<T>::infinity();
   }
   if (p.out == nullptr) return;
   for (int64_t i = 0; i < q.count; ++i) {
-    for (int64_t d = 0; d < n.Dv; ++d) part.out[i * part.stride + d] *= inverse[i];
+    for (T* to = part.out + i * part.stride; to < part.out + (i + 1) * part.stride; to += kLanes<T>) store(to, load(to) * inverse[i]);
   }
   write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out, p.scores.dtype, row * n.Dv, n.Dv);
   if (p.remainder != nullptr) write_remainders<T>(part.out, part.stride, q.count, n.Dv, p.remainder, p.scores.dtype, row * n.Dv);

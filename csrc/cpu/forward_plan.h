@@ -6,15 +6,19 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys).
+// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys). Where batch elements share M, they
+// follow each other, and the tiles of M for a query block are kept for the next one, as far as a core's cache holds them.
 template <class E>
 struct ForwardPlan {
   using T = typename SumOf<E>::type;
 
   Blocking<T> blocking;
   int64_t group_heads, groups, splits;
+  bool keeps_masks;
+  int64_t mask_tiles;
 
-  explicit ForwardPlan(const Sizes& n) : blocking(n) {
+  explicit ForwardPlan(const Scores& s) : blocking(s.size), s_(s) {
+    const Sizes& n = s.size;
     constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = kPromisedBytes / 2, kItems = 16;
     const int64_t head_bytes = blocking.queries * (n.D + n.Dv) * static_cast<int64_t>(sizeof(T));
     group_heads = smaller_of(n.H, larger_of<int64_t>(1, kGroupBytes / larger_of<int64_t>(head_bytes, 1)));
@@ -23,9 +27,35 @@ struct ForwardPlan {
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
     splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
                         larger_of<int64_t>(1, blocking.key_blocks));
+    constexpr int64_t kMaskBytes = 512 << 10;
+    const int64_t tiles = (s.mask_size[1] > 1 ? group_heads : 1) * blocking.key_blocks;
+    keeps_masks = s.mask.data != nullptr && s.padding == nullptr && s.mask_batch.sharers(n.B) > 1 &&
+                  tiles * kKeys * kQueries * static_cast<int64_t>(sizeof(T)) <= kMaskBytes;
+    mask_tiles = keeps_masks ? tiles : 1;
+  }
+
+  int64_t items() const { return s_.size.B * groups * blocking.query_blocks * splits; }
+  // The numbered one of them.
+  struct Item {
+    int64_t b, group, query_block, split;
+  };
+  Item item(int64_t number) const {
+    const int64_t inner = keeps_masks ? s_.size.B : 1, place = number % inner, rest = number / inner;
+    const int64_t of_a_batch = rest % (groups * blocking.query_blocks * splits);
+    return {.b = keeps_masks ? s_.mask_batch.at_place(place, s_.size.B) : rest / (groups * blocking.query_blocks * splits),
+            .group = of_a_batch / (splits * blocking.query_blocks),
+            .query_block = of_a_batch / splits % blocking.query_blocks,
+            .split = of_a_batch % splits};
+  }
+  // Where M's tile of one of a group's heads and a key block lies.
+  int64_t mask_tile(int64_t head, int64_t key_block) const {
+    return keeps_masks ? (s_.mask_size[1] > 1 ? head : 0) * blocking.key_blocks + key_block : 0;
   }
 
   int64_t part_size(const Sizes& n) const { return ForwardPart<E>::size(n, blocking.queries); }
+
+ private:
+  const Scores& s_;
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT

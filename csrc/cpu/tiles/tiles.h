@@ -24,24 +24,26 @@ inline T alpha_log2_of(const Scores& s, int64_t h) {
   return scaled - scaled == T(0) || alpha - alpha != T(0) ? scaled : scaled < T(0) ? -kMost : kMost;
 }
 
-// A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows, pairs as they lie where that
-// can be read directly, else copied to `copies`. Rows beyond the last are 0.
+// A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows as they lie where that can be read
+// directly, else copied to `copies`. Rows beyond the last are 0.
 template <class E>
 inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor,
                                 E* copies, E* columns) {
   const Strided from = rows_of(t, b, h, q.first);
   RowMajor<E> rows = {copies, row_elements<E>(size)};
-  const bool whole = q.count == q.lanes && from.column_stride == 1 && from.row_stride % kStepsPerElement<E> == 0 &&
-                     size % (kStepsPerElement<E> * kLanes<E>) == 0;
-  if (kStepsPerElement<E> > 1 && whole) {
-    rows = {reinterpret_cast<const E*>(static_cast<const BFloat16*>(from.data) + from.offset), from.row_stride / kStepsPerElement<E>};
+  // Numbers far apart would not stay in the first-level cache together.
+  const bool near = kStepsPerElement<E> > 1 ? from.row_stride % kStepsPerElement<E> == 0 : from.row_stride == size;
+  const bool whole = q.count == q.lanes && from.column_stride == 1 && near && size % (kStepsPerElement<E> * kLanes<E>) == 0;
+  if (whole && from.dtype == kStored<E>) {
+    const auto* first = static_cast<const char*>(from.data) + from.offset * bytes_of(from.dtype);
+    rows = {reinterpret_cast<const E*>(first), from.row_stride / kStepsPerElement<E>};
   } else {
     copy_rows<E>(from, q.count, size, copies);
     fill<E>(copies + q.count * rows.stride, (q.lanes - q.count) * rows.stride, E(0));
   }
   transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), columns, q.lanes);
   if constexpr (kStepsPerElement<E> == 1) {
-    for (int64_t i = 0; i < size * q.lanes; ++i) columns[i] *= factor;
+    for (int64_t i = 0; factor != E(1) && i < size * q.lanes; ++i) columns[i] *= factor;
   }
   return rows;
 }
