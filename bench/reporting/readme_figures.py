@@ -47,7 +47,7 @@ def block(shown: list[tuple[str, str, dict[str, Duel]]]) -> str:
 
 {about.device}: medians of {first.ours.backend}, torch {about.versions["torch"]}.
 "Both" is forward and backward with all five gradients.
-{note}[All figures](docs/measured.md), with memory, cold caches and more keys; rows:
+{note}[All figures](docs/measured.md), with other machines, memory, cold caches and more keys; rows:
 {links}.
 """
 
