@@ -50,7 +50,7 @@ def to_show(shown: list[str], given: list[str]) -> list[str]:
 
 def of_the_newest(runs: list[str]) -> list[str]:
     """The runs of the machine that ran last, by the dates that files' names begin with."""
-    newest = max(runs, key=lambda file: Path(file).name[:DATE])
+    newest = max(runs, key=lambda file: Path(file).name[:DATE], default="")
     return [file for file in runs if machine(file) == machine(newest)]
 
 

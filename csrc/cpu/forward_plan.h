@@ -27,7 +27,7 @@ struct ForwardPlan {
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
     splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
                         larger_of<int64_t>(1, blocking.key_blocks));
-    constexpr int64_t kMaskBytes = 512 << 10;
+    constexpr int64_t kMaskBytes = 256 << 10;  // about what a worker has besides: with more, memory would hold far fewer workers
     const int64_t tiles = (s.mask_size[1] > 1 ? group_heads : 1) * blocking.key_blocks;
     keeps_masks = s.mask.data != nullptr && s.padding == nullptr && s.mask_batch.sharers(n.B) > 1 &&
                   tiles * kKeys * kQueries * static_cast<int64_t>(sizeof(T)) <= kMaskBytes;

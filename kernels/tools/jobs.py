@@ -131,7 +131,7 @@ def _sample(archs: list[int]) -> Iterator[Job]:
 
 
 def one_of(every: int, calls: Iterable[Job]) -> list[Job]:
-    """One of so many of each chip's calls. Each chip begins one call later, so that what is left out on one is there on another."""
+    """One of so many of each chip's calls. Each chip begins one call later, so that of what they have in common each has other calls."""
     by_chip: dict[int, list[Job]] = {}
     for job in calls:
         by_chip.setdefault(job.arch, []).append(job)

@@ -135,7 +135,7 @@ def check_tf32(case: Case, emulated: Module) -> None:
     for name, (got, expected) in pairs.items():
         if expected is not None and expected.numel():
             error, largest = (got.double() - expected).norm(), expected.double().norm()
-            allowed = 2e-3 * largest + magnitudes.get(name, 0.0)  # of alpha = 1, where none is given, there is none
+            allowed = 2e-3 * largest + magnitudes.get(name, 0.0)  # dalpha has none where alpha is no tensor
             assert error <= allowed, f"{name}: {error:.2e} of {largest:.2e}"
 
 

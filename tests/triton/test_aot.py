@@ -111,6 +111,20 @@ def test_the_table_in_the_results_is_of_the_present_kernels_and_tiles():
     assert compiled == launched, again
 
 
+def test_what_a_table_is_of_changes_with_code_and_with_nothing_else(monkeypatch, tmp_path):
+    sources = pytest.importorskip("smattn.kernels.tools.sources")
+    (tmp_path / "tools").mkdir()
+    found = []
+    for name, text in (
+        ("a.py", "x = 1\n\ny = 2\n"), ("a.py", "x = 1  # one\n# two\n\n\ny = 2\n"), ("tools/b.py", "x = 3\n"), ("tiles.csv", "1"),
+        ("a.py", "x = 1\n\ny = 3\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(sources, "KERNELS", tmp_path)
+        found.append(sources.sources())
+    assert found[0] == found[1] == found[2] == found[3] != found[4]
+
+
 def test_the_costs_of_odd_lengths_in_the_docs_are_those_of_the_table():
     costs = {}
     for row in csv.DictReader(RESULTS.read_text().splitlines()[1:]):
@@ -157,8 +171,8 @@ def test_a_call_of_the_sample_that_a_chip_leaves_out_is_compiled_for_another():
 
 
 @pytest.mark.slow
-def test_a_third_of_the_sample_compiles_and_has_every_kernel_chip_and_dtype():
-    """The table in the results is of all of it, which takes three times as long."""
+def test_a_third_of_the_sample_compiles_and_has_every_kernel_on_every_chip():
+    """In 16 bits and in float32. The table in the results is of all of it, which takes three times as long."""
     result = without_interpreter("-m", "smattn.kernels.tools.aot", "--sample", "--every", "3")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     rows = [match.groups() for match in ROWS.finditer(result.stdout)]
