@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from ..chip import amd_number
 from ..tiles import Tile
 from .aot import compile_all, source
-from .jobs import SAMPLE, Job, jobs, one_of, record
+from .jobs import SAMPLE, Job, jobs, name_of, one_of, record
 
 SHARED_MEMORY = {"gfx90a": 65_536, "gfx942": 65_536, "gfx950": 163_840}  # bytes that a program can have, per chip
 WAVE = 64  # threads, in the place of a warp's 32
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 def compile_job(chip: str, job: Job) -> list[Row]:
     rows = []
     for kernel, arguments, tile in record(job):
-        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        name = name_of(kernel)
         options = {option: value for option, value in tile.options().items() if option != "maxnreg"}  # which is NVIDIA's
         try:
             compiled = triton.compile(source(kernel, arguments), target=GPUTarget("hip", chip, WAVE), options=options)

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tiles import Tile, block_of
 from .counts import Counts, count, excess
-from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, one_of, record
+from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, name_of, one_of, record
 from .loops import Loop
 from .machine_code import Reading, read
 from .sources import sources
@@ -141,7 +141,7 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], A
     """A row for each of the call's kernels, or for the one of this name alone."""
     rows = []
     for kernel, arguments, tile in record(job):
-        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        name = name_of(kernel)
         if only not in ("", name):
             continue
         try:

@@ -146,6 +146,11 @@ def _narrow(arch: int) -> Iterator[Job]:
         yield Job(arch, torch.bfloat16, 64, Nq, PLAIN)
 
 
+def name_of(kernel: Any) -> str:
+    """A kernel as tables and tiles.csv know it."""
+    return str(kernel.__name__).strip("_").removesuffix("_kernel")
+
+
 def record(job: Job) -> list[tuple[Any, dict[str, Any], Tile]]:
     """The launches of one forward and backward, of attention or of its map."""
     v, B, H, Nk = job.variant, job.B, job.H, job.Nk

@@ -16,6 +16,7 @@ from smattn import validate
 from smattn.call import Problem
 from smattn.kernels import backend, launch
 from smattn.kernels.tiles import Tile
+from smattn.kernels.tools import jobs
 
 from .compile import Change, States, bytes_of, state_of
 from .compile import launch as run_compiled
@@ -34,7 +35,7 @@ class Launched(launch.Recorder):
         self.states: States = {}
 
     def take(self, kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
-        name, counts = kernel.__name__.strip("_").removesuffix("_kernel"), Counts(detailed=self.emulated.detailed)
+        name, counts = jobs.name_of(kernel), Counts(detailed=self.emulated.detailed)
         self.emulated.counts.append((name, tile, arguments, counts))
         run_compiled(kernel, programs, arguments, tile, self.arch, self.states, counts, self.emulated.changes.get(name))
 

@@ -91,7 +91,7 @@ def test_it_refuses_to_run_under_the_interpreter():
 
 
 def test_the_table_in_the_results_is_of_the_present_kernels_and_tiles():
-    from smattn.kernels.tools.jobs import SAMPLE, jobs, record
+    from smattn.kernels.tools.jobs import SAMPLE, jobs, name_of, record
     from smattn.kernels.tools.sources import sources
 
     head, *lines = RESULTS.read_text().splitlines()
@@ -104,7 +104,7 @@ def test_the_table_in_the_results_is_of_the_present_kernels_and_tiles():
         for row in csv.DictReader(lines) for Nq in row["queries"].split()
     }  # fmt: skip
     launched = {
-        (kernel.__name__.strip("_").removesuffix("_kernel"), str(j.arch), str(j.dtype)[6:], str(j.D), str(j.Nq), str(j.Nk), j.variant.name,
+        (name_of(kernel), str(j.arch), str(j.dtype)[6:], str(j.D), str(j.Nq), str(j.Nk), j.variant.name,
          *("" if value is None else str(value) for value in tile[:5]))
         for j in jobs([80, 90, 100], SAMPLE) for kernel, _, tile in record(j)
     }  # fmt: skip

@@ -16,6 +16,7 @@ if "triton" not in BACKENDS:
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from smattn.kernels import chip, descriptors, tiles  # noqa: E402
+from smattn.kernels.tools import jobs  # noqa: E402
 
 pytestmark = pytest.mark.promise("Triton kernels")
 ALL = {"k_ptr", "v_ptr", "q_ptr", "do_ptr"}
@@ -27,7 +28,7 @@ def loaded(case, arch):
     with launches_recorded(arch) as recorder:
         recorder.launches = []  # a list of its own keeps the arguments
         run(case, "triton")
-    names = {kernel.__name__.strip("_").removesuffix("_kernel"): arguments for kernel, arguments, _ in recorder.launches}
+    names = {jobs.name_of(kernel): arguments for kernel, arguments, _ in recorder.launches}
     return {name: {key for key, value in arguments.items() if isinstance(value, TensorDescriptor)} for name, arguments in names.items()}
 
 

@@ -30,7 +30,7 @@ def backward_passes(Nq, needs, device, arch=90, as_map=False):
         run(call.case(device), "triton", needs=())
     with launches_recorded(arch) as recorder:
         run(call.case(device), "triton", needs=needs)
-    names = [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches]
+    names = [jobs.name_of(kernel) for kernel, *_ in recorder.launches]
     return names[len(forward_alone.launches) :]
 
 
@@ -144,7 +144,7 @@ def launches_and_operators(of):
     with launches_recorded(90) as recorder, Dispatched() as dispatched:
         _, saved = backend.forward(call, save_out=True, save_mbar=True)
         backend.backward(call, saved, dout, dlse, ALL)
-    return [kernel.__name__.strip("_").removesuffix("_kernel") for kernel, *_ in recorder.launches], dispatched.names
+    return [jobs.name_of(kernel) for kernel, *_ in recorder.launches], dispatched.names
 
 
 def interpreted_products(case, monkeypatch):
