@@ -56,7 +56,7 @@ struct QueryTiles {
     if (b == batch && h == head && first == q.first) return;
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
-    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, static_cast<T>(t.scores.scale * kLog2e), query_rows, query);
+    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, query_factor<E>(t.scores), query_rows, query);
     query_steps = by_step(queries, q.count, n.D, query_step_memory);
     if (t.value.data != nullptr) {
       const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);

@@ -39,7 +39,7 @@ class Forward {
     const auto part = [&](int64_t h) { return ForwardPart<E>(memory + h * part_size_, q.lanes, n_.Dv); };
     const bool other_queries = queries_read_.differs(b, group, query_index, 0);  // than in the last split
     for (int64_t h = 0; h < heads; ++h) {
-      if (other_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, static_cast<T>(s_.scale * kLog2e), query_rows_, query(h));
+      if (other_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, query_factor<E>(s_), query_rows_, query(h));
       if (other_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, T(1), query_rows_, dout(h));
       part(h).clear(part_size_);
     }

@@ -101,6 +101,20 @@ def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
             assert_within_budget(run(case, "cpu"), case)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("as_map", [False, True])
+def test_float64_scores_are_products_of_the_queries_themselves(name, as_map):
+    """Not of queries times scale * log2(e): terms that are large and cancel would leave the roundings of that."""
+    case = make_case(1, 2, 40, 150, 256, dtype=torch.float64, mask=None, with_lse=not as_map, as_map=as_map)
+    large = [torch.randint(-(2**20), 2**20, (1, 2, N, 127), generator=torch.Generator().manual_seed(N)).double() for N in (40, 150)]
+    few = [case.query[..., :2].round(), case.key[..., :2].round()]  # all that is left of a score
+    query = torch.cat([large[0], few[0], large[0]], -1)
+    key = torch.cat([large[1], few[1], -large[1]], -1)
+    case = replace(case, query=query, key=key)
+    with forced(name):
+        assert_within_budget(run(case, "cpu"), case)
+
+
 @pytest.mark.parametrize("slope", [128, -128, 4096])
 @pytest.mark.parametrize("name", KERNELS)
 def test_scores_that_grow_from_key_to_key(name, slope):
