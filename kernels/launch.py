@@ -75,15 +75,15 @@ def _again(
             values[at] = torch.empty(0, dtype=x.dtype, device=x.device)  # nothing is read there; x itself may be a view of an input
     pointers = [(at, recording.place_of(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor) and x.numel() > 0]
     described = [(at, x, recording.place_of(x.base)) for at, x in enumerate(values) if isinstance(x, TensorDescriptor)]
-    descriptors = [(at, place, x.shape, x.strides, x.block_shape) for at, x, place in described]
+    descriptors = [(at, place, {**vars(x), "base": None}) for at, x, place in described]
     for at, *_ in pointers + described:
         values[at] = None  # the record shall keep no tensor alive
     run = None if compiled is None else compiled[(programs, 1, 1)]
 
     def step(tensors: list[Tensor], addresses: list[int]) -> None:
         filled = values.copy()
-        for at, place, shape, strides, block in descriptors:
-            filled[at] = TensorDescriptor(tensors[place], shape, strides, block)
+        for at, place, fields in descriptors:
+            filled[at] = _descriptor(fields, tensors[place])
         if run is not None:
             for at, place, _ in pointers:
                 filled[at] = addresses[place]
@@ -94,6 +94,13 @@ def _again(
             kernel[(programs,)](*filled, **tile.options())
 
     return step
+
+
+def _descriptor(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
+    """One with the fields of another that Triton has checked, the base apart. To check it again takes longer than to launch a kernel."""
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__ = {**fields, "base": base}
+    return made
 
 
 def arch_of(device: torch.device) -> int:

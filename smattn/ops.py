@@ -109,12 +109,13 @@ def map_call(a: MapArguments | MapBackwardArguments) -> Call:
 
 def inside_an_op(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast, and with the tensors' device current. Autograd is off already: see the autograd kernels in autograd.py."""
-    there: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    if not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    there: AbstractContextManager[object] = torch.cuda.device(device) if kind == "cuda" else nullcontext()
+    if not torch.is_autocast_enabled(kind):
         return there
     both = ExitStack()
     both.enter_context(there)
-    both.enter_context(torch.autocast(device.type, enabled=False))
+    both.enter_context(torch.autocast(kind, enabled=False))
     return both
 
 
@@ -124,7 +125,7 @@ def plain(argument: Any) -> Any:
     Some classes, like MONAI's MetaTensor, take torch's methods in some of their forms alone, and Triton's interpreter calls others.
     """
     kind = type(argument)
-    if not isinstance(argument, Tensor) or kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if kind is Tensor or not isinstance(argument, Tensor) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return argument
     return argument.as_subclass(Tensor)
 
@@ -134,11 +135,11 @@ def made_again(compute: Callable[..., tuple[Tensor, ...]], arguments: type) -> C
     tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(arguments).values())  # they come first
 
     def compute_or_repeat(*as_given: Any) -> tuple[Tensor, ...]:
-        given = tuple(map(plain, as_given))
-        device, backend = given[0].device, given[-1]
-        if backend != "triton" and (backend or device.type != "cuda"):
+        given = (*map(plain, as_given[:tensors]), *as_given[tensors:])
+        query, backend = given[0], given[-1]
+        if backend != "triton" and (backend or not query.is_cuda):
             return compute(*given)
-        with inside_an_op(device):
+        with inside_an_op(query.device):
             return prepared.call(compute, given, tensors)
 
     return compute_or_repeat

@@ -126,14 +126,19 @@ def call(compute: Callable[..., tuple[Tensor, ...]], arguments: tuple[Any, ...],
     """compute(*arguments), an op's results, or the same by an earlier call's record. The first `tensors` arguments are Tensor | None."""
     if not _is_on:
         return compute(*arguments)
-    inputs = [x for x in arguments[:tensors] if x is not None]
-    addresses = [x.data_ptr() for x in inputs]
-    key = (
-        compute,
-        *[None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in arguments[:tensors]],
-        *[address % ALIGNMENT for address in addresses],
-        *[tuple(flag) if isinstance(flag, list) else flag for flag in arguments[tensors:]],
-    )
+    inputs: list[Tensor] = []
+    addresses: list[int] = []
+    parts: list[Any] = [compute]
+    for x in arguments[:tensors]:
+        if x is None:
+            parts.append(None)
+        else:
+            address = x.data_ptr()
+            inputs.append(x)
+            addresses.append(address)
+            parts += (x.shape, x.stride(), x.dtype, x.get_device(), address % ALIGNMENT)
+    parts += [tuple(flag) if isinstance(flag, list) else flag for flag in arguments[tensors:]]
+    key = tuple(parts)
     known = _records.get(key)
     if isinstance(known, Record):
         return known.repeat(inputs, addresses)

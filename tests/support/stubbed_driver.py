@@ -19,6 +19,7 @@ from smattn.kernels import backend, chip
 
 ARCH = 90
 launched: list[tuple[Any, ...]] = []  # grid and arguments of every launch
+launchers: list[Any] = []  # what Triton gave to launch a compiled kernel again, one for each launch of a record
 
 
 class Launcher:
@@ -56,6 +57,13 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
     backend.unsupported_reasons = lambda problem: []
     chip._number = lambda device: ARCH  # type: ignore[assignment]
+    launcher_of = triton.compiler.CompiledKernel.__getitem__
+
+    def noted(compiled: Any, grid: Any) -> Any:
+        launchers.append(launcher_of(compiled, grid))
+        return launchers[-1]
+
+    triton.compiler.CompiledKernel.__getitem__ = noted
 
 
 def arguments_of(Nq: int, Nk: int, D: int, dtype: torch.dtype = torch.float16) -> tuple[ops.ForwardArguments, Any]:
@@ -94,6 +102,7 @@ def places(arguments: Any, results: Any) -> dict[int, str]:
 def launches_of(op: Any, arguments: Any) -> tuple[Any, list[Any]]:
     """The op's results and its launches, with a name for each known address and "buffer" for the others."""
     launched.clear()
+    launchers.clear()
     results = op(*arguments)
     names = places(arguments, results)
 
@@ -121,14 +130,16 @@ def report(Nq: int, Nk: int, D: int) -> dict[str, Any]:
     found: dict[str, list[Any]] = {"forward": [], "backward": []}
     forward_again = ops.made_again(ops.compute_forward, ops.ForwardArguments)
     backward_again = ops.made_again(ops.compute_backward, ops.BackwardArguments)
-    kept = []
+    kept, again_by = [], {name: [] for name in found}
     for _ in range(3):
         forward, backward_of = arguments_of(Nq, Nk, D)
         results, launches = launches_of(forward_again, forward)
         found["forward"].append(launches)
+        again_by["forward"] += launchers
         backward = backward_of(*results)
         gradients, launches = launches_of(backward_again, backward)
         found["backward"].append(launches)
+        again_by["backward"] += launchers
         kept.append((forward, results, backward, gradients))  # so that no two calls have the same addresses
     forward, _, backward, _ = kept[-1]
     times = {}
@@ -136,6 +147,8 @@ def report(Nq: int, Nk: int, D: int) -> dict[str, Any]:
         ("forward", ops.compute_forward, forward_again, forward), ("backward", ops.compute_backward, backward_again, backward)
     ):  # fmt: skip
         times[name] = best(lambda again=again, arguments=arguments: again(*arguments))
+        runs = list(zip(again_by[name], [given for _, given in launched], strict=True))
+        times[f"{name}, launches alone"] = best(lambda runs=runs: [run(*given) for run, given in runs])
         record = next(x for key, x in prepared._records.items() if key[0] is op and isinstance(x, prepared.Record))
         times[f"{name}, allocations alone"] = best(lambda record=record: [torch.empty(s, dtype=d, device="cpu") for s, d in record.buffers])
         prepared.switch(False)
