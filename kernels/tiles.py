@@ -21,7 +21,7 @@ WORD = 16  # Of strides that are multiples of it, Triton makes kernels that load
 SMALL = 64 * 132  # queries in all: a program of 64 for each of an H200's multiprocessors; a constant, as in plan.py
 # The chips whose lines a chip reads: its own first, then those of older chips, newest first. Those with little shared memory skip sm_90's,
 # and so does AMD, 942, which has no descriptors either.
-CHIPS = {80: (80,), 86: (86, 80), 90: (90, 80), 100: (100, 90, 80), 942: (942, 86, 80)}
+CHIPS = {80: (80,), 86: (86, 80), 90: (90, 80), 100: (100, 90, 80), 942: (942, 80)}
 
 
 class Tile(NamedTuple):

@@ -25,12 +25,14 @@ from smattn.kernels.tools.sources import sources
 
 MARGIN = 1.02
 SHAPES = ((64, 64, 4, 1), (64, 64, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 32, 4, 2), (32, 64, 4, 1))
+WIDEST_SHAPES = ((32, 64, 4, 1), (16, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (64, 16, 4, 1))  # of the widest heads
 
 
 def candidates(cell: Cell, now: Tile) -> list[Tile]:
     """The present tile first. A tile whose queries its kernel's name gives keeps them."""
     rows = now.block_m if cell.kernel[-1].isdigit() else None
-    others = [now._replace(block_m=rows or m, block_n=n, warps=w, stages=s, maxnreg=None) for m, n, w, s in SHAPES]
+    shapes = WIDEST_SHAPES if cell.head == HEAD_SIZES[-1] else SHAPES
+    others = [now._replace(block_m=rows or m, block_n=n, warps=w, stages=s, maxnreg=None) for m, n, w, s in shapes]
     return list(dict.fromkeys([now, *others]))
 
 

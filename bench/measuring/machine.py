@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -22,13 +23,19 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def describe_device(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads and torch's instruction set."""
+    """The GPU's name, or the processor's with the number of threads and torch's instruction set.
+
+    Family and model tell generations apart that a virtual machine calls by one name, as "AMD EPYC".
+    """
     if on_a_gpu(device):
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        about = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", lines.read(), re.MULTILINE))
+    name = about.get("model name", platform.machine())
+    if "cpu family" in about:
+        name += f" (family {about['cpu family']}, model {about['model']})"
     threads = torch.get_num_threads()
-    return f"{model}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def describe_commit() -> str:

@@ -17,7 +17,6 @@ PASSES = 1  # over shared memory's banks in a cycle
 # Tensor-core operations of 16 bits in a cycle. Before wgmma's chip one number holds, after it HMMA, which it has besides, is as before.
 RATES = {"HMMA": {80: 2048, 86: 1024, 89: 1024, 90: 2048, 100: 2048, 120: 1024}, "HGMMA": {90: 4096}}
 SLACK = 1.1  # times what is needed may be executed
-LANES = 4  # at least so many lanes hold a row of a product's sums, and each computes by how much the row is rescaled
 DOT = re.compile(r"^( *)\S+ = tt\.dot .*?: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>", re.MULTILINE)
 
 
@@ -79,8 +78,11 @@ def count(loop: Loop, warps: int, arguments: dict[str, Any], ttir: str) -> Count
 
 
 def excess(counts: Counts, block_n: int, logits: bool) -> str:
-    """What the loop executes more of than it has to, or nothing."""
+    """What the loop executes more of than it has to, or nothing.
+
+    A row needs one exponential more, by which its sums are rescaled. The four lanes that hold a row's sums compute it each.
+    """
     exponentials, flops = counts.exp2_a_score(), counts.flops_over_needed()
-    if exponentials > SLACK * (1 + logits + LANES / block_n):
+    if exponentials > SLACK * (1 + logits + 1 / block_n):
         return f"{exponentials:.2f} exp2 a score"
     return f"{flops:.2f} times the products needed" if flops > SLACK else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import subprocess
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measuring import clock, measure, memory, peers, validate
+from bench.measuring import clock, machine, measure, memory, peers, validate
 from bench.measuring import job as bench_job
 from bench.measuring.cell import bind
 from bench.measuring.compile import compile_ahead
@@ -254,3 +255,9 @@ def test_a_committed_result_is_never_overwritten(tmp_path, monkeypatch):
     assert second.name == first.name.replace("-part.jsonl", "-part-2.jsonl")
     rows.write([], second)
     assert job.path("part") == second, "of the runs that nobody committed the last is kept"
+
+
+def test_processors_that_go_by_one_name_are_told_apart(monkeypatch):
+    about = "processor\t: 0\nmodel name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\n"
+    monkeypatch.setattr(machine, "open", lambda path: io.StringIO(about), raising=False)
+    assert machine.describe_device("cpu").startswith("AMD EPYC (family 25, model 17), ")

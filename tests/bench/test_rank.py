@@ -14,7 +14,8 @@ CELL = Cell("dq", 2, 64)
 
 def test_the_present_tile_comes_first_and_there_are_six_others_at_most():
     now = Tile(64, 64, 4, 1, tma=True)
-    assert rank.candidates(CELL, now)[0] == now and 2 <= len(rank.candidates(CELL, now)) <= 7
+    for cell in (CELL, CELL._replace(head=256)):
+        assert rank.candidates(cell, now)[0] == now and 2 <= len(rank.candidates(cell, now)) <= 7
     assert {tile.block_m for tile in rank.candidates(Cell("few_16", 2, 64), Tile(16, 64, 4, 1))} == {16}
 
 
