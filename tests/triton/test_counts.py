@@ -84,7 +84,8 @@ def test_tf32_takes_a_tensor_core_twice_as_long():
 
 @pytest.mark.parametrize(
     "exponentials, flops, said",
-    [(1.06, 1.0, ""), (1.12, 1.0, "1.12 exp2 a score"), (2.19, 1.0, "2.19 exp2 a score"), (1.0, 1.5, "1.50 times the products needed"), (1.0, 1.09, "")],
+    [(1.06, 1.0, ""), (1.12, 1.0, "1.12 exp2 a score"), (2.19, 1.0, "2.19 exp2 a score"),
+     (1.0, 1.5, "1.50 times the products needed"), (1.0, 1.09, "")],
 )
 def test_what_is_computed_twice_is_a_failure(exponentials, flops, said):
     loop = loops.Loop(600, exponentials * 4096 / 128, flops * 2 * 64 * 32 * 64 / 4, tensor="HGMMA")
