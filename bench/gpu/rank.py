@@ -1,9 +1,10 @@
 """Rank tiles by what their inner loops cost, without a GPU: `python -m bench.gpu.rank --arch 90 --kernels forward dq --heads 64 [--write]`
 
-For each cell of the table, the present tile and the SHAPES are compiled ahead of time under masks of 16 and 32 bits, in training. Those
-that fail `make aot` are left out, and the others ranked by the larger of their two costs (smattn/kernels/tools/counts.py): a prediction
-of cycles, which no GPU has confirmed. --write puts the cheapest into kernels/tiles.csv where it is cheaper by more than MARGIN. Each tile's
-cost is noted in build/rank.jsonl, so that a search goes on where the last one of the same kernels stopped; a tile takes some three seconds.
+For each cell of the table, the present tile and the SHAPES, or WIDEST_SHAPES, are compiled ahead of time under masks of 16 and 32 bits,
+in training. Those that fail `make aot` are left out, and the others ranked by the larger of their two costs: a prediction of cycles
+(smattn/kernels/tools/counts.py), which no GPU has confirmed. --write puts the cheapest into kernels/tiles.csv where it is cheaper by more
+than MARGIN. Each tile's cost is noted in build/rank.jsonl, so that a search goes on where the last one of the same kernels stopped; a tile
+takes some three seconds.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ def describe_device(device: str) -> str:
     if on_a_gpu(device):
         return torch.cuda.get_device_name(device)
     with open("/proc/cpuinfo") as lines:
-        about = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", lines.read(), re.MULTILINE))
+        about = dict(re.findall(r"^(model name|cpu family|model)[ \t]*:[ \t]*(.*\S)", lines.read(), re.MULTILINE))
     name = about.get("model name", platform.machine())
-    if "cpu family" in about:
+    if about.keys() >= {"cpu family", "model"}:
         name += f" (family {about['cpu family']}, model {about['model']})"
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}"

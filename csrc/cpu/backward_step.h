@@ -30,7 +30,7 @@ template <class E>
 struct QueryTiles {
   using T = typename SumOf<E>::type;
 
-  E* query;               // [D][lane], times scale * log2(e) unless of pairs
+  E* query;               // [D][lane]
   E* dout;                // [Dv][lane]
   E *query_rows, *dout_rows, *query_step_memory, *dout_step_memory;
   Vectors<E> query_steps, dout_steps;  // for a sum over the queries
@@ -56,10 +56,10 @@ struct QueryTiles {
     if (b == batch && h == head && first == q.first) return;
     b = batch, h = head, first = q.first;
     const Sizes& n = t.scores.size;
-    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, query_factor<E>(t.scores), query_rows, query);
+    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, query_rows, query);
     query_steps = by_step(queries, q.count, n.D, query_step_memory);
     if (t.value.data != nullptr) {
-      const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, T(1), dout_rows, dout);
+      const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, dout_rows, dout);
       dout_steps = by_step(douts, q.count, n.Dv, dout_step_memory);
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;

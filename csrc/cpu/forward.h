@@ -39,8 +39,8 @@ class Forward {
     const auto part = [&](int64_t h) { return ForwardPart<E>(memory + h * part_size_, q.lanes, n_.Dv); };
     const bool other_queries = queries_read_.differs(b, group, query_index, 0);  // than in the last split
     for (int64_t h = 0; h < heads; ++h) {
-      if (other_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, query_factor<E>(s_), query_rows_, query(h));
-      if (other_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, T(1), query_rows_, dout(h));
+      if (other_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, query_rows_, query(h));
+      if (other_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, query_rows_, dout(h));
       part(h).clear(part_size_);
     }
     const int64_t blocks = plan_.blocking.key_blocks;
@@ -137,7 +137,7 @@ class Forward {
   const Sizes& n_;
   const ForwardPlan<E>& plan_;
   const int64_t query_size_, dout_size_;
-  Buffer<E> queries_;  // [head of the group][D][lanes], scaled unless of pairs
+  Buffer<E> queries_;  // [head of the group][D][lanes]
   Buffer<E> douts_;    // [head of the group][Dv][lanes]
   Buffer<E> query_rows_;
   const int64_t part_size_;

@@ -30,7 +30,7 @@ class MapTile {
   void add_head(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k) {
     const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
     if (mask != nullptr && (h == 0 || s_.mask_size[1] > 1)) read_mask<T>(s_, b, h, q, k, rows_, mask_);
-    read_queries<T>(s_.query, b, h, q, n_.D, query_factor<T>(s_), rows_, query_);
+    read_queries<T>(s_.query, b, h, q, n_.D, rows_, query_);
     T lse_log2[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const T* row = static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first;

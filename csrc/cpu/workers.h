@@ -10,7 +10,7 @@
 namespace smattn::cpu::SMATTN_UNIT {
 
 // What kernels may take of kPromisedBytes: the rest goes to the threads' stacks and to the allocator.
-constexpr int64_t kSpareBytes = kPromisedBytes - (3 << 20);
+constexpr int64_t kSpareBytes = kPromisedBytes - (4 << 20);
 
 // work(worker, item) for every item, by workers that make() makes; at most `bytes` at a time, but one worker always. take(item) puts the next
 // item in the place of a worker's last, false where there is none; a worker's first comes after Item{}.

@@ -80,7 +80,8 @@ def count(loop: Loop, warps: int, arguments: dict[str, Any], ttir: str) -> Count
 def excess(counts: Counts, block_n: int, logits: bool) -> str:
     """What the loop executes more of than it has to, or nothing.
 
-    A row needs one exponential more, by which its sums are rescaled. The four lanes that hold a row's sums compute it each.
+    A row needs one exponential more, by which its sums are rescaled. Each of the four lanes that hold a row computes it, for which SLACK
+    suffices from tiles of 32 keys on.
     """
     exponentials, flops = counts.exp2_a_score(), counts.flops_over_needed()
     if exponentials > SLACK * (1 + logits + 1 / block_n):

@@ -103,13 +103,15 @@ def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("as_map", [False, True])
-def test_float64_scores_are_products_of_the_queries_themselves(name, as_map):
+@pytest.mark.parametrize("dtype, bits", [(torch.float64, 20), (torch.float32, 7)], ids=str)
+def test_scores_are_products_of_the_queries_themselves(name, as_map, dtype, bits):
     """Not of queries times scale * log2(e): terms that are large and cancel would leave the roundings of that."""
-    case = make_case(1, 2, 40, 150, 256, dtype=torch.float64, mask=None, with_lse=not as_map, as_map=as_map)
-    large = [torch.randint(-(2**20), 2**20, (1, 2, N, 127), generator=torch.Generator().manual_seed(N)).double() for N in (40, 150)]
-    few = [case.query[..., :2].round(), case.key[..., :2].round()]  # all that is left of a score
-    query = torch.cat([large[0], few[0], large[0]], -1)
-    key = torch.cat([large[1], few[1], -large[1]], -1)
+    case = make_case(1, 2, 40, 150, 256, dtype=dtype, mask=None, with_lse=not as_map, as_map=as_map)
+    of_queries, of_keys = (
+        torch.randint(-(2**bits), 2**bits, (1, 2, N, 127), generator=torch.Generator().manual_seed(N)).to(dtype) for N in (40, 150)
+    )
+    few = case.query[..., :2].round(), case.key[..., :2].round()  # all that is left of a score
+    query, key = torch.cat([of_queries, few[0], of_queries], -1), torch.cat([of_keys, few[1], -of_keys], -1)
     case = replace(case, query=query, key=key)
     with forced(name):
         assert_within_budget(run(case, "cpu"), case)

@@ -24,22 +24,10 @@ inline T alpha_log2_of(const Scores& s, int64_t h) {
   return scaled - scaled == T(0) || alpha - alpha != T(0) ? scaled : scaled < T(0) ? -kMost : kMost;
 }
 
-// Whether <q, k> is multiplied by scale * log2(e), else q was. Pairs would be rounded, and a sum of doubles, in the order that others take as
-// well, has their bits only where q has its own: nothing but those roundings lies between two float64 results.
-template <class E>
-constexpr bool kScalesProducts = kStepsPerElement<E> > 1 || sizeof(E) == sizeof(double);
-
-// What a block of queries is multiplied by when it is read.
-template <class E>
-inline typename SumOf<E>::type query_factor(const Scores& s) {
-  return static_cast<typename SumOf<E>::type>(kScalesProducts<E> ? 1 : s.scale * kLog2e);
-}
-
-// A block of rows of query or dout times `factor` (1 for pairs), transposed: [size][lane]. Returns the rows as they lie where that can be read
+// A block of rows of query or dout, transposed: [size][lane]. Returns the rows as they lie where that can be read
 // directly, else copied to `copies`. Rows beyond the last are 0.
 template <class E>
-inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, typename SumOf<E>::type factor,
-                                E* copies, E* columns) {
+inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, E* copies, E* columns) {
   const Strided from = rows_of(t, b, h, q.first);
   RowMajor<E> rows = {copies, row_elements<E>(size)};
   // Numbers far apart would not stay in the first-level cache together.
@@ -53,9 +41,6 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
     fill<E>(copies + q.count * rows.stride, (q.lanes - q.count) * rows.stride, E(0));
   }
   transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), columns, q.lanes);
-  if constexpr (kStepsPerElement<E> == 1) {
-    for (int64_t i = 0; factor != E(1) && i < size * q.lanes; ++i) columns[i] *= factor;
-  }
   return rows;
 }
 
@@ -169,7 +154,8 @@ inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, AddTo<T>{tile, q.lanes, true});
 }
 
-// From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). See kScalesProducts.
+// From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). The product is scaled, not q: a q that is rounded once more would leave
+// its roundings where large terms cancel.
 template <class E>
 struct Exponents {
   using T = typename SumOf<E>::type;
@@ -181,13 +167,13 @@ struct Exponents {
       : factor(static_cast<T>(s.scale * kLog2e)), alpha(alpha_log2_of<T>(s, h)), mask(mask_tile) {}
 
   Vec<T> operator()(Vec<T> product, int64_t at) const {
-    const Vec<T> x = kScalesProducts<E> ? product * factor : product;
+    const Vec<T> x = product * factor;
     return mask == nullptr ? x : x + alpha * load(mask + at);
   }
   // The same less `subtracted`, in two operations.
   Vec<T> operator()(Vec<T> product, int64_t at, Vec<T> subtracted) const {
     const Vec<T> rest = mask == nullptr ? -subtracted : alpha * load(mask + at) - subtracted;
-    return kScalesProducts<E> ? product * factor + rest : product + rest;
+    return product * factor + rest;
   }
 };
 
