@@ -98,6 +98,7 @@ def _again(
 
 def _descriptor(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
     """One with the fields of another that Triton has checked, the base apart. To check it again takes longer than to launch a kernel."""
+    # It checks shapes, strides, dtypes and alignment, of which the record's key has all, and every buffer is aligned.
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.__dict__ = {**fields, "base": base}
     return made
