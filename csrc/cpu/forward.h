@@ -113,9 +113,12 @@ class Forward {
     if (keep != nullptr) weights_.drop(q, k, keep);
     make_value_steps(k, same_keys);
     product(weights_.by_key(q, k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
-            [out = part.out, stride = part.stride, factor = &rescale[0]]<int N>(int64_t i, int64_t c, const Vec<T>(&sums)[N]) {
-              T* to = out + i * stride + c * kLanes<T>;
-              for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * factor[i] + sums[v]);
+            [out = part.out, stride = part.stride, factor = &rescale[0]]<int R, int N>(int64_t i, int64_t c, const Vec<T>(&sums)[R][N]) {
+#pragma GCC unroll 32
+              for (int r = 0; r < R; ++r) {
+                T* to = out + (i + r) * stride + c * kLanes<T>;
+                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * factor[i + r] + sums[r][v]);
+              }
             });
   }
 

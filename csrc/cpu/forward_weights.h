@@ -21,21 +21,28 @@ class ForwardWeights {
     return cpu::SMATTN_UNIT::by_key(weights(), packed<E>(k.count), q.lanes, turned_.get());
   }
 
-  // The exponents of one head's scores, strip by strip; raises each query's maximum to theirs.
+  // The exponents of one head's scores, a padded key's -inf; raises each query's maximum to theirs.
   void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, const T* mask, const Prefetch& ahead,
               T* maxima) {
-    const Exponents<E> exponent(s_, h, mask);
-    const int64_t keys = strip_keys<T>(q.lanes);
-    for (int64_t first = -keys; first < k.count;
-         first += keys) {  // a strip's products before the last one's exponents: tiles work beside vectors
-      const int64_t next = first + keys, count = smaller_of(keys, k.count - next);
-      if (count > 0) {
-        dot_products(key.from_row(next), query, q, count, s_.size.D, ahead.part(next, count, k.count), scores_ + next * q.lanes);
-      }
-      for (int64_t lane = 0; first >= 0 && lane < q.lanes; lane += kLanes<T>) {
-        store(maxima + lane, exponents(exponent, q.lanes, k, first, smaller_of(next, k.count), lane, load(maxima + lane)));
-      }
-    }
+    const bool* padded = k.attended < k.count ? k.padded : nullptr;
+    product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s_.size.D), ahead,
+            [exponent = Exponents<E>(s_, h, mask), padded, maxima, scores = scores_.get(),
+             stride = q.lanes]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&products)[R][N]) {
+#pragma GCC unroll 8
+              for (int v = 0; v < N; ++v) {
+                const int64_t lane = (c + v) * kLanes<T>;
+                Vec<T> maximum = load(maxima + lane);
+#pragma GCC unroll 32
+                for (int r = 0; r < R; ++r) {
+                  const int64_t at = (j + r) * stride + lane;
+                  Vec<T> x = exponent(products[r][v], at);
+                  if (padded != nullptr && padded[j + r]) x = broadcast(static_cast<T>(-__builtin_inf()));
+                  store(scores + at, x);
+                  maximum = larger(maximum, x);
+                }
+                store(maxima + lane, maximum);
+              }
+            });
   }
 
   // Exponents to probabilities, not yet divided by their sum; `maxima` are those so far. Adds to the part's rows. `rescale` is what the
@@ -100,32 +107,6 @@ class ForwardWeights {
   E* weights() {
     if constexpr (kStepsPerElement<E> == 1) return scores_;
     return weights_;
-  }
-
-  // For keys [first, end) and one vector of queries; returns the maximum of `before` and theirs. A padded key's is -inf.
-  Vec<T> exponents(const Exponents<E>& exponent, int64_t stride, const KeyBlock& k, int64_t first, int64_t end, int64_t lane,
-                   Vec<T> before) {
-    constexpr int kChains = 4;  // so that one maximum need not wait for the last
-    Vec<T> chain[kChains] = {before, before, before, before};
-    const auto next = [&](Vec<T>& maximum, int64_t j) {
-      const int64_t at = j * stride + lane;
-      const Vec<T> x = exponent(load(scores_ + at), at);
-      store(scores_ + at, x);
-      maximum = larger(maximum, x);
-    };
-    int64_t j = first;
-    for (; k.attended == k.count && j + kChains <= end; j += kChains) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) next(chain[c], j + c);
-    }
-    for (; j < end; ++j) {
-      if (k.padded[j]) {
-        store(scores_ + j * stride + lane, broadcast(static_cast<T>(-__builtin_inf())));
-      } else {
-        next(chain[0], j);
-      }
-    }
-    return larger(larger(chain[0], chain[1]), larger(chain[2], chain[3]));
   }
 
   [[gnu::noinline]] void softmax_of(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* dmap, Vec<T> m,

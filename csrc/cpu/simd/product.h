@@ -142,7 +142,6 @@ struct Prefetch {
 
 template <class E, int R, int C, class A, class Done>
 inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, const Done& done) {
-  const Done finish = done;  // copies, for the registers: what is stored might otherwise change them
   Prefetch ahead = to_fetch;
   Sum<E> acc[R][C] = {};
   Reader<E, R, A> element(a);
@@ -165,8 +164,10 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
     b.data += b.stride;
   }
   to_fetch = ahead;
-#pragma GCC unroll 32
-  for (int r = 0; r < R; ++r) finish(r, acc[r]);
+  const Done* held = &done;
+  asm("" : "+r"(held));  // so that the registers are the sums' until here
+  const Done finish = *held;  // a copy, which no store can change
+  finish(acc);
 }
 
 constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile, at most
@@ -191,17 +192,17 @@ inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Prefet
   for (int64_t tiles = blocks_of(rows, most_rows(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
     product_rows<E, most_rows(C), C>(height, a.from_row(row), b, steps, ahead,
-                                     [done, row](int r, const auto& sums) { done(row + r, sums); });
+                                     [done, row](const auto& sums) { done(row, sums); });
     row += height;
   }
 }
 
-// done(row, first vector, sums over the steps of a(row, k) * b(k, vector)) for every row and a few vectors at a time, an array of them.
+// done(first row, first vector, sums[R][N]): the sums over the steps of a(row, k) * b(k, vector), a few rows and vectors at a time.
 template <class E, class A, class Done>
 inline void product(A a, Vectors<E> b, int64_t rows, int64_t vectors, int64_t steps, Prefetch ahead, const Done& done) {
   for (int64_t first = 0; first < vectors; first += kPanel) {
     const Vectors<E> panel = {b.data + first * kLanes<E>, b.stride};
-    const auto at = [done, first](int64_t r, const auto& sums) { done(r, first, sums); };
+    const auto at = [done, first](int64_t row, const auto& sums) { done(row, first, sums); };
     const int width = static_cast<int>(smaller_of<int64_t>(vectors - first, kPanel));
     if (first == 0) ahead.spread_over(blocks_of(rows, most_rows(width)) * blocks_of(vectors, width) * steps);
     if (width == 1) product_panel<E, 1>(a, panel, rows, steps, ahead, at);

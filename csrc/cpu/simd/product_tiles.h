@@ -58,8 +58,8 @@ inline void hand_over(int64_t row, int64_t rows, int64_t first, const Done& done
   if constexpr (R == 2) Tiles::store<2>(sums + kTileRows * kStride, kRowBytes);
   if constexpr (R == 2 && C == 2) Tiles::store<3>(sums + kTileRows * kStride + kLanes<float>, kRowBytes);
   for (int64_t r = 0; r < rows; ++r) {
-    Vec<float> x[C];
-    for (int c = 0; c < C; ++c) x[c] = load(sums + r * kStride + c * kLanes<float>);
+    Vec<float> x[1][C];
+    for (int c = 0; c < C; ++c) x[0][c] = load(sums + r * kStride + c * kLanes<float>);
     done(row + r, first, x);
   }
 }

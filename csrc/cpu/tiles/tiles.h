@@ -140,10 +140,13 @@ struct AddTo {
   bool is_new;
 
   T* place(int64_t row, int64_t c) const { return sums + row * stride + c * kLanes<T>; }
-  template <int N>
-  void operator()(int64_t row, int64_t c, const Vec<T> (&x)[N]) const {
+  template <int R, int N>
+  void operator()(int64_t row, int64_t c, const Vec<T> (&x)[R][N]) const {
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(place(row, c + i), is_new ? x[i] : load(place(row, c + i)) + x[i]);
+      for (int i = 0; i < N; ++i) store(place(row + r, c + i), is_new ? x[r][i] : load(place(row + r, c + i)) + x[r][i]);
+    }
   }
 };
 
