@@ -96,9 +96,9 @@ class ForwardWeights {
           store(weights + (j + i) * stride, p[i]);
         } else {
           const Vec<E> pair = paired(p[i], p[i + 1]);
+          constexpr E kOnes = 0x3f803f80;
           store(weights + (j + i) / 2 * stride, pair);
-          const Vec<T> first = (Vec<T>)(pair << 16), second = (Vec<T>)(pair & -0x10000);
-          rounded += first + second;
+          multiply_add(rounded, pair, broadcast(kOnes));
         }
       }
     }

@@ -36,16 +36,10 @@ struct Exp2<double> {
 constexpr int kExpAtOnce = kRegisters / 8;
 
 #if defined(__AVX512F__)
-// max and min give their second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop sixfold on a
-// Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
-inline Vec<float> bounded(Vec<float> x) {
-  constexpr __mmask16 kAll = 0xffff;
-  return _mm512_maskz_min_ps(kAll, _mm512_set1_ps(160.0f), _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-160.0f), x));
-}
-inline Vec<double> bounded(Vec<double> x) {
-  constexpr __mmask8 kAll = 0xff;
-  return _mm512_maskz_min_pd(kAll, _mm512_set1_pd(1100.0), _mm512_maskz_max_pd(kAll, _mm512_set1_pd(-1100.0), x));
-}
+// +inf less itself would be NaN. min gives its second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop
+// sixfold on a Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
+inline Vec<float> bounded(Vec<float> x) { return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(Exp2<float>::kHighest), x); }
+inline Vec<double> bounded(Vec<double> x) { return _mm512_maskz_min_pd(0xff, _mm512_set1_pd(Exp2<double>::kHighest), x); }
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
 inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
@@ -77,16 +71,26 @@ inline void exp2_each(Vec<T> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = times_exp2(normal[i], p[i], n[i]);
 }
 
+#if defined(__AVX512BF16__)
+// x less the whole number below it.
+inline Vec<float> fraction(Vec<float> x) {
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
 #if defined(SMATTN_TILES)
+  return _mm512_maskz_reduce_ps(0xffff, x, kDown);
+#else
+  x = bounded(x);
+  return x - Vec<float>(_mm512_maskz_roundscale_ps(0xffff, x, kDown));
+#endif
+}
+
 // The same of weights that become bfloat16, within 2.2e-7 of the result: f is x less the whole number below it, of which times_exp2 takes care, and the
 // polynomial interpolates at the Chebyshev nodes of [0, 1].
 template <class T, int N>
 inline void exp2_of_weights(Vec<T> (&x)[N]) {
   constexpr float kCoefficients[] = {1.78837e-3f, 9.19939e-3f, 5.565705e-2f, 2.4020719e-1f, 6.9314757e-1f, 1.0f};
-  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   Vec<float> f[N], p[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) f[i] = _mm512_maskz_reduce_ps(0xffff, x[i], kDown), p[i] = broadcast(kCoefficients[0]);
+  for (int i = 0; i < N; ++i) f[i] = fraction(x[i]), p[i] = broadcast(kCoefficients[0]);
 #pragma GCC unroll 16
   for (unsigned k = 1; k < sizeof(kCoefficients) / sizeof(float); ++k) {
 #pragma GCC unroll 8
@@ -137,7 +141,7 @@ inline void exp2_each(Vec<T> (&x)[N]) {
 }
 #endif
 
-#if !defined(SMATTN_TILES)
+#if !defined(__AVX512BF16__)
 template <class T, int N>
 inline void exp2_of_weights(Vec<T> (&x)[N]) {
   exp2_each<T, N>(x);
