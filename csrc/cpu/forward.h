@@ -37,24 +37,24 @@ class Forward {
     const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first);
     T* const memory = plan_.splits == 1 ? parts_.get() : parts + first * part_size_;
     const auto part = [&](int64_t h) { return ForwardPart<E>(memory + h * part_size_, q.lanes, n_.Dv); };
-    const bool other_queries = queries_read_.differs(b, group, query_index, 0);  // than in the last split
-    for (int64_t h = 0; h < heads; ++h) {
-      if (other_queries) read_queries<E>(s_.query, b, first + h, q, n_.D, query_rows_, query(h));
-      if (other_queries && t_.dout.data != nullptr) read_queries<E>(t_.dout, b, first + h, q, n_.Dv, query_rows_, dout(h));
-      part(h).clear(part_size_);
-    }
-    const int64_t blocks = plan_.blocking.key_blocks;
-    for (int64_t kb = blocks * split / plan_.splits; kb < blocks * (split + 1) / plan_.splits; ++kb) {
+    if (queries_read_.differs(b, group, query_index, 0)) heads_read_ = 0;  // else they are those of the last split
+    for (int64_t h = 0; h < heads; ++h) part(h).clear(part_size_);
+    const int64_t blocks = plan_.blocking.key_blocks, end = blocks * (split + 1) / plan_.splits;
+    for (int64_t kb = blocks * split / plan_.splits; kb < end; ++kb) {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
       if (k.attended == 0) continue;
       if (t_.dmap.data != nullptr) read_tile<T>(t_.dmap, b, 0, q, k, rows_, dmap_);
       for (int64_t h = 0; h < heads; ++h) {
+        const bool reads_queries = h == heads_read_;
+        if (reads_queries) read_head(b, first, h, q);
         const T* mask = s_.mask.data == nullptr ? nullptr : read_mask_tile(b, first + h, query_index, kb, q, k, plan_.mask_tile(h, kb));
         const bool same_keys = h > 0 && kv_head(n_, first + h) == kv_head(n_, first + h - 1);
         const bool last = h == heads - 1;
-        const Prefetch next =
+        const Prefetch keys =
             keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
-        attend(b, first + h, q, k, mask, same_keys, query(h), dout(h), part(h), next);
+        const Prefetch queries = reads_queries && !last ? rows_ahead(s_.query, b, first + h + 1, q.first, q.count, n_.D) : Prefetch{};
+        const Prefetch outs = kb == end - 1 && plan_.splits == 1 ? outs_ahead(b, first + h, q) : Prefetch{};
+        attend(b, first + h, q, k, mask, same_keys, query(h), dout(h), part(h), queries, keys.then(outs));
       }
     }
     for (int64_t h = 0; plan_.splits == 1 && h < heads; ++h) write_part<E>(t_, b, first + h, q, part(h));
@@ -73,6 +73,21 @@ class Forward {
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
+  // Head h of the group's, the next one that is not read yet: so late that it has been fetched meanwhile.
+  void read_head(int64_t b, int64_t group_first, int64_t h, const QueryBlock& q) {
+    read_queries<E>(s_.query, b, group_first + h, q, n_.D, query_rows_, query(h));
+    if (t_.dout.data != nullptr) read_queries<E>(t_.dout, b, group_first + h, q, n_.Dv, query_rows_, dout(h));
+    heads_read_ = h + 1;
+  }
+
+  // The rows of out that are to be written: a line is fetched even if all of it is overwritten.
+  Prefetch outs_ahead(int64_t b, int64_t h, const QueryBlock& q) const {
+    if (p_.out == nullptr) return {};
+    const int64_t bytes = bytes_of(s_.dtype) * n_.Dv;
+    const char* to = static_cast<const char*>(p_.out) + ((b * n_.H + h) * n_.Nq + q.first) * bytes;
+    return {to, to + q.count * bytes - 1};
+  }
+
   // M's tile, if it is not there from an earlier item.
   const T* read_mask_tile(int64_t b, int64_t h, int64_t query_index, int64_t kb, const QueryBlock& q, const KeyBlock& k, int64_t place) {
     T* tile = masks_ + place * kKeys * kQueries;
@@ -83,13 +98,13 @@ class Forward {
 
   // One head against one key block.
   void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query, const E* dout,
-              const ForwardPart<E>& part, const Prefetch& next_keys) {
+              const ForwardPart<E>& part, const Prefetch& next_queries, const Prefetch& next_keys) {
     const int64_t g = kv_head(n_, h);
     if (!same_keys) {
       key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
       value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
     }
-    const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv);
+    const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv).then(next_queries);
     if constexpr (OnePass<E>::kServes) {
       const bool tries = p_.out != nullptr && p_.dropout.p == 0 && t_.eta == nullptr;
       if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, next_keys, part)) {
@@ -157,6 +172,7 @@ class Forward {
   RowMajor<E> key_{}, value_{};
   Vectors<E> value_steps_{};
   Held queries_read_;
+  int64_t heads_read_ = 0;  // of the group
 };
 
 template <class E, class T>

@@ -122,22 +122,36 @@ struct Vectors {
 struct Prefetch {
   const char *line = nullptr, *last = nullptr;  // null: nothing
   int64_t advance = 64;
+  const char *next_line = nullptr, *next_last = nullptr;  // another stretch of memory, to be fetched after the first
 
+  Prefetch then(const Prefetch& next) const { return line == nullptr ? next : Prefetch{line, last, advance, next.line, next.last}; }
   Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
     const int64_t lines = line == nullptr ? 0 : (last - line) / 64 + 1;
-    return {line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
+    const Prefetch rows{line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
+    return first + count < of ? rows : rows.then({next_line, next_last});
   }
   // The same where there are few steps, `count` lines at each.
-  int64_t lines_at_each(int64_t steps) const { return line == nullptr ? 0 : ((last - line) / 64 + steps) / steps; }
+  int64_t lines_at_each(int64_t steps) const { return line == nullptr ? 0 : (bytes() / 64 + steps) / steps; }
   void lines(int64_t count) {
-    for (; count > 0 && line <= last; --count, line += 64) __builtin_prefetch(line);
+    for (; count > 0 && line <= last; --count) {
+      __builtin_prefetch(line);
+      line += 64;
+      if (line > last) begin_next();
+    }
   }
-  void spread_over(int64_t steps) { advance = last - line > 64 * steps ? 128 : 64; }
+  void spread_over(int64_t steps) { advance = bytes() > 64 * steps ? 128 : 64; }
+  // Between tiles, for the inner loop has no register left for it.
+  void begin_next() {
+    if (line >= last && next_line != nullptr) *this = {next_line, next_last, advance};
+  }
   void step() {
     __builtin_prefetch(line);
     if (advance > 64) __builtin_prefetch(line + 64);
     line = line < last ? line + advance : last;
   }
+
+ private:
+  int64_t bytes() const { return last - line + (next_last - next_line); }
 };
 
 template <class E, int R, int C, class A, class Done>
@@ -163,6 +177,7 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
     element.next();
     b.data += b.stride;
   }
+  ahead.begin_next();
   to_fetch = ahead;
   const Done* held = &done;
   asm("" : "+r"(held));  // so that the registers are the sums' until here
