@@ -26,8 +26,8 @@ class ForwardWeights {
               T* maxima) {
     const bool* padded = k.attended < k.count ? k.padded : nullptr;
     product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s_.size.D), ahead,
-            [exponent = Exponents<E>(s_, h, mask), padded, maxima, scores = scores_.get(),
-             stride = q.lanes]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&products)[R][N]) {
+            [exponent = Exponents<E>(s_, h, mask), padded, maxima, scores = scores_.get(), stride = q.lanes]<int R, int N>(
+                int64_t j, int64_t c, const Vec<T>(&products)[R][N]) {
 #pragma GCC unroll 8
               for (int v = 0; v < N; ++v) {
                 const int64_t lane = (c + v) * kLanes<T>;

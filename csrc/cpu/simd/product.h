@@ -206,8 +206,7 @@ inline void product_panel(A a, Vectors<E> b, int64_t rows, int64_t steps, Prefet
   int64_t row = 0;
   for (int64_t tiles = blocks_of(rows, most_rows(C)); tiles > 0; --tiles) {
     const int64_t height = blocks_of(rows - row, tiles);
-    product_rows<E, most_rows(C), C>(height, a.from_row(row), b, steps, ahead,
-                                     [done, row](const auto& sums) { done(row, sums); });
+    product_rows<E, most_rows(C), C>(height, a.from_row(row), b, steps, ahead, [done, row](const auto& sums) { done(row, sums); });
     row += height;
   }
 }
