@@ -120,11 +120,11 @@ class Backward {
            n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
   static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
-  // Where queries are few their tiles are kept for all pairs, as far as a core's cache holds them.
+  // Where queries are few their tiles are kept for the next key block, as far as a core's cache holds those of all pairs.
   int64_t tile_slots() const {
     constexpr int64_t kTilesBytes = 1 << 20;
     const int64_t bytes = plan_.pairs * QueryTiles<E>::size(n_, plan_.blocking.queries) * static_cast<int64_t>(sizeof(E));
-    return plan_.outer_keys && plan_.inner_blocks() == 1 && bytes <= kTilesBytes ? plan_.pairs : 1;
+    return plan_.outer_keys && plan_.outer_blocks() > 1 && plan_.inner_blocks() == 1 && bytes <= kTilesBytes ? plan_.pairs : 1;
   }
   bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
   T* dkv_of(int64_t split, const Pair& pair, int64_t kb) const {
