@@ -113,6 +113,24 @@ inline bool read_pairs([[maybe_unused]] const Strided& matrix, [[maybe_unused]] 
   return false;
 }
 
+// Rows [lane, lane + kLanes) of a matrix as columns of a tile: whole blocks as they lie, the rest by way of `rows`.
+template <class T>
+inline void turn_rows(Strided matrix, int64_t lane, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
+  constexpr int64_t W = kLanes<T>;
+  matrix.offset += lane * matrix.row_stride;
+  const bool as_they_lie = matrix.dtype == DTypeOf<T>::value && matrix.column_stride == 1 && lane + W <= q.count;
+  const int64_t whole = as_they_lie ? k.count / W * W : 0, rest = k.count - whole, stride = round_up(rest, W);
+  if (whole > 0) {
+    transpose_block<T>(static_cast<const T*>(matrix.data) + matrix.offset, matrix.row_stride, W, whole, tile + lane, q.lanes);
+  }
+  if (rest == 0) return;
+  matrix.offset += whole * matrix.column_stride;
+  const int64_t count = smaller_of(W, q.count - lane);
+  read_rows<T>(matrix, count, rest, rows, stride);
+  fill<T>(rows + count * stride, (W - count) * stride, T(0));
+  transpose_block<T>(rows, stride, W, rest, tile + whole * q.lanes + lane, q.lanes);
+}
+
 // A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
 template <class T>
 inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
@@ -124,10 +142,7 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   } else if (matrix.row_stride == 1) {
     read_rows<T>(matrix.transposed(), k.count, q.count, tile, q.lanes);
   } else if (!read_pairs(matrix, q, k, tile)) {
-    const int64_t stride = round_up(k.count, kLanes<T>);
-    read_rows<T>(matrix, q.count, k.count, rows, stride);
-    fill<T>(rows + q.count * stride, (q.lanes - q.count) * stride, T(0));
-    transpose_block<T>(rows, stride, q.lanes, k.count, tile, q.lanes);
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) turn_rows<T>(matrix, lane, q, k, rows, tile);
   }
   select_attended(q, k, tile);
 }
