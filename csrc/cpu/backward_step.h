@@ -34,12 +34,13 @@ struct QueryTiles {
   E* dout;                // [Dv][lane]
   E *query_rows, *dout_rows, *query_step_memory, *dout_step_memory;
   Vectors<E> query_steps, dout_steps;  // for a sum over the queries
-  T *lse_log2, *delta, *mbar;
+  RowExponents<T> exponents;
+  T *delta, *mbar;
   int64_t b, h, first;    // what they hold; b is -1 before anything is read
 
   static int64_t size(const Sizes& n, int64_t lanes) {
     return 2 * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv) +
-           3 * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
+           (RowExponents<T>::kRows + 2) * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
   }
 
   // On `size` elements of memory.
@@ -47,8 +48,9 @@ struct QueryTiles {
     const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
     query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
     query_step_memory = dout_rows + Dv, dout_step_memory = query_step_memory + steps_size<E>(lanes, n.D);
-    lse_log2 = reinterpret_cast<T*>(memory + 2 * (D + Dv) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv));
-    delta = lse_log2 + lanes, mbar = delta + lanes;
+    T* rows = reinterpret_cast<T*>(memory + 2 * (D + Dv) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv));
+    exponents = RowExponents<T>::on(rows, lanes);
+    delta = rows + RowExponents<T>::kRows * lanes, mbar = delta + lanes;
     b = -1;
   }
 
@@ -63,12 +65,14 @@ struct QueryTiles {
       dout_steps = by_step(douts, q.count, n.Dv, dout_step_memory);
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
+    T lse[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const bool beyond = i >= q.count;
-      lse_log2[i] = beyond ? static_cast<T>(__builtin_inf()) : static_cast<T>(exponent_of(t.lse[row + i]));  // so that P is 0
+      lse[i] = beyond ? static_cast<T>(-__builtin_inf()) : t.lse[row + i];  // as of a dead row
       delta[i] = beyond ? T(0) : t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
+    exponents.read(lse, q.lanes);
   }
 };
 
@@ -155,11 +159,10 @@ class BackwardStep {
     const Exponents<E> exponent(t_.scores, h, beside(mask, s.at));
     const int64_t row = WeightTile<E>::row(q.lanes);
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      const Vec<T> lse = load(tiles.lse_log2 + lane);
       each_key(
           k,
           [&](auto count, int64_t j) {
-            exponentials<count()>(p, j * q.lanes + lane, q.lanes, s.weights_at + j * row + lane, row, exponent, lse);
+            exponentials<count()>(p, j * q.lanes + lane, q.lanes, s.weights_at + j * row + lane, row, exponent, tiles.exponents, lane);
           },
           [&](int64_t j) {  // even where lse is NaN
             store(p + j * q.lanes + lane, Vec<T>{});
@@ -170,13 +173,15 @@ class BackwardStep {
 
   // Of N keys from number `at` of the strip on, `stride` apart; their weights from `to` on, `row` apart.
   template <int N>
-  void exponentials(T* p, int64_t at, int64_t stride, int64_t to, int64_t row, const Exponents<E>& exponent, Vec<T> lse) {
+  void exponentials(T* p, int64_t at, int64_t stride, int64_t to, int64_t row, const Exponents<E>& exponent, const RowExponents<T>& rows,
+                    int64_t lane) {
+    const Vec<T> fraction = load(rows.fraction + lane), factor = load(rows.factor + lane);
     Vec<T> x[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride, lse);
-    exp2_of_weights<T, N>(x);
+    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride, fraction);
+    exp2_of_weights<T, N>(x, load(rows.lowest + lane));
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i]);
+    for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i] *= factor);
     const T* kept = keep();
     if (kStepsPerElement<E> == 1 && kept == nullptr) return;  // then they are the weights
 #pragma GCC unroll 8

@@ -21,7 +21,7 @@ class Forward {
         douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
         parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), masks_(plan.mask_tiles * kKeys * kQueries),
         masks_read_(plan.mask_tiles), dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(kQueries * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
+        rows_(kLanes<T> * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {
     fill<Held>(masks_read_, plan.mask_tiles, Held{});
   }
@@ -73,7 +73,7 @@ class Forward {
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
-  // Head h of the group's, the next one that is not read yet: so late that it has been fetched meanwhile.
+  // Reads the queries of the group's head h. It is called when they are needed, for then they have been fetched.
   void read_head(int64_t b, int64_t group_first, int64_t h, const QueryBlock& q) {
     read_queries<E>(s_.query, b, group_first + h, q, n_.D, query_rows_, query(h));
     if (t_.dout.data != nullptr) read_queries<E>(t_.dout, b, group_first + h, q, n_.Dv, query_rows_, dout(h));

@@ -28,20 +28,21 @@ class ForwardWeights {
     product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(s_.size.D), ahead,
             [exponent = Exponents<E>(s_, h, mask), padded, maxima, scores = scores_.get(), stride = q.lanes]<int R, int N>(
                 int64_t j, int64_t c, const Vec<T>(&products)[R][N]) {
-#pragma GCC unroll 8
-              for (int v = 0; v < N; ++v) {
-                const int64_t lane = (c + v) * kLanes<T>;
-                Vec<T> maximum = load(maxima + lane);
+              Vec<T> maximum[N];
+              for (int v = 0; v < N; ++v) maximum[v] = load(maxima + (c + v) * kLanes<T>);
 #pragma GCC unroll 32
-                for (int r = 0; r < R; ++r) {
-                  const int64_t at = (j + r) * stride + lane;
-                  Vec<T> x = exponent(products[r][v], at);
-                  if (padded != nullptr && padded[j + r]) x = broadcast(static_cast<T>(-__builtin_inf()));
-                  store(scores + at, x);
-                  maximum = larger(maximum, x);
+              for (int r = 0; r < R; ++r) {
+                const int64_t at = (j + r) * stride + c * kLanes<T>;
+                const bool absent = padded != nullptr && padded[j + r];
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) {
+                  Vec<T> x = exponent(products[r][v], at + v * kLanes<T>);
+                  if (absent) x = broadcast(static_cast<T>(-__builtin_inf()));
+                  store(scores + at + v * kLanes<T>, x);
+                  maximum[v] = larger(maximum[v], x);
                 }
-                store(maxima + lane, maximum);
               }
+              for (int v = 0; v < N; ++v) store(maxima + (c + v) * kLanes<T>, maximum[v]);
             });
   }
 

@@ -31,11 +31,13 @@ class MapTile {
     const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
     if (mask != nullptr && (h == 0 || s_.mask_size[1] > 1)) read_mask<T>(s_, b, h, q, k, rows_, mask_);
     read_queries<T>(s_.query, b, h, q, n_.D, rows_, query_);
-    T lse_log2[kQueries];
+    T lse[kQueries], memory[RowExponents<T>::kRows * kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const T* row = static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first;
-      lse_log2[i] = static_cast<T>(i < q.count ? exponent_of(row[i]) : __builtin_inf());
+      lse[i] = i < q.count ? row[i] : static_cast<T>(-__builtin_inf());
     }
+    const auto rows = RowExponents<T>::on(memory, q.lanes);
+    rows.read(lse, q.lanes);
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     dot_products(key, query_.get(), q, k.count, n_.D, Prefetch{}, scores_.get());
@@ -43,7 +45,8 @@ class MapTile {
     for (int64_t j = 0; j < k.count; ++j) {
       for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
         const int64_t at = j * q.lanes + lane;
-        const Vec<T> p = exp2<T>(exponent(load(scores_ + at), at) - load(lse_log2 + lane));
+        const Vec<T> x = exponent(load(scores_ + at), at, load(rows.fraction + lane));
+        const Vec<T> p = exp2<T>(x, load(rows.lowest + lane)) * load(rows.factor + lane);
         store(sum_ + at, load(sum_ + at) + weight * p);
       }
     }

@@ -1,11 +1,13 @@
 """2^x of every set of CPU kernels that this machine runs, compared with numpy's long double."""
 
 import platform
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from smattn.testing import make_case, run, run_exact
 from tests.support.cpu_kernels import KERNELS, forced
 
 pytestmark = pytest.mark.promise("CPU kernels")
@@ -76,3 +78,14 @@ def test_a_nan_stays_in_its_lane_and_every_length_works(name, dtype):
             holed[n] = np.nan
             y = exp2(holed)
             assert np.isnan(y[n]) and np.array_equal(np.delete(y, n), np.delete(whole, n))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype, Nk", [(torch.float32, 9504), (torch.float64, 9504), (torch.float64, 65536)], ids=str)
+def test_a_probability_is_not_rounded_to_the_last_place_of_lse(name, dtype, Nk):
+    """Over many keys of nearly equal scores lse is far larger than they are. All keys share its own rounding; no other may be as large."""
+    case = replace(make_case(1, 1, 1, Nk, 32, dtype=dtype, mask=None), scale=0.01)
+    with forced(name):
+        actual = run(case, "cpu")["dvalue"].double()
+    off = actual / run_exact(case).values["dvalue"] - 1
+    assert (off.max() - off.min()).item() < 10 * torch.finfo(dtype).eps / 2

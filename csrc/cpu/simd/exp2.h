@@ -2,7 +2,7 @@
 // The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
 // so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
 // the bound derived, in tests/cpu/test_cpu_exp2.py.
-// Results below the smallest normal number are 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
+// Results below 2^lowest are 0, and those below the smallest normal number in any case; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -43,23 +43,23 @@ inline Vec<double> bounded(Vec<double> x) { return _mm512_maskz_min_pd(0xff, _mm
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
 inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
-// The lanes whose 2^x is no subnormal number, or NaN.
-inline __mmask16 in_range(Vec<float> x) { return _mm512_cmp_ps_mask(x, _mm512_set1_ps(Exp2<float>::kLowest), _CMP_NLT_UQ); }
-inline __mmask8 in_range(Vec<double> x) { return _mm512_cmp_pd_mask(x, _mm512_set1_pd(Exp2<double>::kLowest), _CMP_NLT_UQ); }
+// The lanes where x is not below `lowest`, or NaN.
+inline __mmask16 in_range(Vec<float> x, Vec<float> lowest) { return _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ); }
+inline __mmask8 in_range(Vec<double> x, Vec<double> lowest) { return _mm512_cmp_pd_mask(x, lowest, _CMP_NLT_UQ); }
 // x * 2^n, 0 in the other lanes: a subnormal result would cost an Intel processor hundreds of cycles.
 inline Vec<float> times_exp2(__mmask16 lanes, Vec<float> x, Vec<float> n) { return _mm512_maskz_scalef_ps(lanes, x, n); }
 inline Vec<double> times_exp2(__mmask8 lanes, Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(lanes, x, n); }
 
 template <class T, int N>
-inline void exp2_each(Vec<T> (&x)[N]) {
+inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
   Vec<T> n[N], p[N];
-  decltype(in_range(x[0])) normal[N];
+  decltype(in_range(x[0], lowest)) normal[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] = bounded(x[i]);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) n[i] = nearest_whole(x[i]);
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) normal[i] = in_range(x[i]);
+  for (int i = 0; i < N; ++i) normal[i] = in_range(x[i], lowest);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] -= n[i], p[i] = broadcast(Exp2<T>::kCoefficients[0]);
 #pragma GCC unroll 16
@@ -83,10 +83,10 @@ inline Vec<float> fraction(Vec<float> x) {
 #endif
 }
 
-// The same of weights that become bfloat16, within 2.2e-7 of the result: f is x less the whole number below it, of which times_exp2 takes care, and the
-// polynomial interpolates at the Chebyshev nodes of [0, 1].
+// The same of weights that products with V read as bfloat16, within 2.8e-7 of the result: f is x less the whole number below it, of which
+// times_exp2 takes care, and the polynomial interpolates at the Chebyshev nodes of [0, 1].
 template <class T, int N>
-inline void exp2_of_weights(Vec<T> (&x)[N]) {
+inline void exp2_of_weights(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
   constexpr float kCoefficients[] = {1.78837e-3f, 9.19939e-3f, 5.565705e-2f, 2.4020719e-1f, 6.9314757e-1f, 1.0f};
   Vec<float> f[N], p[N];
 #pragma GCC unroll 8
@@ -97,14 +97,14 @@ inline void exp2_of_weights(Vec<T> (&x)[N]) {
     for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + kCoefficients[k];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = times_exp2(in_range(x[i]), p[i], x[i]);
+  for (int i = 0; i < N; ++i) x[i] = times_exp2(in_range(x[i], lowest), p[i], x[i]);
 }
 #endif
 
 template <class T>
-inline Vec<T> exp2(Vec<T> x) {
+inline Vec<T> exp2(Vec<T> x, Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
   Vec<T> one[1] = {x};
-  exp2_each<T, 1>(one);
+  exp2_each<T, 1>(one, lowest);
   return one[0];
 }
 #else
@@ -118,11 +118,11 @@ inline Vec<T> exp2_fraction(Vec<T> f) {
 }
 
 template <class T>
-inline Vec<T> exp2(Vec<T> unbounded) {
+inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
   using E = Exp2<T>;
   typedef Bits<T> Whole __attribute__((vector_size(kVectorBytes)));
   // Bounded so that no lane makes a subnormal number, which would cost an Intel processor hundreds of cycles; NaN stays NaN.
-  const auto too_low = unbounded < E::kLowest;
+  const auto too_low = unbounded < lowest;
   Vec<T> x = too_low ? broadcast(E::kLowest) : unbounded;
   x = x > E::kHighest ? broadcast(E::kHighest) : x;
   const Vec<T> shifted = x + E::kRound;
@@ -135,16 +135,16 @@ inline Vec<T> exp2(Vec<T> unbounded) {
 }
 
 template <class T, int N>
-inline void exp2_each(Vec<T> (&x)[N]) {
+inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i]);
+  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i], lowest);
 }
 #endif
 
 #if !defined(__AVX512BF16__)
 template <class T, int N>
-inline void exp2_of_weights(Vec<T> (&x)[N]) {
-  exp2_each<T, N>(x);
+inline void exp2_of_weights(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
+  exp2_each<T, N>(x, lowest);
 }
 #endif
 

@@ -1,15 +1,12 @@
 // Natural logarithms outside of the kernels, exponents of 2 inside of them.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/exp2.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
 constexpr double kLog2e = 1.44269504088896340736, kLog2eRest = 2.0355273740931033e-17;  // their sum is log2(e) to 107 bits
 constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558e-17;
-
-// A natural logarithm to an exponent of 2: rounded once, so that going there and back loses nothing that matters.
-inline double to_log2(double x) { return __builtin_fma(x, kLog2e, x * kLog2eRest); }
 
 // Natural logarithms of a vector of positive normal numbers, within a unit in the last place; infinity and NaN stay what they are. The method and
 // the coefficients are those of FreeBSD's msun (e_log.c): x = 2^n * (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and log(1 + f) as a series in
@@ -31,10 +28,37 @@ inline Vec<double> natural_log(Vec<double> x) {
   return x - x == 0.0 ? log : x;
 }
 
-// What to subtract from the exponents of a row: lse; +inf in a dead row, so that P is 0; and NaN where a score is +inf, as any softmax is.
-inline double exponent_of(double lse) {
-  if (lse - lse == 0) return to_log2(lse);
-  return lse < 0 ? __builtin_inf() : __builtin_nan("");
-}
+// P of a row is factor * 2^(exponent - fraction), where factor is 2^-whole and whole + fraction is lse in base 2: less all of lse, the exponent
+// would be rounded to lse's last place, which over many keys is far larger than the scores. Where |lse| is large they are as large, and whole is 0.
+template <class T>
+struct RowExponents {
+  T *fraction, *factor, *lowest;  // [lane]; a lower exponent makes no normal P
+
+  static constexpr int64_t kRows = 3;
+  static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes}; }
+
+  // lse: of the lanes, whole vectors of them. -inf, a dead row, becomes +inf, so that P is 0; +inf, the score of a NaN row, becomes NaN.
+  void read(const T* lse, int64_t lanes) const {
+    typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
+    typedef int64_t Bits64 __attribute__((vector_size(kVectorBytes)));
+    constexpr double kMostWhole = 64, kRound = Exp2<double>::kRound;
+    const auto put = [](T* to, Vec<double> x) {
+      const Numbers rounded = __builtin_convertvector(x, Numbers);
+      __builtin_memcpy(to, &rounded, sizeof(rounded));
+    };
+    for (int64_t lane = 0; lane < lanes; lane += kLanes<double>) {
+      Numbers numbers;
+      __builtin_memcpy(&numbers, lse + lane, sizeof(numbers));
+      const Vec<double> x = __builtin_convertvector(numbers, Vec<double>), nearest = (x * kLog2e + kRound) - kRound;
+      const Vec<double> whole = nearest <= kMostWhole && nearest >= -kMostWhole ? nearest : Vec<double>{};
+      const Vec<double> rest = (x * kLog2e - whole) + x * kLog2eRest;
+      const Vec<double> not_finite = x < 0.0 ? broadcast(__builtin_inf()) : broadcast(__builtin_nan(""));
+      const Bits64 exponent = (Bits64)(broadcast(kRound) - whole) - (Bits64)broadcast(kRound) + Exp2<double>::kBias;
+      put(fraction + lane, x - x == 0.0 ? rest : not_finite);
+      put(factor + lane, (Vec<double>)(exponent << Exp2<double>::kMantissa));
+      put(lowest + lane, static_cast<double>(Exp2<T>::kLowest) + (whole > 0.0 ? whole : Vec<double>{}));
+    }
+  }
+};
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -57,11 +57,17 @@ inline void hand_over(int64_t row, int64_t rows, int64_t first, const Done& done
   if constexpr (C == 2) Tiles::store<1>(sums + kLanes<float>, kRowBytes);
   if constexpr (R == 2) Tiles::store<2>(sums + kTileRows * kStride, kRowBytes);
   if constexpr (R == 2 && C == 2) Tiles::store<3>(sums + kTileRows * kStride + kLanes<float>, kRowBytes);
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<float> x[1][C];
-    for (int c = 0; c < C; ++c) x[0][c] = load(sums + r * kStride + c * kLanes<float>);
+  const auto hand_over_rows = [&]<int N>(int64_t r) {
+    Vec<float> x[N][C];
+    for (int i = 0; i < N; ++i) {
+      for (int c = 0; c < C; ++c) x[i][c] = load(sums + (r + i) * kStride + c * kLanes<float>);
+    }
     done(row + r, first, x);
-  }
+  };
+  constexpr int kAtOnce = 8;
+  int64_t r = 0;
+  for (; r + kAtOnce <= rows; r += kAtOnce) hand_over_rows.template operator()<kAtOnce>(r);
+  for (; r < rows; ++r) hand_over_rows.template operator()<1>(r);
 }
 
 // The same to their place in memory, which has room for whole tiles.

@@ -113,7 +113,8 @@ inline bool read_pairs([[maybe_unused]] const Strided& matrix, [[maybe_unused]] 
   return false;
 }
 
-// Rows [lane, lane + kLanes) of a matrix as columns of a tile: whole blocks as they lie, the rest by way of `rows`.
+// Rows [lane, lane + kLanes) of a matrix as columns of a tile. Blocks of kLanes rows and columns that hold T side by side are read as they
+// lie, the rest by way of `rows`.
 template <class T>
 inline void turn_rows(Strided matrix, int64_t lane, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   constexpr int64_t W = kLanes<T>;
@@ -131,7 +132,7 @@ inline void turn_rows(Strided matrix, int64_t lane, const QueryBlock& q, const K
   transpose_block<T>(rows, stride, W, rest, tile + whole * q.lanes + lane, q.lanes);
 }
 
-// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kQueries][kKeys], overwritten.
+// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kLanes][kKeys], overwritten.
 template <class T>
 inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   Strided matrix = rows_of(t, b, h, q.first);
