@@ -28,8 +28,9 @@ inline Vec<double> natural_log(Vec<double> x) {
   return x - x == 0.0 ? log : x;
 }
 
-// P of a row is factor * 2^(exponent - fraction), where factor is 2^-whole and whole + fraction is lse in base 2: less all of lse, the exponent
-// would be rounded to lse's last place, which over many keys is far larger than the scores. Where |lse| is large they are as large, and whole is 0.
+// P of a row is factor * 2^(exponent - fraction), where factor is 2^-whole and whole + fraction is lse in base 2. If all of lse were subtracted,
+// the exponent would be rounded to lse's last place, and over many keys lse is far larger than the scores. Where |lse| is large the scores are
+// as large, and whole is 0.
 template <class T>
 struct RowExponents {
   T *fraction, *factor, *lowest;  // [lane]; a lower exponent makes no normal P
@@ -37,7 +38,8 @@ struct RowExponents {
   static constexpr int64_t kRows = 3;
   static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes}; }
 
-  // lse: of the lanes, whole vectors of them. -inf, a dead row, becomes +inf, so that P is 0; +inf, the score of a NaN row, becomes NaN.
+  // lse: of the lanes, whole vectors of them. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a row with an infinite score,
+  // becomes NaN.
   void read(const T* lse, int64_t lanes) const {
     typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
     typedef int64_t Bits64 __attribute__((vector_size(kVectorBytes)));

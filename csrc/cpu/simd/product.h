@@ -140,7 +140,7 @@ struct Prefetch {
     }
   }
   void spread_over(int64_t steps) { advance = bytes() > 64 * steps ? 128 : 64; }
-  // Between tiles, for the inner loop has no register left for it.
+  // Goes on with the next stretch after the first. Called between tiles, because the inner loop has no register left for it.
   void begin_next() {
     if (line >= last && next_line != nullptr) *this = {next_line, next_last, advance};
   }
@@ -180,8 +180,8 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
   ahead.begin_next();
   to_fetch = ahead;
   const Done* held = &done;
-  asm("" : "+r"(held));  // so that the registers are the sums' until here
-  const Done finish = *held;  // a copy, which no store can change
+  asm("" : "+r"(held));  // Its fields are loaded here, not ahead of the loop, which needs the registers for sums.
+  const Done finish = *held;  // A copy, because a store might change the original, which would then be loaded again.
   finish(acc);
 }
 
