@@ -15,8 +15,11 @@ using namespace smattn::cpu::SMATTN_UNIT;
 // a lies as [rows][steps], or by step where it is transposed.
 template <class E>
 static void products(const E* a, const E* b, float* c, int64_t rows, int64_t columns, int64_t steps, bool transposed, int64_t times) {
-  const auto keep = [&]<int N>(int64_t r, int64_t v, const Vec<float>(&sums)[N]) {
-    for (int i = 0; i < N; ++i) store(c + r * columns + (v + i) * kLanes<float>, sums[i]);
+  const auto keep = [c, columns]<int R, int N>(int64_t row, int64_t v, const Vec<float>(&sums)[R][N]) {
+#pragma GCC unroll 32
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < N; ++i) store(c + (row + r) * columns + (v + i) * kLanes<float>, sums[r][i]);
+    }
   };
   const Vectors<E> vectors = {b, columns};
   for (int64_t n = 0; n < times; ++n) {
