@@ -72,7 +72,7 @@ struct QueryTiles {
       delta[i] = beyond ? T(0) : t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
-    exponents.read(lse, q.lanes);
+    exponents.read(lse, q.lanes, n.Nk);
   }
 };
 
@@ -175,10 +175,10 @@ class BackwardStep {
   template <int N>
   void exponentials(T* p, int64_t at, int64_t stride, int64_t to, int64_t row, const Exponents<E>& exponent, const RowExponents<T>& rows,
                     int64_t lane) {
-    const Vec<T> fraction = load(rows.fraction + lane), factor = load(rows.factor + lane);
+    const Vec<T> rest = load(rows.rest + lane), factor = load(rows.factor + lane);
     Vec<T> x[N];
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride, fraction);
+    for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride, rest);
     exp2_of_weights<T, N>(x, load(rows.lowest + lane));
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i] *= factor);

@@ -37,7 +37,7 @@ class MapTile {
       lse[i] = i < q.count ? row[i] : static_cast<T>(-__builtin_inf());
     }
     const auto rows = RowExponents<T>::on(memory, q.lanes);
-    rows.read(lse, q.lanes);
+    rows.read(lse, q.lanes, n_.Nk);
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     dot_products(key, query_.get(), q, k.count, n_.D, Prefetch{}, scores_.get());
@@ -45,7 +45,7 @@ class MapTile {
     for (int64_t j = 0; j < k.count; ++j) {
       for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
         const int64_t at = j * q.lanes + lane;
-        const Vec<T> x = exponent(load(scores_ + at), at, load(rows.fraction + lane));
+        const Vec<T> x = exponent(load(scores_ + at), at, load(rows.rest + lane));
         const Vec<T> p = exp2<T>(x, load(rows.lowest + lane)) * load(rows.factor + lane);
         store(sum_ + at, load(sum_ + at) + weight * p);
       }

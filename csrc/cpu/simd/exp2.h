@@ -2,7 +2,7 @@
 // The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
 // so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
 // the bound derived, in tests/cpu/test_cpu_exp2.py.
-// Results below 2^lowest are 0, and those below the smallest normal number in any case; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
+// Results below 2^lowest, which is at least the smallest normal number, are 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -83,7 +83,7 @@ inline Vec<float> fraction(Vec<float> x) {
 #endif
 }
 
-// The same of weights that products with V read as bfloat16, within 2.8e-7 of the result: f is x less the whole number below it, of which
+// The same of weights that products read as bfloat16, within 2.8e-7 of the result: f is x less the whole number below it, of which
 // times_exp2 takes care, and the polynomial interpolates at the Chebyshev nodes of [0, 1].
 template <class T, int N>
 inline void exp2_of_weights(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {

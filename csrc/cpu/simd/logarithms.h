@@ -5,14 +5,14 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-constexpr double kLog2e = 1.44269504088896340736, kLog2eRest = 2.0355273740931033e-17;  // their sum is log2(e) to 107 bits
+constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558e-17;
+constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // n * kLn2High is exact up to 2^20
 
 // Natural logarithms of a vector of positive normal numbers, within a unit in the last place; infinity and NaN stay what they are. The method and
 // the coefficients are those of FreeBSD's msun (e_log.c): x = 2^n * (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and log(1 + f) as a series in
 // s = f / (2 + f).
 inline Vec<double> natural_log(Vec<double> x) {
-  constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // n * kLn2High is exact
   constexpr double kCoefficients[] = {1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01,
                                       2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,
                                       6.666666666666735130e-01};
@@ -28,22 +28,23 @@ inline Vec<double> natural_log(Vec<double> x) {
   return x - x == 0.0 ? log : x;
 }
 
-// P of a row is factor * 2^(exponent - fraction), where factor is 2^-whole and whole + fraction is lse in base 2. If all of lse were subtracted,
-// the exponent would be rounded to lse's last place, and over many keys lse is far larger than the scores. Where |lse| is large the scores are
-// as large, and whole is 0.
+// P of a row is factor * 2^(exponent - rest), where factor is 2^-whole and whole + rest is lse in base 2. If all of lse were subtracted, the
+// exponent would be rounded to lse's last place, and over many keys lse can be far larger than the scores. It is above the largest of them by
+// log2(Nk) at most, and so much of it at most is whole.
 template <class T>
 struct RowExponents {
-  T *fraction, *factor, *lowest;  // [lane]; a lower exponent makes no normal P
+  T *rest, *factor, *lowest;  // [lane]; a lower exponent makes no normal P
 
   static constexpr int64_t kRows = 3;
   static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes}; }
 
   // lse: of the lanes, whole vectors of them. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a row with an infinite score,
   // becomes NaN.
-  void read(const T* lse, int64_t lanes) const {
+  void read(const T* lse, int64_t lanes, int64_t Nk) const {
     typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
     typedef int64_t Bits64 __attribute__((vector_size(kVectorBytes)));
-    constexpr double kMostWhole = 64, kRound = Exp2<double>::kRound;
+    constexpr double kRound = Exp2<double>::kRound;
+    const double most = 64 - __builtin_clzll(static_cast<uint64_t>(Nk));
     const auto put = [](T* to, Vec<double> x) {
       const Numbers rounded = __builtin_convertvector(x, Numbers);
       __builtin_memcpy(to, &rounded, sizeof(rounded));
@@ -52,13 +53,13 @@ struct RowExponents {
       Numbers numbers;
       __builtin_memcpy(&numbers, lse + lane, sizeof(numbers));
       const Vec<double> x = __builtin_convertvector(numbers, Vec<double>), nearest = (x * kLog2e + kRound) - kRound;
-      const Vec<double> whole = nearest <= kMostWhole && nearest >= -kMostWhole ? nearest : Vec<double>{};
-      const Vec<double> rest = (x * kLog2e - whole) + x * kLog2eRest;
+      const Vec<double> bounded = nearest < most ? nearest : broadcast(most), whole = bounded > 0.0 ? bounded : Vec<double>{};
+      const Vec<double> less = ((x - whole * kLn2High) - whole * kLn2Low) * kLog2e;
       const Vec<double> not_finite = x < 0.0 ? broadcast(__builtin_inf()) : broadcast(__builtin_nan(""));
       const Bits64 exponent = (Bits64)(broadcast(kRound) - whole) - (Bits64)broadcast(kRound) + Exp2<double>::kBias;
-      put(fraction + lane, x - x == 0.0 ? rest : not_finite);
+      put(rest + lane, x - x == 0.0 ? less : not_finite);
       put(factor + lane, (Vec<double>)(exponent << Exp2<double>::kMantissa));
-      put(lowest + lane, static_cast<double>(Exp2<T>::kLowest) + (whole > 0.0 ? whole : Vec<double>{}));
+      put(lowest + lane, static_cast<double>(Exp2<T>::kLowest) + whole);
     }
   }
 };
