@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from smattn import soft_masked_attention
 from smattn.testing import make_case, run, run_exact
 from tests.support.cpu_kernels import KERNELS, forced
 
@@ -89,3 +90,14 @@ def test_a_probability_is_not_rounded_to_the_last_place_of_lse(name, dtype, Nk):
         actual = run(case, "cpu")["dvalue"].double()
     off = actual / run_exact(case).values["dvalue"] - 1
     assert (off.max() - off.min()).item() < 10 * torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_very_low_scores_lose_no_weight(name):
+    """However low the scores of a row are, a weight that float32 can hold is no 0 in backward."""
+    value = torch.randn(1, 1, 64, 8, requires_grad=True)
+    mask = torch.full((1, 1, 64), -44.0)
+    mask[..., 5] = -88.0
+    with forced(name):
+        soft_masked_attention(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 64, 8), value, mask, 1.0, backend="cpu").sum().backward()
+    torch.testing.assert_close(value.grad[0, 0, :, 0], mask[0, 0].softmax(-1), rtol=1e-5, atol=0)
