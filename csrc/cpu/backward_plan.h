@@ -113,7 +113,7 @@ struct BackwardPlan {
     const bool cut = batch_inside && mask_batch_.masks() * groups_of_a_batch() < kItems && dmask_bytes <= bytes / 4;
     shares = cut ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
     // Every thread has its group's tiles and sums. Where many threads are to have a share, a group is small.
-    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + 5;
+    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + RowExponents<T>::kRows + 2;
     const int64_t head_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
     const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * head_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
     batches = batch_inside ? largest_divisor(sharers / shares, bytes / (cut ? 16 : 2) / batch_bytes) : 1;

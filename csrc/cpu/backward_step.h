@@ -65,14 +65,12 @@ struct QueryTiles {
       dout_steps = by_step(douts, q.count, n.Dv, dout_step_memory);
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
-    T lse[kQueries];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const bool beyond = i >= q.count;
-      lse[i] = beyond ? static_cast<T>(-__builtin_inf()) : t.lse[row + i];  // as of a dead row
       delta[i] = beyond ? T(0) : t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
-    exponents.read(lse, q.lanes, n.Nk);
+    exponents.read(t.lse + row, q.count, q.lanes, n.Nk);
   }
 };
 

@@ -73,7 +73,7 @@ class Forward {
   E* query(int64_t h) { return queries_ + h * query_size_; }
   E* dout(int64_t h) { return douts_ + h * dout_size_; }
 
-  // Reads the queries of the group's head h. It is called when they are needed, for then they have been fetched.
+  // Reads the queries of the group's head h, just before they are needed: by then they have been fetched.
   void read_head(int64_t b, int64_t group_first, int64_t h, const QueryBlock& q) {
     read_queries<E>(s_.query, b, group_first + h, q, n_.D, query_rows_, query(h));
     if (t_.dout.data != nullptr) read_queries<E>(t_.dout, b, group_first + h, q, n_.Dv, query_rows_, dout(h));

@@ -31,13 +31,9 @@ class MapTile {
     const T* mask = s_.mask.data != nullptr ? mask_.get() : nullptr;
     if (mask != nullptr && (h == 0 || s_.mask_size[1] > 1)) read_mask<T>(s_, b, h, q, k, rows_, mask_);
     read_queries<T>(s_.query, b, h, q, n_.D, rows_, query_);
-    T lse[kQueries], memory[RowExponents<T>::kRows * kQueries];
-    for (int64_t i = 0; i < q.lanes; ++i) {
-      const T* row = static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first;
-      lse[i] = i < q.count ? row[i] : static_cast<T>(-__builtin_inf());
-    }
+    T memory[RowExponents<T>::kRows * kQueries];
     const auto rows = RowExponents<T>::on(memory, q.lanes);
-    rows.read(lse, q.lanes, n_.Nk);
+    rows.read(static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first, q.count, q.lanes, n_.Nk);
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     dot_products(key, query_.get(), q, k.count, n_.D, Prefetch{}, scores_.get());

@@ -1,4 +1,4 @@
-"""2^x of every set of CPU kernels that this machine runs, compared with numpy's long double."""
+"""2^x of every set of CPU kernels that this machine runs, compared with numpy's long double, and the P that backward makes by it."""
 
 import platform
 from dataclasses import replace
@@ -84,7 +84,7 @@ def test_a_nan_stays_in_its_lane_and_every_length_works(name, dtype):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype, Nk", [(torch.float32, 9504), (torch.float64, 9504), (torch.float64, 65536)], ids=str)
 def test_a_probability_is_not_rounded_to_the_last_place_of_lse(name, dtype, Nk):
-    """Over many keys of nearly equal scores lse is far larger than they are. All keys share its own rounding; no other may be as large."""
+    """Over many keys of nearly equal scores lse is far larger than they are. All keys share its rounding; no other may be as large."""
     case = replace(make_case(1, 1, 1, Nk, 32, dtype=dtype, mask=None), scale=0.01)
     with forced(name):
         actual = run(case, "cpu")["dvalue"].double()

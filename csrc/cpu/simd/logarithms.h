@@ -38,9 +38,9 @@ struct RowExponents {
   static constexpr int64_t kRows = 3;
   static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes}; }
 
-  // lse: of the lanes, whole vectors of them. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a row with an infinite score,
+  // lse: of `count` rows; lanes beyond them are as those of dead rows. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a row with an infinite score,
   // becomes NaN.
-  void read(const T* lse, int64_t lanes, int64_t Nk) const {
+  void read(const T* lse, int64_t count, int64_t lanes, int64_t Nk) const {
     typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
     typedef int64_t Bits64 __attribute__((vector_size(kVectorBytes)));
     constexpr double kRound = Exp2<double>::kRound;
@@ -51,7 +51,7 @@ struct RowExponents {
     };
     for (int64_t lane = 0; lane < lanes; lane += kLanes<double>) {
       Numbers numbers;
-      __builtin_memcpy(&numbers, lse + lane, sizeof(numbers));
+      for (int64_t i = 0; i < kLanes<double>; ++i) numbers[i] = lane + i < count ? lse[lane + i] : static_cast<T>(-__builtin_inf());
       const Vec<double> x = __builtin_convertvector(numbers, Vec<double>), nearest = (x * kLog2e + kRound) - kRound;
       const Vec<double> bounded = nearest < most ? nearest : broadcast(most), whole = bounded > 0.0 ? bounded : Vec<double>{};
       const Vec<double> less = ((x - whole * kLn2High) - whole * kLn2Low) * kLog2e;
