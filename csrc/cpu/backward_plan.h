@@ -10,8 +10,8 @@
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
 // The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
 // sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
-// Where that makes too few items, they are cut on into runs (runs.h): a row is an outer block, and a run one inner block of it with all pairs,
-// pair by pair. The runs of a row add to the same dK and dV, and those of an item to its dQ, each after the one before it.
+// Where that makes too few items, groups are cut into runs instead (runs.h): a row is an outer block, and a run one inner block of it with all
+// pairs, pair by pair. The runs of a row add to the same dK and dV, and those of a group to its dQ, each after the one before it.
 #pragma once
 
 #include "cpu/tiles/tiles.h"
@@ -134,9 +134,10 @@ struct BackwardPlan {
     in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0;
     if (!in_runs) return;
     pairs_innermost = true;
-    splits = smaller_of<int64_t>(splits, 2);  // two threads need not wait for each other; more memory serves more workers
-    const int64_t left = memory.free() - splits * part_size() * static_cast<int64_t>(sizeof(T));
-    row_slots = larger_of<int64_t>(1, left / 2 / (row_size() * static_cast<int64_t>(sizeof(T))));
+    splits = 1;
+    const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
+    // A few rows are enough for all workers: memory serves more of these.
+    row_slots = larger_of<int64_t>(1, left / 5 / (row_size() * static_cast<int64_t>(sizeof(T))));
     row_slots = smaller_of(row_slots, round * outer_blocks());
   }
 

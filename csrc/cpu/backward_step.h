@@ -1,8 +1,8 @@
 // One (batch, head) pair, query block and key block of backward: the five products of (6) and (7), and dM's and dalpha's share (8).
-// P and dS are made strip by strip, so that the passes over them stay in the first-level cache.
+// P and dS are made strip by strip, so that the passes over them stay in the first-level cache; what others add to as well comes after them.
 #pragma once
 
-#include "cpu/backward_plan.h"
+#include "cpu/backward_tiles.h"
 #include "cpu/tiles/dropout.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -11,11 +11,11 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class T>
 struct Sums {
   T* dquery;  // [lane][D up to whole vectors], without scale
-  T* dkey;    // [key][D up to whole vectors]
+  T* dkey;  // [key][D up to whole vectors]
   T* dvalue;  // [key][Dv up to whole vectors]
   bool dkv_is_new;  // nothing there yet to add to
   void *final_dkey, *final_dvalue;  // nothing comes after: the sums go here, to the outputs; else null
-  T* dmask;   // [key][lane]
+  T* dmask;  // [key][lane]
   bool dmask_is_new;
   T* dalpha;  // [lane]
 };
@@ -25,80 +25,25 @@ struct StepPrefetch {
   Prefetch values, next_keys, next_queries, next_douts;
 };
 
-// Query-side tiles of one pair and query block, and its rows.
-template <class E>
-struct QueryTiles {
-  using T = typename SumOf<E>::type;
-
-  E* query;               // [D][lane]
-  E* dout;                // [Dv][lane]
-  E *query_rows, *dout_rows, *query_step_memory, *dout_step_memory;
-  Vectors<E> query_steps, dout_steps;  // for a sum over the queries
-  RowExponents<T> exponents;
-  T *delta, *mbar;
-  int64_t b, h, first;    // what they hold; b is -1 before anything is read
-
-  static int64_t size(const Sizes& n, int64_t lanes) {
-    return 2 * lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv) +
-           (RowExponents<T>::kRows + 2) * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
-  }
-
-  // On `size` elements of memory.
-  void place(const Sizes& n, int64_t lanes, E* memory) {
-    const int64_t D = lanes * row_elements<E>(n.D), Dv = lanes * row_elements<E>(n.Dv);
-    query = memory, dout = query + D, query_rows = dout + Dv, dout_rows = query_rows + D;
-    query_step_memory = dout_rows + Dv, dout_step_memory = query_step_memory + steps_size<E>(lanes, n.D);
-    T* rows = reinterpret_cast<T*>(memory + 2 * (D + Dv) + steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv));
-    exponents = RowExponents<T>::on(rows, lanes);
-    delta = rows + RowExponents<T>::kRows * lanes, mbar = delta + lanes;
-    b = -1;
-  }
-
-  void read(const BackwardTask<T>& t, int64_t batch, int64_t head, const QueryBlock& q) {
-    if (b == batch && h == head && first == q.first) return;
-    b = batch, h = head, first = q.first;
-    const Sizes& n = t.scores.size;
-    const RowMajor<E> queries = read_queries<E>(t.scores.query, b, h, q, n.D, query_rows, query);
-    query_steps = by_step(queries, q.count, n.D, query_step_memory);
-    if (t.value.data != nullptr) {
-      const RowMajor<E> douts = read_queries<E>(t.dout, b, h, q, n.Dv, dout_rows, dout);
-      dout_steps = by_step(douts, q.count, n.Dv, dout_step_memory);
-    }
-    const int64_t row = (b * n.H + h) * n.Nq + q.first;
-    for (int64_t i = 0; i < q.lanes; ++i) {
-      const bool beyond = i >= q.count;
-      delta[i] = beyond ? T(0) : t.delta[row + i];
-      mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
-    }
-    exponents.read(t.lse + row, q.count, q.lanes, n.Nk);
-  }
-};
-
-// The key side: rows as they lie, and those of key for a sum over the keys.
-template <class E>
-struct KeyTiles {
-  RowMajor<E> key, value;
-  Vectors<E> key_steps;
-};
-
 template <class E>
 class BackwardStep {
  public:
   using T = typename SumOf<E>::type;
 
-  explicit BackwardStep(const BackwardTask<T>& task)
+  BackwardStep(const BackwardTask<T>& task, const Blocking<T>& blocking)
       : t_(task), n_(task.scores.size), p_(kStripSize<T>), keep_(task.dropout.p > 0 ? kStripSize<T> : 0), dp_(kStripSize<T>),
-        tiles_((kStepUnit<E> == 1 ? 2 : 3) * kTileSize), weights_{tiles_}, ds_{tiles_ + kTileSize} {}
+        dalpha_(blocking.queries), tiles_(2 * tile_size(blocking)), weights_{tiles_}, ds_{tiles_ + tile_size(blocking)} {}
 
-  int64_t bytes() const { return bytes_in(p_, keep_, dp_, tiles_); }
+  int64_t bytes() const { return bytes_in(p_, keep_, dp_, dalpha_, tiles_); }
 
-  // Room for kKeys * kQueries numbers, free until the next run.
+  // Room for a block's tile, keys rounded up to whole vectors; free until the next run.
   T* scratch() const { return reinterpret_cast<T*>(tiles_.get()); }
 
-  // mask, dmap: tiles, null where there is none.
-  void run(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
-           const T* dmap, const StepPrefetch& ahead, const Sums<T>& sums) {
+  // P and dS of the block, and what nobody else adds to: dM, and dalpha for now in memory of its own. mask, dmap: tiles, null where there is none.
+  void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
+              const T* dmap, const StepPrefetch& ahead, const Sums<T>& sums) {
     const int64_t most = strip_keys<T>(q.lanes);
+    fill<T>(dalpha_, q.lanes, T(0));
     for (int64_t first = 0; first < k.count; first += most) {
       const KeyBlock strip = strip_of(k, first, most);
       const Strip s{.at = first * q.lanes,
@@ -113,6 +58,12 @@ class BackwardStep {
     }
     weights_.clear_rest(0, k.count, q.lanes);
     ds_.clear_rest(0, k.count, q.lanes);
+  }
+
+  // Adds dalpha, and the products of P and dS.
+  void add(const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const StepPrefetch& ahead,
+           const Sums<T>& sums) {
+    for (int64_t lane = 0; sums.dalpha != nullptr && lane < q.lanes; ++lane) sums.dalpha[lane] += dalpha_[lane];
     if (sums.dvalue != nullptr) {
       add_rows(weights_.by_lane(q.lanes), q, k, tiles.dout_steps, n_.Dv, T(1), ahead.next_queries, sums.dkv_is_new, sums.dvalue,
                sums.final_dvalue);
@@ -125,14 +76,16 @@ class BackwardStep {
       const T scale = static_cast<T>(t_.scores.scale);
       add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums.dkv_is_new, sums.dkey, sums.final_dkey);
     }
-    if (sums.dquery != nullptr) {
-      product(ds_.by_key(k.count, q.lanes, weights_.get(), tiles_ + 2 * kTileSize), keys.key_steps, q.count, stride / kLanes<T>,
-              packed<E>(k.count), ahead.next_douts, AddTo<T>{sums.dquery, stride, false});
+    if (sums.dquery != nullptr) {  // the weights are no longer needed, and dS itself is not once its keys are paired
+      product(ds_.by_key(k.count, q.lanes, weights_.get(), ds_.get()), keys.key_steps, q.count, stride / kLanes<T>, packed<E>(k.count),
+              ahead.next_douts, AddTo<T>{sums.dquery, stride, false});
     }
   }
 
  private:
-  static constexpr int64_t kTileSize = kKeys * kQueries / kStepsPerElement<E>;
+  static int64_t tile_size(const Blocking<T>& blocking) {
+    return round_up(blocking.keys, kLanes<T>) * WeightTile<E>::row(blocking.queries) / kStepsPerElement<E>;
+  }
 
   // A few keys of the block: where they begin in its tiles, their rows, and what to fetch meanwhile.
   struct Strip {
@@ -210,7 +163,7 @@ class BackwardStep {
                        .delta = load(tiles.delta + lane),
                        .mbar = load(tiles.mbar + lane)};
       each_key(k, [&](auto count, int64_t j) { g.template next<count()>(j); }, [&](int64_t j) { g.skip(j); });
-      if (sums.dalpha != nullptr) store(sums.dalpha + lane, load(sums.dalpha + lane) + sum_of(g.dalpha));
+      store(dalpha_ + lane, load(dalpha_ + lane) + sum_of(g.dalpha));
     }
   }
 
@@ -289,6 +242,7 @@ class BackwardStep {
   const BackwardTask<T>& t_;
   const Sizes& n_;
   Buffer<T> p_, keep_, dp_;  // [key][lane] of a strip
+  Buffer<T> dalpha_;  // [lane]
   Buffer<E> tiles_;
   WeightTile<E> weights_, ds_;  // P*C/(1-p) and dS of the block
 };

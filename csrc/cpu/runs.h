@@ -1,6 +1,7 @@
-// Work in rows of runs, where what a run does step by step must come after the same step of the run before it in its row, and after that of the
-// run at its place in the row before: then many run at a time, each a step behind those two, and every sum has one order. Rows form chains;
-// only rows of a chain depend on each other. A row has memory in one of a few slots, which it gets once the row that had it before is done.
+// Work in rows of runs, where the end of each of a run's steps must come after the same step of the run before it in its row, and after that of
+// the run at its place in the row before: then many run at a time, each a part of a step behind those two, and every sum has one order. Rows form
+// chains; only rows of a chain depend on each other. A row has memory in one of a few slots, and what a step needs of it once the last run of the
+// row that had it before has done that step.
 #pragma once
 
 #include <sched.h>
@@ -10,13 +11,13 @@
 namespace smattn::cpu::SMATTN_UNIT {
 
 struct Run {
-  int64_t row = -1, index = -1;  // the rows of all chains together: the first of each, then the second of each; the longer ones first
+  int64_t row = -1, index = -1;  // the rows of all chains together: the first of each, then the second of each
 };
 
 class Runs {
  public:
-  Runs(int64_t chains, int64_t rows, int64_t runs, int64_t steps, int64_t slots)
-      : chains_(chains), rows_(rows), runs_(runs), steps_(steps), slots_(slots), taken_(rows), done_(rows * runs) {
+  Runs(int64_t chains, int64_t rows, int64_t runs, int64_t slots)
+      : chains_(chains), rows_(rows), runs_(runs), slots_(slots), taken_(rows), done_(rows * runs) {
     fill<int64_t>(taken_, rows, 0);
     fill<int64_t>(done_, rows * runs, 0);
   }
@@ -41,7 +42,7 @@ class Runs {
 
   // Until those before it have done so many steps.
   void wait(const Run& run, int64_t steps) const {
-    if (run.index == 0 && run.row >= slots_) wait_for(run.row - slots_, runs_ - 1, steps_);
+    if (run.index == 0 && run.row >= slots_) wait_for(run.row - slots_, runs_ - 1, steps);
     if (run.index > 0) wait_for(run.row, run.index - 1, steps);
     if (run.row >= chains_) wait_for(run.row - chains_, run.index, steps);
   }
@@ -69,7 +70,7 @@ class Runs {
     }
   }
 
-  const int64_t chains_, rows_, runs_, steps_, slots_;
+  const int64_t chains_, rows_, runs_, slots_;
   Buffer<int64_t> taken_;  // by row
   Buffer<int64_t> done_;  // by row and run: steps
 };

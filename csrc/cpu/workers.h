@@ -24,7 +24,7 @@ inline void share_out(ParallelFor threads, int64_t items, int64_t bytes, const T
     do work(worker, item);
     while (take(item));
   };
-  parallel_for(threads, items, blocks_of(items, workers), [&](int64_t, int64_t) {
+  parallel_for(threads, smaller_of(items, workers), 1, [&](int64_t, int64_t) {  // a piece is a worker
     Item item{};
     if (!take(item)) return;
     if (!__atomic_exchange_n(&first_works, true, __ATOMIC_RELAXED)) return go_on(first, item);

@@ -111,12 +111,10 @@ void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, co
   kernels.attention_map_backward(g, threads);
 }
 
-std::vector<Pieces> counted;
+std::vector<int64_t> counted;
 
 // Runs nothing.
-void count_pieces(int64_t items, int64_t grain, void (*)(int64_t, int64_t, void*), void*) {
-  counted.push_back({items, (items + grain - 1) / grain});
-}
+void count(int64_t items, int64_t grain, void (*)(int64_t, int64_t, void*), void*) { counted.push_back((items + grain - 1) / grain); }
 
 // Numbers below what a kernel's arithmetic holds become 0 on the way, and the last rounding has a smallest step of its own.
 double floor_of(DType dtype) {
@@ -134,10 +132,10 @@ std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& prob
   return outputs.take();
 }
 
-Pieces pieces_of_backward(const cpu::Kernels& kernels, const Problem& problem) {
+int64_t workers_of_backward(const cpu::Kernels& kernels, const Problem& problem) {
   counted.clear();
   Outputs outputs;
-  run_attention(kernels, problem, make_inputs(problem), Answers{}, count_pieces, outputs);
+  run_attention(kernels, problem, make_inputs(problem), Answers{}, count, outputs);
   return counted.at(2);  // after forward and delta
 }
 

@@ -28,11 +28,8 @@ struct Output {
 std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& problem, const Inputs& inputs, const Answers& answers,
                                 ParallelFor threads);
 
-// How backward shares out its work: the items, and how many workers there may be at a time.
-struct Pieces {
-  int64_t items, workers;
-};
-Pieces pieces_of_backward(const cpu::Kernels& kernels, const Problem& problem);
+// How many workers backward may have at a time: as many as it has items, or as memory has room for.
+int64_t workers_of_backward(const cpu::Kernels& kernels, const Problem& problem);
 
 // The largest error as a share of what is allowed, 1 is the limit; infinite where the answer is infinite or NaN and the output is not it.
 struct Comparison {

@@ -24,16 +24,21 @@ inline T alpha_log2_of(const Scores& s, int64_t h) {
   return scaled - scaled == T(0) || alpha - alpha != T(0) ? scaled : scaled < T(0) ? -kMost : kMost;
 }
 
+// Whether whole vectors of rows of query or dout, `size` numbers each, are read as they lie.
+template <class E>
+inline bool queries_in_place(const Tensor4& t, int64_t size) {
+  // Numbers far apart would not stay in the first-level cache together.
+  const bool near = kStepsPerElement<E> > 1 ? t.stride[2] % kStepsPerElement<E> == 0 : t.stride[2] == size;
+  return near && t.dtype == kStored<E> && t.stride[3] == 1 && size % (kStepsPerElement<E> * kLanes<E>) == 0;
+}
+
 // A block of rows of query or dout, transposed: [size][lane]. Returns the rows as they lie where that can be read
 // directly, else copied to `copies`. Rows beyond the last are 0.
 template <class E>
 inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, E* copies, E* columns) {
   const Strided from = rows_of(t, b, h, q.first);
   RowMajor<E> rows = {copies, row_elements<E>(size)};
-  // Numbers far apart would not stay in the first-level cache together.
-  const bool near = kStepsPerElement<E> > 1 ? from.row_stride % kStepsPerElement<E> == 0 : from.row_stride == size;
-  const bool whole = q.count == q.lanes && from.column_stride == 1 && near && size % (kStepsPerElement<E> * kLanes<E>) == 0;
-  if (whole && from.dtype == kStored<E>) {
+  if (q.count == q.lanes && queries_in_place<E>(t, size)) {
     const auto* first = static_cast<const char*>(from.data) + from.offset * bytes_of(from.dtype);
     rows = {reinterpret_cast<const E*>(first), from.row_stride / kStepsPerElement<E>};
   } else {
@@ -44,16 +49,20 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
   return rows;
 }
 
+// Whether `count` rows of key or value, `size` numbers each, are read as they lie; padded keys are not.
+template <class E>
+inline bool keys_in_place(const Tensor4& t, int64_t count, int64_t size, int64_t unit = kStepsPerElement<E>) {
+  return t.stride[3] == 1 && size % larger_of(unit, kStepsPerElement<E> * kStepUnit<E>) == 0 && count % kRowUnit<E> == 0 &&
+         t.stride[2] % kStepsPerElement<E> == 0 && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value);
+}
+
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
 // are whole vectors; so are the others' where their size is a multiple of `unit`, kLanes say.
 template <class E>
 inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy,
                              int64_t unit = kStepsPerElement<E>) {
   const Strided rows = rows_of(t, b, g, k.first);
-  unit = larger_of(unit, kStepsPerElement<E> * kStepUnit<E>);
-  const bool whole = t.stride[3] == 1 && size % unit == 0 && k.count % kRowUnit<E> == 0 && rows.row_stride % kStepsPerElement<E> == 0 &&
-                     k.attended == k.count;
-  if (whole && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value)) {
+  if (k.attended == k.count && keys_in_place<E>(t, k.count, size, unit)) {
     return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)),
             rows.row_stride / kStepsPerElement<E>};
   }
