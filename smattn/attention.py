@@ -56,7 +56,8 @@ def soft_masked_attention(
         mask: soft mask M, usually in [0, 1] (not checked): (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk); any floating
             dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask has an expanded one.
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
-        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when M is.
+        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when M is, and
+            finite: an infinite one may leave NaN in any gradient.
             Pass a tensor for what changes: torch.compile makes a new graph for each float, here and in scale and dropout_p.
         mask_logits: instead of mask, of the same shapes and dtypes: M = sigmoid(mask_logits), held nowhere on the CPU, nor on a GPU for up
             to 128 queries.

@@ -13,8 +13,10 @@ using namespace smattn::binding;
 using smattn::DType;
 
 // torch's own threads, so that torch.set_num_threads rules here too.
-void torch_threads(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, items, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+smattn::ParallelFor torch_threads() {
+  return {torch::stable::get_num_threads(), [](int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+            torch::stable::parallel_for(0, items, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
 }
 
 uint64_t value_of(const int64_t* seed) { return seed == nullptr ? 0 : static_cast<uint64_t>(*seed); }
@@ -25,7 +27,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar);
   params.dropout.seed = value_of(in.seed(seed, dropout_p));
-  smattn::cpu::selected().forward(params, torch_threads);
+  smattn::cpu::selected().forward(params, torch_threads());
 }
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
@@ -36,13 +38,13 @@ void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, con
   const Saved saved{dout, dlse, out, remainder, lse, mbar};
   smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
   params.dropout.seed = value_of(in.seed(seed, dropout_p));
-  smattn::cpu::selected().backward(params, torch_threads);
+  smattn::cpu::selected().backward(params, torch_threads());
 }
 
 void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
                    const Tensor& head_weights, const Optional& padding, double scale, const Tensor& map, const Tensor& lse) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  smattn::cpu::selected().attention_map(map_params(in, head_weights, map, lse), torch_threads);
+  smattn::cpu::selected().attention_map(map_params(in, head_weights, map, lse), torch_threads());
 }
 
 void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
@@ -51,7 +53,7 @@ void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tenso
                             const Optional& dhead_weights) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   const Gradients to{dquery, dkey, dmask, dalpha};
-  smattn::cpu::selected().attention_map_backward(map_backward_params(in, head_weights, dmap, lse, to, dhead_weights), torch_threads);
+  smattn::cpu::selected().attention_map_backward(map_backward_params(in, head_weights, dmap, lse, to, dhead_weights), torch_threads());
 }
 
 // The instruction sets whose kernels this machine runs, the fastest first, separated by spaces.
@@ -110,7 +112,7 @@ Tensor dropout_keep(const Tensor& seed, int64_t B, int64_t H, int64_t Nq, int64_
                         .Nk = Nk,
                         .seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
                         .p = p},
-                       torch_threads);
+                       torch_threads());
   return keep;
 }
 

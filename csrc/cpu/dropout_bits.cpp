@@ -4,10 +4,10 @@
 
 namespace smattn {
 
-void dropout_bits(const DropoutBits& bits, ParallelFor run) {
+void dropout_bits(const DropoutBits& bits, ParallelFor threads) {
   const uint32_t threshold = dropout_threshold(bits.p);
   const int64_t grain = 1 + 4096 / (bits.Nk + 1);  // rows worth a thread's start
-  parallel_for(run, bits.rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, bits.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const auto bh = static_cast<uint32_t>(row / bits.Nq);
       const auto i = static_cast<uint32_t>(row % bits.Nq);

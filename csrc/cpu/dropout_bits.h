@@ -16,6 +16,6 @@ struct DropoutBits {
   double p;       // 0 <= p < 1
 };
 
-void dropout_bits(const DropoutBits& bits, ParallelFor run);
+void dropout_bits(const DropoutBits& bits, ParallelFor threads);
 
 }  // namespace smattn

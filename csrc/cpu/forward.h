@@ -178,7 +178,7 @@ class Forward {
 template <class E, class T>
 inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const Sizes& n = task.params.scores.size;
-  const ForwardPlan<E> plan(task.params.scores);
+  const ForwardPlan<E> plan(task.params.scores, threads.count);
   const int64_t query_blocks = plan.blocking.query_blocks;
   const int64_t per_query_block = n.H * plan.part_size(n);  // parts of one (split, batch, query block)
   const int64_t per_split = n.B * query_blocks * per_query_block;

@@ -1,4 +1,4 @@
-// What forward computes, and how it is cut into items that run in parallel. Their number depends on the shape alone.
+// What forward computes, and how it is cut into items that run in parallel.
 #pragma once
 
 #include "cpu/forward_part.h"
@@ -17,16 +17,21 @@ struct ForwardPlan {
   bool keeps_masks;
   int64_t mask_tiles;
 
-  explicit ForwardPlan(const Scores& s) : blocking(s.size), s_(s) {
+  ForwardPlan(const Scores& s, int64_t threads) : blocking(s.size), s_(s) {
     const Sizes& n = s.size;
     constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = kPromisedBytes / 2, kItems = 16;
     const int64_t head_bytes = blocking.queries * (n.D + n.Dv) * static_cast<int64_t>(sizeof(T));
     group_heads = smaller_of(n.H, larger_of<int64_t>(1, kGroupBytes / larger_of<int64_t>(head_bytes, 1)));
     groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
-    const int64_t items = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
+    const int64_t uncut = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
-    splits = smaller_of(smaller_of(blocks_of(kItems, items), larger_of<int64_t>(1, kPartBytes / part_bytes)),
+    splits = smaller_of(smaller_of(blocks_of(kItems, uncut), larger_of<int64_t>(1, kPartBytes / part_bytes)),
                         larger_of<int64_t>(1, blocking.key_blocks));
+    // No result depends on how many heads an item has, so this may depend on the threads: many have fewer heads each, and read M more often.
+    while (group_heads > 1 && items() < 2 * threads) {
+      group_heads = blocks_of(group_heads, 2);
+      groups = blocks_of(n.H, group_heads);
+    }
     constexpr int64_t kMaskBytes = 256 << 10;  // about what a worker has besides: with more, memory would hold far fewer workers
     const int64_t tiles = (s.mask_size[1] > 1 ? group_heads : 1) * blocking.key_blocks;
     keeps_masks = s.mask.data != nullptr && s.padding == nullptr && s.mask_batch.sharers(n.B) > 1 &&

@@ -3,7 +3,7 @@
 //
 //     smattn_driver [first [last]]    problems first..last - 1; each prints alike wherever it is run
 //
-// And backward of a small batch whose heads share a mask: how many workers it may have, and that they wait for each other.
+// And a small batch whose heads share a mask: how many workers it may have, and that those of backward wait for each other.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -24,7 +24,7 @@ namespace {
 
 // As small pieces as allowed, to whoever comes first.
 template <int Threads>
-void run_on(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+void share_out(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   const int64_t piece = std::max<int64_t>(Threads == 1 ? items : grain, 1);
   std::atomic<int64_t> next{0};
   const auto work = [&] {
@@ -37,6 +37,9 @@ void run_on(int64_t items, int64_t grain, void (*body)(int64_t, int64_t, void*),
   work();
   for (std::thread& other : others) other.join();
 }
+
+template <int Threads>
+constexpr ParallelFor on = {Threads, share_out<Threads>};
 
 struct Tally {
   int64_t passed = 0, failed = 0;
@@ -67,8 +70,8 @@ void run_problem(const Problem& problem, bool many, Tally& tally) {
   const Answers answers = solve(problem, inputs);
   const char* threads = many ? "64 threads" : "3 threads";
   for (const cpu::Kernels* kernels : cpu::available()) {
-    const std::vector<Output> alone = run_kernels(*kernels, problem, inputs, answers, run_on<1>);
-    const std::vector<Output> shared = run_kernels(*kernels, problem, inputs, answers, many ? run_on<64> : run_on<3>);
+    const std::vector<Output> alone = run_kernels(*kernels, problem, inputs, answers, on<1>);
+    const std::vector<Output> shared = run_kernels(*kernels, problem, inputs, answers, many ? on<64> : on<3>);
     bool good = check(alone, kernels->name, "1 thread", tally);
     good = check(shared, kernels->name, threads, tally) && good;
     for (size_t k = 0; k < alone.size(); ++k) {
@@ -93,9 +96,10 @@ Problem of_one_batch(int64_t heads, int64_t queries, int64_t keys, int64_t size,
 bool has_many_workers(const cpu::Kernels& kernels, DType dtype) {
   constexpr int64_t kWanted = 32;
   const Problem problem = of_one_batch(8, 1024, 1024, 64, dtype);
-  const int64_t workers = workers_of_backward(kernels, problem);
-  std::printf("self1k's backward on %s, %s: at most %lld workers\n", kernels.name, name_of(dtype), static_cast<long long>(workers));
-  return workers >= kWanted || report(kernels.name, name_of(dtype), "self1k's backward has fewer than 32 workers");
+  const Workers most = workers_for(kernels, problem, 64);
+  std::printf("self1k on %s, %s: at most %lld workers forward, %lld backward\n", kernels.name, name_of(dtype),
+              static_cast<long long>(most.forward), static_cast<long long>(most.backward));
+  return std::min(most.forward, most.backward) >= kWanted || report(kernels.name, name_of(dtype), "self1k has fewer than 32 workers");
 }
 
 }  // namespace

@@ -132,11 +132,11 @@ std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& prob
   return outputs.take();
 }
 
-int64_t workers_of_backward(const cpu::Kernels& kernels, const Problem& problem) {
+Workers workers_for(const cpu::Kernels& kernels, const Problem& problem, int64_t threads) {
   counted.clear();
   Outputs outputs;
-  run_attention(kernels, problem, make_inputs(problem), Answers{}, count, outputs);
-  return counted.at(2);  // after forward and delta
+  run_attention(kernels, problem, make_inputs(problem), Answers{}, {threads, count}, outputs);
+  return {counted.at(0), counted.at(2)};  // delta is between them
 }
 
 Comparison compare(const Output& output) {
