@@ -14,24 +14,23 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
     means.params.scores = p.scores, means.params.value = p.value, means.params.dropout = p.dropout;
     forward_pass<E>(means, threads);
   } else {
-    parallel_for(threads, n.B * n.H, 1, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kRows = 16;  // at a time
+    constexpr int64_t kRows = 16;  // at a time
+    const int64_t blocks = blocks_of(n.Nq, kRows);
+    parallel_for(threads, n.B * n.H * blocks, 1, [&](int64_t begin, int64_t end) {
       const int64_t stride = round_up(n.Dv, kLanes<T>);
       const Buffer<T> dout(kRows * stride), out(kRows * stride), remainder(kRows * stride);
       if (p.remainder.data == nullptr) fill<T>(remainder, kRows * stride, T(0));
-      for (int64_t bh = begin; bh < end; ++bh) {
-        for (int64_t first = 0; first < n.Nq; first += kRows) {
-          const int64_t rows = smaller_of(kRows, n.Nq - first);
-          const auto read = [&](const Tensor4& t, T* to) { read_rows<T>(rows_of(t, bh / n.H, bh % n.H, first), rows, n.Dv, to, stride); };
-          read(p.dout, dout), read(p.out, out);
-          if (p.remainder.data != nullptr) read(p.remainder, remainder);
-          for (int64_t i = 0; i < rows; ++i) {
-            Vec<T> sum{};
-            for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) {
-              sum += load(dout + at) * (load(out + at) + load(remainder + at) * T(1 / kRemainderScale));
-            }
-            delta[bh * n.Nq + first + i] = sum_lanes<T>(sum);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t bh = item / blocks, first = item % blocks * kRows, rows = smaller_of(kRows, n.Nq - first);
+        const auto read = [&](const Tensor4& t, T* to) { read_rows<T>(rows_of(t, bh / n.H, bh % n.H, first), rows, n.Dv, to, stride); };
+        read(p.dout, dout), read(p.out, out);
+        if (p.remainder.data != nullptr) read(p.remainder, remainder);
+        for (int64_t i = 0; i < rows; ++i) {
+          Vec<T> sum{};
+          for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) {
+            sum += load(dout + at) * (load(out + at) + load(remainder + at) * T(1 / kRemainderScale));
           }
+          delta[bh * n.Nq + first + i] = sum_lanes<T>(sum);
         }
       }
     });
