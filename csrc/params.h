@@ -50,7 +50,7 @@ struct MaskBatch {
   }
   // The batch elements in an order in which those that share a mask are neighbours, share_step() apart; the first ones of
   // neighbouring masks are own_step() apart.
-  constexpr int64_t sharers(int64_t batch) const { return batch / masks(); }
+  constexpr int64_t sharers(int64_t batch) const { return masks() == 0 ? 0 : batch / masks(); }
   constexpr int64_t own_step(int64_t batch) const { return size[1] == 1 ? sharers(batch) : 1; }
   constexpr int64_t share_step() const { return size[1] == 1 ? 1 : masks(); }
   constexpr int64_t at_place(int64_t place, int64_t batch) const {

@@ -11,7 +11,7 @@ template <class T, class Make>
 inline void in_runs(const BackwardPlan<T>& plan, int64_t first, int64_t groups, ParallelFor threads, int64_t bytes, const Make& make) {
   Runs runs(groups, groups * plan.outer_blocks(), plan.inner_blocks(), plan.row_slots);
   share_out<Run>(
-      threads, runs.count(), bytes, [&](Run& run) { return runs.take(run); }, make,
+      threads, runs.count(), bytes - runs.bytes(), [&](Run& run) { return runs.take(run); }, make,
       [&](auto& worker, const Run& run) { worker.run(first + run.row % groups, run.row % groups, run.row / groups, run, runs); });
 }
 

@@ -131,14 +131,14 @@ struct BackwardPlan {
     round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
     if (adds_up_dmask()) round = largest_divisor(groups_of_a_turn(), round);  // no two that add to one dM
     splits = splits_within(bytes);
-    in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0;
+    const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
+    const int64_t run_row = outer_keys ? kvs * dkv_size() : pairs * dquery_size(), row_bytes = run_row * static_cast<int64_t>(sizeof(T));
+    in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0 && row_bytes <= left / 4 * 3;
     if (!in_runs) return;
     pairs_innermost = true;
     splits = 1;
-    const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
     // A few rows are enough for all workers: memory serves more of these.
-    row_slots = larger_of<int64_t>(1, left / 5 / (row_size() * static_cast<int64_t>(sizeof(T))));
-    row_slots = smaller_of(row_slots, round * outer_blocks());
+    row_slots = smaller_of(larger_of<int64_t>(1, left / 5 / row_bytes), round * outer_blocks());
   }
 
   int64_t first_outer(int64_t split) const { return outer_blocks() * split / splits; }

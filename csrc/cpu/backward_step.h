@@ -36,7 +36,7 @@ class BackwardStep {
 
   int64_t bytes() const { return bytes_in(p_, keep_, dp_, dalpha_, tiles_); }
 
-  // Room for a block's tile, keys rounded up to whole vectors; free until the next run.
+  // Room for a block's tile, keys rounded up to whole vectors; free but from scores() to add().
   T* scratch() const { return reinterpret_cast<T*>(tiles_.get()); }
 
   // P and dS of the block, and what nobody else adds to: dM, and dalpha for now in memory of its own. mask, dmap: tiles, null where there is none.

@@ -47,7 +47,8 @@ class BackwardWorker {
     begin_group(group, slot);
     row_ = parts_.rows + runs.slot(run) * plan_.row_size();
     for (int64_t pair = 0; pair < plan_.pairs; ++pair) {
-      visit(0, o, run.index, pair, [&] { runs.wait(run, pairs_[pair].end_of_kv); });
+      const int64_t dquery = pair + 1, dkv = pairs_[pair].end_of_kv;  // how many visits a sum needs to be done before
+      visit(0, o, run.index, pair, [&] { plan_.outer_keys ? runs.wait(run, dkv, dquery) : runs.wait(run, dquery, dkv); });
       runs.finish(run, pair + 1);
     }
     drain();
@@ -62,7 +63,7 @@ class BackwardWorker {
     dmask_total_ = parts_.dmask_total + plan_.share(group) * plan_.dmask_tiles_size(t_.scores.mask_size);
   }
 
-  // wait() returns when no other worker uses the sums that the visit shares with others' visits.
+  // wait() returns when no other worker uses the sums that this visit adds to.
   template <class Wait>
   void visit(int64_t split, int64_t o, int64_t i, int64_t pair_index, const Wait& wait) {
     const Pair& pair = pairs_[pair_index];
@@ -136,7 +137,7 @@ class BackwardWorker {
     const int64_t bytes = plan_.pairs * QueryTiles<E>::size(t_, plan_.blocking.queries) * static_cast<int64_t>(sizeof(E));
     return plan_.outer_keys && plan_.outer_blocks() > 1 && plan_.inner_blocks() == 1 && bytes <= kTilesBytes ? plan_.pairs : 1;
   }
-  // Of key or value, that have to be copied to be read.
+  // How many rows of key or value a block may have to be copied; 0 where all are read as they lie.
   int64_t copied_rows(const Tensor4& rows, int64_t size, int64_t unit) const {
     return t_.scores.padding == nullptr && keys_in_place<E>(rows, n_.Nk, size, unit) ? 0 : round_up(plan_.blocking.keys, kRowUnit<E>);
   }
@@ -234,7 +235,7 @@ class BackwardWorker {
   const int64_t tile_size_;  // [key][lane], keys rounded up to whole vectors for those that are turned
   Buffer<T> dmask_;  // [inner block or one] tile
   Buffer<T> mask_, dmap_;
-  T* rows_;  // [kQueries][kKeys], for what is turned
+  T* rows_;  // [query][keys up to whole vectors], for what is turned
   Buffer<E> keys_, values_, key_steps_memory_;
   KeyTiles<E> keys_read_{};
   KeyBlock k_;

@@ -1,7 +1,7 @@
-// Work in rows of runs, where the end of each of a run's steps must come after the same step of the run before it in its row, and after that of
-// the run at its place in the row before: then many run at a time, each a part of a step behind those two, and every sum has one order. Rows form
-// chains; only rows of a chain depend on each other. A row has memory in one of a few slots, and what a step needs of it once the last run of the
-// row that had it before has done that step.
+// Work in rows of runs. A run takes its steps in order. A step makes something by itself and then adds it to sums: those of its row, after the run
+// before it in the row has, and those of its place, after the run at that place in the row before has. So many go at a time, each a part of a step
+// behind those two, and every sum has one order. Rows form chains; only rows of a chain share sums. A row's sums lie in one of a few slots, and a
+// step may use its part of the slot once the last run of the row that had it before is done with that part.
 #pragma once
 
 #include <sched.h>
@@ -18,8 +18,8 @@ class Runs {
  public:
   Runs(int64_t chains, int64_t rows, int64_t runs, int64_t slots)
       : chains_(chains), rows_(rows), runs_(runs), slots_(slots), taken_(rows), done_(rows * runs) {
-    fill<int64_t>(taken_, rows, 0);
-    fill<int64_t>(done_, rows * runs, 0);
+    fill<Steps>(taken_, rows, 0);
+    fill<Steps>(done_, rows * runs, 0);
   }
 
   int64_t count() const { return rows_ * runs_; }
@@ -40,21 +40,27 @@ class Runs {
     }
   }
 
-  // Until those before it have done so many steps.
-  void wait(const Run& run, int64_t steps) const {
-    if (run.index == 0 && run.row >= slots_) wait_for(run.row - slots_, runs_ - 1, steps);
-    if (run.index > 0) wait_for(run.row, run.index - 1, steps);
-    if (run.row >= chains_) wait_for(run.row - chains_, run.index, steps);
+  int64_t bytes() const { return bytes_in(taken_, done_); }
+
+  // Until the run before it in the row has done so many steps, and that at its place in the row before so many.
+  void wait(const Run& run, int64_t in_row, int64_t at_place) const {
+    if (run.index == 0 && run.row >= slots_) wait_for(run.row - slots_, runs_ - 1, in_row);
+    if (run.index > 0) wait_for(run.row, run.index - 1, in_row);
+    if (run.row >= chains_) wait_for(run.row - chains_, run.index, at_place);
   }
-  void finish(const Run& run, int64_t steps) { __atomic_store_n(done_ + run.row * runs_ + run.index, steps, __ATOMIC_RELEASE); }
+  void finish(const Run& run, int64_t steps) {
+    __atomic_store_n(done_ + run.row * runs_ + run.index, static_cast<Steps>(steps), __ATOMIC_RELEASE);
+  }
 
  private:
+  using Steps = int32_t;
+
   int64_t taken_of(int64_t row) const { return __atomic_load_n(taken_ + row, __ATOMIC_RELAXED); }
   bool may_follow(int64_t row, int64_t index) const {
     return (row < chains_ || taken_of(row - chains_) > index) && (row < slots_ || taken_of(row - slots_) == runs_);
   }
   bool take_of(int64_t row, Run& run) {
-    int64_t index = taken_of(row);
+    auto index = static_cast<Steps>(taken_of(row));
     while (index < runs_ && may_follow(row, index)) {
       if (__atomic_compare_exchange_n(taken_ + row, &index, index + 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
         run = {row, index};
@@ -71,8 +77,8 @@ class Runs {
   }
 
   const int64_t chains_, rows_, runs_, slots_;
-  Buffer<int64_t> taken_;  // by row
-  Buffer<int64_t> done_;  // by row and run: steps
+  Buffer<Steps> taken_;  // by row: runs
+  Buffer<Steps> done_;  // by row and run
 };
 
 }  // namespace smattn::cpu::SMATTN_UNIT

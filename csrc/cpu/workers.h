@@ -24,7 +24,10 @@ inline void share_out(ParallelFor threads, int64_t items, int64_t bytes, const T
     do work(worker, item);
     while (take(item));
   };
-  parallel_for(threads, smaller_of(items, workers), 1, [&](int64_t, int64_t) {  // a piece is a worker
+  // A worker to a grain, and a grain large enough to cut: torch deals out n grains of 1 to fewer threads in pieces of whole grains, to half of
+  // them if n is a little more.
+  constexpr int64_t kGrain = 1024;
+  parallel_for(threads, smaller_of(items, workers) * kGrain, kGrain, [&](int64_t, int64_t) {
     Item item{};
     if (!take(item)) return;
     if (!__atomic_exchange_n(&first_works, true, __ATOMIC_RELAXED)) return go_on(first, item);

@@ -113,8 +113,12 @@ void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, co
 
 std::vector<int64_t> counted;
 
-// Runs nothing.
-void count(int64_t items, int64_t grain, void (*)(int64_t, int64_t, void*), void*) { counted.push_back((items + grain - 1) / grain); }
+// Runs nothing, and counts the calls of the body that torch would make.
+template <int64_t Threads>
+void count(int64_t items, int64_t grain, void (*)(int64_t, int64_t, void*), void*) {
+  const auto pieces = [items](int64_t size) { return (items + size - 1) / size; };
+  counted.push_back(pieces(pieces(std::min(Threads, pieces(grain)))));
+}
 
 // Numbers below what a kernel's arithmetic holds become 0 on the way, and the last rounding has a smallest step of its own.
 double floor_of(DType dtype) {
@@ -132,10 +136,10 @@ std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& prob
   return outputs.take();
 }
 
-Workers workers_for(const cpu::Kernels& kernels, const Problem& problem, int64_t threads) {
+Workers workers_on_32(const cpu::Kernels& kernels, const Problem& problem) {
   counted.clear();
   Outputs outputs;
-  run_attention(kernels, problem, make_inputs(problem), Answers{}, {threads, count}, outputs);
+  run_attention(kernels, problem, make_inputs(problem), Answers{}, {32, count<32>}, outputs);
   return {counted.at(0), counted.at(2)};  // delta is between them
 }
 

@@ -28,11 +28,11 @@ struct Output {
 std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& problem, const Inputs& inputs, const Answers& answers,
                                 ParallelFor threads);
 
-// How many workers a pass on so many threads may have at a time: as many as it has items, or as memory has room for.
+// How many of 32 threads a pass uses: no more than it has items, or than memory has room for.
 struct Workers {
   int64_t forward, backward;
 };
-Workers workers_for(const cpu::Kernels& kernels, const Problem& problem, int64_t threads);
+Workers workers_on_32(const cpu::Kernels& kernels, const Problem& problem);
 
 // The largest error as a share of what is allowed, 1 is the limit; infinite where the answer is infinite or NaN and the output is not it.
 struct Comparison {

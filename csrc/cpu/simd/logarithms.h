@@ -18,7 +18,8 @@ inline Vec<double> natural_log(Vec<double> x) {
                                       6.666666666666735130e-01};
   constexpr int64_t kOne = int64_t{0x3ff00000} << 32, kSqrtHalf = int64_t{0x3fe6a09e} << 32, kMantissa = (int64_t{1} << 52) - 1;
   typedef int64_t Whole __attribute__((vector_size(kVectorBytes)));
-  const Whole bits = (Whole)x + (kOne - kSqrtHalf);
+  typedef uint64_t Unsigned __attribute__((vector_size(kVectorBytes)));  // the sum wraps where x is NaN
+  const Whole bits = (Whole)((Unsigned)x + static_cast<uint64_t>(kOne - kSqrtHalf));
   const Vec<double> n = __builtin_convertvector((bits >> 52) - 1023, Vec<double>);
   const Vec<double> f = (Vec<double>)((bits & kMantissa) + kSqrtHalf) - 1.0, s = f / (f + 2.0), z = s * s, half = 0.5 * f * f;
   Vec<double> series = broadcast(kCoefficients[0]);

@@ -25,7 +25,7 @@ inline Tensor4 mask_at(const Scores& s, int64_t mask) {
   return own;
 }
 
-// M of a query and a key block; padded keys are 0. rows: [kLanes][kKeys], overwritten.
+// M of a query and a key block; padded keys are 0. rows: [kLanes][keys up to whole vectors], overwritten.
 template <class T>
 inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   read_tile<T>(mask_at(s, s.mask_batch.mask_of(b)), 0, h, q, k, rows, tile);

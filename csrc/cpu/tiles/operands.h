@@ -140,7 +140,8 @@ class WeightTile {
     if constexpr (kStepsPerElement<E> == 1) store(tile + at, x);
   }
   RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(row(lanes))}; }  // for a sum over the lanes
-  // Over the keys; steps and turned: memory for as much, of pairs and of what products read in tiles.
+  // For a sum over the keys. steps: memory of a tile's size for pairs of keys; turned: the same for what products read in tiles, this tile's
+  // own too, which is read before.
   auto by_key(int64_t keys, int64_t lanes, E* steps, E* turned) const {
     const Vectors<E> by_pair = by_step(by_lane(lanes), keys, lanes, steps);
     return cpu::SMATTN_UNIT::by_key(const_cast<E*>(by_pair.data), packed<E>(keys), lanes, turned);

@@ -141,7 +141,7 @@ inline void turn_rows(Strided matrix, int64_t lane, const QueryBlock& q, const K
   transpose_block<T>(rows, stride, W, rest, tile + whole * q.lanes + lane, q.lanes);
 }
 
-// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kLanes][kKeys], overwritten.
+// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kLanes][keys up to whole vectors], overwritten.
 template <class T>
 inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   Strided matrix = rows_of(t, b, h, q.first);
