@@ -1,10 +1,11 @@
 // How backward is cut into items that run in parallel, so that dK, dV and dM are each summed by one thread in one order.
 //
 // A group is the set of (batch, head) pairs that must stay together: the query heads of a kv head (dK and dV are summed over them),
-// and all pairs that share M where dM has the queries' extent. Of many batches so many are in a group as memory holds: then a group
-// begins with the dM that the last one left. Where that makes few groups, the batches that share M are cut into shares, which have a dM
-// each and go side by side; the shares' dM are added up in order. Batch elements are taken in the order of MaskBatch, in which those that
-// share M are neighbours; a `place` is one's number in that order. An item is a group and a part of its outer blocks:
+// and all pairs that share M where dM has the queries' extent. Of many batches so many are in a group as memory holds, and of the heads of
+// one batch so many where it does not hold all: then a group begins with the dM that the last one left. Where that makes few groups, the
+// batches that share M are cut into shares, which have a dM each and go side by side; the shares' dM are added up in order. Batch elements
+// are taken in the order of MaskBatch, in which those that share M are neighbours; a `place` is one's number in that order. An item is a
+// group and a part of its outer blocks:
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to, unless there
 //             is one key block.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
@@ -81,6 +82,7 @@ struct BackwardPlan {
   int64_t sharers;  // of one M: how many batch elements read it
   bool batch_inside;
   int64_t shares, turns;  // of the sharers of one M: parts that go side by side, each adding to a dM of its own, and the groups of one part
+  int64_t head_turns;  // of the turns: parts of the heads of one batch element
   int64_t batches, kv_heads;  // in a group
   int64_t groups, pairs, kvs;  // how many groups; pairs and (batch, kv head)s in each
   bool pairs_innermost;  // else the inner blocks are
@@ -107,8 +109,11 @@ struct BackwardPlan {
     sharers = mask_batch_.sharers(n.B);
     batch_inside = tile_dmask && sharers > 1;
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
-    kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     const int64_t dmask_bytes = dmask_tiles_size(s.mask_size) * static_cast<int64_t>(sizeof(T));
+    kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
+    const int64_t kv_bytes = larger_of<int64_t>(1, part_bytes(outer_keys) / (n.B * n.Hkv));  // of a kv head's sums
+    if (kv_heads * kv_bytes > bytes && (!tile_dmask || dmask_bytes <= bytes / 4)) kv_heads = largest_divisor(n.Hkv, bytes / 2 / kv_bytes);
+    head_turns = tile_dmask && s.mask_size[1] == 1 ? n.Hkv / kv_heads : 1;
     // Where the masks' heads make few groups, and dM is small beside the other sums: a larger dM would take what a share is to save.
     const bool cut = batch_inside && mask_batch_.masks() * groups_of_a_batch() < kItems && dmask_bytes <= bytes / 4;
     shares = cut ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
@@ -117,8 +122,8 @@ struct BackwardPlan {
     const int64_t head_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
     const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * head_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
     batches = batch_inside ? largest_divisor(sharers / shares, bytes / (cut ? 16 : 2) / batch_bytes) : 1;
-    turns = sharers / shares / batches;
-    groups = n.B / batches * groups_of_a_batch();
+    turns = sharers / shares / batches * head_turns;
+    groups = n.B / batches * groups_of_a_batch() * head_turns;
     kvs = batches * kv_heads;
     pairs = kvs * (n.H / n.Hkv);
     // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
@@ -146,7 +151,7 @@ struct BackwardPlan {
   int64_t row_size() const { return sums_size() + pairs * blocking.queries; }  // with dalpha's
 
   // Whether dM is made of more than one group's, in BackwardParts::dmask_total.
-  bool adds_up_dmask() const { return batch_inside && batches < sharers; }
+  bool adds_up_dmask() const { return (batch_inside && batches < sharers) || head_turns > 1; }
   int64_t dmask_tile(int64_t h, const QueryBlock& q, const KeyBlock& k) const {  // its place in what one group leaves for the next
     const int64_t head = mask_by_head_ ? h : 0, qb = q.first / blocking.queries, kb = k.first / blocking.keys;
     return ((head * blocking.query_blocks + qb) * blocking.key_blocks + kb) * blocking.keys * blocking.queries;
@@ -179,9 +184,11 @@ struct BackwardPlan {
   int64_t turn(int64_t group) const { return group / groups_of_a_turn() % turns; }
   int64_t share(int64_t group) const { return group / groups_of_a_batch() % shares; }
   int64_t mask_of(int64_t group) const { return group / (turns * groups_of_a_turn()); }
-  int64_t first_place(int64_t group) const { return mask_of(group) * sharers + (share(group) * turns + turn(group)) * batches; }
+  int64_t first_place(int64_t group) const {
+    return mask_of(group) * sharers + (share(group) * turns + turn(group)) / head_turns * batches;
+  }
   int64_t batch_at(int64_t place) const { return mask_batch_.at_place(place, n.B); }
-  int64_t first_kv_head(int64_t group) const { return group % groups_of_a_batch() * kv_heads; }
+  int64_t first_kv_head(int64_t group) const { return (turn(group) % head_turns + group % groups_of_a_batch()) * kv_heads; }
 
   // The group's pairs, in the order in which they are visited: those of one kv head are consecutive, but where M is shared by the
   // batch and has heads, those of one head are.
@@ -207,7 +214,7 @@ struct BackwardPlan {
   bool mask_by_head_;
   MaskBatch mask_batch_;
 
-  int64_t groups_of_a_batch() const { return n.Hkv / kv_heads; }
+  int64_t groups_of_a_batch() const { return n.Hkv / kv_heads / head_turns; }
 
   // Of n, up to `most`, and 1 at least.
   static int64_t largest_divisor(int64_t n, int64_t most) {

@@ -168,6 +168,17 @@ def test_rows_that_take_turns_give_the_same_bits_on_any_number_of_threads():
         assert differing(alone, run(case, "cpu")) == []
 
 
+@pytest.mark.parametrize("B, H", [(1, 384), (2, 512)])
+def test_heads_that_take_turns_give_the_same_bits_on_any_number_of_threads(B, H):
+    """So many heads share a batch element's mask that backward's memory does not hold the sums of all."""
+    case = make_case(B, H, 130, 146, 64, mask_shape=(B, 1, 130, 146), dtype=torch.bfloat16)
+    with threads(1):
+        alone = run(case, "cpu")
+    assert_within_budget(alone, case)
+    with threads(7):
+        assert differing(alone, run(case, "cpu")) == []
+
+
 def moved(t, offset):
     """The same values, `offset` elements into a longer storage."""
     storage = torch.full((t.numel() + offset,), float("nan"), dtype=t.dtype)

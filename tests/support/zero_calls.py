@@ -129,6 +129,8 @@ CALLS = {
     "half, logits, few queries": ZeroCall(4, 8, 100, 65536, 32, dtype="bfloat16", **WITH_LOGITS),
     "logits, map": ZeroCall(1, 8, 1024, 16384, 32, needs=LOGITS_MAP_GRADIENTS, as_map=True, logits=True),
     "half, one mask a head for many batches": ZeroCall(512, 8, 64, 96, 64, dtype="float16", mask=(False, True, True)),
+    "half, one mask for very many heads": ZeroCall(1, 256, 384, 256, 160, dtype="bfloat16"),
+    "half, one mask for very many heads, without its gradient": ZeroCall(1, 256, 384, 256, 160, dtype="bfloat16", needs=("query", "key")),
     "one head, one large mask for the batch": ZeroCall(8, 1, 4096, 4096, 32, needs=BIAS, mask=(False, False, True)),
     "triangle attention, B2 N64": TRIANGLE,
     "half, triangle attention of 384": ZeroCall(1, 4, 384, 384, 32, dtype="bfloat16", needs=BIAS, rows=384, mask=(True, True, True)),
