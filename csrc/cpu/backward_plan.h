@@ -112,10 +112,11 @@ struct BackwardPlan {
     const int64_t dmask_bytes = dmask_tiles_size(s.mask_size) * static_cast<int64_t>(sizeof(T));
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     const int64_t kv_bytes = larger_of<int64_t>(1, part_bytes(outer_keys) / (n.B * n.Hkv));  // of a kv head's sums
-    if (kv_heads * kv_bytes > bytes && (!tile_dmask || dmask_bytes <= bytes / 4)) kv_heads = largest_divisor(n.Hkv, bytes / 2 / kv_bytes);
+    const bool small_dmask = dmask_bytes <= bytes / 4;
+    if (kv_heads * kv_bytes > bytes && (!tile_dmask || small_dmask)) kv_heads = largest_divisor(n.Hkv, bytes / 2 / kv_bytes);
     head_turns = tile_dmask && s.mask_size[1] == 1 ? n.Hkv / kv_heads : 1;
     // Where the masks' heads make few groups, and dM is small beside the other sums: a larger dM would take what a share is to save.
-    const bool cut = batch_inside && mask_batch_.masks() * groups_of_a_batch() < kItems && dmask_bytes <= bytes / 4;
+    const bool cut = batch_inside && mask_batch_.masks() * groups_of_a_batch() < kItems && small_dmask;
     shares = cut ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
     // Every thread has its group's tiles and sums. Where many threads are to have a share, a group is small.
     const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + RowExponents<T>::kRows + 2;
@@ -127,8 +128,7 @@ struct BackwardPlan {
     kvs = batches * kv_heads;
     pairs = kvs * (n.H / n.Hkv);
     // Either every pair's sums are kept while the inner blocks pass, or every inner block's dM tile while the pairs pass.
-    const int64_t row = round_up(n.D, kLanes<T>) + (outer_keys ? round_up(n.Dv, kLanes<T>) : 0);
-    const int64_t sums = outer_keys ? kvs * blocking.keys * row : pairs * blocking.queries * row;
+    const int64_t sums = outer_keys ? kvs * dkv_size() : pairs * dquery_size();
     const int64_t tiles = inner_blocks() * blocking.keys * blocking.queries;
     pairs_innermost = (batch_inside && mask_by_head_) || (inner_blocks() > 1 && sums <= tiles);
     dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
@@ -137,7 +137,7 @@ struct BackwardPlan {
     if (adds_up_dmask()) round = largest_divisor(groups_of_a_turn(), round);  // no two that add to one dM
     splits = splits_within(bytes);
     const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
-    const int64_t run_row = outer_keys ? kvs * dkv_size() : pairs * dquery_size(), row_bytes = run_row * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = sums * static_cast<int64_t>(sizeof(T));
     in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0 && row_bytes <= left / 4 * 3;
     if (!in_runs) return;
     pairs_innermost = true;

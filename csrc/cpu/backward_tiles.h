@@ -1,6 +1,8 @@
 // What backward's products read, laid out for them.
 #pragma once
 
+#include <array>
+
 #include "cpu/backward_plan.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -19,20 +21,18 @@ struct QueryTiles {
   int64_t b, h, first;  // what they hold; b is -1 before anything is read
 
   static int64_t size(const BackwardTask<T>& t, int64_t lanes) {
-    const Sizes& n = t.scores.size;
-    return lanes * (row_elements<E>(n.D) + row_elements<E>(n.Dv)) + copies(t.scores.query, n, n.D, lanes) + copies(t.dout, n, n.Dv, lanes) +
-           steps_size<E>(lanes, n.D) + steps_size<E>(lanes, n.Dv) +
-           (RowExponents<T>::kRows + 2) * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E));
+    int64_t size = 0;
+    for (const int64_t part : sizes(t, lanes)) size += part;
+    return size;
   }
 
   // On `size` elements of memory.
   void place(const BackwardTask<T>& t, int64_t lanes, E* memory) {
-    const Sizes& n = t.scores.size;
-    query = memory, dout = query + lanes * row_elements<E>(n.D);
-    query_rows = dout + lanes * row_elements<E>(n.Dv), dout_rows = query_rows + copies(t.scores.query, n, n.D, lanes);
-    query_step_memory = dout_rows + copies(t.dout, n, n.Dv, lanes);
-    dout_step_memory = query_step_memory + steps_size<E>(lanes, n.D);
-    T* rows = reinterpret_cast<T*>(dout_step_memory + steps_size<E>(lanes, n.Dv));
+    E* row_memory;
+    E** const parts[kParts] = {&query, &dout, &query_rows, &dout_rows, &query_step_memory, &dout_step_memory, &row_memory};
+    const auto part_sizes = sizes(t, lanes);
+    for (int i = 0; i < kParts; ++i) *parts[i] = memory, memory += part_sizes[i];
+    T* rows = reinterpret_cast<T*>(row_memory);
     exponents = RowExponents<T>::on(rows, lanes);
     delta = rows + RowExponents<T>::kRows * lanes, mbar = delta + lanes;
     b = -1;
@@ -58,6 +58,17 @@ struct QueryTiles {
   }
 
  private:
+  static constexpr int kParts = 7;
+  static std::array<int64_t, kParts> sizes(const BackwardTask<T>& t, int64_t lanes) {  // of the parts, in the order in which they lie
+    const Sizes& n = t.scores.size;
+    return {lanes * row_elements<E>(n.D),
+            lanes * row_elements<E>(n.Dv),
+            copies(t.scores.query, n, n.D, lanes),
+            copies(t.dout, n, n.Dv, lanes),
+            steps_size<E>(lanes, n.D),
+            steps_size<E>(lanes, n.Dv),
+            (RowExponents<T>::kRows + 2) * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E))};
+  }
   static int64_t copies(const Tensor4& rows, const Sizes& n, int64_t size, int64_t lanes) {
     return n.Nq % kLanes<T> == 0 && queries_in_place<E>(rows, size) ? 0 : lanes * row_elements<E>(size);
   }

@@ -13,8 +13,8 @@ class BackwardWorker {
   using T = typename SumOf<E>::type;
 
   BackwardWorker(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
-      : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tiles_(tile_slots()),
-        tile_memory_(tile_slots() * QueryTiles<E>::size(task, plan.blocking.queries)), step_(task, plan.blocking),
+      : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tile_slots_(tile_slots()), tiles_(tile_slots_),
+        tile_memory_(tile_slots_ * QueryTiles<E>::size(task, plan.blocking.queries)), step_(task, plan.blocking),
         row_memory_(plan.in_runs ? 0 : plan.row_size()), dquery_(plan.dquery_at_once() ? plan.dquery_size() : 0),
         tile_size_(round_up(plan.blocking.keys, kLanes<T>) * plan.blocking.queries),
         dmask_(task.dmask != nullptr ? plan.dmask_tiles() * tile_size_ : 0), mask_(task.scores.mask.data != nullptr ? tile_size_ : 0),
@@ -23,7 +23,7 @@ class BackwardWorker {
         values_(copied_rows(task.value, n_.Dv, kStepsPerElement<E>) * row_elements<E>(n_.Dv)),
         key_steps_memory_(steps_size<E>(plan.blocking.keys, n_.D)), row_(row_memory_) {
     const int64_t size = QueryTiles<E>::size(task, plan.blocking.queries);
-    for (int64_t i = 0; i < tile_slots(); ++i) tiles_[i].place(task, plan.blocking.queries, tile_memory_ + i * size);
+    for (int64_t i = 0; i < tile_slots_; ++i) tiles_[i].place(task, plan.blocking.queries, tile_memory_ + i * size);
   }
 
   int64_t bytes() const {
@@ -73,20 +73,22 @@ class BackwardWorker {
     const KeyBlock& k = k_;
     T* dkv = dkv_of(split, pair, kb);
     const Sums<T> sums = sums_of(split, i, pair_index, qb, dkv);
-    if (k.attended > 0) {
-      QueryTiles<E>& tiles = tiles_[tile_slots() == 1 ? 0 : pair_index];
+    QueryTiles<E>& tiles = tiles_[tile_slots_ == 1 ? 0 : pair_index];
+    const StepPrefetch next = ahead(pair_index, i, k);
+    const bool has_scores = k.attended > 0;
+    if (has_scores) {
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
-      const StepPrefetch next = ahead(pair_index, i, k);
       step_.scores(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, next, sums);
-      wait();
-      clear(o == plan_.first_outer(split), i == 0, pair, sums, dkv);
+    } else if (sums.dmask != nullptr && sums.dmask_is_new) {
+      fill<T>(sums.dmask, k.count * q.lanes, T(0));
+    }
+    wait();
+    clear(o == plan_.first_outer(split), i == 0, pair, sums, dkv);
+    if (has_scores) {
       step_.add(q, k, tiles, keys_read_, next, sums);
-    } else {
-      if (sums.dmask != nullptr && sums.dmask_is_new) fill<T>(sums.dmask, k.count * q.lanes, T(0));
-      wait();
-      clear(o == plan_.first_outer(split), i == 0, pair, sums, dkv);
-      if (sums.dkv_is_new) fill<T>(dkv, plan_.dkv_size(), T(0));
+    } else if (sums.dkv_is_new) {
+      fill<T>(dkv, plan_.dkv_size(), T(0));
     }
     if (sums.dmask != nullptr) finish_dmask(split, pair_index, q, k, sums.dmask);
     const bool last_inner = i == plan_.inner_blocks() - 1;
@@ -117,7 +119,7 @@ class BackwardWorker {
       const int64_t first = last_pair && last_inner ? k.first + k.count : k.first;
       ahead.next_keys = keys_ahead(t_.scores.key, n_, next.b, next.h, first, plan_.blocking.keys, n_.D);
     }
-    if (tile_slots() == 1) {
+    if (tile_slots_ == 1) {
       const QueryBlock q = query_block(plan_.blocking, (pairs_turn && !last_pair ? i : i + 1) % inner);
       ahead.next_queries = rows_ahead(t_.scores.query, next.b, next.h, q.first, q.count, n_.D);
       if (with_value) ahead.next_douts = rows_ahead(t_.dout, next.b, next.h, q.first, q.count, n_.Dv);
@@ -227,6 +229,7 @@ class BackwardWorker {
   const BackwardPlan<T>& plan_;
   BackwardParts<T>& parts_;
   Buffer<Pair> pairs_;
+  const int64_t tile_slots_;
   Buffer<QueryTiles<E>> tiles_;
   Buffer<E> tile_memory_;
   BackwardStep<E> step_;

@@ -99,15 +99,9 @@ inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, i
 // The logsumexp of rows from their maximum scores, in base 2, and their sums relative to those.
 template <class T>
 inline void logsumexp(const T* maxima, const T* sums, int64_t lanes, T* lse) {
-  typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
   for (int64_t lane = 0; lane < lanes; lane += kLanes<double>) {
-    Numbers maximum, sum;
-    __builtin_memcpy(&maximum, maxima + lane, sizeof(maximum));
-    __builtin_memcpy(&sum, sums + lane, sizeof(sum));
-    const Vec<double> exponent = __builtin_convertvector(maximum, Vec<double>);
-    const Vec<double> log = natural_log(__builtin_convertvector(sum, Vec<double>));
-    const Numbers rounded = __builtin_convertvector(exponent * kLn2 + (exponent * kLn2Rest + log), Numbers);
-    __builtin_memcpy(lse + lane, &rounded, sizeof(rounded));
+    const Vec<double> exponent = load_doubles(maxima + lane), log = natural_log(load_doubles(sums + lane));
+    store_doubles(lse + lane, exponent * kLn2 + (exponent * kLn2Rest + log));
   }
 }
 

@@ -94,12 +94,11 @@ Problem of_one_batch(int64_t heads, int64_t queries, int64_t keys, int64_t size,
 
 // The workload self1k.
 bool uses_all_threads(const cpu::Kernels& kernels, DType dtype) {
-  constexpr int64_t kWanted = 32;
   const Problem problem = of_one_batch(8, 1024, 1024, 64, dtype);
-  const Workers most = workers_on_32(kernels, problem);
-  std::printf("self1k on %s, %s, 32 threads: %lld are used forward, %lld backward\n", kernels.name, name_of(dtype),
-              static_cast<long long>(most.forward), static_cast<long long>(most.backward));
-  return std::min(most.forward, most.backward) >= kWanted || report(kernels.name, name_of(dtype), "self1k leaves threads idle");
+  const Workers most = workers_of(kernels, problem);
+  std::printf("self1k on %s, %s, %lld threads: %lld are used forward, %lld backward\n", kernels.name, name_of(dtype),
+              static_cast<long long>(Workers::kThreads), static_cast<long long>(most.forward), static_cast<long long>(most.backward));
+  return std::min(most.forward, most.backward) == Workers::kThreads || report(kernels.name, name_of(dtype), "self1k leaves threads idle");
 }
 
 }  // namespace

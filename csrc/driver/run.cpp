@@ -114,10 +114,9 @@ void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, co
 std::vector<int64_t> counted;
 
 // Runs nothing, and counts the calls of the body that torch would make.
-template <int64_t Threads>
 void count(int64_t items, int64_t grain, void (*)(int64_t, int64_t, void*), void*) {
   const auto pieces = [items](int64_t size) { return (items + size - 1) / size; };
-  counted.push_back(pieces(pieces(std::min(Threads, pieces(grain)))));
+  counted.push_back(pieces(pieces(std::min(Workers::kThreads, pieces(grain)))));
 }
 
 // Numbers below what a kernel's arithmetic holds become 0 on the way, and the last rounding has a smallest step of its own.
@@ -136,10 +135,10 @@ std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& prob
   return outputs.take();
 }
 
-Workers workers_on_32(const cpu::Kernels& kernels, const Problem& problem) {
+Workers workers_of(const cpu::Kernels& kernels, const Problem& problem) {
   counted.clear();
   Outputs outputs;
-  run_attention(kernels, problem, make_inputs(problem), Answers{}, {32, count<32>}, outputs);
+  run_attention(kernels, problem, make_inputs(problem), Answers{}, {Workers::kThreads, count}, outputs);
   return {counted.at(0), counted.at(2)};  // delta is between them
 }
 

@@ -28,11 +28,12 @@ struct Output {
 std::vector<Output> run_kernels(const cpu::Kernels& kernels, const Problem& problem, const Inputs& inputs, const Answers& answers,
                                 ParallelFor threads);
 
-// How many of 32 threads a pass uses: no more than it has items, or than memory has room for.
+// How many of kThreads threads a pass uses: no more than it has items, or than memory has room for.
 struct Workers {
+  static constexpr int64_t kThreads = 32;
   int64_t forward, backward;
 };
-Workers workers_on_32(const cpu::Kernels& kernels, const Problem& problem);
+Workers workers_of(const cpu::Kernels& kernels, const Problem& problem);
 
 // The largest error as a share of what is allowed, 1 is the limit; infinite where the answer is infinite or NaN and the output is not it.
 struct Comparison {

@@ -158,20 +158,10 @@ def test_the_same_bits_on_any_number_of_threads(shape, dtype):
             assert differing(alone, run(case, "cpu")) == []
 
 
-def test_rows_that_take_turns_give_the_same_bits_on_any_number_of_threads():
-    """So many heads share the mask that backward's memory holds few rows of runs at a time (csrc/cpu/runs.h)."""
-    case = make_case(1, 64, 520, 520, 64, dtype=torch.bfloat16)
-    with threads(1):
-        alone = run(case, "cpu")
-    assert_within_budget(alone, case)
-    with threads(7):
-        assert differing(alone, run(case, "cpu")) == []
-
-
-@pytest.mark.parametrize("B, H", [(1, 384), (2, 512)])
-def test_heads_that_take_turns_give_the_same_bits_on_any_number_of_threads(B, H):
-    """So many heads share a batch element's mask that backward's memory does not hold the sums of all."""
-    case = make_case(B, H, 130, 146, 64, mask_shape=(B, 1, 130, 146), dtype=torch.bfloat16)
+@pytest.mark.parametrize("B, H, Nq, Nk", [(1, 64, 520, 520), (1, 384, 130, 146), (2, 512, 130, 146)], ids=["rows", "heads", "heads of two"])
+def test_what_takes_turns_gives_the_same_bits_on_any_number_of_threads(B, H, Nq, Nk):
+    """So many heads share a mask that backward's memory holds few rows of runs (csrc/cpu/runs.h) at a time, or not the sums of all."""
+    case = make_case(B, H, Nq, Nk, 64, dtype=torch.bfloat16)
     with threads(1):
         alone = run(case, "cpu")
     assert_within_budget(alone, case)

@@ -29,6 +29,21 @@ inline Vec<double> natural_log(Vec<double> x) {
   return x - x == 0.0 ? log : x;
 }
 
+// As many numbers as a vector of double has, read and written as double.
+template <class T>
+inline Vec<double> load_doubles(const T* from) {
+  typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
+  Numbers numbers;
+  __builtin_memcpy(&numbers, from, sizeof(numbers));
+  return __builtin_convertvector(numbers, Vec<double>);
+}
+template <class T>
+inline void store_doubles(T* to, Vec<double> x) {
+  typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
+  const Numbers numbers = __builtin_convertvector(x, Numbers);
+  __builtin_memcpy(to, &numbers, sizeof(numbers));
+}
+
 // P of a row is factor * 2^(exponent - rest), where factor is 2^-whole and whole + rest is lse in base 2. If all of lse were subtracted, the
 // exponent would be rounded to lse's last place, and over many keys lse can be far larger than the scores. It is above the largest of them by
 // log2(Nk) at most, and so much of it at most is whole.
@@ -39,28 +54,23 @@ struct RowExponents {
   static constexpr int64_t kRows = 3;
   static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes}; }
 
-  // lse: of `count` rows; lanes beyond them are as those of dead rows. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a row with an infinite score,
-  // becomes NaN.
+  // lse: of `count` rows; lanes beyond them are as those of dead rows. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a
+  // row with an infinite score, becomes NaN.
   void read(const T* lse, int64_t count, int64_t lanes, int64_t Nk) const {
-    typedef T Numbers __attribute__((vector_size(kLanes<double> * sizeof(T))));
     typedef int64_t Bits64 __attribute__((vector_size(kVectorBytes)));
     constexpr double kRound = Exp2<double>::kRound;
     const double most = 64 - __builtin_clzll(static_cast<uint64_t>(Nk));
-    const auto put = [](T* to, Vec<double> x) {
-      const Numbers rounded = __builtin_convertvector(x, Numbers);
-      __builtin_memcpy(to, &rounded, sizeof(rounded));
-    };
     for (int64_t lane = 0; lane < lanes; lane += kLanes<double>) {
-      Numbers numbers;
+      T numbers[kLanes<double>];
       for (int64_t i = 0; i < kLanes<double>; ++i) numbers[i] = lane + i < count ? lse[lane + i] : static_cast<T>(-__builtin_inf());
-      const Vec<double> x = __builtin_convertvector(numbers, Vec<double>), nearest = (x * kLog2e + kRound) - kRound;
+      const Vec<double> x = load_doubles(numbers), nearest = (x * kLog2e + kRound) - kRound;
       const Vec<double> bounded = nearest < most ? nearest : broadcast(most), whole = bounded > 0.0 ? bounded : Vec<double>{};
       const Vec<double> less = ((x - whole * kLn2High) - whole * kLn2Low) * kLog2e;
       const Vec<double> not_finite = x < 0.0 ? broadcast(__builtin_inf()) : broadcast(__builtin_nan(""));
       const Bits64 exponent = (Bits64)(broadcast(kRound) - whole) - (Bits64)broadcast(kRound) + Exp2<double>::kBias;
-      put(rest + lane, x - x == 0.0 ? less : not_finite);
-      put(factor + lane, (Vec<double>)(exponent << Exp2<double>::kMantissa));
-      put(lowest + lane, static_cast<double>(Exp2<T>::kLowest) + whole);
+      store_doubles(rest + lane, x - x == 0.0 ? less : not_finite);
+      store_doubles(factor + lane, (Vec<double>)(exponent << Exp2<double>::kMantissa));
+      store_doubles(lowest + lane, static_cast<double>(Exp2<T>::kLowest) + whole);
     }
   }
 };

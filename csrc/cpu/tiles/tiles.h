@@ -53,7 +53,7 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
 template <class E>
 inline bool keys_in_place(const Tensor4& t, int64_t count, int64_t size, int64_t unit = kStepsPerElement<E>) {
   return t.stride[3] == 1 && size % larger_of(unit, kStepsPerElement<E> * kStepUnit<E>) == 0 && count % kRowUnit<E> == 0 &&
-         t.stride[2] % kStepsPerElement<E> == 0 && (kStepsPerElement<E> > 1 || t.dtype == DTypeOf<typename SumOf<E>::type>::value);
+         t.stride[2] % kStepsPerElement<E> == 0 && t.dtype == kStored<E>;
 }
 
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
