@@ -49,7 +49,7 @@ def _forward_kernel(
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
-        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, PINNED_MASK,
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, PINNED_MASK, tl.constexpr(True),
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)

@@ -58,7 +58,7 @@ def _partial_kernel(
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), first_block * BLOCK_N, tl.minimum(Nk, (first_block + split_blocks) * BLOCK_N), Nq, Nk,
         scale, drop_threshold,
-        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, tl.constexpr(False),
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, tl.constexpr(False), tl.constexpr(False),
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     row = split * n_rows + bh * Nq  # of the partial buffers [n_splits, B*H*Nq]

@@ -9,6 +9,7 @@ from .load import edge_of, live_keys, live_span, load_block, load_mask
 from .score import as_product, dot, dropout_keep, matmul, rounded_product, score_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
+SUM_COLUMNS = tl.constexpr(16)  # The fewest that a product may have.
 FLOAT16_SCALE = tl.constexpr(2.0**15)  # P is multiplied by it before it is rounded to float16, where many small ones would become 0.
 LOWEST_LOG2 = tl.constexpr(-2.3e38 * 1.4426950408889634)  # A score below counts as -inf, reference.py's LOWEST_SCORE in base 2.
 
@@ -54,7 +55,7 @@ def attend(
     offs_m, bh, lo, hi, Nq, Nk, scale, drop_threshold,
     D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, SAVE_MBAR: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    PINNED_MASK: tl.constexpr,
+    PINNED_MASK: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query block to the keys lo..hi, by the online softmax: acc [BLOCK_M, BLOCK_DV] and rows mbar, m_i, l_i, divisor.
@@ -64,16 +65,20 @@ def attend(
     lies as well.
     l_i is the sum of P, and divisor that of P as V is multiplied by it, rounded where V has 16 bits. Divided by that, acc is a mean of V,
     and delta (5), which is made of it, cancels a dP that is the same for all keys.
+    SUM_BY_PRODUCT: the rounded P is summed by a product with ones, which takes fewer instructions than additions do, but more registers
+    than there are beside the widest V.
     Where the value has no columns, DV = 0, only the rows are computed: the softmax of an attention map.
     acc and mbar are not yet divided, nor acc by dropout's 1-p. m_i is in base 2. In a dead row m_i is -inf and l_i 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     ROUNDS: tl.constexpr = DV > 0 and q.dtype != tl.float32
+    BY_PRODUCT: tl.constexpr = ROUNDS and SUM_BY_PRODUCT and BLOCK_DV <= 128
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    divisor = tl.zeros([BLOCK_M], tl.float32)
+    ones = tl.full([BLOCK_N, SUM_COLUMNS], 1.0, q.dtype)
+    divisor = tl.zeros([BLOCK_M, SUM_COLUMNS] if BY_PRODUCT else [BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     lo, hi = live_span(pad_ptr, lo, hi, stride_pn, HAS_PADDING, BLOCK_N)
@@ -99,14 +104,18 @@ def attend(
                 if q.dtype == tl.float16:
                     p = p * FLOAT16_SCALE
                 p = p.to(q.dtype)
-                if ROUNDS:
+                if BY_PRODUCT:
+                    divisor = dot(p, ones, divisor * rescale[:, None], ALLOW_TF32)
+                elif ROUNDS:
                     divisor = divisor * rescale + tl.sum(p.to(tl.float32), 1)
                 if HAS_DROPOUT:
                     keep = dropout_keep(seed, offs_m[:, None], offs_n[None, :], bh, drop_threshold)
                     p = tl.where(keep, p, 0.0)
                 v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
                 acc = dot(p, v, acc * rescale[:, None], ALLOW_TF32)
-    if not ROUNDS:
+    if BY_PRODUCT:
+        divisor = tl.max(divisor, 1)  # its columns are all alike
+    elif not ROUNDS:
         divisor = l_i  # elsewhere it is multiplied by FLOAT16_SCALE where acc is
     dead = (m_i < LOWEST_LOG2) & (l_i == l_i)  # A maximum does not see NaN, but the sum does.
     return acc, mbar, tl.where(dead, float("-inf"), m_i), tl.where(dead, 0.0, l_i), divisor
