@@ -30,7 +30,7 @@ def _forward_kernel(
     H, Nq, Nk, scale, drop_threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    SAVE_MBAR: tl.constexpr, PINNED_MASK: tl.constexpr,
+    SAVE_MBAR: tl.constexpr, PINNED_MASK: tl.constexpr, SUM_BY_PRODUCT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     h, _, offs_m, _, b, bh = query_program(H, Nq, 1, BLOCK_M)
@@ -49,7 +49,7 @@ def _forward_kernel(
         seed_ptr, load_alpha(alpha_ptr, h, stride_ah, MASK_KIND),
         stride_kn, stride_kd, stride_vn, stride_vd, stride_mm, stride_mn, stride_pn,
         offs_m, bh.to(tl.int32), 0, Nk, Nq, Nk, scale, drop_threshold,
-        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, PINNED_MASK, tl.constexpr(True),
+        D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, PINNED_MASK, SUM_BY_PRODUCT,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
@@ -66,5 +66,7 @@ def run(call: Call, out: Tensor, saved: Saved) -> None:
     arguments |= dict(
         out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar, SAVE_MBAR=saved.mbar is not None,
         PINNED_MASK=pins_mask(call) and is_ragged(call),
+        # Where warps shared rows, the two products of P would want it in two layouts; beside a wider V registers spill.
+        SUM_BY_PRODUCT=tile.block_m >= 16 * tile.warps and max(t.D, t.Dv) <= 128,
     )
     launch(_forward_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

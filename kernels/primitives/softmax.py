@@ -65,15 +65,14 @@ def attend(
     lies as well.
     l_i is the sum of P, and divisor that of P as V is multiplied by it, rounded where V has 16 bits. Divided by that, acc is a mean of V,
     and delta (5), which is made of it, cancels a dP that is the same for all keys.
-    SUM_BY_PRODUCT: the rounded P is summed by a product with ones, which takes fewer instructions than additions do, but more registers
-    than there are beside the widest V.
+    SUM_BY_PRODUCT: the rounded P is summed by a product with ones, which takes fewer instructions than additions do.
     Where the value has no columns, DV = 0, only the rows are computed: the softmax of an attention map.
     acc and mbar are not yet divided, nor acc by dropout's 1-p. m_i is in base 2. In a dead row m_i is -inf and l_i 0.
     """
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     ROUNDS: tl.constexpr = DV > 0 and q.dtype != tl.float32
-    BY_PRODUCT: tl.constexpr = ROUNDS and SUM_BY_PRODUCT and BLOCK_DV <= 128
+    BY_PRODUCT: tl.constexpr = ROUNDS and SUM_BY_PRODUCT
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
