@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients, Needs, Problem, Saved, with_remainder
+from .call import Call, Gradients, Needs, Problem, Saved, with_remainder, without_rounding
 
 LOWEST_SCORE = -2.3e38  # a score below counts as -inf: in base 2, which the kernels compute in, float32 ends at -2.36e38
 _LOW32 = 0xFFFFFFFF
@@ -72,19 +72,21 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
-    """Equations (5)-(8), with P rebuilt from the inputs; `saved` is what the fused backends rebuild it from."""
+    """Equations (5)-(8). The rows of `saved` may be over more keys than the call's, which then get the share of P that is theirs."""
     problem, padding = call.problem, call.key_padding_mask
-    t = softmax(call)
+    t = _over_the_keys_of(saved.lse, softmax(call))
     do = dout.to(t.p.dtype).masked_fill(t.dead, 0)
-    dl = torch.zeros_like(t.lse) if dlse is None else dlse.masked_fill(t.dead[..., 0], 0)
+    if dlse is None or problem.Nk == 0:  # a call without keys leaves every gradient 0, on every backend
+        dlse = torch.zeros_like(t.lse)
+    dl = dlse.masked_fill(t.dead[..., 0], 0)
     dp = do @ query_head_values(call).mT  # (6)
     weights = t.p
     if call.seed is not None:
         keep = dropout_factor(problem, call.seed)
         dp, weights = dp * keep, weights * keep
-    delta = (t.p * dp).sum(-1) - dl  # (5), summed as P*dP
+    delta = (t.p * dp if saved.out is None else do * without_rounding(saved)).sum(-1) - dl  # (5)
     ds = _at_attended(t.p * (dp - delta[..., None]), padding)  # (6)
-    grads = score_gradients(call, t, ds, dl, needs)
+    grads = score_gradients(call, t, ds, dl, needs, saved.mbar)
     if not needs.value:
         return grads
     # Padding is selected out again: a NaN in dout times a weight of 0 is NaN.
@@ -137,8 +139,18 @@ def softmax(call: Call) -> Scores:
     return Scores(q, k, m, a, dead, s, p, lse)
 
 
-def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs) -> Gradients:
-    """Equations (7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha, which are all it fills in."""
+def _over_the_keys_of(lse: Tensor, t: Scores) -> Scores:
+    """The softmax that lse belongs to, at the keys of t. Where those are all of its keys, it is t itself."""
+    dead = (lse == float("-inf"))[..., None]
+    share = torch.exp(t.lse - lse)[..., None].masked_fill(dead, 0)
+    return t._replace(p=t.p * share, lse=lse, dead=dead)
+
+
+def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs, mbar: Tensor | None = None) -> Gradients:
+    """Equations (7), (8): what dS (B, H, Nq, Nk) and dL (B, H, Nq) give for query, key, mask and alpha, which are all it fills in.
+
+    mbar: (B, H, Nq), where it is over more keys than t's.
+    """
     problem, mask, padding = call.problem, call.mask, call.key_padding_mask
     dquery = dkey = dmask = dalpha = None
     if needs.query:
@@ -153,7 +165,7 @@ def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs)
             dmask = through_sigmoid(dmask, mask, None if padding is None else by_mask_axes(padding, problem))
         dmask = dmask.to(mask.dtype)
     if needs.alpha and t.mask is not None:
-        mbar = (t.p * t.mask).sum(-1)
+        mbar = (t.p * t.mask).sum(-1) if mbar is None else mbar
         dalpha = (ds * (t.mask - mbar[..., None])).sum((0, 2, 3)) + (mbar * dl).sum((0, 2))
     return Gradients(dquery, dkey, None, dmask, dalpha)
 

@@ -55,7 +55,7 @@ _Named = dict[str, "Tensor | None"]
 def _exact_attention(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of out and dvalue, and the magnitudes of dS and dL."""
     dout, dlse = one_batch_axis(c.dout, 3), one_batch_axis(c.dlse, 2)
-    out, saved = reference.forward(call, save_out=True, save_mbar=True)
+    out, saved = reference.forward(call, save_out=False, save_mbar=True)
     has_mask = call.mask is not None
     grads = reference.backward(call, saved, dout, dlse, Needs(True, True, True, has_mask, has_mask))
     values: _Named = {"out": out, **_named(grads)}

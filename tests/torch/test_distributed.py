@@ -14,6 +14,7 @@ from tests.support.ranks import in_processes
 
 pytestmark = pytest.mark.promise("distributed")
 WORLDS = (2, 4)
+BACKENDS = (None, "reference")
 NAMES = ("query", "key", "value", "mask", "alpha")
 
 
@@ -34,6 +35,7 @@ def cases():
         "float16": make_case(2, 4, 5, 25, 8, dtype=torch.float16, rng=5),
         "float64": make_case(2, 4, 5, 25, 8, dtype=torch.float64, mask_dtype=torch.float64, with_lse=True),
         "ruled out on the first ranks": ruled_out,
+        "a head size that the reference alone takes": make_case(1, 2, 5, 25, 257, with_lse=True, rng=6),
     }
 
 
@@ -47,7 +49,7 @@ def needs_of(case):
     return [n for n in NAMES if getattr(case, n) is not None and not (n == "alpha" and case.mask.isinf().any())]
 
 
-def sharded(case, rank, world):
+def sharded(case, rank, world, backend=None):
     """The results of one rank's call, named as in smattn.testing.run, and the bytes that each of its all-reduces sent."""
     at, needs, sent = columns(rank, world), needs_of(case), []
     mine = case.with_inputs({"key": case.key[:, :, at], "value": case.value[:, :, at]})
@@ -64,7 +66,7 @@ def sharded(case, rank, world):
     dist.all_reduce = counted
     try:
         out, lse = context_parallel_attention(
-            **leaves, key_padding_mask=padding, enable_gqa=case.enable_gqa, return_lse=True
+            **leaves, key_padding_mask=padding, enable_gqa=case.enable_gqa, return_lse=True, backend=backend
         )
         outputs = {"out": out} if case.dlse is None else {"out": out, "lse": lse}
         incoming = [case.dout, case.dlse][: len(outputs)]
@@ -101,7 +103,7 @@ def alone(rank, world):
 
 
 def worker(rank, world):
-    results = {name: sharded(case, rank, world) for name, case in cases().items()}
+    results = {(name, backend): sharded(case, rank, world, backend) for name, case in cases().items() for backend in BACKENDS}
     return results, refusals(rank, world), alone(rank, world)
 
 
@@ -134,9 +136,10 @@ def comparable(results, case, name):
     return results, replace(case, key=case.key[:, :, 20:], value=case.value[:, :, 20:], mask=case.mask[..., 20:])
 
 
+@pytest.mark.parametrize("by", BACKENDS, ids=str)
 @pytest.mark.parametrize("name", cases())
-def test_sharded_keys_give_what_one_process_has(ranks, name):
-    assert_within_budget(*comparable(joined([results[name][0] for results, *_ in ranks]), cases()[name], name))
+def test_sharded_keys_give_what_one_process_has(ranks, name, by):
+    assert_within_budget(*comparable(joined([results[name, by][0] for results, *_ in ranks]), cases()[name], name))
 
 
 def moved(case, device):
@@ -162,7 +165,7 @@ def test_every_rank_on_its_own_device(transport, world, tmp_path):
 
 
 def test_a_query_without_a_key_on_any_rank(ranks):
-    results = joined([results["padded"][0] for results, *_ in ranks])
+    results = joined([results["padded", None][0] for results, *_ in ranks])
     assert results["out"][0].count_nonzero() == 0 and (results["lse"][0] == float("-inf")).all()
     assert all(results[f"d{name}"][0].count_nonzero() == 0 for name in ("query", "key", "value", "mask"))
 
@@ -174,7 +177,7 @@ def test_what_is_sent_is_what_the_docstring_says(ranks, name):
     n, word, alpha = B * H * Nq, 8 if name == "float64" else 4, "alpha" in needs_of(case)
     words = [n, n * (case.value.shape[3] + 1 + alpha), n * D + H * alpha]
     for results, *_ in ranks:
-        assert results[name][1] == [word * count for count in words]
+        assert results[name, None][1] == [word * count for count in words]
 
 
 def test_refusals(ranks):
