@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .alpha import HoldsAlpha, is_alpha
 from .attention import soft_masked_attention
 from .hints import of_picture
+from .validate import fits
 
 Masking = Literal["soft", "detached", "hard", "none"]
 
@@ -50,6 +51,9 @@ class _ProjectedAttention(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, alpha: float | Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3:
+                raise ValueError(f"{name}: expected shape (B, N, embed_dim), got {tuple(x.shape)}")
         q, k, v = (
             # (B, H, N, D), never copied. A tensor-parallel projection has some of the heads, each of the same size.
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -132,6 +136,8 @@ class HardMaskedAttention(_ProjectedAttention):
     ) -> Tensor:
         """As SoftMaskedAttention.forward."""
         _check_mask(mask, key)
+        if key_padding_mask is not None:
+            _check_padding(key_padding_mask, key)
         attended = mask > 0.5
         present = attended
         if key_padding_mask is not None:
@@ -250,6 +256,18 @@ def _check_mask(mask: Any, features: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-1] != keys:
         got = f"{tuple(mask.shape)}{of_picture('mask', mask, keys)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk) with Nk = {keys}, got {got}")
+    if not mask.is_floating_point():
+        raise ValueError(f"mask: expected a floating dtype, got {mask.dtype}")
+
+
+def _check_padding(key_padding_mask: Any, features: Tensor) -> None:
+    """Refuse what is no padding of features (B, Nk, width)."""
+    rows, got = tuple(features.shape[:2]), type(key_padding_mask).__name__
+    if isinstance(key_padding_mask, Tensor):
+        if key_padding_mask.dtype == torch.bool and fits(key_padding_mask.shape, rows):
+            return
+        got = f"{key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
+    raise ValueError(f"key_padding_mask: expected a torch.bool tensor (B, Nk) = {rows}, got {got}")
 
 
 def _plus(x: Tensor, position: Tensor | None) -> Tensor:

@@ -152,7 +152,7 @@ def _check_number(name: str, expected: str, number: Any) -> None:
 
 def _check_range(name: str, number: float, query: Tensor) -> None:
     acc = acc_dtype(query.dtype)
-    if abs(number) > torch.finfo(acc).max:
+    if not abs(number) <= torch.finfo(acc).max:  # NaN is refused too
         _refuse(name, f"a number that {acc} can hold", str(number))
 
 

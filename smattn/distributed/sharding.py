@@ -25,8 +25,11 @@ def sharded_attention(
     mask: DTensor | None = None,
     alpha: float | DTensor | None = None,
     *,
+    scale: float | None = None,
     key_padding_mask: DTensor | None = None,
-    **options: Any,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """smattn.soft_masked_attention on DTensors that are sharded as query is: over batch, Shard(0), heads, Shard(1), or queries, Shard(2).
 
@@ -34,7 +37,8 @@ def sharded_attention(
         query: a DTensor (B, H, Nq, D), replicated or sharded over one of these axes on every mesh dimension.
         key, value, mask, alpha, key_padding_mask: DTensors on query's mesh, in shapes as in soft_masked_attention. Those that are not
             sharded as query is are redistributed. alpha may be a float.
-        options: scale, enable_gqa, return_lse, backend. There is no dropout, because its bits would repeat from shard to shard.
+        scale, enable_gqa, return_lse, backend: as in soft_masked_attention. There are no mask_logits, and no dropout, because its bits
+            would repeat from shard to shard.
 
     Returns:
         A DTensor (B, H, Nq, Dv) placed as query is; with return_lse also (B, H, Nq). Gradients are placed as the inputs were.
@@ -45,8 +49,6 @@ def sharded_attention(
 
     Communication: forward has none unless it redistributes an input; backward all-reduces the gradient of each replicated input.
     """
-    if options.get("dropout_p"):
-        raise ValueError("dropout_p: expected 0 for sharded tensors, whose dropout bits would repeat from shard to shard")
     given: dict[str, Any] = dict(query=query, key=key, value=value, mask=mask, alpha=alpha, key_padding_mask=key_padding_mask)
     for name, tensor in given.items():
         if not isinstance(tensor, DTensor) and (name in ("query", "key", "value") or isinstance(tensor, Tensor)):
@@ -58,7 +60,7 @@ def sharded_attention(
     local: dict[str, Any] = {
         name: _local(name, tensor, query, sharded) if isinstance(tensor, DTensor) else tensor for name, tensor in given.items()
     }
-    results: Any = soft_masked_attention(**local, **options)
+    results: Any = soft_masked_attention(**local, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend)  # type: ignore[call-overload]
     B, H, Nq, _ = query.shape
     shapes = (B, H, Nq, value.shape[3]), (B, H, Nq)
     if not isinstance(results, tuple):

@@ -104,5 +104,7 @@ def _as(kind: Any, module: nn.Module) -> Any:
     """The module as one of that kind, with the same parameters and parts. A part that is replaced there stays in `module`."""
     made = copy.copy(module)
     made.__class__ = kind
-    made._modules = dict(module._modules)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):  # of parts, parameters, buffers and hooks: what is added to one is not the other's
+            setattr(made, name, copy.copy(value))
     return made

@@ -46,12 +46,15 @@ def soften_mask2former(
     decoders: list[Any] = [m for m in model.modules() if type(m).__name__ == "Mask2FormerMaskedAttentionDecoder"]
     if not decoders:
         raise ValueError(f"model: expected a Mask2FormerMaskedAttentionDecoder inside, found none in {type(model).__name__}")
+    if any(isinstance(decoder.mask_predictor, _SoftMaskPredictor) for decoder in decoders):
+        raise ValueError("model: expected a Mask2Former with hard masks, got one that is soft already")
+    layers = [layer for decoder in decoders for layer in decoder.layers]
+    # All are made before one is put in its place, so that a refused argument leaves the model as it is.
+    made = [_SoftCrossAttention.from_module(layer.cross_attn, alpha_init, learnable_alpha) for layer in layers]
+    for layer, cross_attention in zip(layers, made, strict=True):
+        layer.cross_attn = cross_attention
     for decoder in decoders:
-        if isinstance(decoder.mask_predictor, _SoftMaskPredictor):
-            raise ValueError("model: expected a Mask2Former with hard masks, got one that is soft already")
         decoder.mask_predictor = _SoftMaskPredictor(decoder.mask_predictor.mask_embedder, sharpness)
-        for layer in decoder.layers:
-            layer.cross_attn = _SoftCrossAttention.from_module(layer.cross_attn, alpha_init, learnable_alpha)
     config: Any = getattr(model, "config", None)
     if config is not None:
         start = None if alpha_init is None else list(initial_alpha(alpha_init, decoders[0].layers[0].cross_attn.num_heads))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..alpha import NAME as ALPHA
 from ..alpha import HoldsAlpha
 from ..attention import attention_map, soft_masked_attention
 from ..validate import fits
@@ -17,8 +18,17 @@ from ..validate import fits
 class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
     """nn.MultiheadAttention whose forward also takes a soft mask. `from_module` makes one that shares the parameters of its module.
 
-    Its state dict is that of nn.MultiheadAttention, and scaling_factors (H,), which is alpha. One without scaling_factors loads as well.
+    Its arguments are those of nn.MultiheadAttention, without add_bias_kv and add_zero_attn, and alpha_init and learnable_alpha, as in
+    smattn.nn.SoftMaskedAttention. Its state dict is that of nn.MultiheadAttention, and scaling_factors (H,), which is alpha. One without
+    scaling_factors loads as well.
     """
+
+    def __init__(
+        self, *arguments: Any, alpha_init: float | Sequence[float] | None = None, learnable_alpha: bool = True, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        _check_covered(self)
+        self._hold_alpha(alpha_init, self.num_heads, learnable_alpha, self.out_proj.weight.device)
 
     @classmethod
     def from_module(
@@ -34,13 +44,12 @@ class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
             ValueError: module has add_bias_kv, add_zero_attn or parameters that are computed (parametrized, say), or alpha_init is not one
                 number or one a head.
         """
-        if module.bias_k is not None or module.add_zero_attn:
-            raise ValueError("module: expected an nn.MultiheadAttention without add_bias_kv and add_zero_attn, got one with")
+        _check_covered(module)
         bias = module.in_proj_bias is not None
-        sizes = dict(kdim=module.kdim, vdim=module.vdim, batch_first=module.batch_first, device="meta")
-        made = cls(module.embed_dim, module.num_heads, module.dropout, bias, **sizes)
+        options = dict(kdim=module.kdim, vdim=module.vdim, batch_first=module.batch_first, device="meta")
+        made = cls(module.embed_dim, module.num_heads, module.dropout, bias, learnable_alpha=learnable_alpha, **options)
         made._parameters.update(module._parameters)
-        if set(made._parameters) - set(module._parameters):
+        if set(made._parameters) - set(module._parameters) - {ALPHA}:
             raise ValueError("module: expected parameters of its own, got computed ones, parametrized say")
         made.out_proj = module.out_proj
         made._hold_alpha(alpha_init, module.num_heads, learnable_alpha, module.out_proj.weight.device)
@@ -123,6 +132,11 @@ class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if f"{prefix}scaling_factors" in missing:  # the state dict is an nn.MultiheadAttention's: alpha stays as it is
             missing.remove(f"{prefix}scaling_factors")
+
+
+def _check_covered(module: nn.MultiheadAttention) -> None:
+    if module.bias_k is not None or module.add_zero_attn:
+        raise ValueError("module: expected an nn.MultiheadAttention without add_bias_kv and add_zero_attn, got one with")
 
 
 def _added_to_scores(attn_mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ..attention import soft_masked_attention
+from ..validate import fits
 
 Auxiliary = tuple[Tensor, Tensor, None]
 
@@ -54,8 +55,11 @@ def triangle_attention(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    if mask is not None and (mask.dim() != q.dim() or mask.shape[-3:-1] != (1, 1)):
-        raise ValueError(f"mask: expected (B, N, 1, 1, K), got {tuple(mask.shape)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("bias", bias), *([] if mask is None else [("mask", mask)])):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if mask is not None and not fits(mask.shape, (*k.shape[:-3], 1, 1, k.shape[-2])):
+        raise ValueError(f"mask: expected (B, N, 1, 1, K) = {(*k.shape[:-3], 1, 1, k.shape[-2])}, got {tuple(mask.shape)}")
     padding = None if mask is None else ~mask[..., 0, 0, :].bool()
     out, lse = soft_masked_attention(q, k, v, bias, 1.0, scale=scale, key_padding_mask=padding, return_lse=True)
     return (out, lse[..., None], None) if return_aux else out

@@ -54,6 +54,7 @@ REFUSED = [
     (dict(query=z(B, H, NQ, D).to_sparse()), ValueError, "query: expected a dense tensor, got torch.sparse_coo"),
     (dict(mask=torch.nested.nested_tensor([z(NQ, NK), z(NQ, NK)])), ValueError, "mask: expected a dense tensor, got a nested one"),
     (dict(enable_gqa="no"), TypeError, "enable_gqa: expected a bool, got str"),
+    (dict(alpha=float("nan")), ValueError, "alpha: expected a number that torch.float32 can hold, got nan"),
     (dict(alpha=1e300), ValueError, "alpha: expected a number that torch.float32 can hold, got 1e+300"),
     (dict(alpha=10**39), ValueError, "alpha: expected a number that torch.float32 can hold, got 1000000000000000000000000000000000000000"),
     (dict(query=z(B, 0, NQ, D)), ValueError, "query: expected at least one head and a head size of at least 1, got shape (2, 0, 3, 8)"),

@@ -89,6 +89,14 @@ def test_the_original_stays_and_state_dicts_load_both_ways():
     assert torch.equal(twin(*inputs(False)), soft(*inputs(False)))
 
 
+def test_hooks_and_buffers_of_one_are_not_the_others():
+    original = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 32), 1)
+    soft = SoftMaskedTransformerDecoder.from_module(original)
+    soft.register_forward_hook(lambda *_: None)
+    soft.layers[0].register_buffer("seen", torch.zeros(()))
+    assert not original._forward_hooks and "seen" not in dict(original.named_buffers(recurse=True)) and not original.layers[0]._buffers
+
+
 def test_one_layer_and_what_is_refused():
     layer = nn.TransformerDecoderLayer(WIDTH, H, 32, dropout=0.0, batch_first=True)
     soft, given = SoftMaskedTransformerDecoderLayer.from_module(layer), inputs(True)

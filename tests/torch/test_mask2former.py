@@ -141,6 +141,14 @@ def test_what_is_no_mask2former_or_is_soft_already_is_refused(original):
         soften_mask2former(soften_mask2former(copy.deepcopy(original)))
 
 
+def test_a_refused_argument_leaves_the_model_as_it_is(original):
+    model = copy.deepcopy(original)
+    parts = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="alpha_init: expected a number or"):
+        soften_mask2former(model, alpha_init=[1.0, 2.0, 3.0])
+    assert [type(module) for module in model.modules()] == parts
+
+
 SETTINGS = [{}, {"alpha_init": 3.0, "sharpness": 2.5}, {"alpha_init": [1.0, 2.0], "learnable_alpha": False}]
 
 

@@ -169,6 +169,20 @@ def test_it_refuses(options, message):
 def test_what_it_does_not_cover_is_refused(option):
     with pytest.raises(ValueError, match="without add_bias_kv and add_zero_attn"):
         SoftMaskedMultiheadAttention.from_module(nn.MultiheadAttention(WIDTH, H, **{option: True}))
+    with pytest.raises(ValueError, match="without add_bias_kv and add_zero_attn"):
+        SoftMaskedMultiheadAttention(WIDTH, H, **{option: True})
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+def test_one_made_by_its_own_arguments_has_alpha(learnable):
+    torch.manual_seed(0)
+    module = SoftMaskedMultiheadAttention(WIDTH, H, batch_first=True, alpha_init=2.0, learnable_alpha=learnable)
+    assert module.scaling_factors.tolist() == [2.0] * H and isinstance(module.scaling_factors, nn.Parameter) == learnable
+    x, mask = torch.randn(B, NK, WIDTH), torch.rand(B, NK, NK)
+    expected = SoftMaskedMultiheadAttention.from_module(module, alpha_init=2.0)(x, x, x, mask=mask)
+    torch.testing.assert_close(module(x, x, x, mask=mask), expected)
+    module.reset_parameters()
+    assert module.scaling_factors.tolist() == [2.0] * H
 
 
 def test_a_boolean_window_and_padding_that_leave_a_query_no_key_give_zeros_and_finite_gradients():

@@ -195,8 +195,27 @@ def test_nn_is_there_with_the_package():
     assert smattn.nn.SoftMaskedAttention is SoftMaskedAttention
 
 
+@pytest.mark.parametrize("module", [SoftMaskedAttention(WIDTH, 4), HardMaskedAttention(WIDTH, 4)], ids=lambda m: type(m).__name__)
+def test_more_axes_than_one_of_the_batch_are_refused(module):
+    """Axis 1 would be taken for the heads."""
+    x, mask = torch.randn(2, 4, 4, WIDTH), torch.rand(2, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"query: expected shape \(B, N, embed_dim\), got \(2, 4, 4, "):
+        module(x, x, x, mask)
+    with pytest.raises(ValueError, match=r"key: expected shape \(B, N, embed_dim\)"):
+        module(x[0], x, x, mask)
+
+
+@pytest.mark.parametrize(
+    "padding", [torch.zeros(2, 7), torch.zeros(7, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool), [[False] * 7] * 2], ids=str
+)
+def test_the_hard_twin_refuses_what_is_no_padding(padding):
+    x = torch.randn(2, 7, WIDTH)
+    with pytest.raises(ValueError, match=r"key_padding_mask: expected a torch.bool tensor \(B, Nk\) = \(2, 7\)"):
+        HardMaskedAttention(WIDTH, 4)(x, x, x, torch.rand(2, 7, 7), padding)
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("mask", [None, torch.ones(7), torch.ones(3, 7)])
+@pytest.mark.parametrize("mask", [None, torch.ones(7), torch.ones(3, 7), torch.ones(2, 3, 7, dtype=torch.int64)])
 def test_the_hard_twin_refuses_what_its_sibling_refuses(mask, padded):
     module = HardMaskedAttention(WIDTH, 4)
     x = torch.randn(2, 7, WIDTH)

@@ -67,6 +67,7 @@ def refusals(mesh):
         ((placed(q, Shard(3)), *whole[1:]), {}),
         ((placed(q, Shard(1)), *whole[1:]), {}),
         (whole, {"dropout_p": 0.1}),
+        (whole, {"mask_logits": whole[0]}),
     ):
         with pytest.raises((TypeError, ValueError)) as error:
             sharded_attention(*tensors, **options)
@@ -94,9 +95,10 @@ def test_sharded_tensors_give_what_one_process_has(ranks, name):
 
 
 def test_what_cannot_be_sharded_is_refused(ranks):
-    for _, (no_dtensor, head_size, heads, dropout), over_two in ranks[1]:
+    for _, (no_dtensor, head_size, heads, *unknown), over_two in ranks[1]:
         assert no_dtensor == "key: expected a DTensor, got Tensor"
         assert head_size.startswith("query: expected Replicate() or Shard of axis 0, 1 or 2")
         many = "key: expected a number of heads that {} ranks can share equally, got {}"
         assert heads == many.format(ranks[0], 3) and over_two in (None, many.format(4, 6))
-        assert dropout.startswith("dropout_p: expected 0")
+        for name, message in zip(("dropout_p", "mask_logits"), unknown, strict=True):
+            assert f"unexpected keyword argument '{name}'" in message

@@ -88,7 +88,14 @@ def test_attention_of_the_ending_node_takes_transposed_pairs():
     assert torch.equal(triangle_attention(*turned, bias, mask), triangle_attention(q, k, v, bias, mask))
 
 
-@pytest.mark.parametrize("shape", [(B, 7, 7), (B, 7, H, 1, 7), (B, 7, 1, 7, 7)])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "mask"])
+def test_what_is_no_tensor_is_refused_by_its_name(name):
+    arguments = dict(zip(("q", "k", "v", "bias", "mask"), inputs(7), strict=True))
+    with pytest.raises(TypeError, match=f"^{name}: expected a torch.Tensor, got list"):
+        triangle_attention(**arguments | {name: [1.0]})
+
+
+@pytest.mark.parametrize("shape", [(B, 7, 7), (B, 7, H, 1, 7), (B, 7, 1, 7, 7), (B + 1, 7, 1, 1, 7), (B, 7, 1, 1, 6)])
 def test_a_mask_of_another_form_is_refused(shape):
     q, k, v, bias, _ = inputs(7)
     with pytest.raises(ValueError, match=r"mask: expected \(B, N, 1, 1, K\)"):
