@@ -49,6 +49,9 @@ def soft_masked_attention(
 
     Soft-masked attention of arXiv 2206.00182 (section 3); equations (1)-(8) of smattn/reference.py.
 
+    In place of B there may be several batch axes, the same in every tensor, and the mask's may have size 1 along any of them: a bias that N
+    rows of B pictures share is (B, 1, H, Nq, Nk) beside a query (B, N, H, Nq, D). It is neither expanded nor copied for that.
+
     Args:
         query: (B, H, Nq, D), float16, bfloat16, float32 or float64.
         key: (B, Hkv, Nk, D), query's dtype. H % Hkv == 0.
@@ -56,8 +59,8 @@ def soft_masked_attention(
         mask: soft mask M, usually in [0, 1] (not checked): (B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk); any floating
             dtype, any strides. Broadcasting is by size-1 axes, over which its gradient is summed; an expanded mask has an expanded one.
             Prefer float32: with alpha = 32 a bfloat16 mask near 1 moves a logit by 0.125.
-        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,). Given exactly when M is, and
-            finite: an infinite one may leave NaN in any gradient.
+        alpha: how strongly each head follows the mask, in logits: a float, or a tensor of shape () or (H,); 1 unless given. Finite: an
+            infinite one may leave NaN in any gradient. Refused where there is no mask.
             Pass a tensor for what changes: torch.compile makes a new graph for each float, here and in scale and dropout_p.
         mask_logits: instead of mask, of the same shapes and dtypes: M = sigmoid(mask_logits), held nowhere on the CPU, nor on a GPU for up
             to 128 queries.
@@ -105,7 +108,7 @@ def soft_masked_attention(
         backend=backend or "",
     )
     if dropout_p > 0:
-        if backend and not torch.compiler.is_compiling():
+        if backend and not torch.compiler.is_compiling() and not query.is_meta:
             resolve(ops.attention_call(arguments).problem, backend, "forward")  # refuses before the generator has moved
         arguments = arguments._replace(seed=draw_seed(query.device))
     out, lse, *_ = apply(SoftMaskedAttention, ops.forward, arguments)

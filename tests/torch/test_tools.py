@@ -145,3 +145,10 @@ def test_per_sample_gradients_of_a_module(device):
     for i, sample in enumerate(zip(*inputs, strict=True)):
         for name, expected in grad(loss)(parameters, *sample).items():
             torch.testing.assert_close(per_sample[name][i], expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("by", [None, "cpu"])
+def test_shapes_are_found_on_the_meta_device(by, dropout_p):
+    query, key, value = torch.empty(2, 4, 5, 8, device="meta"), *torch.empty(2, 2, 4, 7, 8, device="meta")
+    assert smattn.soft_masked_attention(query, key, value, backend=by, dropout_p=dropout_p).shape == query.shape
