@@ -101,3 +101,16 @@ def test_very_low_scores_lose_no_weight(name):
     with forced(name):
         soft_masked_attention(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 64, 8), value, mask, 1.0, backend="cpu").sum().backward()
     torch.testing.assert_close(value.grad[0, 0, :, 0], mask[0, 0].softmax(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_that_products_read_as_bfloat16(name):
+    """Their 2^x is another polynomial where the processor multiplies bfloat16. Of two keys, one of weight 1, lse tells the other's weight."""
+    mask = torch.zeros(1, 5000, 2)
+    mask[0, :, 1] = -torch.linspace(0, 0.6931, 5000)  # all fractions of a power of two
+    query, keys = torch.zeros(1, 1, 5000, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
+    with forced(name):
+        _, lse = soft_masked_attention(query, keys, keys, mask, 1.0, return_lse=True, backend="cpu")
+    weight, exact = lse[0, 0].double().expm1(), mask[0, :, 1].double().exp()
+    rounding_of_lse = 2.0**-25 * 3  # at most 3 times as much of the weight
+    assert ((weight - exact) / exact).abs().max() <= 2.8e-7 + 2 * rounding_of_lse
