@@ -180,7 +180,9 @@ struct SharedTile {
   };
 
   template <class>
-  static SMATTN_DEVICE void put_pair(float* to, float low, float high) { *reinterpret_cast<Floats*>(to) = {low, high}; }
+  static SMATTN_DEVICE void put_pair(float* to, float low, float high) {
+    *reinterpret_cast<Floats*>(to) = {low, high};
+  }
   template <class What, class Element>
   static SMATTN_DEVICE void put_pair(Element* to, float low, float high) {
     *reinterpret_cast<uint32_t*>(to) = pack<Element, What>(low, high);

@@ -71,7 +71,7 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16" || std::string(kernels.name) == "amx");
   f.out = make.make(true, "out", p.dtype, out_size, a.out, allowed.product);
   f.lse = make.make(true, "lse", acc, row_size, a.lse, allowed.sum);
-  const Array remainder = p.out_saved && rounded ? Array(p.dtype, out_size) : Array();
+  const Array remainder = p.out_saved && rounded ? Array(p.dtype, out_size) : Array();  // RemainderOf it has as many bytes
   f.remainder = remainder.data();
   f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar, allowed.sum);
   kernels.forward(f, threads);
