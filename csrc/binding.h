@@ -72,11 +72,12 @@ struct Gradients {
 class Reader {
  public:
   const ScalarType dtype, acc;  // of query, and what it is accumulated in
+  const ScalarType remainder;   // what holds RemainderOf query's dtype
   Scores scores{};
 
   explicit Reader(const Inputs& in)
-      : dtype(in.query.scalar_type()), acc(dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float), query_(in.query),
-        mask_(in.mask) {
+      : dtype(in.query.scalar_type()), acc(dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
+        remainder(dtype == ScalarType::BFloat16 ? ScalarType::Short : dtype), query_(in.query), mask_(in.mask) {
     STD_TORCH_CHECK(in.query.dim() == 4 && in.key.dim() == 4, "query, key: expected 4 dimensions, got ", in.query.dim(), " and ",
                     in.key.dim());
     const int64_t H = in.query.size(1), Hkv = in.key.size(1);
@@ -213,7 +214,7 @@ inline ForwardParams forward_params(Reader& in, const Tensor& value, double drop
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
   f.out = in.output(out, "out", in.dtype, {B, H, Nq, Dv});
   f.lse = in.output(lse, "lse", in.acc, {B, H, Nq});
-  f.remainder = in.output(remainder, "remainder", in.dtype, {B, H, Nq, Dv});
+  f.remainder = in.output(remainder, "remainder", in.remainder, {B, H, Nq, Dv});
   f.mbar = in.output(mbar, "mbar", in.acc, {B, H, Nq});
   return f;
 }
@@ -235,9 +236,9 @@ inline BackwardParams backward_params(Reader& in, const Tensor& value, double dr
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   g.dout = in.read_like_query(saved.dout, "dout", {B, H, Nq, Dv});
   if (saved.out.has_value() && to.any()) {  // dV alone needs no delta
-    g.out = in.read_like_query(*saved.out, "out", {B, H, Nq, Dv});
+    g.out = in.contiguous(saved.out, "out", in.dtype, {B, H, Nq, Dv});
     STD_TORCH_CHECK(saved.remainder.has_value() == (in.dtype != in.acc), "remainder: expected exactly with an out of 16 bits");
-    if (saved.remainder.has_value()) g.remainder = in.read_like_query(*saved.remainder, "remainder", {B, H, Nq, Dv});
+    g.remainder = in.contiguous(saved.remainder, "remainder", in.remainder, {B, H, Nq, Dv});
   }
   g.lse = in.contiguous(saved.lse, "lse", in.acc, {B, H, Nq});
   g.dlse = in.contiguous(saved.dlse, "dlse", in.acc, {B, H, Nq});

@@ -18,6 +18,31 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// What stores the remainder of a number that was rounded to T.
+template <class T>
+struct RemainderType {
+  using type = T;
+};
+template <>
+struct RemainderType<BFloat16> {
+  using type = int16_t;
+};
+template <class T>
+using RemainderOf = typename RemainderType<T>::type;
+
+// What rounding took from a number, in 16 bits of its own, is its remainder.
+// Of bfloat16, the upper half of a float, that is the distance of their bits: the two are the float again. Only a tie that was rounded down is
+// one more than 16 bits hold. NaN stays NaN, whatever its bits.
+SMATTN_HOST_DEVICE constexpr int16_t remainder_of_bits(uint32_t unrounded, BFloat16 rounded) {
+  const int32_t distance = static_cast<int32_t>(unrounded - (static_cast<uint32_t>(rounded.bits) << 16));
+  return static_cast<int16_t>(distance < -0x8000 ? -0x8000 : distance > 0x7fff ? 0x7fff : distance);
+}
+SMATTN_HOST_DEVICE constexpr uint32_t unrounded_bits(BFloat16 rounded, int16_t remainder) {
+  return (static_cast<uint32_t>(rounded.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(remainder));
+}
+// Of float16 it is this times the difference, in float16.
+constexpr float kRemainderScale = 256.0f;  // REMAINDER_SCALE of smattn/call.py
+
 #ifndef __CUDACC__  // a device has instructions for these: csrc/cuda/numbers.h
 
 SMATTN_HOST_DEVICE float widen(BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
@@ -44,6 +69,17 @@ SMATTN_HOST_DEVICE void narrow(float x, Half& to) {
   const uint32_t finite = rest < 0x38800000u ? subnormal : rest < 0x47800000u ? bounded : infinite;
   to.bits = static_cast<uint16_t>((rest > 0x7f800000u ? 0x7e00u : finite) | ((bits >> 16) & 0x8000u));
 }
+
+SMATTN_HOST_DEVICE int16_t remainder_of(float x, BFloat16 rounded) { return remainder_of_bits(__builtin_bit_cast(uint32_t, x), rounded); }
+SMATTN_HOST_DEVICE Half remainder_of(float x, Half rounded) {
+  Half remainder;
+  narrow((x - widen(rounded)) * kRemainderScale, remainder);
+  return remainder;
+}
+SMATTN_HOST_DEVICE float unrounded(BFloat16 rounded, int16_t remainder) {
+  return __builtin_bit_cast(float, unrounded_bits(rounded, remainder));
+}
+SMATTN_HOST_DEVICE float unrounded(Half rounded, Half remainder) { return widen(rounded) + widen(remainder) / kRemainderScale; }
 
 #endif
 

@@ -75,8 +75,6 @@ struct Scores {
   double scale;
 };
 
-constexpr float kRemainderScale = 256.0f;  // REMAINDER_SCALE of smattn/call.py
-
 struct Dropout {
   double p = 0.0;             // 0: none
   uint64_t seed = 0;
@@ -88,7 +86,7 @@ struct ForwardParams {
   Dropout dropout;
   void* out;                  // [B, H, Nq, Dv] dtype, contiguous
   void* lse;                  // [B, H, Nq] acc, contiguous
-  void* remainder;            // [B, H, Nq, Dv] dtype, contiguous, kRemainderScale * what rounding took from out; null when not asked for
+  void* remainder;            // [B, H, Nq, Dv] RemainderOf the dtype, contiguous; null when not asked for
   void* mbar;                 // [B, H, Nq] acc, contiguous; null when not asked for
 };
 
@@ -98,8 +96,8 @@ struct BackwardParams {
   Tensor4 value;              // [B, Hkv, Nk, Dv]
   Dropout dropout;
   Tensor4 dout;               // [B, H, Nq, Dv]
-  Tensor4 out;                // [B, H, Nq, Dv]; data null: delta (5) is summed as P*dP
-  Tensor4 remainder;          // [B, H, Nq, Dv], kRemainderScale * what rounding took from out; data null where it took nothing
+  const void* out;            // [B, H, Nq, Dv] dtype, contiguous; null: delta (5) is summed as P*dP
+  const void* remainder;      // [B, H, Nq, Dv] RemainderOf the dtype, contiguous; null where rounding took nothing from out
   const void* lse;            // [B, H, Nq] acc, contiguous
   const void* dlse;           // [B, H, Nq] acc, contiguous; null when lse was not used
   const void* mbar;           // [B, H, Nq] acc, contiguous; read for dalpha

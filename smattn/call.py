@@ -25,6 +25,11 @@ class Sharing(NamedTuple):
     share_step: int
 
 
+def remainder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What holds the remainder of an output of this dtype, in as many bytes as the output."""
+    return torch.int16 if dtype == torch.bfloat16 else dtype
+
+
 REMAINDER_SCALE = 256  # else the remainder of a small float16 would be rounded to a multiple of 2^-24; a power of two rounds nothing
 
 
@@ -89,25 +94,43 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward leaves to backward, contiguous. Rows are in the accumulation dtype."""
+    """What forward leaves to backward. Rows are in the accumulation dtype. All is contiguous when forward leaves it."""
 
     out: Tensor | None  # (B, H, Nq, Dv), the output; without it backward sums delta as P*dP, reference.py (5)
-    remainder: Tensor | None  # in out's dtype, REMAINDER_SCALE times what rounding took from it; None where nothing was rounded
+    remainder: Tensor | None  # what rounding took from out, see with_remainder; None where nothing was rounded
     lse: Tensor  # (B, H, Nq)
     mbar: Tensor | None  # (B, H, Nq), reference.py (8), for the gradient of alpha
+
+    def contiguous(self) -> Saved:
+        """The same as the kernels in C++ read it, wherever it has been since forward."""
+        out, remainder, mbar = (None if x is None else x.contiguous() for x in (self.out, self.remainder, self.mbar))
+        return Saved(out, remainder, self.lse.contiguous(), mbar)
 
 
 def without_rounding(saved: Saved) -> Tensor:
     """The output in the accumulation dtype, from the first two fields of Saved."""
     assert saved.out is not None, "forward was not asked to save its output"
     out = saved.out.to(saved.lse.dtype)
-    return out if saved.remainder is None else out + saved.remainder.to(out.dtype) / REMAINDER_SCALE
+    if saved.remainder is None:
+        return out
+    if saved.remainder.dtype == torch.int16:
+        return (out.view(torch.int32) + saved.remainder).view(torch.float32)
+    return out + saved.remainder.to(out.dtype) / REMAINDER_SCALE
 
 
 def with_remainder(unrounded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The first two fields of Saved, from the output in the accumulation dtype."""
+    """The first two fields of Saved, from the output in the accumulation dtype.
+
+    A bfloat16 is the upper half of a float32, so the distance of their bits fits in an int16, and the two are the float32 again. Only a tie
+    that was rounded down is one more than an int16 holds. Of float16 it is REMAINDER_SCALE times the difference, in float16.
+    """
     out = unrounded.to(dtype)
-    return out, None if out.dtype == unrounded.dtype else ((unrounded - out) * REMAINDER_SCALE).to(dtype)
+    if out.dtype == unrounded.dtype:
+        return out, None
+    if remainder_dtype(dtype) == torch.int16:
+        distance = unrounded.view(torch.int32) - out.to(torch.float32).view(torch.int32)
+        return out, distance.clamp(-(2**15), 2**15 - 1).to(torch.int16)
+    return out, ((unrounded - out) * REMAINDER_SCALE).to(dtype)
 
 
 class Needs(NamedTuple):

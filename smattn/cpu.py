@@ -48,12 +48,11 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
     """Equations (5)-(8), with P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried."""
-    p, grads = call.problem, new_gradients(call, needs)
-    mbar = saved.mbar.contiguous() if needs.alpha and saved.mbar is not None else None
+    p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     torch.ops.smattn_cpu.backward(
         dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
         call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-        saved.out, saved.remainder, saved.lse.contiguous(), mbar, p.scale, p.dropout_p,
+        saved.out, saved.remainder, saved.lse, saved.mbar, p.scale, p.dropout_p,
         grads.query, grads.key, grads.value, grads.mask, grads.alpha,
     )  # fmt: skip
     return grads

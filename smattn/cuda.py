@@ -76,13 +76,12 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
     """Equations (5)-(8), with P rebuilt as exp(S - lse). Without saved.out, delta is summed as P*dP in a sweep of its own."""
-    p, grads = call.problem, new_gradients(call, needs)
-    mbar = saved.mbar.contiguous() if needs.alpha and saved.mbar is not None else None
+    p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     if not p.is_empty and _some(grads):
         _ops().backward(
             dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
             call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-            saved.out, saved.remainder, saved.lse.contiguous(), mbar, p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
+            saved.out, saved.remainder, saved.lse, saved.mbar, p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
             grads.query, grads.key, grads.value, grads.mask, grads.alpha,
         )  # fmt: skip
     return grads

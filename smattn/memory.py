@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients, Needs, Problem, Saved
+from .call import Call, Gradients, Needs, Problem, Saved, remainder_dtype
 
 PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients divided by this,
 PROMISED_BYTES = 16 << 20  # and these bytes whatever the size of the call
@@ -84,7 +84,7 @@ def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor,
     p, device = call.problem, call.query.device
     out = torch.empty((p.B, p.H, p.Nq, p.Dv), dtype=p.dtype, device=device)
     lse = torch.empty((p.B, p.H, p.Nq), dtype=p.acc_dtype, device=device)
-    remainder = torch.empty_like(out) if save_out and lse.dtype != out.dtype else None
+    remainder = torch.empty_like(out, dtype=remainder_dtype(p.dtype)) if save_out and lse.dtype != out.dtype else None
     mbar = torch.empty_like(lse) if save_mbar and call.mask is not None else None
     if p.Nk == 0:
         for tensor in (out, remainder, mbar):

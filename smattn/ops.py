@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import prepared
 from .backends import resolve
-from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call
+from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call, remainder_dtype
 from .memory import queries_with_remainder
 
 
@@ -156,7 +156,7 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     remainder = saved.remainder
     if remainder is None:
         B, H, _, Dv = out.shape
-        remainder = out.new_empty((B, H, 0, Dv) if a.save_out and is_rounded else (0,))
+        remainder = out.new_empty((B, H, 0, Dv) if a.save_out and is_rounded else (0,), dtype=remainder_dtype(out.dtype))
     mbar = saved.lse.new_empty((0,)) if saved.mbar is None else saved.mbar
     return out, saved.lse, remainder, mbar
 
@@ -171,7 +171,7 @@ def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         a.query.new_empty((*rows, Dv)),
         a.query.new_empty(rows, dtype=acc),
-        a.query.new_empty(kept),
+        a.query.new_empty(kept, dtype=remainder_dtype(a.query.dtype)),
         a.query.new_empty(rows if a.save_mbar and a.alpha is not None else (0,), dtype=acc),
     )
 

@@ -64,7 +64,7 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dvalue = p.dvalue,
                              .dmask = p.dmask,
                              .dalpha = static_cast<T*>(p.dalpha),
-                             .has_remainder = p.remainder.data != nullptr};
+                             .has_remainder = p.remainder != nullptr};
   if (task.wants_ds()) {
     compute_delta<E>(p, threads, delta.get());
   } else {

@@ -9,7 +9,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class E, class T>
 inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta) {
   const Sizes& n = p.scores.size;
-  if (p.out.data == nullptr) {
+  if (p.out == nullptr) {
     ForwardTask<T> means{.params = {}, .dmap = {}, .dout = p.dout, .eta = delta};
     means.params.scores = p.scores, means.params.value = p.value, means.params.dropout = p.dropout;
     forward_pass<E>(means, threads);
@@ -18,18 +18,19 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
     const int64_t blocks = blocks_of(n.Nq, kRows);
     parallel_for(threads, n.B * n.H * blocks, 1, [&](int64_t begin, int64_t end) {
       const int64_t stride = round_up(n.Dv, kLanes<T>);
-      const Buffer<T> dout(kRows * stride), out(kRows * stride), remainder(kRows * stride);
-      if (p.remainder.data == nullptr) fill<T>(remainder, kRows * stride, T(0));
+      const Buffer<T> dout(kRows * stride), out(kRows * stride);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t bh = item / blocks, first = item % blocks * kRows, rows = smaller_of(kRows, n.Nq - first);
-        const auto read = [&](const Tensor4& t, T* to) { read_rows<T>(rows_of(t, bh / n.H, bh % n.H, first), rows, n.Dv, to, stride); };
-        read(p.dout, dout), read(p.out, out);
-        if (p.remainder.data != nullptr) read(p.remainder, remainder);
+        read_rows<T>(rows_of(p.dout, bh / n.H, bh % n.H, first), rows, n.Dv, dout, stride);
+        const int64_t offset = (bh * n.Nq + first) * n.Dv;
+        if (p.remainder == nullptr) {
+          read_rows<T>({p.out, p.scores.dtype, offset, n.Dv, 1}, rows, n.Dv, out, stride);
+        } else {
+          read_unrounded<T>(p.out, p.remainder, p.scores.dtype, offset, rows, n.Dv, out, stride);
+        }
         for (int64_t i = 0; i < rows; ++i) {
           Vec<T> sum{};
-          for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) {
-            sum += load(dout + at) * (load(out + at) + load(remainder + at) * T(1 / kRemainderScale));
-          }
+          for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) sum += load(dout + at) * load(out + at);
           delta[bh * n.Nq + first + i] = sum_lanes<T>(sum);
         }
       }

@@ -133,7 +133,7 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
     for (T* to = part.out + i * part.stride; to < part.out + (i + 1) * part.stride; to += kLanes<T>) store(to, load(to) * inverse[i]);
   }
   write_rows<T>(part.out, part.stride, q.count, n.Dv, p.out, p.scores.dtype, row * n.Dv, n.Dv);
-  if (p.remainder != nullptr) write_remainders<T>(part.out, part.stride, q.count, n.Dv, p.remainder, p.scores.dtype, row * n.Dv);
+  if (p.remainder != nullptr) write_remainders<T>(part.out, part.stride, q.count, n.Dv, p.out, p.remainder, p.scores.dtype, row * n.Dv);
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -44,7 +44,8 @@ struct alignas(16) RowState {
 
 struct RowsArgs {
   Call call;
-  Tensor4 dout = {}, out = {}, remainder = {};  // data null where sums takes their place; of remainder also where out is not rounded
+  Tensor4 dout = {};
+  const void *out = nullptr, *remainder = nullptr;  // BackwardParams; null where sums takes their place
   const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
   const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
   const float* head_weights = nullptr;  // of attention_map

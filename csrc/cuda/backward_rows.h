@@ -8,16 +8,26 @@ namespace smattn::cuda {
 
 constexpr int kRowsThreads = 128;
 
-// <dO, O>
-SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i) {
-  const auto row = [&](const Tensor4& x) { return at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2]; };
-  const int64_t dout = row(args.dout), out = row(args.out), remainder = row(args.remainder);
-  float sum = 0.0f;
-  for (int64_t col = lane_index(); col < args.call.scores.size.Dv; col += kWarp) {
-    float o = load_element(args.out, out + col * args.out.stride[3]);
-    if (args.remainder.data != nullptr) o += load_element(args.remainder, remainder + col * args.remainder.stride[3]) / kRemainderScale;
-    sum = fmaf(load_element(args.dout, dout + col * args.dout.stride[3]), o, sum);
+// An element of the output as it was before it was rounded.
+template <class T>
+SMATTN_DEVICE float unrounded_element(const RowsArgs& args, int64_t at) {
+  return unrounded(static_cast<const T*>(args.out)[at], static_cast<const RemainderOf<T>*>(args.remainder)[at]);
+}
+SMATTN_DEVICE float output_element(const RowsArgs& args, int64_t at) {
+  switch (args.call.scores.dtype) {
+    case DType::kFloat16: return unrounded_element<Half>(args, at);
+    case DType::kBFloat16: return unrounded_element<BFloat16>(args, at);
+    default: return static_cast<const float*>(args.out)[at];
   }
+}
+
+// <dO, O> of query i of a head, which is row `row` of O.
+SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64_t i, int64_t row) {
+  const Tensor4& x = args.dout;
+  const int64_t dout = at.b * x.stride[0] + at.h * x.stride[1] + i * x.stride[2], depth = args.call.scores.size.Dv;
+  float sum = 0.0f;
+  for (int64_t col = lane_index(); col < depth; col += kWarp)
+    sum = fmaf(load_element(x, dout + col * x.stride[3]), output_element(args, row * depth + col), sum);
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
   return sum;
 }
@@ -32,8 +42,8 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   RowState state{lse * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row], args.dlse == nullptr ? 0.0f : args.dlse[row]};
   if (args.sums != nullptr) {
     state.delta = (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row] - state.dl;
-  } else if (args.out.data != nullptr) {
-    state.delta = output_gradient_product(args, at, i) - state.dl;
+  } else if (args.out != nullptr) {
+    state.delta = output_gradient_product(args, at, i, row) - state.dl;
   }
   // In a dead row P and dS are exactly 0. What comes of a row with a score of +inf is NaN.
   if (lse == -infinity()) state = {infinity(), 0.0f, 0.0f, 0.0f};

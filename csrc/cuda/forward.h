@@ -153,9 +153,10 @@ SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, 
   if (args.out == nullptr) return;
   softmax.out.scale_rows(factor);
   store_tile(softmax.out, shared, row, static_cast<T*>(args.out) + first_row * depth, rows, depth);
-  if (sizeof(T) > 2 || args.remainder == nullptr) return;
-  softmax.out.for_each([](float& x, int, int) { x = (x - to_float(rounded<T>(x))) * kRemainderScale; });
-  store_tile(softmax.out, shared, row, static_cast<T*>(args.remainder) + first_row * depth, rows, depth);
+  if constexpr (sizeof(T) == 2) {
+    if (args.remainder == nullptr) return;
+    store_tile<AsRemainder>(softmax.out, shared, row, static_cast<T*>(args.remainder) + first_row * depth, rows, depth);
+  }
 }
 
 template <int D>

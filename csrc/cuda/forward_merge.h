@@ -32,8 +32,11 @@ SMATTN_DEVICE void forward_merge_block(const ForwardArgs& args) {
       sum = fmaf(args.partial_out[(i * rows + row) * size.Dv + col], factor_of(args.partial_rows[i * rows + row].m), sum);
     sum *= factor * args.call.keep_scale;
     const int64_t at = row * size.Dv + col;
-    round_to(static_cast<T*>(args.out)[at], sum);
-    if (args.remainder != nullptr) round_to(static_cast<T*>(args.remainder)[at], (sum - to_float(rounded<T>(sum))) * kRemainderScale);
+    const T out = rounded<T>(sum);
+    static_cast<T*>(args.out)[at] = out;
+    if constexpr (sizeof(T) == 2) {
+      if (args.remainder != nullptr) static_cast<RemainderOf<T>*>(args.remainder)[at] = remainder_of(sum, out);
+    }
   }
 }
 

@@ -158,7 +158,7 @@ void backward(const BackwardParams& params, const Context& context) {
   const auto* mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr;
   RowsArgs r{.call = call, .lse = lse, .dlse = static_cast<const float*>(params.dlse), .mbar = mbar, .rows = rows};
   const QueriesArgs queries{.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows};
-  if (params.out.data != nullptr) {
+  if (params.out != nullptr) {
     r.dout = params.dout;
     r.out = params.out;
     r.remainder = params.remainder;

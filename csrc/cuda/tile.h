@@ -141,13 +141,14 @@ struct SharedTile {
     }
   }
 
-  // Rounds 16 rows of a warp's registers into the tile, from row `row` on, where only this warp looks.
+  // Rounds 16 rows of a warp's registers into the tile, or takes their remainders, from row `row` on, where only this warp looks.
+  template <class What = AsRounded>
   SMATTN_DEVICE void put(const Tile<D>& x, int row) const {
     const Lane to = lane(row + row_of(0), column_of(0) / kPerChunk);
     SMATTN_UNROLL
     for (int n = 0; n < D / 8; ++n) SMATTN_UNROLL
     for (int half = 0; half < 2; ++half)
-      put_pair(to.from(8 * half, 8 * n / kPerChunk) + column_of(0) % kPerChunk, x.x[n][2 * half], x.x[n][2 * half + 1]);
+      put_pair<What>(to.from(8 * half, 8 * n / kPerChunk) + column_of(0) % kPerChunk, x.x[n][2 * half], x.x[n][2 * half + 1]);
   }
 
   // Copies rows row..row + 16 of the tile, but at most `rows` of them, to contiguous rows of `depth` elements, 16 bytes at a time if depth
@@ -178,18 +179,21 @@ struct SharedTile {
     float x[2];
   };
 
-  static SMATTN_DEVICE void put_pair(float* to, float low, float high) { *reinterpret_cast<Floats*>(to) = {low, high}; }
-  template <class Element>
+  template <class>
+  static SMATTN_DEVICE void put_pair(float* to, float low, float high) {
+    *reinterpret_cast<Floats*>(to) = {low, high};
+  }
+  template <class What, class Element>
   static SMATTN_DEVICE void put_pair(Element* to, float low, float high) {
-    *reinterpret_cast<uint32_t*>(to) = pack<Element>(low, high);
+    *reinterpret_cast<uint32_t*>(to) = pack<Element, What>(low, high);
   }
 };
 
 // 16 rows of a warp's registers to contiguous rows of `depth` elements in device memory, through a shared tile's rows row..row + 16.
-template <class T, int ROWS, int D>
+template <class What = AsRounded, class T, int ROWS, int D>
 SMATTN_DEVICE void store_tile(const Tile<D>& x, SharedTile<T, ROWS, D> shared, int row, T* to, int rows, int depth) {
   sync_warp();
-  shared.put(x, row);
+  shared.template put<What>(x, row);
   sync_warp();
   shared.store(to, row, rows, depth);
 }

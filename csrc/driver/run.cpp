@@ -44,7 +44,7 @@ Shape mask_shape(const Problem& p) { return {p.mask_size[0], p.mask_size[1], p.m
 
 // Products of a 16-bit type may take their weights, P*C/(1-p) or dS, rounded to it: by half its epsilon at most, a standard deviation of
 // 1/sqrt(3) of that, each by itself; six times what comes of them all. Nothing else is rounded before its time. Delta, which cancels dP,
-// is taken from the output and its remainder, the one rounded once and the other twice; their weights are rounded by kernels that multiply
+// is taken from the output and its remainder, which of float16 alone is rounded itself; their weights are rounded by kernels that multiply
 // pairs of bfloat16 alone.
 struct Allowances {
   Allowance sum, product, through_delta, product_through_delta;
@@ -52,7 +52,8 @@ struct Allowances {
   Allowances(const Problem& p, double band, bool pairs) {
     const double half = bytes_of(p.dtype) == 2 ? epsilon_of(p.dtype) / 2 : 0.0, deviations = 6 / std::sqrt(3.0);
     const double exact_half = pairs && p.dtype == DType::kBFloat16 ? half : 0.0;  // of the output's weights
-    const double delta = p.out_saved ? band + exact_half + half * half : band;
+    const double remainder = p.dtype == DType::kFloat16 ? half * half : 0.0;
+    const double delta = p.out_saved ? band + exact_half + remainder : band;
     sum = {band, 0.0}, product = {band, deviations * half};
     through_delta = {delta, 0.0}, product_through_delta = {delta, deviations * half};
   }
@@ -70,7 +71,7 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16" || std::string(kernels.name) == "amx");
   f.out = make.make(true, "out", p.dtype, out_size, a.out, allowed.product);
   f.lse = make.make(true, "lse", acc, row_size, a.lse, allowed.sum);
-  const Array remainder = p.out_saved && rounded ? Array(p.dtype, out_size) : Array();
+  const Array remainder = p.out_saved && rounded ? Array(p.dtype, out_size) : Array();  // RemainderOf it has as many bytes
   f.remainder = remainder.data();
   f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar, allowed.sum);
   kernels.forward(f, threads);
@@ -78,8 +79,7 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   BackwardParams g{};
   g.scores = f.scores, g.value = f.value, g.dropout = f.dropout;
   g.dout = in.dout.tensor();
-  if (p.out_saved) g.out = {f.out, p.dtype, {H * Nq * Dv, Nq * Dv, Dv, 1}};
-  if (p.out_saved && rounded) g.remainder = {f.remainder, p.dtype, {H * Nq * Dv, Nq * Dv, Dv, 1}};
+  if (p.out_saved) g.out = f.out, g.remainder = f.remainder;
   g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar;
   g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, allowed.product_through_delta);
   g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, allowed.product_through_delta);

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .load import load_tile
 from .score import LOG2E, lse_to_rebuild, rounded_product
-from .store import REMAINDER_SCALE
+from .store import REMAINDER_SCALE, upper_half
 
 
 @triton.jit
@@ -36,11 +36,15 @@ def rows_of(out, do, lse, dl):
 @triton.jit
 def load_unrounded(out_ptr, remainder_ptr, bh, offs_m, offs_dv, row_ok, Nq, DV: tl.constexpr):
     """The output of a query block in float32: what forward stored, and what rounding took from it. bh: b * H + h."""
-    out = load_tile(out_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV).to(tl.float32)
-    if remainder_ptr is not None:
+    out = load_tile(out_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV)
+    if remainder_ptr is None:
+        return out.to(tl.float32)
+    else:
         remainder = load_tile(remainder_ptr + bh * Nq * DV, offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV)
-        out += remainder.to(tl.float32) * (1.0 / REMAINDER_SCALE)
-    return out
+        if remainder_ptr.dtype.element_ty == tl.int16:
+            return (upper_half(out) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+        else:
+            return out.to(tl.float32) + remainder.to(tl.float32) * (1.0 / REMAINDER_SCALE)
 
 
 @triton.jit

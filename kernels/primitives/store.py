@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...call import REMAINDER_SCALE as _REMAINDER_SCALE
 from .load import LOGITS, load_tile
-from .score import LOG2E, rounded_product
+from .score import INTERPRETED, LOG2E, rounded_product
 
 REMAINDER_SCALE = tl.constexpr(_REMAINDER_SCALE)
 
@@ -22,10 +22,31 @@ def store_tile(ptr, tile, rows, cols, n_cols, row_ok, col_ok):
 @triton.jit
 def store_output(out_ptr, remainder_ptr, out, first_row, rows, cols, row_ok, DV: tl.constexpr):
     """Store a block of the output, and what rounding takes from it where backward wants that. first_row: the row that row 0 is."""
-    store_tile(out_ptr + first_row * DV, out, rows, cols, DV, row_ok, cols < DV)
+    rounded = round_to(out, out_ptr.dtype.element_ty)
+    store_tile(out_ptr + first_row * DV, rounded, rows, cols, DV, row_ok, cols < DV)
     if remainder_ptr is not None:
-        rounded = out.to(out_ptr.dtype.element_ty).to(tl.float32)
-        store_tile(remainder_ptr + first_row * DV, (out - rounded) * REMAINDER_SCALE, rows, cols, DV, row_ok, cols < DV)
+        if remainder_ptr.dtype.element_ty == tl.int16:  # see with_remainder of call.py
+            distance = out.to(tl.int32, bitcast=True) - upper_half(rounded)
+            remainder = tl.minimum(tl.maximum(distance, -0x8000), 0x7FFF)
+        else:
+            remainder = (out - rounded.to(tl.float32)) * REMAINDER_SCALE
+        store_tile(remainder_ptr + first_row * DV, remainder, rows, cols, DV, row_ok, cols < DV)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Round float32s to the nearest of a dtype. The interpreter cuts bfloat16 off instead, and a remainder has no room for all of that."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def upper_half(x):
+    """The bits of bfloat16s as those of the same numbers in float32."""
+    return x.to(tl.int16, bitcast=True).to(tl.int32) << 16
 
 
 @triton.jit

@@ -38,7 +38,8 @@ RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and
 REGISTERS = 65_536  # of a multiprocessor
 THREADS = {86: 1536, 89: 1536, 120: 1536}  # of a multiprocessor; elsewhere 2048
 TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory
-POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
+POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+POINTERS |= {torch.int16: "i16", torch.int64: "i64", torch.uint8: "u8"}
 # The bytes of a thread that may spill where no tile was found that spills none: (kernel, bytes of an element, head size, queries).
 SPILLS = {("few_queries", 2, 64, 100): 40, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
 SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}

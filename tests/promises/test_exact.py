@@ -130,6 +130,18 @@ def test_options(backend, dtype, device, Nq, option):
     assert_within_budget(run(case, backend), case)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [None, "uniform"])
+@pytest.mark.parametrize("Nk", [1, 5])
+def test_dropout_of_the_one_key_attended_to(backend, half, device, Nk, mask):
+    """O is V/(1-p) where the key is kept, which 16 bits rarely hold, and delta is to cancel a dP made of it: dquery and dkey are 0."""
+    for rng in range(3):
+        case = make_case(2, 4, 13, Nk, 16, Dv=5, rng=rng, dtype=half, mask=mask, dropout_p=0.3, device=device)
+        if Nk > 1:
+            case = replace(case, key_padding_mask=torch.arange(Nk, device=device).ne(2).expand(2, -1).contiguous())
+        assert_within_budget(run(case, backend), case)
+
+
 def test_many_queries_and_many_keys(backend, dtype, device):
     """Several blocks of both, under every option."""
     case = make_case(1, 2, 140, 130, 8, Dv=5, Hkv=1, dtype=dtype, padded=0.2, dropout_p=0.2, with_lse=True, device=device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smattn import reference
-from smattn.call import Needs, Saved, with_remainder, without_rounding
+from smattn.call import Needs, Saved, remainder_dtype, with_remainder, without_rounding
 from smattn.testing import assert_within_budget, errors, make_case, run
 from tests.support.odd_weights import many_weights_below_float16
 
@@ -56,6 +56,32 @@ def in_16_bits(out, dtype):
 
 def in_16_bits_and_their_remainder(out, dtype):
     return without_rounding(Saved(*with_remainder(out, dtype), lse=out, mbar=None))
+
+
+def bits_of(x):
+    return x.view(torch.int32)
+
+
+@pytest.mark.promise("dtypes")
+def test_bfloat16_and_its_remainder_are_the_float32_they_were_made_of():
+    """Whatever its size: a difference of bits has no exponent that might be too small or too large. NaN stays NaN."""
+    g = torch.Generator().manual_seed(0)
+    every_exponent = torch.randint(-(2**31), 2**31, (1 << 20,), generator=g).to(torch.int32).view(torch.float32)
+    largest = torch.finfo(torch.float32).max
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), largest, -largest, float("nan"), 1e-45, -1e-45, 2**-126, 2**-133])
+    x = torch.cat([every_exponent, special])
+    kept = in_16_bits_and_their_remainder(x, torch.bfloat16)
+    away = bits_of(x) - bits_of(kept)
+    tied_down = (bits_of(x) & 0x1FFFF) == 0x8000  # half a step above an even bfloat16: one more than int16 holds
+    assert torch.equal(kept.isnan(), x.isnan()) and x.isnan().any() and tied_down.any()
+    assert not away[~x.isnan() & ~tied_down].any()
+    assert (away[~x.isnan() & tied_down] == 1).all()
+
+
+def test_the_remainder_takes_the_bytes_of_the_output():
+    for half in HALF:
+        out, remainder = with_remainder(torch.randn(3, 5), half)
+        assert remainder.dtype == remainder_dtype(half) and remainder.element_size() == out.element_size()
 
 
 def calls_caught(of, dtype, **design):

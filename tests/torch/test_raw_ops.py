@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smattn import cpu
+from smattn.call import remainder_dtype
 from tests.support import emulated_cuda
 
 pytestmark = pytest.mark.promise("refuses well")
@@ -89,7 +90,8 @@ REFUSED = [
     (EVERY[2:], dict(head_weights=torch.ones(H, dtype=torch.float64)), "head_weights: expected a contiguous tensor"),
     (("backward",), dict(dout=torch.zeros(B, H, NQ + 1, DV)), "dout: expected size 3 on axis 2, got 4"),
     (("backward",), dict(dout=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "dout: expected query's dtype"),
-    (("backward",), dict(out=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "out: expected query's dtype"),
+    (("backward",), dict(out=torch.zeros(B, H, NQ, DV, dtype=torch.float16)), "out: expected a contiguous tensor of the dtype"),
+    (("backward",), dict(out=torch.zeros(B, NQ, H, DV).transpose(1, 2)), "out: expected a contiguous tensor of the dtype"),
     (("backward",), dict(remainder=torch.zeros(B, H, NQ, DV)), "remainder: expected exactly with an out of 16 bits"),
     (("backward",), dict(mbar=None), "mbar: expected with dalpha"),
     (BACKWARDS, dict(mask=None, alpha=None), "dmask, dalpha: expected none without a mask"),
@@ -108,6 +110,20 @@ def test_a_raw_op_refuses(library, op, changed, message):
     assert call(**arguments) is None  # unchanged it runs
     with pytest.raises(RuntimeError, match=message):
         call(**arguments | changed)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("half, other", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.int16)])
+def test_the_remainder_is_bits_of_bfloat16_and_a_float_of_float16(library, half, other):
+    call, where = raw_op(library, "backward")
+    arguments = backward_arguments() | where
+    for name in ("query", "key", "value", "out"):
+        arguments |= {x: arguments[x].to(half) for x in (name, f"d{name}")}
+    remainder = torch.zeros(B, H, NQ, DV, dtype=remainder_dtype(half))
+    assert call(**arguments | dict(remainder=remainder)) is None
+    for refused in (remainder.to(other), remainder.transpose(1, 2).contiguous().transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="remainder: expected a contiguous tensor of the dtype of its place"):
+            call(**arguments | dict(remainder=refused))
 
 
 @pytest.mark.slow

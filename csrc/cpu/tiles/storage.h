@@ -30,6 +30,13 @@ inline void with_storage(DType dtype, const Body& body) {
   }
 }
 
+// The same for a dtype of 16 bits, and nothing for any other.
+template <class Body>
+inline void with_16_bits(DType dtype, const Body& body) {
+  if (dtype == DType::kFloat16) body(static_cast<Half*>(nullptr));
+  if (dtype == DType::kBFloat16) body(static_cast<BFloat16*>(nullptr));
+}
+
 template <class T>
 struct DTypeOf;
 template <>
@@ -75,6 +82,14 @@ inline void store_narrowed(BFloat16* p, Vec<float> x) {
   const WordsOf32 bits = (WordsOf32)x, nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const WordsOf32 numbers = x == x ? nearest : WordsOf32{} + 0x7fc0u;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)numbers));
+}
+inline void store_remainders(int16_t* p, Vec<float> x, const BFloat16* rounded) {
+  const WordsOf32 distance = (WordsOf32)x - (WordsOf32)load_widened(rounded);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtsepi32_epi16(0xffff, (__m512i)distance));
+}
+inline Vec<float> load_unrounded(const BFloat16* p, const int16_t* remainder) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(remainder));
+  return (Vec<float>)((WordsOf32)load_widened(p) + (WordsOf32)_mm512_maskz_cvtepi16_epi32(0xffff, words));
 }
 #endif
 
@@ -125,27 +140,39 @@ inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t colu
   });
 }
 
-// kRemainderScale times what write_rows rounds away, in the same dtype, to consecutive rows of `columns` elements that start at element `offset`.
+// What rounding took from `from`, after write_rows: the remainders of `rounded`, whose rows, like those of `to`, are consecutive.
 template <class T>
-inline void write_remainders(const T* from, int64_t stride, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset) {
-  with_storage(dtype, [&](auto* type) {
-    auto* data = static_cast<decltype(type)>(to) + offset;
-    for (int64_t r = 0; r < rows; ++r) {
+inline void write_remainders(const T* from, int64_t stride, int64_t rows, int64_t columns, const void* rounded, void* to, DType dtype,
+                             int64_t offset) {
+  with_16_bits(dtype, [&](auto* type) {
+    using Storage = std::remove_pointer_t<decltype(type)>;
+    const auto* numbers = static_cast<const Storage*>(rounded) + offset;
+    auto* remainders = static_cast<RemainderOf<Storage>*>(to) + offset;
+    for (int64_t r = 0; r < rows; ++r, from += stride, numbers += columns, remainders += columns) {
       int64_t c = 0;
-      if constexpr (kByVector<T, std::remove_pointer_t<decltype(type)>>) {
-        for (; c + kLanes<T> <= columns; c += kLanes<T>) {
-          auto* to_vector = data + r * columns + c;
-          const Vec<T> x = load(from + r * stride + c);
-          store_narrowed(to_vector, x);  // then its rounding is known
-          store_narrowed(to_vector, (x - load_widened(to_vector)) * static_cast<T>(kRemainderScale));
-        }
+      if constexpr (kByVector<T, Storage>) {
+        for (; c + kLanes<T> <= columns; c += kLanes<T>) store_remainders(remainders + c, load(from + c), numbers + c);
       }
-      for (; c < columns; ++c) {
-        const T x = from[r * stride + c];
-        std::remove_pointer_t<decltype(type)> rounded;
-        narrow(x, rounded);
-        narrow(static_cast<T>((x - widen(rounded)) * kRemainderScale), data[r * columns + c]);
+      for (; c < columns; ++c) remainders[c] = remainder_of(static_cast<float>(from[c]), numbers[c]);
+    }
+  });
+}
+
+// to[r] = row r of what was written so, before it was rounded; columns up to `stride` are 0.
+template <class T>
+inline void read_unrounded(const void* rounded, const void* remainder, DType dtype, int64_t offset, int64_t rows, int64_t columns, T* to,
+                           int64_t stride) {
+  with_16_bits(dtype, [&](auto* type) {
+    using Storage = std::remove_pointer_t<decltype(type)>;
+    const auto* numbers = static_cast<const Storage*>(rounded) + offset;
+    const auto* remainders = static_cast<const RemainderOf<Storage>*>(remainder) + offset;
+    for (int64_t r = 0; r < rows; ++r, to += stride, numbers += columns, remainders += columns) {
+      int64_t c = 0;
+      if constexpr (kByVector<T, Storage>) {
+        for (; c + kLanes<T> <= columns; c += kLanes<T>) store(to + c, load_unrounded(numbers + c, remainders + c));
       }
+      for (; c < columns; ++c) to[c] = static_cast<T>(unrounded(numbers[c], remainders[c]));
+      fill<T>(to + columns, stride - columns, T(0));
     }
   });
 }
