@@ -16,6 +16,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # an older one fails at pypr
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -70,6 +71,12 @@ class CMakeBuild(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # no Python version in the name: it holds no Python symbol
 
 
+class OnlyWhatIsBuilt(build):
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # or what an earlier build left there would be installed as well
+        super().run()
+
+
 class AnyPythonWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -100,5 +107,5 @@ setup(
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
     package_data={"smattn": ["py.typed"], "smattn.kernels": ["tiles.csv"]},
     ext_modules=[Extension("smattn._cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build": OnlyWhatIsBuilt, "build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

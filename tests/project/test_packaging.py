@@ -114,6 +114,16 @@ def test_a_later_build_takes_the_tools_at_hand_and_not_those_of_an_earlier_one(s
     assert f"compiled by {other}" in build(source, CXX=str(other))
 
 
+def test_nothing_of_an_earlier_build_is_installed(source):
+    build(source, CXX="no-such-compiler")
+    (package,) = source.glob("build/lib*/smattn")
+    names = {path.name for path in package.iterdir()}
+    for stale in ("a_module_that_was_deleted.py", "_cpu.so"):
+        (package / stale).write_text("")
+    build(source, CXX="no-such-compiler")
+    assert {path.name for path in package.iterdir()} == names
+
+
 def build_wheel(source: Path, what: str = ".", **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pip", "wheel", "-v", what, "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "out"]
     return subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
