@@ -88,8 +88,8 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     return model, config
 
 
-def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look]:
-    """The labels of a clip, and what the network has in mind of the frame in its middle."""
+def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look | None]:
+    """The labels of a clip, and what the network has in mind of the frame in its middle; None where there is only the first frame."""
     looks = {}
 
     def watch(t: int, step: Step) -> None:
@@ -98,7 +98,7 @@ def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look]:
             looks[t] = Look(t, masks[0].cpu(), attention_of_first_object(model, step.frame, masks, step.present))
 
     labels = propagate(model, clip, config, watch)
-    return labels, looks[len(clip) // 2]
+    return labels, looks.get(len(clip) // 2)
 
 
 def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: str = DEVICE) -> None:
@@ -118,7 +118,7 @@ def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: st
         labels, look = shown(model, clip, config)
         own = score(clip, labels)
         save_pictures(out, clip, labels)
-        if own:
+        if own and look:
             scores += own
             JF = mean_scores(own)[0]
             rows[clip.name] = JF, row(clip, labels, look, JF)
