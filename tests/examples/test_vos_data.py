@@ -138,6 +138,17 @@ def test_gaps_in_the_numbers_of_objects(data):
     assert read_index(data / "out" / "labels" / "train-001" / "00002.png").tolist() == read_index(paths(data)[1] / "00000.png").tolist()
 
 
+def test_what_is_written_of_a_frame_has_its_name(data):
+    """By which others find the annotation to compare it with."""
+    for folder, suffix in zip(paths(data), ("jpg", "png"), strict=True):
+        for t in (4, 3, 2, 1):
+            (folder / f"{t:05}.{suffix}").rename(folder / f"{5 * t:05}.{suffix}")
+    clip = read_clip(data, "train-001")
+    pictures.save_pictures(data / "out", clip, [study.copied(clip)] * len(clip))
+    for folder in (data / "out" / "train-001", data / "out" / "labels" / "train-001"):
+        assert sorted(path.name for path in folder.iterdir()) == [f"{5 * t:05}.png" for t in range(5)]
+
+
 def test_void_is_background(data):
     path = paths(data)[1] / "00000.png"
     before = read_clip(data, "train-001")
