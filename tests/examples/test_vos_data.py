@@ -202,6 +202,15 @@ def test_frames_may_be_png(data):
     assert all(torch.equal(clip.image(t), picture) for t, picture in enumerate(pictures)) and clip.annotated() == before.annotated()
 
 
+@pytest.mark.parametrize("name", ["{}", "frame_{}"])
+def test_frames_are_in_the_order_of_their_numbers(data, name):
+    for folder, suffix in zip(paths(data), ("jpg", "png"), strict=True):
+        for t in range(5):
+            (folder / f"{t:05}.{suffix}").rename(folder / f"{name.format(5 * t)}.{suffix}")
+    clip = read_clip(data, "train-001")
+    assert [frame.stem for frame in clip.frames] == [name.format(5 * t) for t in range(5)] and clip.annotated() == list(range(5))
+
+
 def test_clips_with_names_of_two_words(data):
     for folder in paths(data):
         folder.rename(folder.with_name("a street"))
