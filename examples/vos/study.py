@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.shared.commands import cli, read_checkpoint
+from examples.shared.commands import DataError, cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -26,7 +26,7 @@ from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
 from .data import Clip, read_clips
-from .infer import propagate, score
+from .infer import propagate, score, scored
 from .metrics import Score, mean_scores
 from .train import Run, Trainer
 
@@ -164,13 +164,15 @@ def main(
     sizes = CONFIGS[config] if steps is None else dataclasses.replace(CONFIGS[config], steps=steps)
     clips, rows = read_clips(data, "train"), read(out.with_suffix(".csv"), Row)
     judged = clips if alone else read_clips(data, split)
+    parts = [slice(seed, seed + 1) if alone else slice(None) for seed in range(seeds)]  # of the clips, for each seed
+    if not all(any(map(scored, judged[part])) for part in parts):
+        raise DataError(data, "no frame to judge by: none between the first frame and the last is annotated")
     weights = read_checkpoint(start, "cpu", "model")["model"] if start else None
     done = {(row.contestant, row.seed) for row in rows if row.machine == here().machine}
-    for seed in range(seeds):
+    for seed, part in enumerate(parts):
         for name in contestants:
             if (name, seed) not in done and (CONTESTANTS[name] or alone or seed == 0):
-                own = slice(seed, seed + 1) if alone else slice(None)
-                rows += contest(name, seed, sizes, clips[own], judged[own], runs, weights)
+                rows += contest(name, seed, sizes, clips[part], judged[part], runs, weights)
                 write(out.with_suffix(".csv"), rows)
     plot(rows, out.with_suffix(".png"))
     print(table(rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -93,6 +94,28 @@ def test_a_start_that_is_missing(clips, tmp_path, said):
     for command in (vos, vos_study):
         message = said(command, "--data", clips, "--out", tmp_path / "out", "--start", tmp_path / "no.pt")
         assert message == f"{tmp_path / 'no.pt'}: no such checkpoint"
+
+
+@pytest.fixture
+def short(clips, tmp_path):
+    """Clips of one frame, of which none can be scored."""
+    root = shutil.copytree(clips, tmp_path / "short")
+    for frame in root.glob("JPEGImages/480p/*/*.jpg"):
+        if frame.stem != "00000":
+            frame.unlink()
+    return root
+
+
+def test_clips_of_one_frame_are_propagated_but_not_judged(short, tmp_path, capsys, said, monkeypatch, tiny):
+    checkpoint = trained("vos", short, tmp_path / "run")
+    arguments = ["--data", short, "--checkpoint", checkpoint, "--out", tmp_path / "shown", "--device", "cpu"]
+    cli(infer.main, [str(a) for a in arguments])
+    label = tmp_path / "shown" / "labels" / "val-000" / "00000.png"
+    assert label.exists() and capsys.readouterr().out.startswith("no frame of val can be scored: ")
+    monkeypatch.setattr(vos_study, "train", None)
+    for more in [], ["--alone", "--seeds", 1]:
+        message = said(vos_study, "--data", short, "--out", tmp_path / "found", *more)
+        assert message.startswith(f"{short}: no frame to judge by: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
