@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.shared.commands import DataError, cli, read_checkpoint
+from examples.shared.commands import DataError, SettingError, cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -165,6 +165,8 @@ def main(
     clips, rows = read_clips(data, "train"), read(out.with_suffix(".csv"), Row)
     judged = clips if alone else read_clips(data, split)
     parts = [slice(seed, seed + 1) if alone else slice(None) for seed in range(seeds)]  # of the clips, for each seed
+    if alone and seeds > len(clips):
+        raise SettingError(f"--seeds: with --alone expected at most {len(clips)}, the clips of train, got {seeds}")
     if not all(any(map(scored, judged[part])) for part in parts):
         raise DataError(data, "no frame to judge by: none between the first frame and the last is annotated")
     weights = read_checkpoint(start, "cpu", "model")["model"] if start else None

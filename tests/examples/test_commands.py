@@ -118,6 +118,11 @@ def test_clips_of_one_frame_are_propagated_but_not_judged(short, tmp_path, capsy
         assert message.startswith(f"{short}: no frame to judge by: ")
 
 
+def test_more_seeds_than_clips_to_be_alone_with(clips, tmp_path, said):
+    message = said(vos_study, "--data", clips, "--out", tmp_path / "found", "--alone", "--seeds", 4)
+    assert message == "--seeds: with --alone expected at most 3, the clips of train, got 4"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 @both_systems
 def test_a_device_that_is_not_there(system, data, tmp_path, said):
