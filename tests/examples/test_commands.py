@@ -96,6 +96,13 @@ def test_a_start_that_is_missing(clips, tmp_path, said):
         assert message == f"{tmp_path / 'no.pt'}: no such checkpoint"
 
 
+def test_a_start_of_another_network(clips, tmp_path, tiny, said):
+    arguments = ("--data", clips, "--out", tmp_path / "out", "--start", trained("vos", clips, tmp_path / "run"))
+    of_the_study = ("--contestants", "hard", "--runs", tmp_path / "runs")
+    for command, more in (vos, ("--masking", "hard", "--device", "cpu")), (vos_study, of_the_study):
+        assert said(command, *arguments, *more) == "--start: its weights are not of a network with masking 'hard' and these sizes"
+
+
 @pytest.fixture
 def short(clips, tmp_path):
     """Clips of one frame, of which none can be scored."""
