@@ -162,9 +162,12 @@ def main(
         start: A checkpoint whose weights every contestant begins with.
     """
     sizes = CONFIGS[config] if steps is None else dataclasses.replace(CONFIGS[config], steps=steps)
-    clips, rows = read_clips(data, "train"), read(out.with_suffix(".csv"), Row)
+    found, drawn = (out.with_name(out.name + suffix) for suffix in (".csv", ".png"))  # out may have a dot in it, as v1.0 has
+    clips, rows = read_clips(data, "train"), read(found, Row)
     judged = clips if alone else read_clips(data, split)
     parts = [slice(seed, seed + 1) if alone else slice(None) for seed in range(seeds)]  # of the clips, for each seed
+    if other := {row.steps for row in rows} - {0, sizes.steps}:
+        raise DataError(found, f"has rows of {min(other)} steps, not {sizes.steps}: another --out keeps them")
     if alone and seeds > len(clips):
         raise SettingError(f"--seeds: with --alone expected at most {len(clips)}, the clips of train, got {seeds}")
     if not all(any(map(scored, judged[part])) for part in parts):
@@ -175,8 +178,8 @@ def main(
         for name in contestants:
             if (name, seed) not in done and (CONTESTANTS[name] or alone or seed == 0):
                 rows += contest(name, seed, sizes, clips[part], judged[part], runs, weights)
-                write(out.with_suffix(".csv"), rows)
-    plot(rows, out.with_suffix(".png"))
+                write(found, rows)
+    plot(rows, drawn)
     print(table(rows))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from examples import learn_mask, mask2former_cost, pairformer
 from examples.shared.commands import cli
 from examples.shared.resumable import train as train_run
+from examples.shared.rows import read, write
 from examples.vos import cost, figures, infer, search
 from examples.vos import study as vos_study
 from examples.vos import synthetic as vos_synthetic
@@ -101,6 +102,17 @@ def test_a_start_of_another_network(clips, tmp_path, tiny, said):
     of_the_study = ("--contestants", "hard", "--runs", tmp_path / "runs")
     for command, more in (vos, ("--masking", "hard", "--device", "cpu")), (vos_study, of_the_study):
         assert said(command, *arguments, *more) == "--start: its weights are not of a network with masking 'hard' and these sizes"
+
+
+def test_a_study_keeps_to_its_own_rows(clips, tmp_path, said):
+    """A name may have a dot in it, and rows of another number of steps are no part of this study."""
+    rows = [vos_study.Row("soft", 0, 7, frame, 1.0, 1.0, 1.0, "a machine", "a commit") for frame in (-1, 1)]
+    write(tmp_path / "v1.0.csv", rows)
+    arguments = ["--data", clips, "--contestants", "copy", "--runs", tmp_path / "runs"]
+    cli(vos_study.main, [str(a) for a in [*arguments, "--out", tmp_path / "v1.1"]])
+    assert read(tmp_path / "v1.0.csv", vos_study.Row) == rows and (tmp_path / "v1.1.png").exists()
+    message = said(vos_study, *arguments, "--out", tmp_path / "v1.0", "--steps", 9)
+    assert message == f"{tmp_path / 'v1.0.csv'}: has rows of 7 steps, not 9: another --out keeps them"
 
 
 @pytest.fixture
