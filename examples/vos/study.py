@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.shared.commands import DataError, SettingError, cli, read_checkpoint
+from examples.shared.commands import DataError, PositiveOrNone, SettingError, cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -142,7 +142,7 @@ def main(
     contestants: tuple[Literal[tuple(CONTESTANTS)], ...] = ("soft", "hard", "detached", "none", "copy"),
     seeds: int = 5,
     config: Literal[tuple(CONFIGS)] = "small",
-    steps: int | None = None,
+    steps: PositiveOrNone = None,
     split: str = "val",
     alone: bool = False,
     start: Path | None = None,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from examples.shared.commands import DEVICE, SettingError, checked_device, cli, read_checkpoint
+from examples.shared.commands import DEVICE, PositiveOrNone, SettingError, checked_device, cli, read_checkpoint
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 
@@ -85,7 +85,7 @@ def main(
     data: Path,
     out: Path,
     config: Literal[tuple(CONFIGS)] = "small",
-    steps: int | None = None,
+    steps: PositiveOrNone = None,
     masking: Masking = "soft",
     cycles: Literal[tuple(CYCLES)] = "all",
     seed: int = 0,

@@ -179,6 +179,23 @@ def test_a_setting_that_is_impossible(scenes, tmp_path, said):
     assert message == "size: expected a multiple of the patch, 8, got 60"
 
 
+@pytest.mark.parametrize(
+    "command, flag, low",
+    [(wsss, "--batch", 1), (wsss, "--size", 1), (wsss, "--steps", 1), (segment, "--steps", 1), (segment, "--size", 4), (vos, "--steps", 1)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_number_that_is_too_small_is_refused_with_the_usage(command, flag, low, tmp_path, capsys):
+    arguments = ["--data", tmp_path, "--out", tmp_path, *(["--masks", tmp_path] if command is segment else []), flag, low - 1]
+    with pytest.raises(SystemExit) as end:
+        cli(command.main, [str(a) for a in arguments])
+    assert end.value.code == 2 and f"expected at least {low}, got {low - 1}" in capsys.readouterr().err
+
+
+def test_objects_that_are_too_large_to_be_seen(tmp_path, said):
+    message = said(vos_synthetic, "--out", tmp_path, "--size", 12, "--train", 1, "--frames", 1)
+    assert message == "--size: of 100 clips of 96x64 none shows each of its objects, expected less than 12.0"
+
+
 @pytest.mark.parametrize("system, backbone", [("vos", "some_model"), ("wsss", "some_vit")])
 def test_weights_of_timm_without_timm(system, backbone, data, tmp_path, monkeypatch, tiny, said):
     monkeypatch.setitem(sys.modules, "timm", None)
