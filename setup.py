@@ -16,6 +16,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # an older one fails at pypr
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -40,9 +41,10 @@ class CMakeBuild(build_ext):
         missing = missing_tools()
         if missing:
             self.warn(f"the C++ extension of smattn is NOT built, not found: {', '.join(missing)}. All else is installed.")
-            if self.inplace:  # an older build would not match the sources
-                Path(self.get_ext_fullpath("smattn._cpu")).unlink(missing_ok=True)
             self.extensions = []
+        if self.inplace:  # an older build would not match the sources
+            for name in ("smattn._cpu", "smattn._cuda"):
+                Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -50,21 +52,29 @@ class CMakeBuild(build_ext):
         torch = importlib.util.find_spec("torch")
         if torch is None or torch.origin is None:
             sys.exit("building smattn needs torch: pip install torch, then smattn with --no-build-isolation")
-        build = ROOT / "build" / generator.replace(" ", "-").lower()  # kept, so that a later build compiles only what changed
-        configure = ["-S", str(ROOT), "-B", str(build), "-G", generator, f"-DTORCH_ROOT={Path(torch.origin).parent}"]
+        folder = ROOT / "build" / generator.replace(" ", "-").lower()  # kept, so that a later build compiles only what changed
+        # The cache remembers an earlier build's compiler, and its ninja, which pip has deleted with the environment of that build.
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = ["-S", str(ROOT), "-B", str(folder), "-G", generator, f"-DTORCH_ROOT={Path(torch.origin).parent}"]
         options = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         environment = {**os.environ, "PATH": SEARCH_PATH}
         for arguments in (
             [*configure, "-DCMAKE_BUILD_TYPE=Release", *options],
-            ["--build", str(build), "--parallel", str(os.cpu_count() or 1)],
-            ["--install", str(build), "--prefix", str(package)],
+            ["--build", str(folder), "--parallel", str(os.cpu_count() or 1)],
+            ["--install", str(folder), "--prefix", str(package)],
         ):
             if subprocess.run([cmake, *arguments], env=environment).returncode:
                 sys.exit("the C++ extension of smattn does not build: CMake's last words above say why")
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no Python version in the name: it holds no Python symbol
+
+
+class OnlyWhatIsBuilt(build):
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # or what an earlier build left there would be installed as well
+        super().run()
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -97,5 +107,5 @@ setup(
     package_dir={"smattn": "smattn", "smattn.kernels": "kernels"},
     package_data={"smattn": ["py.typed"], "smattn.kernels": ["tiles.csv"]},
     ext_modules=[Extension("smattn._cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build": OnlyWhatIsBuilt, "build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

@@ -123,8 +123,10 @@ def train(masking: str, seed: int, steps: int = 600, batch: int = 32, every: int
     optimizer = torch.optim.AdamW(parameter_groups(network, alpha_lr=0.03), lr=3e-3, weight_decay=0.0)
     rows = []
     for step in tqdm(range(steps + 1), desc=f"{masking} {seed}", disable=quiet, leave=False):
-        if step % every == 0:
+        if step % every == 0 or step == steps:
             rows.append(evaluate(network, unseen, seed, step))
+        if step == steps:
+            break
         pictures = draw(batch, g)
         logits, mask = network(pictures.image)
         loss = nn.functional.cross_entropy(logits, pictures.label)

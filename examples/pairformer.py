@@ -133,9 +133,11 @@ def train(bias: str, seed: int, steps: int, batch: int = 8, every: int = 50, qui
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     rows = []
     for step in tqdm(range(steps + 1), desc=f"bias {bias}, seed {seed}", disable=quiet, leave=False):
-        if step % every == 0:
+        if step % every == 0 or step == steps:
             with torch.no_grad():
                 rows.append(Row(bias, seed, step, error(network(unseen.given()), unseen)))
+        if step == steps:
+            break
         tables = draw(batch, g)
         logits = network(tables.given())
         loss = nn.functional.cross_entropy(logits[~tables.shown], tables.bins[~tables.shown])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+IN_PLACE = "pip install --no-build-isolation -e ."
 
 
 class Library(NamedTuple):
@@ -34,6 +35,10 @@ CUDA = Library(Path(__file__).with_name("_cuda.so"), "CUDA", ("nvcc",), "CUDACXX
 def why_not_loaded(library: Library) -> tuple[str, ...]:
     """Why the library's ops cannot be used here, one sentence each; empty once they are loaded."""
     if not library.path.exists():
+        source = library.path.parents[1]
+        if (source / "setup.py").exists():  # Python was started there, and what is installed may well be built
+            how = f"start Python elsewhere, or install it in place: {library.options}{IN_PLACE}"
+            return (f"{library.path} was not built, for {source} is the source folder; {how}", *_missing_tools(library))
         how = f"to build it, install smattn again from its source folder: {library.options}{BUILD}"
         return (f"{library.path} was not built when smattn was installed; {how}", *_missing_tools(library))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 import hypothesis
 import numpy
 
+import smattn
 from smattn import prepared
 from tests.support import promises
 from tests.support.expected import BACKENDS, DEVICE, INTERPRETED, interpreter_breaks, names
@@ -23,6 +25,10 @@ from tests.support.expected import BACKENDS, DEVICE, INTERPRETED, interpreter_br
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=False, phases=PHASES)
 hypothesis.settings.load_profile("suite")
+
+if not (Path(smattn.__file__).parents[1] / "setup.py").exists():
+    # Processes that tests start from the root are to find the package that is installed too, and not its source there.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 torch.set_num_threads(1)  # the tensors are tiny
 if INTERPRETED:

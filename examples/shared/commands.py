@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -32,6 +32,21 @@ class DataError(CommandError, ValueError):
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
+
+
+def at_least(low: int) -> tyro.constructors.PrimitiveConstructorSpec[int | None]:
+    """For the annotation of a flag that takes a whole number from `low` on; smaller ones are refused with the usage."""
+
+    def read(words: list[str]) -> int:
+        if (number := int(words[0])) < low:
+            raise ValueError(f"expected at least {low}, got {number}")
+        return number
+
+    return tyro.constructors.PrimitiveConstructorSpec(1, "INT", read, lambda default: True, lambda default: [str(default)])
+
+
+Positive = Annotated[int, at_least(1)]
+PositiveOrNone = Annotated[int | None, at_least(1)]
 
 
 def cli(command: Callable[..., None], arguments: Sequence[str] | None = None) -> None:

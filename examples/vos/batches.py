@@ -34,7 +34,8 @@ def sample(clips: list[Clip], config: Config, progress: float, g: torch.Generato
     cropped = [_crop(images, mask, height, width, g) for images, mask in items]
     masks = torch.stack([F.pad(mask, (0, 0, 0, 0, 0, most - mask.shape[1])) for _, mask in cropped])
     mask, mask_again = masks.unbind(1)
-    return Batch(torch.stack([images for images, _ in cropped]), mask, mask_again, mask.flatten(2).any(-1))
+    present = mask.flatten(2).any(-1)  # A crop may lose an object of frame 0 and not of the other view.
+    return Batch(torch.stack([images for images, _ in cropped]), mask, mask_again * present[..., None, None], present)
 
 
 def resized(images: Tensor, height: int | None) -> Tensor:

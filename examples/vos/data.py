@@ -2,14 +2,15 @@
 
     JPEGImages/480p/<clip>/00000.jpg    Annotations/480p/<clip>/00000.png (palette, index = object)    ImageSets/2017/{train,val}.txt
 
-Frames may be PNG. Objects may have any numbers from 1 to 254, and 255 is void, which counts as background. A grey annotation of 0 and 255
-alone is the mask of one object, as in DAVIS 2016.
+Frames may be PNG, and are in the order of the numbers in their names. Objects may have any numbers from 1 to 254, and 255 is void, which
+counts as background. A grey annotation of 0 and 255 alone is the mask of one object, as in DAVIS 2016.
 
 Training reads the first annotation of a clip and no other, and only through `first_mask`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -81,7 +82,7 @@ def read_clips(root: Path, split: str) -> list[Clip]:
 
 def read_clip(root: Path, name: str) -> Clip:
     images, annotations = (root / kind / RESOLUTION / name for kind in ("JPEGImages", "Annotations"))
-    frames = tuple(sorted((path for path in images.glob("*") if path.suffix.lower() in FRAMES), key=lambda path: path.stem))
+    frames = tuple(sorted((path for path in images.glob("*") if path.suffix.lower() in FRAMES), key=_in_time))
     if not frames:
         raise DataError(images, "no .jpg or .png frame here")
     for one, other in pairwise(frames):
@@ -94,6 +95,13 @@ def read_clip(root: Path, name: str) -> Clip:
         if (size := shape_of(frame)) != (height, width):
             raise DataError(frame, f"is {size[1]}x{size[0]}, the first frame {width}x{height}")
     return clip
+
+
+def _in_time(frame: Path) -> tuple[list[str | int], str]:
+    """What frames are sorted by: the numbers in their names count as numbers, so that 2 comes before 10."""
+    parts: list[str | int] = list(re.split(r"(\d+)", frame.stem))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, frame.stem
 
 
 def _objects(path: Path) -> tuple[int, ...]:

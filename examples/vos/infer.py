@@ -71,10 +71,14 @@ def propagate(model: VOS, clip: Clip, config: Config, watch: Callable[[int, Step
     return labels
 
 
+def scored(clip: Clip) -> list[int]:
+    """The annotated frames that are scored. As in DAVIS, the first frame, which was given, and the last do not count."""
+    return [t for t in clip.annotated() if 0 < t < len(clip) - 1]
+
+
 def score(clip: Clip, labels: list[Tensor]) -> list[Score]:
-    """The scores of the annotated frames. As in DAVIS, the first frame, which was given, and the last do not count."""
-    frames = [t for t in clip.annotated() if 0 < t < len(clip) - 1]
-    bar = tqdm(frames, desc=f"scores of {clip.name}", leave=False)
+    """The scores of those frames."""
+    bar = tqdm(scored(clip), desc=f"scores of {clip.name}", leave=False)
     return [one for t in bar for one in frame_scores(clip.name, t, labels[t], clip.mask(t))]
 
 
@@ -88,8 +92,8 @@ def load(checkpoint: Path, device: str = "cpu") -> tuple[VOS, Config]:
     return model, config
 
 
-def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look]:
-    """The labels of a clip, and what the network has in mind of the frame in its middle."""
+def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look | None]:
+    """The labels of a clip, and what the network has in mind of the frame in its middle; None where there is only the first frame."""
     looks = {}
 
     def watch(t: int, step: Step) -> None:
@@ -98,7 +102,7 @@ def shown(model: VOS, clip: Clip, config: Config) -> tuple[list[Tensor], Look]:
             looks[t] = Look(t, masks[0].cpu(), attention_of_first_object(model, step.frame, masks, step.present))
 
     labels = propagate(model, clip, config, watch)
-    return labels, looks[len(clip) // 2]
+    return labels, looks.get(len(clip) // 2)
 
 
 def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: str = DEVICE) -> None:
@@ -118,7 +122,7 @@ def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: st
         labels, look = shown(model, clip, config)
         own = score(clip, labels)
         save_pictures(out, clip, labels)
-        if own:
+        if own and look:
             scores += own
             JF = mean_scores(own)[0]
             rows[clip.name] = JF, row(clip, labels, look, JF)
@@ -129,6 +133,8 @@ def main(data: Path, checkpoint: Path, out: Path, split: str = "val", device: st
         save_sheet(out / "sheet.png", [ranked[i][1] for i in chosen])
         print("  ".join(f"{name} {value:.1f}" for name, value in official(scores).items()))
         print(f"{out / 'sheet.png'}: {'the best, the median and the worst clip' if len(ranked) > 2 else 'all clips'}")
+    else:
+        print(f"no frame of {split} can be scored: none between the first frame and the last is annotated")
 
 
 if __name__ == "__main__":

@@ -32,18 +32,19 @@ def overlay(image: Tensor, label: Tensor) -> Image.Image:
 
 
 def save_pictures(folder: Path, clip: Clip, labels: list[Tensor]) -> None:
-    """Write the clip's frames as folder/<clip>/00000.png and so on, folder/<clip>.gif, and the labels under folder/labels/<clip>.
+    """Write the clip's frames under folder/<clip>, folder/<clip>.gif, and the labels under folder/labels/<clip>.
 
-    In the labels' files the objects have the indices of the clip's annotations.
+    Files have the names of the clip's frames, and in those of labels the objects have the indices of the clip's annotations.
     """
     shown, indexed = folder / clip.name, folder / "labels" / clip.name
     for kind in (shown, indexed):
         kind.mkdir(parents=True, exist_ok=True)
     overlays, ids = [], np.array([0, *clip.ids], np.uint8)
     for t, label in enumerate(tqdm(labels, desc=f"pictures of {clip.name}", leave=False)):
+        name = f"{clip.frames[t].stem}.png"
         overlays.append(overlay(clip.image(t), label))
-        overlays[-1].save(shown / f"{t:05}.png")
-        save_index(ids[label.numpy()], indexed / f"{t:05}.png")
+        overlays[-1].save(shown / name)
+        save_index(ids[label.numpy()], indexed / name)
     overlays[0].save(folder / f"{clip.name}.gif", save_all=True, append_images=overlays[1:], duration=120, loop=0)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.shared.commands import cli, read_checkpoint
+from examples.shared.commands import DataError, PositiveOrNone, SettingError, cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import read, write
@@ -26,7 +26,7 @@ from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
 from .data import Clip, read_clips
-from .infer import propagate, score
+from .infer import propagate, score, scored
 from .metrics import Score, mean_scores
 from .train import Run, Trainer
 
@@ -142,7 +142,7 @@ def main(
     contestants: tuple[Literal[tuple(CONTESTANTS)], ...] = ("soft", "hard", "detached", "none", "copy"),
     seeds: int = 5,
     config: Literal[tuple(CONFIGS)] = "small",
-    steps: int | None = None,
+    steps: PositiveOrNone = None,
     split: str = "val",
     alone: bool = False,
     start: Path | None = None,
@@ -162,17 +162,24 @@ def main(
         start: A checkpoint whose weights every contestant begins with.
     """
     sizes = CONFIGS[config] if steps is None else dataclasses.replace(CONFIGS[config], steps=steps)
-    clips, rows = read_clips(data, "train"), read(out.with_suffix(".csv"), Row)
+    found, drawn = (out.with_name(out.name + suffix) for suffix in (".csv", ".png"))  # out may have a dot in it, as v1.0 has
+    clips, rows = read_clips(data, "train"), read(found, Row)
     judged = clips if alone else read_clips(data, split)
+    parts = [slice(seed, seed + 1) if alone else slice(None) for seed in range(seeds)]  # of the clips, for each seed
+    if other := {row.steps for row in rows} - {0, sizes.steps}:
+        raise DataError(found, f"has rows of {min(other)} steps, not {sizes.steps}: another --out keeps them")
+    if alone and seeds > len(clips):
+        raise SettingError(f"--seeds: with --alone expected at most {len(clips)}, the clips of train, got {seeds}")
+    if not all(any(map(scored, judged[part])) for part in parts):
+        raise DataError(data, "no frame to judge by: none between the first frame and the last is annotated")
     weights = read_checkpoint(start, "cpu", "model")["model"] if start else None
     done = {(row.contestant, row.seed) for row in rows if row.machine == here().machine}
-    for seed in range(seeds):
+    for seed, part in enumerate(parts):
         for name in contestants:
             if (name, seed) not in done and (CONTESTANTS[name] or alone or seed == 0):
-                own = slice(seed, seed + 1) if alone else slice(None)
-                rows += contest(name, seed, sizes, clips[own], judged[own], runs, weights)
-                write(out.with_suffix(".csv"), rows)
-    plot(rows, out.with_suffix(".png"))
+                rows += contest(name, seed, sizes, clips[part], judged[part], runs, weights)
+                write(found, rows)
+    plot(rows, drawn)
     print(table(rows))
 
 

@@ -14,10 +14,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from examples.shared.commands import cli
+from examples.shared.commands import Positive, SettingError, cli
 from examples.shared.images import save_index
 
 from .data import RESOLUTION, YEAR
+
+DRAWS = 100  # Most clips that are drawn for one in which each object can be seen.
 
 
 @dataclass
@@ -78,7 +80,7 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: f
 
     size: a factor on the size of all things.
     """
-    while True:
+    for _ in range(DRAWS):
         aspect = width / height
         objects = [thing(rng, aspect, size) for _ in range(rng.integers(1, 4))]
         distractors = [look_alike(objects[0], rng, aspect)] + [thing(rng, aspect, size) for _ in range(rng.integers(0, 2))]
@@ -100,6 +102,7 @@ def clip(rng: np.random.Generator, frames: int, height: int, width: int, size: f
         sizes = np.bincount(labels[0].ravel(), minlength=len(objects) + 1)[1:]
         if sizes.min() > 0.01 * size**2 * height * width:
             return pictures, labels
+    raise SettingError(f"--size: of {DRAWS} clips of {width}x{height} none shows each of its objects, expected less than {size}")
 
 
 Make = Callable[[np.random.Generator, int, int, int], tuple[list[np.ndarray], list[np.ndarray]]]  # called with frames, height, width
@@ -135,8 +138,9 @@ def ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def main(
-    out: Path, train: int = 60, val: int = 20, frames: int = 12, height: int = 64, width: int = 96, seed: int = 0, size: float = 1
-) -> None:
+    out: Path, train: int = 60, val: int = 20, frames: Positive = 12, height: Positive = 64, width: Positive = 96, seed: int = 0,
+    size: float = 1,
+) -> None:  # fmt: skip
     """Write a synthetic clip set in DAVIS layout.
 
     Args:

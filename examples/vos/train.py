@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from examples.shared.commands import DEVICE, checked_device, cli, read_checkpoint
+from examples.shared.commands import DEVICE, PositiveOrNone, SettingError, checked_device, cli, read_checkpoint
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 from smattn.nn import Masking, SoftMaskedAttention, parameter_groups
 
@@ -46,7 +46,10 @@ class Trainer(Resumable):
         self.run, self.clips, self.device, self.step = run, clips, device, 0
         self.model = VOS(run.config, run.masking).to(device)
         if start is not None:
-            self.model.load_state_dict(start)
+            try:
+                self.model.load_state_dict(start)
+            except RuntimeError as error:
+                raise SettingError(f"--start: its weights are not of a network with masking {run.masking!r} and these sizes") from error
         config = run.config
         groups = parameter_groups(self.model, alpha_lr=config.alpha_lr)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
@@ -82,7 +85,7 @@ def main(
     data: Path,
     out: Path,
     config: Literal[tuple(CONFIGS)] = "small",
-    steps: int | None = None,
+    steps: PositiveOrNone = None,
     masking: Masking = "soft",
     cycles: Literal[tuple(CYCLES)] = "all",
     seed: int = 0,

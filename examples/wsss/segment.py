@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.commands import DEVICE, checked_device, cli
+from examples.shared.commands import DEVICE, Positive, at_least, checked_device, cli
 
 from .data import IGNORE, Scenes, read_mask, read_scenes
 from .evaluate import score
@@ -87,7 +88,9 @@ def resized(mask: Tensor, shape: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[None, None].float(), shape, mode="nearest-exact")[0, 0].long()
 
 
-def main(data: Path, masks: Path, out: Path, size: int = 64, steps: int = STEPS, seed: int = 0, device: str = DEVICE) -> None:
+def main(
+    data: Path, masks: Path, out: Path, size: Annotated[int, at_least(4)] = 64, steps: Positive = STEPS, seed: int = 0, device: str = DEVICE
+) -> None:
     """Train a segmentation network on pseudo-masks, and write what it predicts for val.
 
     Args:

@@ -147,14 +147,15 @@ def main(
         seeds: How many runs of each.
         config: Sizes, learning rates and the number of steps.
     """
-    train_data, val, rows = read_scenes(data, "train"), read_scenes(data, "val"), read(out.with_suffix(".csv"), Row)
+    found, drawn = (out.with_name(out.name + suffix) for suffix in (".csv", ".png"))  # out may have a dot in it, as v1.0 has
+    train_data, val, rows = read_scenes(data, "train"), read_scenes(data, "val"), read(found, Row)
     for variant in variants:
         for seed in range(seeds):
             if all((row.variant, row.seed) != (variant, seed) for row in rows):
                 rows.append(compute(variant, seed, CONFIGS[config], train_data, val, runs))
                 rows.sort(key=lambda row: (list(VARIANTS).index(row.variant), row.seed))
-                write(out.with_suffix(".csv"), rows)
-    plot(rows, out.with_suffix(".png"))
+                write(found, rows)
+    plot(rows, drawn)
     print(table(rows))
 
 

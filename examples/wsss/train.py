@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from examples.shared.commands import DEVICE, checked_device, cli, of_this_system, read_checkpoint
+from examples.shared.commands import DEVICE, PositiveOrNone, checked_device, cli, of_this_system, read_checkpoint
 from examples.shared.resumable import Resumable, train, warmup_and_cosine
 
 from . import losses
@@ -110,9 +110,9 @@ def main(
     data: Path,
     out: Path,
     config: Literal[tuple(CONFIGS)] = "small",
-    size: int | None = None,
-    steps: int | None = None,
-    batch: int | None = None,
+    size: PositiveOrNone = None,
+    steps: PositiveOrNone = None,
+    batch: PositiveOrNone = None,
     masking_rate: float | None = None,
     diversity: float | None = None,
     sparsity: float | None = None,

@@ -256,7 +256,7 @@ FEWER = "from bench.gpu import sanitized as s; s.DTYPES, s.QUERIES = s.DTYPES[:1
 
 
 def test_small_calls_of_every_fused_backend_run_where_there_is_no_sanitizer():
-    code = f"import sys; {FEWER}; sys.exit(s.main(['--here']))"
+    code = f"import sys; sys.path.append({str(ROOT)!r}); {FEWER}; sys.exit(s.main(['--here']))"
     interpreted = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=interpreted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -288,10 +288,11 @@ def test_a_sanitizer_that_is_not_there_or_does_not_work_is_not_a_failure(monkeyp
 
 @pytest.mark.skipif(bool(cpu.reasons()), reason="there is no compiled extension here")
 def test_the_binary_says_which_torch_built_it_and_which_loads_it(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "bench.gpu.binary", cpu.LIBRARY.path], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "bench.gpu.binary", cpu.LIBRARY.path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and f"loaded by torch {torch.__version__}" in done.stdout, done.stderr
     assert "built with torch 2." in done.stdout
     other = tmp_path / "_cpu.so"
     other.write_bytes(b"not a library")
-    done = subprocess.run([sys.executable, "-m", "bench.gpu.binary", other], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench.gpu.binary", other], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "does not load with torch" in done.stderr

@@ -113,7 +113,8 @@ print(folders() - before)
 def test_a_tile_that_the_compiler_finds_too_large_is_left_out(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{COMPILE}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     present, large, compiled_again = done.stdout.splitlines()
     assert present == "''" and "bytes of shared memory, the chip has" in large

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from PIL import Image
 from examples import learn_mask, mask2former_cost, pairformer
 from examples.shared.commands import cli
 from examples.shared.resumable import train as train_run
+from examples.shared.rows import read, write
 from examples.vos import cost, figures, infer, search
 from examples.vos import study as vos_study
 from examples.vos import synthetic as vos_synthetic
@@ -95,6 +97,51 @@ def test_a_start_that_is_missing(clips, tmp_path, said):
         assert message == f"{tmp_path / 'no.pt'}: no such checkpoint"
 
 
+def test_a_start_of_another_network(clips, tmp_path, tiny, said):
+    arguments = ("--data", clips, "--out", tmp_path / "out", "--start", trained("vos", clips, tmp_path / "run"))
+    of_the_study = ("--contestants", "hard", "--runs", tmp_path / "runs")
+    for command, more in (vos, ("--masking", "hard", "--device", "cpu")), (vos_study, of_the_study):
+        assert said(command, *arguments, *more) == "--start: its weights are not of a network with masking 'hard' and these sizes"
+
+
+def test_a_study_keeps_to_its_own_rows(clips, tmp_path, said):
+    """A name may have a dot in it, and rows of another number of steps are no part of this study."""
+    rows = [vos_study.Row("soft", 0, 7, frame, 1.0, 1.0, 1.0, "a machine", "a commit") for frame in (-1, 1)]
+    write(tmp_path / "v1.0.csv", rows)
+    arguments = ["--data", clips, "--contestants", "copy", "--runs", tmp_path / "runs"]
+    cli(vos_study.main, [str(a) for a in [*arguments, "--out", tmp_path / "v1.1"]])
+    assert read(tmp_path / "v1.0.csv", vos_study.Row) == rows and (tmp_path / "v1.1.png").exists()
+    message = said(vos_study, *arguments, "--out", tmp_path / "v1.0", "--steps", 9)
+    assert message == f"{tmp_path / 'v1.0.csv'}: has rows of 7 steps, not 9: another --out keeps them"
+
+
+@pytest.fixture
+def short(clips, tmp_path):
+    """Clips of one frame, of which none can be scored."""
+    root = shutil.copytree(clips, tmp_path / "short")
+    for frame in root.glob("JPEGImages/480p/*/*.jpg"):
+        if frame.stem != "00000":
+            frame.unlink()
+    return root
+
+
+def test_clips_of_one_frame_are_propagated_but_not_judged(short, tmp_path, capsys, said, monkeypatch, tiny):
+    checkpoint = trained("vos", short, tmp_path / "run")
+    arguments = ["--data", short, "--checkpoint", checkpoint, "--out", tmp_path / "shown", "--device", "cpu"]
+    cli(infer.main, [str(a) for a in arguments])
+    label = tmp_path / "shown" / "labels" / "val-000" / "00000.png"
+    assert label.exists() and capsys.readouterr().out.startswith("no frame of val can be scored: ")
+    monkeypatch.setattr(vos_study, "train", None)
+    for more in [], ["--alone", "--seeds", 1]:
+        message = said(vos_study, "--data", short, "--out", tmp_path / "found", *more)
+        assert message.startswith(f"{short}: no frame to judge by: ")
+
+
+def test_more_seeds_than_clips_to_be_alone_with(clips, tmp_path, said):
+    message = said(vos_study, "--data", clips, "--out", tmp_path / "found", "--alone", "--seeds", 4)
+    assert message == "--seeds: with --alone expected at most 3, the clips of train, got 4"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 @both_systems
 def test_a_device_that_is_not_there(system, data, tmp_path, said):
@@ -130,6 +177,23 @@ def test_a_new_run_does_not_write_over_another(system, data, tmp_path, tiny, sai
 def test_a_setting_that_is_impossible(scenes, tmp_path, said):
     message = said(wsss, "--data", scenes, "--out", tmp_path, "--size", 60, "--device", "cpu")
     assert message == "size: expected a multiple of the patch, 8, got 60"
+
+
+@pytest.mark.parametrize(
+    "command, flag, low",
+    [(wsss, "--batch", 1), (wsss, "--size", 1), (wsss, "--steps", 1), (segment, "--steps", 1), (segment, "--size", 4), (vos, "--steps", 1)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_number_that_is_too_small_is_refused_with_the_usage(command, flag, low, tmp_path, capsys):
+    arguments = ["--data", tmp_path, "--out", tmp_path, *(["--masks", tmp_path] if command is segment else []), flag, low - 1]
+    with pytest.raises(SystemExit) as end:
+        cli(command.main, [str(a) for a in arguments])
+    assert end.value.code == 2 and f"expected at least {low}, got {low - 1}" in capsys.readouterr().err
+
+
+def test_objects_that_are_too_large_to_be_seen(tmp_path, said):
+    message = said(vos_synthetic, "--out", tmp_path, "--size", 12, "--train", 1, "--frames", 1)
+    assert message == "--size: of 100 clips of 96x64 none shows each of its objects, expected less than 12.0"
 
 
 @pytest.mark.parametrize("system, backbone", [("vos", "some_model"), ("wsss", "some_vit")])

@@ -12,7 +12,7 @@ from PIL import Image
 from examples.shared.commands import cli
 from examples.shared.rows import read, write
 from examples.shared.where import Where
-from examples.vos import cycle, infer, losses, search, study, train
+from examples.vos import batches, cycle, infer, losses, search, study, train
 from examples.vos.attention import attention_of_first_object
 from examples.vos.batches import Batch, _other_view, sample
 from examples.vos.config import CONFIGS
@@ -96,6 +96,16 @@ def test_a_pasted_picture_shows_the_objects_of_the_other_view_on_the_ground_of_t
     again, pasted, between = batch.images[:, 3], batch.images[:, 4], batch.images[:, 1]
     on = batch.mask_again.any(1, keepdim=True).expand_as(again)
     assert torch.equal(pasted[on], again[on]) and torch.equal(pasted[~on], between[~on]) and 0 < on.float().mean() < 1
+
+
+def test_an_object_that_a_crop_loses_of_frame_0_is_not_asked_of_the_other_view(monkeypatch):
+    """Clips of both orientations are cropped to a common size, and the logits of an object that is not present can never be right."""
+    wide, tall = torch.zeros(2, 1, 16, 32), torch.zeros(2, 1, 32, 16)
+    wide[0, 0, :, 0] = tall[0, 0, 0] = wide[1] = tall[1] = 1  # at the border in frame 0, everywhere in the other view
+    monkeypatch.setattr(batches, "_item", lambda masks, *rest: (torch.zeros(5, 3, *masks.shape[-2:]), masks))
+    batch = sample([wide, tall], dataclasses.replace(TINY, batch=16), 1.0, torch.Generator().manual_seed(0))
+    assert batch.mask_again.shape == (16, 1, 16, 16) and 0 < batch.present.sum() < 16
+    assert torch.equal(batch.mask_again.flatten(2).any(-1), batch.present)
 
 
 def test_the_labels_of_a_pasted_picture_are_known_on_what_was_pasted_and_away_from_what_may_be_there():

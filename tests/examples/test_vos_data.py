@@ -138,6 +138,17 @@ def test_gaps_in_the_numbers_of_objects(data):
     assert read_index(data / "out" / "labels" / "train-001" / "00002.png").tolist() == read_index(paths(data)[1] / "00000.png").tolist()
 
 
+def test_what_is_written_of_a_frame_has_its_name(data):
+    """By which others find the annotation to compare it with."""
+    for folder, suffix in zip(paths(data), ("jpg", "png"), strict=True):
+        for t in (4, 3, 2, 1):
+            (folder / f"{t:05}.{suffix}").rename(folder / f"{5 * t:05}.{suffix}")
+    clip = read_clip(data, "train-001")
+    pictures.save_pictures(data / "out", clip, [study.copied(clip)] * len(clip))
+    for folder in (data / "out" / "train-001", data / "out" / "labels" / "train-001"):
+        assert sorted(path.name for path in folder.iterdir()) == [f"{5 * t:05}.png" for t in range(5)]
+
+
 def test_void_is_background(data):
     path = paths(data)[1] / "00000.png"
     before = read_clip(data, "train-001")
@@ -189,6 +200,15 @@ def test_frames_may_be_png(data):
     clip = read_clip(data, "train-001")
     assert [path.name for path in clip.frames] == ["00000.png", "00001.png", "00002.JPG", "00003.png", "00004.png"]
     assert all(torch.equal(clip.image(t), picture) for t, picture in enumerate(pictures)) and clip.annotated() == before.annotated()
+
+
+@pytest.mark.parametrize("name", ["{}", "frame_{}"])
+def test_frames_are_in_the_order_of_their_numbers(data, name):
+    for folder, suffix in zip(paths(data), ("jpg", "png"), strict=True):
+        for t in range(5):
+            (folder / f"{t:05}.{suffix}").rename(folder / f"{name.format(5 * t)}.{suffix}")
+    clip = read_clip(data, "train-001")
+    assert [frame.stem for frame in clip.frames] == [name.format(5 * t) for t in range(5)] and clip.annotated() == list(range(5))
 
 
 def test_clips_with_names_of_two_words(data):

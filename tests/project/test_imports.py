@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 
 import smattn
+from smattn.library import CPU, why_not_loaded
 
 pytestmark = pytest.mark.promise("installs")
 RUN = """
@@ -48,6 +49,13 @@ def test_without_the_extension_everything_else_works_and_the_reason_is_said():
     code += "smattn.cpu.LIBRARY = smattn.cpu.LIBRARY._replace(path=pathlib.Path('/nonexistent/_cpu.so'))" + RUN
     said = fresh(code + "print(smattn.backends()['cpu'])")
     assert "available=False" in said and "was not built" in said and "pip install" in said
+
+
+def test_a_source_folder_that_is_not_built_says_what_it_is(tmp_path):
+    """Python that is started in a clone finds that folder before what is installed, which may well be built."""
+    (tmp_path / "setup.py").touch()
+    said = why_not_loaded(CPU._replace(path=tmp_path / "smattn" / "_cpu.so"))[0]
+    assert f"{tmp_path} is the source folder" in said and "start Python elsewhere" in said and said.endswith("--no-build-isolation -e .")
 
 
 def test_without_either_the_reference_runs_and_warns():

@@ -87,6 +87,43 @@ def test_an_index_page_has_addresses_and_no_link_within_the_repository(whole, mo
     assert f"Source, {HOME}" in metadata.get_all("Project-URL")
 
 
+TO_CONFIGURE = """
+cmake_minimum_required(VERSION 3.24)
+project(nothing LANGUAGES CXX)
+message(STATUS "compiled by ${CMAKE_CXX_COMPILER}")
+"""
+
+
+def build(source: Path, **environment: str) -> str:
+    """What `setup.py build` prints in a copy; fails where it fails."""
+    command = [sys.executable, "setup.py", "build"]
+    result = subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_a_later_build_takes_the_tools_at_hand_and_not_those_of_an_earlier_one(source, tmp_path):
+    """pip deletes the ninja of a build of its own, whose address CMake remembers, and CXX may name another compiler."""
+    (source / "CMakeLists.txt").write_text(TO_CONFIGURE)
+    build(source)
+    (cache,) = source.glob("build/*/CMakeCache.txt")
+    cache.write_text(re.sub("(?<=CMAKE_MAKE_PROGRAM:FILEPATH=).*", str(tmp_path / "gone"), cache.read_text()))
+    other = tmp_path / "another-c++"
+    other.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    other.chmod(0o755)
+    assert f"compiled by {other}" in build(source, CXX=str(other))
+
+
+def test_nothing_of_an_earlier_build_is_installed(source):
+    build(source, CXX="no-such-compiler")
+    (package,) = source.glob("build/lib*/smattn")
+    names = {path.name for path in package.iterdir()}
+    for stale in ("a_module_that_was_deleted.py", "_cpu.so"):
+        (package / stale).write_text("")
+    build(source, CXX="no-such-compiler")
+    assert {path.name for path in package.iterdir()} == names
+
+
 def build_wheel(source: Path, what: str = ".", **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pip", "wheel", "-v", what, "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", "out"]
     return subprocess.run(command, cwd=source, env={**os.environ, **environment}, capture_output=True, text=True)
