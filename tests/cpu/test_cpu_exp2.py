@@ -105,7 +105,7 @@ def test_very_low_scores_lose_no_weight(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_weights_that_products_read_as_bfloat16(name):
-    """Their 2^x is another polynomial where the processor multiplies bfloat16. Of two keys, one of weight 1, lse tells the other's weight."""
+    """Their 2^x is another polynomial where the processor multiplies bfloat16. lse tells the weight of a key beside one of weight 1."""
     mask = torch.zeros(1, 5000, 2)
     mask[0, :, 1] = -torch.linspace(0, 0.6931, 5000)  # all fractions of a power of two
     query, keys = torch.zeros(1, 1, 5000, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
