@@ -105,7 +105,7 @@ def test_the_command_makes_no_environment():
 
 
 def test_without_a_gpu_it_says_what_is_missing():
-    blind, command = os.environ | {"CUDA_VISIBLE_DEVICES": ""}, [sys.executable, "-m", "bench.gpu.run"]
+    blind, command = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": ""}, [sys.executable, "-m", "bench.gpu.run"]
     done = subprocess.run([*command, "suite"], capture_output=True, text=True, env=blind)
     assert done.returncode == 1 and "needs an NVIDIA GPU, torch and triton" in done.stderr
     done = subprocess.run([*command, "no-such-part"], capture_output=True, text=True, env=blind)
