@@ -136,11 +136,10 @@ class HardMaskedAttention(_ProjectedAttention):
     ) -> Tensor:
         """As SoftMaskedAttention.forward."""
         _check_mask(mask, key)
-        if key_padding_mask is not None:
-            _check_padding(key_padding_mask, key)
         attended = mask > 0.5
         present = attended
         if key_padding_mask is not None:
+            _check_padding(key_padding_mask, key)
             padding = key_padding_mask[:, None, :] if mask.dim() == 3 else key_padding_mask[:, None, None, :]
             present = attended & ~padding
         keys = attended | ~present.any(-1, keepdim=True)

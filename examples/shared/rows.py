@@ -10,6 +10,11 @@ from typing import Any, get_type_hints
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
+def files_of(out: Path) -> tuple[Path, Path]:
+    """Where a study of this name keeps its rows and its plot. The name may have a dot in it, as v1.0 has."""
+    return out.with_name(f"{out.name}.csv"), out.with_name(f"{out.name}.png")
+
+
 def read(path: Path, kind: type[Any]) -> list[Any]:
     """The rows of that kind which `write` wrote; none where there is no file."""
     if not path.exists():

@@ -21,7 +21,7 @@ from torch import Tensor
 from examples.shared.commands import DataError, PositiveOrNone, SettingError, cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
-from examples.shared.rows import read, write
+from examples.shared.rows import files_of, read, write
 from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
@@ -162,7 +162,7 @@ def main(
         start: A checkpoint whose weights every contestant begins with.
     """
     sizes = CONFIGS[config] if steps is None else dataclasses.replace(CONFIGS[config], steps=steps)
-    found, drawn = (out.with_name(out.name + suffix) for suffix in (".csv", ".png"))  # out may have a dot in it, as v1.0 has
+    found, drawn = files_of(out)
     clips, rows = read_clips(data, "train"), read(found, Row)
     judged = clips if alone else read_clips(data, split)
     parts = [slice(seed, seed + 1) if alone else slice(None) for seed in range(seeds)]  # of the clips, for each seed

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from examples.shared.commands import cli
 from examples.shared.plots import dots
 from examples.shared.resumable import train
-from examples.shared.rows import read, write
+from examples.shared.rows import files_of, read, write
 from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
@@ -147,7 +147,7 @@ def main(
         seeds: How many runs of each.
         config: Sizes, learning rates and the number of steps.
     """
-    found, drawn = (out.with_name(out.name + suffix) for suffix in (".csv", ".png"))  # out may have a dot in it, as v1.0 has
+    found, drawn = files_of(out)
     train_data, val, rows = read_scenes(data, "train"), read_scenes(data, "val"), read(found, Row)
     for variant in variants:
         for seed in range(seeds):
