@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.shared.commands import cli
+from examples.shared.commands import Positive, cli
 from examples.shared.maps import layer_map
 from examples.shared.rows import RESULTS, write
 from smattn.nn import HardMaskedAttention, SoftMaskedAttention, parameter_groups
@@ -201,7 +201,7 @@ def plot_courses(axis: Any, rows: list[Row], maskings: list[str]) -> None:
     axis.legend(loc="center right")
 
 
-def main(seeds: int = 7, steps: int = 300, out: Path = RESULTS) -> None:
+def main(seeds: Positive = 7, steps: Positive = 300, out: Path = RESULTS) -> None:
     """Train all networks with each seed, and write rows and a plot.
 
     Args:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import smattn
-from examples.shared.commands import cli
+from examples.shared.commands import Positive, cli
 from examples.shared.rows import RESULTS, write
 from smattn.integrations import triangle_attention
 
@@ -214,7 +214,7 @@ def plot(rows: list[Row], networks: dict[str, Network], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(seeds: int = 3, steps: int = 300, out: Path = RESULTS) -> None:
+def main(seeds: Positive = 3, steps: Positive = 300, out: Path = RESULTS) -> None:
     """Train all networks with each seed, and write rows and a plot.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.shared.commands import cli
+from examples.shared.commands import Positive, cli
 
 from .synthetic import Thing, ground, thing, write_clips
 
@@ -65,7 +65,7 @@ def _world(rng: np.random.Generator, height: int, width: int, colours: np.ndarra
     return world
 
 
-def main(out: Path, clips: int = 6) -> None:
+def main(out: Path, clips: Positive = 6) -> None:
     """Write clips of one figure each in DAVIS layout, all of them to train on.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.shared.commands import DEVICE, checked_device, cli, of_this_system, read_checkpoint
+from examples.shared.commands import DEVICE, DataError, checked_device, cli, of_this_system, read_checkpoint
 from examples.shared.rows import write
 from examples.shared.sheets import Cell, save_sheet
 
@@ -74,6 +74,12 @@ def propagate(model: VOS, clip: Clip, config: Config, watch: Callable[[int, Step
 def scored(clip: Clip) -> list[int]:
     """The annotated frames that are scored. As in DAVIS, the first frame, which was given, and the last do not count."""
     return [t for t in clip.annotated() if 0 < t < len(clip) - 1]
+
+
+def need_scored(data: Path, clips: list[Clip]) -> None:
+    """Raise DataError where these clips of `data` have no frame to judge by."""
+    if not any(map(scored, clips)):
+        raise DataError(data, "no frame to judge by: none between the first frame and the last is annotated")
 
 
 def score(clip: Clip, labels: list[Tensor]) -> list[Score]:

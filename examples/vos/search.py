@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from examples.shared.commands import cli
+from examples.shared.commands import Positive, cli
 from examples.shared.resumable import train
 from examples.shared.rows import RESULTS, read, write
 
 from . import study
 from .config import Config
 from .data import Clip, read_clips
-from .infer import propagate, score
+from .infer import need_scored, propagate, score
 from .metrics import mean_scores
 from .synthetic import clip, write_clips
 from .train import Run, Trainer
@@ -77,7 +77,7 @@ def main(
     out: Path = RESULTS / "vos_search.csv",
     runs: Path = Path("build/runs/search"),
     settings: tuple[Literal[tuple(SETTINGS)], ...] = tuple(SETTINGS),
-    seeds: int = 3,
+    seeds: Positive = 3,
 ) -> None:
     """Train soft and detached masks in every setting, with each seed, and write their scores and a table.
 
@@ -97,6 +97,7 @@ def main(
             if not root.exists():
                 write_clips(root, 400, 20, 10, make=partial(clip, size=SETTINGS[setting][2]))
         clips, judged = read_clips(root, "train"), read_clips(root, "val")
+        need_scored(root, judged)
         for seed in range(seeds):
             for masking in ("soft", "detached"):
                 if (setting, masking, seed) not in done:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.shared.commands import DataError, PositiveOrNone, SettingError, cli, read_checkpoint
+from examples.shared.commands import DataError, Positive, PositiveOrNone, SettingError, cli, read_checkpoint
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import files_of, read, write
@@ -26,7 +26,7 @@ from examples.shared.where import here, note
 
 from .config import CONFIGS, Config
 from .data import Clip, read_clips
-from .infer import propagate, score, scored
+from .infer import need_scored, propagate, score
 from .metrics import Score, mean_scores
 from .train import Run, Trainer
 
@@ -140,7 +140,7 @@ def main(
     out: Path,
     runs: Path = Path("build/runs"),
     contestants: tuple[Literal[tuple(CONTESTANTS)], ...] = ("soft", "hard", "detached", "none", "copy"),
-    seeds: int = 5,
+    seeds: Positive = 5,
     config: Literal[tuple(CONFIGS)] = "small",
     steps: PositiveOrNone = None,
     split: str = "val",
@@ -170,8 +170,8 @@ def main(
         raise DataError(found, f"has rows of {min(other)} steps, not {sizes.steps}: another --out keeps them")
     if alone and seeds > len(clips):
         raise SettingError(f"--seeds: with --alone expected at most {len(clips)}, the clips of train, got {seeds}")
-    if not all(any(map(scored, judged[part])) for part in parts):
-        raise DataError(data, "no frame to judge by: none between the first frame and the last is annotated")
+    for part in parts:
+        need_scored(data, judged[part])
     weights = read_checkpoint(start, "cpu", "model")["model"] if start else None
     done = {(row.contestant, row.seed) for row in rows if row.machine == here().machine}
     for seed, part in enumerate(parts):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.shared.commands import cli
+from examples.shared.commands import Positive, cli
 from examples.shared.plots import dots
 from examples.shared.resumable import train
 from examples.shared.rows import files_of, read, write
@@ -134,7 +134,7 @@ def main(
     out: Path,
     runs: Path = Path("build/runs"),
     variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS),
-    seeds: int = 3,
+    seeds: Positive = 3,
     config: Literal[tuple(CONFIGS)] = "small",
 ) -> None:
     """The ablation: train each variant with each seed, and write their scores, a table and a plot.

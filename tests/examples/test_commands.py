@@ -131,9 +131,9 @@ def test_clips_of_one_frame_are_propagated_but_not_judged(short, tmp_path, capsy
     cli(infer.main, [str(a) for a in arguments])
     label = tmp_path / "shown" / "labels" / "val-000" / "00000.png"
     assert label.exists() and capsys.readouterr().out.startswith("no frame of val can be scored: ")
-    monkeypatch.setattr(vos_study, "train", None)
-    for more in [], ["--alone", "--seeds", 1]:
-        message = said(vos_study, "--data", short, "--out", tmp_path / "found", *more)
+    for command, *more in [vos_study], [vos_study, "--alone", "--seeds", 1], [search]:
+        monkeypatch.setattr(command, "train", None)
+        message = said(command, "--data", short, "--out", tmp_path / "found", *more)
         assert message.startswith(f"{short}: no frame to judge by: ")
 
 
@@ -181,13 +181,18 @@ def test_a_setting_that_is_impossible(scenes, tmp_path, said):
 
 @pytest.mark.parametrize(
     "command, flag, low",
-    [(wsss, "--batch", 1), (wsss, "--size", 1), (wsss, "--steps", 1), (segment, "--steps", 1), (segment, "--size", 4), (vos, "--steps", 1)],
+    [
+        *((command, "--seeds", 1) for command in (vos_study, wsss_study, search, learn_mask, pairformer)),
+        *((command, "--steps", 1) for command in (vos, wsss, segment, learn_mask, pairformer)),
+        (wsss, "--batch", 1), (wsss, "--size", 1), (segment, "--size", 4), (figures, "--clips", 1),
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_number_that_is_too_small_is_refused_with_the_usage(command, flag, low, tmp_path, capsys):
-    arguments = ["--data", tmp_path, "--out", tmp_path, *(["--masks", tmp_path] if command is segment else []), flag, low - 1]
+    parameters = inspect.signature(command.main).parameters.items()
+    paths = {"out"} | {name for name, parameter in parameters if parameter.default is inspect.Parameter.empty}
     with pytest.raises(SystemExit) as end:
-        cli(command.main, [str(a) for a in arguments])
+        cli(command.main, [flag, str(low - 1), *(f"--{name}={tmp_path}" for name in paths)])
     assert end.value.code == 2 and f"expected at least {low}, got {low - 1}" in capsys.readouterr().err
 
 
