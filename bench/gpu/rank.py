@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import triton
 
 from bench.gpu.cells import BACKWARD, FORWARD, Cell
 from bench.gpu.tune import CSV, NOTES, cells, present, put
@@ -62,7 +63,7 @@ def cheapest(costs: Mapping[Tile, float], now: Tile) -> Tile:
 
 def rank(cell: Cell, arch: int, notes: Path, cost: Callable[[Cell, int, Tile], float] = cost) -> Tile:
     """The cheapest tile. This process uses it from now on."""
-    now, key = present(cell, arch), f"sm_{arch}, kernels {sources()}, {cell.text()}"
+    now, key = present(cell, arch), f"sm_{arch}, triton {triton.__version__}, kernels {sources(with_tools=True)}, {cell.text()}"
     lines = notes.read_text().splitlines() if notes.exists() else []
     known = {Tile(*note["tile"]): note["cost"] for note in map(json.loads, lines) if note["of"] == key}
     for tile in candidates(cell, now):

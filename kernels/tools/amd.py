@@ -2,7 +2,7 @@
 
 As aot.py, whose calls these are. The command fails where a thread keeps registers in scratch memory, where a program needs more shared
 memory (LDS) than the chip has, and where a product takes no matrix instruction. A scalar register that is kept in a lane of a vector
-register is no memory, and does not count. TF32 is never asked for on ROCm. Nothing of this has been run yet.
+register is no memory, and does not count. TF32 is never asked for on ROCm. No such chip has run any of it yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 
 from ..chip import amd_number
 from ..tiles import Tile
-from .aot import compile_all, source
+from . import positive
+from .aot import compile_all, last_line, source
 from .jobs import SAMPLE, Job, jobs, name_of, one_of, record
 
 SHARED_MEMORY = {"gfx90a": 65_536, "gfx942": 65_536, "gfx950": 163_840}  # bytes that a program can have, per chip
@@ -63,7 +64,7 @@ def compile_job(chip: str, job: Job) -> list[Row]:
         try:
             compiled = triton.compile(source(kernel, arguments), target=GPUTarget("hip", chip, WAVE), options=options)
         except Exception as error:  # whatever the compiler throws belongs in the table
-            rows.append(Row(name, chip, job, tile, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
+            rows.append(Row(name, chip, job, tile, error=last_line(error)))
             continue
         code = compiled.asm["amdgcn"]
         rows.append(Row(
@@ -83,8 +84,8 @@ def _of(code: str, field: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", nargs="+", default=["gfx942"], choices=sorted(SHARED_MEMORY))
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--every", type=int, default=1, help="one of so many of the sample's calls")
+    parser.add_argument("--processes", type=positive, default=2)
+    parser.add_argument("--every", type=positive, default=1, help="one of so many of the sample's calls")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")

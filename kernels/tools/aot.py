@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..tiles import Tile, block_of
+from . import positive
 from .counts import Counts, count, excess
 from .jobs import FEW, FULL, MANY, PRODUCT, SAMPLE, WIDEST, Job, jobs, name_of, one_of, record
 from .loops import Loop
@@ -37,6 +38,7 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 RESERVED = 1024  # bytes of shared memory that a multiprocessor has more of, and that each program takes besides its own
 REGISTERS = 65_536  # of a multiprocessor
 THREADS = {86: 1536, 89: 1536, 120: 1536}  # of a multiprocessor; elsewhere 2048
+PROGRAMS = {86: 16, 89: 24, 120: 24}  # that a multiprocessor holds at most; elsewhere 32
 TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS |= {torch.int16: "i16", torch.int64: "i64", torch.uint8: "u8"}
@@ -78,6 +80,8 @@ class Row(NamedTuple):
             return "no tensor-core instruction"
         if self.descriptors and "TMA" not in r.loads:
             return "descriptors, and no load by TMA"
+        if self.products and self.counts.scores and not self.counts.loop.instructions:
+            return "no inner loop was found"
         if r.spill_bytes > SPILLS.get((self.kernel, j.dtype.itemsize, block_of(j.D), j.Nq), 0):
             return f"spills {r.spill_bytes} bytes"
         checked = self.kernel in PASSES and j.dtype.itemsize == 2 and j.D <= CHECKED_HEADS and not j.variant.as_map
@@ -91,8 +95,8 @@ class Row(NamedTuple):
         """How many programs run on one at a time."""
         arch, threads = self.job.arch, 32 * self.tile.warps
         registers = -(-(self.reading.registers if self.reading else 1) // 8) * 8
-        most = [THREADS.get(arch, 2048) // threads, REGISTERS // (registers * threads)]
-        most += [(SHARED_MEMORY[arch] + RESERVED) // (self.shared + RESERVED), TENSOR_COLUMNS // max(16, self.tensor_columns)]
+        most = [PROGRAMS.get(arch, 32), THREADS.get(arch, 2048) // threads, REGISTERS // (registers * threads)]
+        most += [(SHARED_MEMORY[arch] + RESERVED) // (self.shared + RESERVED), TENSOR_COLUMNS // max(1, self.tensor_columns)]
         return min(most)
 
     def text(self) -> str:
@@ -138,6 +142,12 @@ def without_a_gpu(arch: int, kernel: Any, arguments: dict[str, Any], tile: Tile)
     return triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=tile.options())
 
 
+def last_line(error: Exception) -> str:
+    """What the compiler says in the end, behind pages of code."""
+    *_, last = "", *str(error).strip().splitlines()
+    return f"{type(error).__name__}: {last}"
+
+
 def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], Any] = without_a_gpu, only: str = "") -> list[Row]:
     """A row for each of the call's kernels, or for the one of this name alone."""
     rows = []
@@ -148,7 +158,7 @@ def compile_job(job: Job, compiler: Callable[[int, Any, dict[str, Any], Tile], A
         try:
             compiled = compiler(job.arch, kernel, arguments, tile)
         except Exception as error:  # whatever the compiler throws belongs in the table
-            rows.append(Row(name, job, tile, error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
+            rows.append(Row(name, job, tile, error=last_line(error)))
             continue
         reading = read(compiled.asm["cubin"])
         rows.append(Row(
@@ -201,11 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
     extents.add_argument("--sample", action="store_const", dest="extent", const=SAMPLE, default=PRODUCT, help="some of it: minutes")
     extents.add_argument("--full", action="store_const", dest="extent", const=FULL, help="the product in every variant: hours")
     parser.add_argument("--table", type=Path, help="write the table here as well, as comma-separated values")
-    parser.add_argument("--every", type=int, default=1, help="one of so many of each chip's calls, others on each chip")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--every", type=positive, default=1, help="one of so many of each chip's calls, others on each chip")
+    parser.add_argument("--processes", type=positive, default=2)
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: there is no compiler under it")
+    if options.table and not options.table.parent.is_dir():
+        parser.error(f"--table: {options.table.parent} is no folder")
     calls = [(job,) for job in one_of(options.every, jobs(options.arch, options.extent))]
     chips = ", ".join(f"sm_{arch}" for arch in options.arch)
     compiled, failed = compile_all(compile_job, calls, chips, options.processes)

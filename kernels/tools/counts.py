@@ -13,7 +13,6 @@ from .loops import Loop
 SCORES = 64 * 64
 ISSUED = 4  # instructions of a warp that a multiprocessor begins in a cycle
 EXP2 = 16  # in a cycle
-PASSES = 1  # over shared memory's banks in a cycle
 # Tensor-core operations of 16 bits in a cycle. Before wgmma's chip one number holds, after it HMMA, which it has besides, is as before.
 RATES = {"HMMA": {80: 2048, 86: 1024, 89: 1024, 90: 2048, 100: 2048, 120: 1024}, "HGMMA": {90: 4096}}
 SLACK = 1.1  # times what is needed may be executed
@@ -43,10 +42,10 @@ class Counts(NamedTuple):
 
     def cycles(self, arch: int) -> Cycles:
         lot = self.warps * SCORES / self.scores
-        rate = RATES.get(self.loop.tensor, {}).get(arch, 0)
-        tensor = (self.loop.flops + self.loop.wide_flops) / rate if rate else 0.0
-        issue, exp2, shared = self.loop.instructions / ISSUED, 32 * self.loop.exponentials / EXP2, self.loop.passes / PASSES
-        return Cycles(issue * lot, exp2 * lot, tensor * lot, shared * lot)
+        units = {"HMMA": self.loop.hmma, "HGMMA": self.loop.hgmma}
+        tensor = 0.0 if self.loop.has_others else sum(flops / RATES[unit][arch] for unit, flops in units.items() if flops)
+        issue, exp2 = self.loop.instructions / ISSUED, 32 * self.loop.exponentials / EXP2
+        return Cycles(issue * lot, exp2 * lot, tensor * lot, self.loop.passes * lot)
 
     def exp2_a_score(self) -> float:
         return 32 * self.warps * self.loop.exponentials / self.scores if self.scores else 0.0
@@ -55,16 +54,17 @@ class Counts(NamedTuple):
         """Cycles of each unit, exponentials a score, tensor operations over needed; "" where there is nothing to count."""
         if not self.scores or not self.loop.instructions:
             return ("",) * (len(Cycles._fields) + 2)
+        issue, exp2, tensor, shared = (f"{cycles:.0f}" for cycles in self.cycles(arch))
         over = self.flops_over_needed()
-        return (*(f"{cycles:.0f}" for cycles in self.cycles(arch)), f"{self.exp2_a_score():.2f}", f"{over:.2f}" if over else "")
+        return issue, exp2, "" if self.loop.has_others else tensor, shared, f"{self.exp2_a_score():.2f}", f"{over:.2f}" if over else ""
 
     def text(self, arch: int) -> str:
         names = (*Cycles._fields, "exp2/score", "flops/needed")
         return "  ".join(f"{name} {figure}" for name, figure in zip(names, self.figures(arch), strict=True) if figure)
 
     def flops_over_needed(self) -> float:
-        """0 where there are no products, or none whose size stands in the machine code."""
-        return self.warps * self.loop.flops / self.needed if self.needed else 0.0
+        """0 where there are no products, or some whose sizes do not stand in the machine code."""
+        return self.warps * self.loop.flops / self.needed if self.needed and not self.loop.has_others else 0.0
 
 
 def count(loop: Loop, warps: int, arguments: dict[str, Any], ttir: str) -> Counts:

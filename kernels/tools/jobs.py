@@ -85,13 +85,15 @@ def jobs(archs: list[int], extent: str = PRODUCT) -> Iterator[Job]:
     if extent == SAMPLE:
         yield from _sample(archs)
         return
-    yield from _counted(archs)
+    counted = list(_counted(archs))
+    yield from counted
     variants = (PLAIN, *HALF_MASKS, TF32, MAP, MAP_TF32)
     if extent == FULL:
         variants = (*variants, FEATURES, PADDING, MISALIGNED, MISALIGNED_FEATURES, *OTHERS)
     for arch, dtype, D, Nq, variant in product(archs, DTYPES, HEAD_SIZES, (*FEW, MANY), variants):
-        if (dtype == torch.float32 or not variant.tf32) and variant.mask_dtype in (torch.float32, dtype):
-            yield Job(arch, dtype, D, Nq, variant)
+        job = Job(arch, dtype, D, Nq, variant)
+        if (dtype == torch.float32 or not variant.tf32) and variant.mask_dtype in (torch.float32, dtype) and job not in counted:
+            yield job
 
 
 def _counted(archs: list[int]) -> Iterator[Job]:

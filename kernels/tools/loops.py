@@ -14,7 +14,7 @@ LINE = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:(@!?U?P\w+) )?([A-Z][A-Z0-9_.a
 TARGET = re.compile(r"\.L_x_\d+")
 MMA = re.compile(r"^(?:HMMA\.(?:(16)(8)(\d+)|(16)(\d)(\d))|HGMMA\.(\d+)x(\d+)x(\d+))\.")
 SHARED = re.compile(r"^(LDS|STS|LDSM|STSM|LDGSTS|ATOMS)\b(?:.*?\.(64|128|M88\.2|M88\.4|MT88\.2|MT88\.4|2|4))?")
-PASSES = {None: 1, "64": 2, "128": 4, "M88.2": 2, "MT88.2": 2, "M88.4": 4, "MT88.4": 4, "2": 2, "4": 4}
+PASSES_OF_A_WARP = {None: 1, "64": 2, "128": 4, "M88.2": 2, "MT88.2": 2, "M88.4": 4, "MT88.4": 4, "2": 2, "4": 4}
 ENDS = ("BRA", "EXIT", "RET", "BRX", "JMP")
 WARPGROUP = 4  # warps, which execute one wgmma together
 
@@ -25,9 +25,10 @@ class Loop(NamedTuple):
     instructions: int = 0
     exponentials: int = 0  # exp2 of 32 lanes
     flops: float = 0.0  # of the tensor cores
-    wide_flops: float = 0.0  # those among them in TF32, of which a tensor core does half as many at a time
+    hmma: float = 0.0  # those of HMMA, and below of HGMMA, in TF32 twice: a tensor core does half as many at a time
+    hgmma: float = 0.0
     passes: float = 0.0  # over shared memory's 128 bytes
-    tensor: str = ""  # HMMA or HGMMA; "" where there are none or their sizes do not stand in the code
+    has_others: bool = False  # whether there are products besides, by UTC*MMA, whose sizes do not stand in the code
 
 
 class Instruction(NamedTuple):
@@ -54,6 +55,7 @@ def blocks(code: str) -> tuple[list[list[Instruction]], list[list[int]]]:
         last = body[-1] if body else Instruction("", "NOP", "")
         target = TARGET.search(last.operands) if last.opcode.startswith("BRA") else None
         conditional = bool(last.predicate) or last.operands.strip().startswith(("P", "!P", "UP", "!UP"))
+        conditional |= last.opcode == "BRA.DIV"  # It is taken where the threads of a warp are apart.
         onwards = conditional or last.opcode.split(".")[0] not in ENDS
         ways = [labels[target[0]]] if target and target[0] in labels else []
         following.append(ways + [index + 1] * (onwards and index + 1 < len(bodies)))
@@ -90,22 +92,22 @@ def natural_loops(following: list[list[int]]) -> list[set[int]]:
 
 
 def count(instructions: list[Instruction]) -> Loop:
-    exponentials, flops, wide, passes, tensor = 0, 0.0, 0.0, 0.0, ""
+    exponentials, flops, passes, others, cost = 0, 0.0, 0.0, False, {"HMMA": 0.0, "HGMMA": 0.0}
     for _, opcode, operands in instructions:
         exponentials += opcode.startswith("MUFU.EX2")
+        others |= opcode.startswith("UTC") and "MMA" in opcode
         if found := MMA.match(opcode):
             rows, cols, depth = (int(size) for size in found.groups() if size)
-            together = WARPGROUP if opcode.startswith("HGMMA") else 1
+            unit, is_wide = opcode.split(".")[0], "TF32" in opcode
+            together = WARPGROUP if unit == "HGMMA" else 1
             flops += 2 * rows * cols * depth / together
-            wide += 2 * rows * cols * depth / together * ("TF32" in opcode)
-            tensor = opcode.split(".")[0]
-            if tensor == "HGMMA":  # It reads its second operand from shared memory, and the first where no register is named for that.
-                size = 4 if "TF32" in opcode else 2
+            cost[unit] += 2 * rows * cols * depth / together * (1 + is_wide)
+            if unit == "HGMMA":  # It reads its second operand from shared memory, and the first where no register is named for that.
                 from_registers = len(re.findall(r"\bR\d+|\bRZ", operands.split("gdesc")[0])) > 1
-                passes += (cols + rows * (not from_registers)) * depth * size / 128 / together
+                passes += (cols + rows * (not from_registers)) * depth * (4 if is_wide else 2) / 128 / together
         elif found := SHARED.match(opcode):
-            passes += PASSES[found[2]]
-    return Loop(len(instructions), exponentials, flops, wide, passes, tensor)
+            passes += PASSES_OF_A_WARP[found[2]]
+    return Loop(len(instructions), exponentials, flops, cost["HMMA"], cost["HGMMA"], passes, others)
 
 
 def inner_loop(code: str) -> Loop:

@@ -90,7 +90,8 @@ def extract(a: Array, start: Array, length: Array) -> Array:
     width = a.dtype.itemsize * 8
     start, length = start & 255, length & 255
     first = np.minimum(start, width - 1).astype(a.dtype)
-    count = np.minimum(length, width - np.minimum(start, width)).astype(a.dtype)
+    signed = 1 if a.dtype.kind == "i" else 0  # beyond the top bit there is its sign at least
+    count = np.minimum(length, np.maximum(width - np.minimum(start, width), signed)).astype(a.dtype)
     top = (width - count) % width
     moved = (a >> first) << top
     return np.where(count == 0, a.dtype.type(0), moved >> top)
@@ -213,8 +214,9 @@ def half_bits(x: Array) -> Array:
 
 
 def to_tf32(x: Array) -> Array:
-    """To nearest with ties away from zero, 10 bits of mantissa."""
-    return (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    """To nearest with ties away from zero, 10 bits of mantissa. Every NaN is the one NaN."""
+    rounded = (np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), rounded)
 
 
 def to_integer(x: Array, kind: np.dtype[Any]) -> Array:

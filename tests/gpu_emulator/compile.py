@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from functools import cache
@@ -57,7 +58,7 @@ def compile_kernel(source: ASTSource, arch: int, tile: Tile) -> Module:
         return Module(*json.loads(path.read_text()))
     module = _compile(source, arch, tile)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{hash(path) % 1000}")
+    unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(module))
     unfinished.replace(path)
     return module

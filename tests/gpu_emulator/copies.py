@@ -14,8 +14,9 @@ import numpy as np
 
 from .memory import Array, Fault
 from .memory_access import Place
-from .parser import Immediate, Instruction
+from .parser import Immediate, Instruction, Refused, Register
 from .translate import Step, Translator, instruction
+from .warps import all_threads
 
 if TYPE_CHECKING:
     from .machine import Group
@@ -68,6 +69,8 @@ def copy_async(translator: Translator, each: Instruction, match: re.Match[str]) 
     assert isinstance(size, Immediate)
     width = size.value
     read_slot = translator.slot(each.operands[3], "b32") if len(each.operands) > 3 else None
+    if any(isinstance(one, Register) and translator.kernel.type_of(one.name) == "pred" for one in each.operands[3:]):
+        raise Refused("a copy with a predicate that says whether it reads")
 
     def run(group: Group, active: Array | None) -> None:
         row, warp = group.rows(active), group.warp(active)
@@ -102,8 +105,7 @@ def _read(group: Group, addresses: Array, read: Array, width: int, active: Array
 @instruction(r"cp\.async\.commit_group")
 def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     def run(group: Group, active: Array | None) -> None:
-        if active is not None:
-            raise Fault("refused", "cp.async.commit_group of some threads")
+        all_threads(active, "cp.async.commit_group")
         group.copying.groups.append(group.copying.loose)
         group.copying.loose = []
 
@@ -115,4 +117,9 @@ def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Ste
     """Until at most so many of the latest groups are under way."""
     assert isinstance(each.operands[0], Immediate)
     left = each.operands[0].value
-    return Step(lambda group, active: group.copying.wait(group, left), ())
+
+    def run(group: Group, active: Array | None) -> None:
+        all_threads(active, "cp.async.wait_group")
+        group.copying.wait(group, left)
+
+    return Step(run, ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 from functools import cache
@@ -43,7 +44,7 @@ def module(source: str, arch: int) -> dict[str, Kernel]:
     path = CACHE / f"{source.replace('/', '-')}-{arch}-{key}.ptx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_suffix(f".{os.getpid()}")
         options = ("-ptx", f"-arch=sm_{arch}", "-std=c++17", "--expt-relaxed-constexpr")
         subprocess.run(["nvcc", *options, "-o", str(unfinished), str(CSRC / "cuda" / f"{source}.cu")], check=True)
         unfinished.replace(path)

@@ -1,8 +1,8 @@
 """`make emulate PROBLEMS=n SEED=s`: drawn problems through the compiled kernels, and what Triton's execute, kernel by kernel.
 
 The first problem of each specialisation runs on the CUDA C++ kernels too. A failure does not end it. A run that was stopped, or that
---minutes ended, goes on where it was, as long as no kernel changed, and tries again what failed. `--write` leaves the table in
-bench/results/emulated-kernels.csv.
+--minutes ended, goes on where it was, as long as nothing changed that it depends on, and tries again what failed. `--write` leaves the
+table of a run that came to its end in bench/results/emulated-kernels.csv.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import triton
 
 from smattn.kernels.tiles import Tile, block_of
+from smattn.kernels.tools import positive
 from smattn.kernels.tools.sources import sources
 
 from . import cuda_backend
@@ -62,7 +63,7 @@ class Total:
         c = self.counts
         figures = (
             sum(c.instructions.values()) * 32 / max(1, self.scores), c.instructions["exp2"] * 32 / max(1, self.scores),
-            c.tensor_flops / self.needed if self.needed and c.tensor_flops else 0.0,
+            c.tensor_flops / self.needed if self.needed else 0.0,
             c.requested_bytes["load"] / max(1, c.requests["load"]), c.sectors["load"] / max(1, c.requests["load"]),
             c.narrow_loads * 32 / max(1, self.scores), c.bytes_a_thread("mask_ptr"), c.wavefronts / max(1, c.requests["shared"]),
         )  # fmt: skip
@@ -76,7 +77,8 @@ def products(arguments: dict[str, Any], kernel: str) -> int:
         return D + Dv
     if kernel in ("map", "map_means"):
         return D
-    return D * (1 + sum(bool(arguments.get(need)) for need in ("NEED_DQ", "NEED_DK"))) + Dv * (1 + bool(arguments.get("NEED_DV")))
+    needs = {name.removeprefix("NEED_") for name, wanted in arguments.items() if name.startswith("NEED_") and wanted}
+    return D * (1 + len(needs & {"DQ", "DK"})) + Dv * (needs != {"DV"}) + Dv * ("DV" in needs)  # dV alone does without dP
 
 
 def scores_of(arguments: dict[str, Any]) -> int:
@@ -98,7 +100,8 @@ def add_up(totals: dict[Key, Total], arch: int, launched: list[tuple[str, Tile, 
         total.counts.add(counts)
         total.launches += 1
         total.scores += scores
-        total.needed += 2 * scores * products(arguments, kernel)
+        if counts.tensor_flops:  # else the products are in float32, by other instructions
+            total.needed += 2 * scores * products(arguments, kernel)
 
 
 def rows(totals: dict[Key, Total]) -> list[tuple[str, ...]]:
@@ -114,15 +117,16 @@ def text(totals: dict[Key, Total]) -> str:
 
 
 def of_what_runs() -> str:
-    """A hash of the kernels, their tiles, and the CUDA C++ kernels."""
-    files = [ROOT / "kernels" / "tiles.csv", *sorted(file for file in (ROOT / "csrc" / "cuda").rglob("*") if file.is_file())]
-    return hashlib.sha256(sources().encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    """A hash of all that a run's results depend on, in this tree and in Triton."""
+    folders = ("kernels", "csrc", "smattn", "tests/gpu_emulator", "tests/support")
+    files = sorted(file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".csv", ".h", ".cpp", ".cu"))
+    return hashlib.sha256(triton.__version__.encode() + b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def write(path: Path, totals: dict[Key, Total], summary: str) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     with path.open("w", newline="") as file:
-        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, sources of the kernels sha256 {of_what_runs()}\n")
+        file.write(f"# {summary}\n# triton {triton.__version__}, commit {commit}, kernels/*.py sha256 {sources()}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEAD)
         table.writerows(rows(totals))
@@ -139,8 +143,15 @@ class Progress:
 
     def summary(self, seed: int) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(self.ran.items()))
-        without = "" if CUDA in self.ran else "; no CUDA C++ kernel ran, since there is no nvcc here"
+        without = "" if shutil.which("nvcc") else "; no CUDA C++ kernel ran, since there is no nvcc here"
         return f"seed {seed}: {self.problems} problems ({counts}), {len(self.failures)} failed{without}"
+
+
+def keep(progress: Progress, path: Path) -> None:
+    """Whole or not at all, whenever the run is stopped."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(pickle.dumps(progress))
+    unfinished.replace(path)
 
 
 def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> None:
@@ -158,7 +169,7 @@ def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> 
         if again and all(number != failed for failed, _ in progress.failures):
             continue
         if number % TOGETHER == 0 and not again:
-            kept.write_bytes(pickle.dumps(progress))
+            keep(progress, kept)
             if time.monotonic() > until:
                 break
         ways = [(f"sm_{drawn.arch}", name_of(drawn.arch), emulated[drawn.arch])]
@@ -179,14 +190,14 @@ def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> 
         if not again:
             add_up(progress.totals, drawn.arch, emulated[drawn.arch].counts)
             progress.problems += 1
-    kept.write_bytes(pickle.dumps(progress))
+    keep(progress, kept)
     if progress.problems == count and not progress.failures:
         kept.unlink()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--problems", type=positive, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop early after so long")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
@@ -199,9 +210,12 @@ def main(arguments: list[str] | None = None) -> int:
     run(progress, options.seed, options.problems, time.monotonic() + 60 * options.minutes, kept)
     print(text(progress.totals))
     print(progress.summary(options.seed))
-    if options.write:
+    is_whole = progress.problems == options.problems
+    if not is_whole:
+        print(f"stopped before problem {progress.problems} of {options.problems}: the same command goes on there, and writes at the end")
+    elif options.write:
         write(RESULTS, progress.totals, progress.summary(options.seed))
-    return 1 if progress.failures else 0
+    return 1 if progress.failures or options.write and not is_whole else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .memory import Array, Fault, GlobalMemory, Lanes
 from .parser import Kernel
 from .shared import SharedMemory
 from .translate import Block, Translator
+from .warps import all_threads
 
 LANES = 8192  # threads that run together, about as many as numpy needs to be quick and caches hold
 
@@ -112,6 +113,7 @@ class Group:
         """bar.sync, for all threads of a program."""
         if active is not None and (active.any(1) & ~active.all(1)).any():
             raise Fault("deadlock", "a barrier that only some threads of a program come to")
+        all_threads(active, "a barrier")
         self.shared.barrier()
         self.interval += 1
 

@@ -42,7 +42,7 @@ def mma(translator: Translator, each: Instruction, match: re.Match[str]) -> Step
     assert kind == match[3] and len(a) == 4 and (kind == "tf32") == (match[1] == "8"), "this shape has other fragments"
 
     def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "mma.sync")
+        full_warps(group, active, "mma.sync")
         a_matrix, b_matrix = matrix_of(group, a, kind), np.swapaxes(matrix_of(group, b, kind), -1, -2)
         result = multiply(a_matrix, b_matrix, accumulator_of(group, c))
         for at, slot in enumerate(d):
@@ -87,7 +87,7 @@ def load_matrices(translator: Translator, each: Instruction, match: re.Match[str
     assert len(slots) == count
 
     def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "ldmatrix")
+        full_warps(group, active, "ldmatrix")
         lanes = _lanes_with_addresses(group, active, count)
         addresses = place.of(group, lanes)
         group.launch.counts.shared_access(addresses, 16, group, lanes)
@@ -114,7 +114,7 @@ def store_matrices(translator: Translator, each: Instruction, match: re.Match[st
     assert len(slots) == count
 
     def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "stmatrix")
+        full_warps(group, active, "stmatrix")
         lanes = _lanes_with_addresses(group, active, count)
         matrices = np.zeros((group.shape[0], group.warps, 4, 8, 4), np.uint32)
         for at, slot in enumerate(slots):

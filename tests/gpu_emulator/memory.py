@@ -8,7 +8,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 BASE = 0x7F00_0000_0000
-GUARD = 1024  # bytes before and after each allocation that belong to nobody
+GUARD = 65_536  # bytes before and after each allocation that belong to nobody: more than a tile's rows are long together
 ALIGNMENT = 1024  # an allocation keeps its address modulo this, on which alignment depends
 OUTSIDE, UNWRITTEN, WRITTEN = 0, 1, 3  # the state of a byte
 SEVERAL, SEVERAL_PROGRAMS = 63, -1  # who: several warps of a program, as the number of its warp; several programs
@@ -122,7 +122,8 @@ class GlobalMemory:
     def store(self, addresses: Array, values: Array, lanes: Lanes) -> None:
         size, count = values.dtype.itemsize, values.shape[1]
         index = self._index(addresses, size, count)
-        outside = self.state.view(UNSIGNED[size])[index] == 0
+        inside = _repeated(UNWRITTEN, size)  # a bit that every byte of a tensor has
+        outside = self.state.view(UNSIGNED[size])[index] & inside != inside
         if outside.any():
             raise Fault("memcheck", f"store outside every tensor, {describe(addresses, outside)}")
         halves = self._halves(index, size)
@@ -156,7 +157,8 @@ class GlobalMemory:
         states = self.state.view(UNSIGNED[size])[index]
         if (states == _repeated(WRITTEN, size)).all():
             return
-        outside = states == 0
+        inside = _repeated(UNWRITTEN, size)
+        outside = states & inside != inside
         kind = "outside every tensor" if outside.any() else "of memory that was never written"
         wrong = outside if outside.any() else states != _repeated(WRITTEN, size)
         raise Fault("memcheck", f"{access} {kind}, {describe(index * size + BASE, wrong)}")

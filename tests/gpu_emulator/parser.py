@@ -86,6 +86,7 @@ class Kernel:
     registers: dict[str, str] = field(default_factory=dict)  # name -> type; %r<9> declares "%r"
     shared: dict[str, int] = field(default_factory=dict)  # name -> offset of each variable in shared memory
     shared_size: int = 0  # of those with a size; what the launch adds comes after
+    has_dynamic: bool = False  # whether one without a size was declared, which begins where what the launch adds does
 
     def type_of(self, name: str) -> str:
         known = self.registers.get(name) or self.registers.get(name.rstrip("0123456789"))
@@ -133,6 +134,9 @@ def _parameters(text: str) -> Iterator[Parameter]:
 
 def _declare_shared(kernel: Kernel, variable: re.Match[str]) -> None:
     align, kind, name, count = int(variable[1]), variable[2], variable[3], variable[4]
+    if count and kernel.has_dynamic:
+        raise Refused(f"shared variable {name} behind one without a size")
+    kernel.has_dynamic |= not count
     at = -(-kernel.shared_size // align) * align
     kernel.shared[name] = at
     kernel.shared_size = at + SIZES[kind] * int(count or 0)

@@ -126,7 +126,7 @@ def check_tf32(case: Case, emulated: Module) -> None:
     needs = Needs(True, True, True, call.mask is not None, call.alpha is not None)
     out, saved = emulated.forward(call, save_out=True, save_mbar=call.mask is not None)
     exact_out, exact_saved = reference.forward(call, save_out=True, save_mbar=call.mask is not None)
-    grads = emulated.backward(call, exact_saved, case.dout, case.dlse, needs)
+    grads = emulated.backward(call, saved, case.dout, case.dlse, needs)
     exact = reference.backward(call, exact_saved, case.dout, case.dlse, needs)
     pairs = {"out": (out, exact_out), **dict(zip((f"d{name}" for name in Needs._fields), zip(grads, exact, strict=True), strict=True))}
     in_float64 = run_exact(case)

@@ -110,7 +110,8 @@ class SharedMemory:
     def _written_by_others(self, index: Array, kind: np.dtype[Any], mine: Array) -> Array:
         """Since the last barrier."""
         by = self.writer.view(kind)[index] & _repeated(np.uint8(BY_WARPS), kind)
-        return (by != 0) & (by != mine)
+        codes = np.ascontiguousarray(by).view(np.uint8).reshape(*by.shape, -1)  # of each byte: wide stores go over narrow ones
+        return ((codes != 0) & (codes != np.ascontiguousarray(mine).view(np.uint8).reshape(len(mine), 1, -1))).any(-1)
 
     def _check_unused(self, index: Array, kind: np.dtype[Any], warp: Array) -> Array:
         """Nobody else read or wrote there since the last barrier, and nothing is under way. Returns the code of each thread's warp."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smattn.testing import assert_within_budget, make_case, run
-from tests.gpu_emulator.problems import LAYOUTS, check, laid_out, some
+from tests.gpu_emulator.problems import LAYOUTS, check, check_tf32, laid_out, rounded, some
 from tests.support.emulated_triton import ROWS, backend
 
 pytestmark = pytest.mark.promise("compiled code")
@@ -54,6 +54,23 @@ def test_drawn_problems(seed):
     for drawn, case in some(1000 + seed, 2, every=1):
         check(drawn, case, backend.name_of(drawn.arch), ROWS[drawn.arch])
         assert ROWS[drawn.arch].counts
+
+
+def test_tf32_is_checked_by_what_forward_itself_saved():
+    case = make_case(1, 1, 16, 32, 16)
+    case = case.with_inputs({name: rounded(getattr(case, name)) for name in ("query", "key", "value", "dout")})
+    check_tf32(case, ROWS[80])
+
+    class Forgetful:
+        def forward(self, *arguments, **options):
+            out, saved = ROWS[80].forward(*arguments, **options)
+            return out, saved._replace(lse=torch.full_like(saved.lse, float("nan")))
+
+        def backward(self, *arguments):
+            return ROWS[80].backward(*arguments)
+
+    with pytest.raises(AssertionError):
+        check_tf32(case, Forgetful())
 
 
 @pytest.mark.parametrize("arch", backend.CHIPS)

@@ -36,19 +36,34 @@ MODULE = """
 OWN, OTHERS = "%r5", "%r7"  # a word of shared memory of each thread, and that of a thread of the other warp
 
 
-def run(body, programs=1, shared=256, holds=None, threads=64):
-    """What 64 words of memory hold afterwards, which are a tensor of one axis too, copied by 32."""
+def run(body, programs=1, shared=256, holds=None, threads=64, size=256):
+    """What 64 words of memory hold afterwards, which are a tensor of one axis too, copied by 32. size: of the bytes that belong to it."""
     (kernel,) = parse(MODULE.replace("THREADS", str(threads)).replace("BODY", body)).values()
     data = np.arange(64, dtype=np.uint32)
     memory = GlobalMemory()
     state = None if holds is None else np.where(np.arange(256) < holds, 3, 1).astype(np.uint8)
-    address = memory.add(data.view(np.uint8), 0, state)
+    address = memory.add(data.view(np.uint8)[:size], 0, state)
     launch = machine.Launch(
         machine.Compiled.of(kernel), (programs, 1, 1), threads, shared, address.to_bytes(8, "little"),
         {0: TensorMap(address, (64,), (4,), (32,), 4, 0)}, memory, Counts(detailed=True),
     )  # fmt: skip
     machine.run(launch)
     return data
+
+
+ARITHMETIC = {
+    "a field that begins past the sign is the sign": ("mov.b32 %r8, -3; bfe.s32 %r9, %r8, 40, 5;", 0xFFFFFFFF),
+    "a field that begins past the top is nothing": ("mov.b32 %r8, -3; bfe.u32 %r9, %r8, 40, 5;", 0),
+    "NaN is NaN in TF32": ("mov.b32 %r8, 0x7fffffff; cvt.rna.tf32.f32 %r9, %r8;", 0x7FFFFFFF),
+    "what was never written is NaN in TF32": ("cvt.rna.tf32.f32 %r9, %r30;", 0x7FFFFFFF),
+    "TF32 is to nearest, and ties away from zero": ("mov.b32 %r8, 0x3f801000; cvt.rna.tf32.f32 %r9, %r8;", 0x3F802000),
+}
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_results_at_the_ends_of_the_range(name):
+    body, expected = ARITHMETIC[name]
+    assert (run(f"{body} st.global.b32 [%rd2], %r9;") == expected).all()
 
 
 UNKNOWN = "frobnicate.b32 %r8, %r1;", "add.sat.s32 %r8, %r1, %r2;", "mma.sync.aligned.m8n8k4.row.col.f64.f64 %r8, %r1, %r2;"
@@ -145,6 +160,7 @@ WRONG = {
     "a copy that reads more bytes than it writes": ("memcheck", f"cp.async.ca.shared.global [{OWN}], [%rd2], 4, 5;"),
     "a load past the parameters": ("memcheck", "mov.b64 %rd4, data; ld.param.u64 %rd5, [%rd4+8];"),
     "a barrier that half of the threads come to": ("deadlock", "setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 0;"),
+    "a shuffle of the lanes that a mask names": ("refused", "shfl.sync.bfly.b32 %r8, %r1, 1, 31, 255;"),
     "a shuffle of half a warp": ("deadlock", "setp.lt.u32 %p1, %r1, 16; @%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1;"),
     "an mbarrier at which nobody arrives": ("deadlock", BARRIER + WAIT),
     "an mbarrier that nobody made": ("memcheck", "add.s32 %r9, %r3, 128; " + WAIT),
@@ -153,6 +169,9 @@ WRONG = {
     "an mbarrier where others still load": ("racecheck", f"st.shared.b32 [{OWN}], %r1; bar.sync 0; ld.shared.b32 %r8, [{OWN}];" + BARRIER),
     "an mbarrier where others stored": ("racecheck", f"st.shared.b32 [{OWN}], %r1;" + BARRIER),
     "a store over an mbarrier": ("racecheck", BARRIER + f"st.shared.b32 [{OWN}], %r1;"),
+    "a barrier of one of two programs": ("refused", "setp.eq.u32 %p1, %r2, 0; @%p1 bar.sync 0;", 2),
+    "a wait for copies of one warp": ("refused", "setp.lt.u32 %p1, %r1, 32; " + COPY.replace("WAIT", "@%p1 cp.async.wait_group 0;")),
+    "a fence of one thread": ("refused", "setp.eq.u32 %p1, %r1, 0; @%p1 fence.proxy.async.shared::cta;"),
     "a wait of one warp": ("refused", BARRIER + ARRIVE + "setp.lt.u32 %p3, %r1, 32;" + WAIT.replace(": ", ": @%p3 ")),
     "a copy over what another warp stored": ("racecheck", f"st.shared.b32 [{OTHERS}], %r1;"
                                              + COPY.replace("WAIT", "cp.async.wait_group 0;")),
@@ -162,7 +181,13 @@ WRONG = {
     "a tensor copy that is not waited for": ("racecheck", BARRIER + SENT + f"@%p1 ld.shared.b32 %r8, [{OWN}];"),
     "a tensor copy while others wait for the one before": ("racecheck", BARRIER + SENT + WAIT + SENT),
 }  # fmt: skip
+# Again with another sum or factor, and no fence behind what is new.
+AGAIN = PRODUCT.replace("wgmma.fence.sync.aligned;", "").replace("mov.pred %p4, 0", "mov.pred %p4, 1") + "wgmma.wait_group.sync.aligned 0;"
+WAITED = ZEROS + PRODUCT + "wgmma.wait_group.sync.aligned 0;"
 WRONG_PRODUCTS = {
+    "no fence before the first": ZEROS + PRODUCT.replace("wgmma.fence.sync.aligned;", ""),
+    "no fence after a sum was changed": WAITED + "add.f32 %r20, %r20, %r20;" + AGAIN,
+    "no fence after a fragment was changed": WAITED + "add.s32 %r8, %r8, %r1;" + AGAIN,
     "no fence for what threads stored": ZEROS.replace("fence.proxy.async.shared::cta;", "") + PRODUCT,
     "no barrier after what threads stored": ZEROS.replace("bar.sync 0;", "") + PRODUCT,
     "an operand that is stored over": ZEROS + PRODUCT + f"@%p3 st.shared.b32 [{OWN}], %r8; wgmma.wait_group.sync.aligned 0;",
@@ -174,9 +199,9 @@ WRONG_PRODUCTS = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_found_and_the_instruction_named(name):
-    kind, body = WRONG[name]
+    kind, body, *programs = WRONG[name]
     with pytest.raises(Fault, match="tried, line ") as raised:
-        run(body)
+        run(body, *programs)
     assert raised.value.kind == kind, raised.value
 
 
@@ -184,6 +209,10 @@ def test_what_is_wrong_is_found_and_the_instruction_named(name):
 def test_wrong_products_of_a_warpgroup_are_found(name):
     with pytest.raises(Fault, match="racecheck"):
         run(WRONG_PRODUCTS[name], threads=128)
+
+
+def test_a_product_may_be_added_to_without_another_fence():
+    assert not run(WAITED + AGAIN + "@%p3 st.global.b32 [%rd2], %r20;", threads=128).any()
 
 
 def test_a_product_of_a_warpgroup_holds_nan_until_it_is_waited_for():
@@ -203,6 +232,17 @@ def test_a_load_of_memory_that_holds_nothing_is_found():
     assert (run(body, holds=256) == np.arange(64)).all()
     with pytest.raises(Fault, match="memcheck.*never written"):
         run(body, holds=128)
+
+
+@pytest.mark.parametrize("access", ["st.global.b32 [%rd2], %r1;", "ld.global.b32 %r8, [%rd2];"])
+def test_an_access_half_of_which_is_past_the_end_is_found(access):
+    with pytest.raises(Fault, match="outside every tensor"):
+        run(access, size=254)
+
+
+def test_a_thread_may_store_over_what_it_stored_in_parts():
+    body = "mov.b64 %rd4, 7; setp.eq.s32 %p1, %r1, 0; @%p1 st.shared.b32 [%r3], %r1; @%p1 st.shared.b64 [%r3], %rd4;"
+    assert (run(body + "@%p1 ld.shared.b32 %r8, [%r3]; @%p1 st.global.b32 [%rd2], %r8;")[:2] == (7, 1)).all()
 
 
 OF_THE_FIRST, OF_THE_SECOND = "setp.eq.u32 %p1, %r2, 0; @%p1 ", "setp.eq.u32 %p1, %r2, 1; @%p1 "

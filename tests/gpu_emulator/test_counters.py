@@ -1,6 +1,7 @@
 """What the kernels execute beside what they have to: tensor operations, exponentials and loads."""
 
 import pickle
+from collections import Counter
 from itertools import count, islice
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from smattn.kernels.tiles import Tile
+from smattn.kernels.tools.sources import sources
 from smattn.testing import assert_within_budget, make_case, run
 from tests.gpu_emulator import emulate
 from tests.gpu_emulator.compile import launch
@@ -106,6 +108,41 @@ def test_tensor_operations_executed_over_needed(arch, capsys):
     assert all(1 <= float(line["flops_over_needed"]) <= 1.13 for line in table.values()), "dM has one of zeros, the forward one with ones"
     assert all(2 <= float(line["bytes_a_load"]) <= 512 for line in table.values())
     assert {line["mask_bytes_a_thread"] for line in table.values()} == {"16.00"}
+
+
+def test_products_that_gradients_need():
+    """q k, and dO v but for dV alone, and one for each that is a product itself. A launch without tensor cores does not count."""
+    wanted = {("DV",): 64 + 32, ("DK",): 64 + 32 + 64, ("DK", "DV"): 64 + 32 + 64 + 32, ("DMASK",): 64 + 32, ("DQ", "DALPHA"): 64 + 32 + 64}
+    for names, columns in wanted.items():
+        assert emulate.products({"D": 64, "DV": 32, "NEED_DMASK": False, **{f"NEED_{name}": True for name in names}}, "dkdv") == columns
+    totals, arguments = {}, {"q_ptr": torch.empty(1, 1, 64, 64), "Nk": 64, "D": 64, "NEED_DQ": True}
+    with_products = Counter({"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": 64 * 64 * 2 * 64 // (16 * 8 * 8)})
+    launches = [("dq", Tile(64, 64, 4, 1), arguments, Counts(opcodes=opcodes)) for opcodes in (Counter(), with_products)]
+    add_up(totals, 80, launches)
+    (line,) = rows(totals)
+    assert dict(zip(HEAD, line, strict=True))["flops_over_needed"] == "1.00"
+
+
+@pytest.mark.parametrize("minutes", [0, 1])
+def test_only_a_run_that_came_to_its_end_is_written(minutes, monkeypatch, tmp_path, capsys):
+    def run(progress, seed, count, until, kept):
+        progress.problems = count if minutes else 10
+
+    monkeypatch.setattr(emulate, "run", run)
+    monkeypatch.setattr(emulate, "CACHE", tmp_path)
+    monkeypatch.setattr(emulate, "RESULTS", tmp_path / "bench" / "results" / "table.csv")
+    monkeypatch.setattr(emulate, "ROOT", tmp_path)
+    monkeypatch.setattr(emulate, "of_what_runs", lambda: "")
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    assert emulate.main(["--problems", "20", "--minutes", str(minutes), "--write"]) == (0 if minutes else 1)
+    assert emulate.RESULTS.exists() == bool(minutes)
+    assert ("stopped before problem 10 of 20: " in capsys.readouterr().out) == (not minutes)
+
+
+def test_the_committed_run_is_of_these_kernels():
+    """`make emulate PROBLEMS=1000 EMULATE=--write` makes the table again, in some ten minutes."""
+    table = emulate.RESULTS.read_text()
+    assert f"kernels/*.py sha256 {sources()}\n" in table and "1000 problems" in table and " 0 failed" in table
 
 
 def test_a_table_may_have_tiles_that_differ_in_registers_alone():

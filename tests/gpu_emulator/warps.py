@@ -19,25 +19,33 @@ if TYPE_CHECKING:
 
 def by_warp(group: Group, value: Array) -> Array:
     """(programs, warps, 32): what each lane holds."""
-    return np.broadcast_to(value.view(), group.shape).reshape(group.shape[0], group.warps, 32)
+    return np.broadcast_to(value, group.shape).reshape(group.shape[0], group.warps, 32)
 
 
-def full_warps(active: Array | None, name: str) -> None:
-    """Whoever takes part waits for its whole warp, since all of the masks that compilers give are full."""
+def full_warps(group: Group, active: Array | None, name: str, mask: int | None = None) -> None:
+    """Whoever takes part waits for its whole warp. mask: where the lanes are named, which have to be all."""
+    if mask is not None and (group.pick(group.registers[mask], active) != 0xFFFFFFFF).any():
+        raise Fault("refused", f"{name} of some lanes")
     if active is not None:
         warps = active.reshape(active.shape[0], -1, 32)
         if (warps.any(2) & ~warps.all(2)).any():
             raise Fault("deadlock", f"{name} of a whole warp, whose lanes are not all there")
 
 
+def all_threads(active: Array | None, name: str) -> None:
+    """Of what acts on all programs of a group at once. No compiler here puts it under a predicate that is not the same for all threads."""
+    if active is not None:
+        raise Fault("refused", f"{name} of some threads")
+
+
 @instruction(r"shfl\.sync\.(bfly|idx)\.b32")
 def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Each lane reads another's register. Operand c clamps the lane to a segment; where it lies outside, a lane reads itself."""
     to, inside = results_of(translator, each.operands[0], "b32")
-    source, by, clamp = (translator.slot(operand, "b32") for operand in each.operands[1:4])
+    source, by, clamp, mask = (translator.slot(operand, "b32") for operand in each.operands[1:])
 
     def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "shfl.sync")
+        full_warps(group, active, "shfl.sync", mask)
         lane = np.arange(32)
         b, c = by_warp(group, group.registers[by]).astype(np.int64) & 31, by_warp(group, group.registers[clamp]).astype(np.int64)
         segment = (c >> 8) & 31
@@ -56,11 +64,11 @@ def shuffle(translator: Translator, each: Instruction, match: re.Match[str]) -> 
 @instruction(r"redux\.sync\.(max|min)\.s32")
 def reduce(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Of the integers of all lanes, to all of them."""
-    to, source = (translator.slot(operand, "b32") for operand in each.operands[:2])
+    to, source, mask = (translator.slot(operand, "b32") for operand in each.operands)
     combine = np.max if match[1] == "max" else np.min
 
     def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "redux.sync")
+        full_warps(group, active, "redux.sync", mask)
         values = by_warp(group, group.registers[source]).view(np.int32)
         total = combine(values, axis=2, keepdims=True).view(np.uint32)
         group.registers[to] = np.broadcast_to(total, values.shape).reshape(group.shape)
@@ -73,9 +81,10 @@ def elect(translator: Translator, each: Instruction, match: re.Match[str]) -> St
     """One lane of the warp is the leader. Which one is not specified; here it is lane 0."""
     to, chosen = results_of(translator, each.operands[0], "b32")
     assert chosen is not None
+    mask = translator.slot(each.operands[1], "b32")
 
     def run(group: Group, active: Array | None) -> None:
-        full_warps(active, "elect.sync")
+        full_warps(group, active, "elect.sync", mask)
         group.registers[to] = np.zeros((1, 1), np.uint32)
         group.registers[chosen] = np.arange(group.threads)[None] % 32 == 0
 
@@ -93,4 +102,4 @@ def barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> 
 @instruction(r"bar\.warp\.sync")
 def warp_barrier(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     """Lanes of a warp are never apart here."""
-    return Step(lambda group, active: full_warps(active, "bar.warp.sync"), ())
+    return Step(lambda group, active: full_warps(group, active, "bar.warp.sync"), ())

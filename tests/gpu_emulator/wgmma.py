@@ -19,6 +19,7 @@ from .parser import Immediate, Instruction, Vector
 from .shared import BASE
 from .tensor_copies import swizzled
 from .translate import Step, Translator, instruction
+from .warps import all_threads
 
 if TYPE_CHECKING:
     from .machine import Group
@@ -41,7 +42,7 @@ class Products:
     loose: list[Product] = field(default_factory=list)
     groups: list[list[Product]] = field(default_factory=list)
     sums: dict[int, Array] = field(default_factory=dict)  # slot -> its bits once it is waited for
-    fenced: bool = False
+    fenced: dict[int, Array] = field(default_factory=dict)  # by id: what registers held at the last wgmma.fence, or a wgmma left since
 
     def rows(self, chosen: Array, group: Group, registers: list[Array]) -> Products:
         """The part of the chosen programs, whose registers are `registers`."""
@@ -57,7 +58,8 @@ class Products:
             return Product(fragments, sums, [places[chosen] - moved for places in product.operands])
 
         sums = {slot: bits[chosen] for slot, bits in self.sums.items()}
-        return Products([part(each) for each in self.loose], [[part(each) for each in of] for of in self.groups], sums, self.fenced)
+        fenced = {id(of): of for bits, of in zip(group.registers, registers, strict=True) if id(bits) in self.fenced}
+        return Products([part(each) for each in self.loose], [[part(each) for each in of] for of in self.groups], sums, fenced)
 
     def wait(self, group: Group, left: int) -> None:
         """All but the latest `left` wgmma-groups are complete."""
@@ -70,11 +72,16 @@ class Products:
             if group.registers[slot] is not bits:
                 raise Fault("racecheck", "a register of a wgmma was written before it was waited for")
         for slot in latest:
-            group.registers[slot] = self.sums.pop(slot)
+            group.registers[slot] = self.keep(self.sums.pop(slot))
         for places in (places for product in complete for places in product.operands):
             group.shared.end_product(places)
         for places in (places for each in (*self.groups, self.loose) for product in each for places in product.operands):
             group.shared.held[places] = 1
+
+    def keep(self, bits: Array) -> Array:
+        """What a register holds that no wgmma.fence has to be behind."""
+        self.fenced[id(bits)] = bits
+        return bits
 
     def check_end(self) -> None:
         if self.loose or self.groups:
@@ -153,7 +160,8 @@ def multiply_async(translator: Translator, each: Instruction, match: re.Match[st
         products = group.products
         if active is not None or group.threads % WARPGROUP:
             raise Fault("deadlock", "a wgmma that only some threads of a warpgroup come to")
-        if not products.fenced:
+        # Compilers move registers behind the fence, which makes no new value.
+        if any(id(group.registers[slot]) not in products.fenced for slot in (*d, *(a if a_in_registers else ()))):
             raise Fault("racecheck", "a wgmma without wgmma.fence before it")
         operands, fragments = [], {}
         if a_in_registers:
@@ -188,13 +196,14 @@ def _leave(group: Group, slots: list[int], result: Array) -> None:
     for at, slot in enumerate(slots):
         lanes = parts[:, :, :, at // 2 % 2, :, at // 4, :, at % 2]
         group.products.sums[slot] = np.ascontiguousarray(lanes).reshape(group.shape).view(np.uint32)
-        group.registers[slot] = np.full((1, 1), 0xFFFFFFFF, np.uint32)
+        group.registers[slot] = group.products.keep(np.full((1, 1), 0xFFFFFFFF, np.uint32))
 
 
 @instruction(r"wgmma\.fence\.sync\.aligned")
 def fence(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     def run(group: Group, active: Array | None) -> None:
-        group.products.fenced = True
+        all_threads(active, "wgmma.fence")
+        group.products.fenced = {id(bits): bits for bits in group.registers}
 
     return Step(run, ())
 
@@ -202,6 +211,7 @@ def fence(translator: Translator, each: Instruction, match: re.Match[str]) -> St
 @instruction(r"wgmma\.commit_group\.sync\.aligned")
 def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     def run(group: Group, active: Array | None) -> None:
+        all_threads(active, "wgmma.commit_group")
         group.products.groups.append(group.products.loose)
         group.products.loose = []
 
@@ -212,7 +222,12 @@ def commit(translator: Translator, each: Instruction, match: re.Match[str]) -> S
 def wait(translator: Translator, each: Instruction, match: re.Match[str]) -> Step:
     assert isinstance(each.operands[0], Immediate)
     left = each.operands[0].value
-    return Step(lambda group, active: group.products.wait(group, left), ())
+
+    def run(group: Group, active: Array | None) -> None:
+        all_threads(active, "wgmma.wait_group")
+        group.products.wait(group, left)
+
+    return Step(run, ())
 
 
 @instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
@@ -220,6 +235,7 @@ def fence_proxy(translator: Translator, each: Instruction, match: re.Match[str])
     """What threads stored is there for TMA and wgmma. Compilers put it before the barrier or after, and either is accepted."""
 
     def run(group: Group, active: Array | None) -> None:
+        all_threads(active, "fence.proxy.async")
         group.shared.unfenced[:] = 0
 
     return Step(run, ())

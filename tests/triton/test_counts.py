@@ -44,8 +44,8 @@ TTIR = """
 def test_the_inner_loop_is_the_one_within_the_others():
     loop = loops.inner_loop(CODE)
     assert loop.instructions == 13, "ten of its own, and the three that wait out of line"
-    assert (loop.exponentials, loop.tensor) == (2, "HGMMA")
-    assert loop.flops == 2 * (2 * 64 * 64 * 16) / 4, "four warps execute a wgmma together"
+    assert (loop.exponentials, loop.hmma) == (2, 0)
+    assert loop.flops == loop.hgmma == 2 * (2 * 64 * 64 * 16) / 4, "four warps execute a wgmma together"
     both, one = (64 + 64) * 16 * 2 / 128, 64 * 16 * 2 / 128
     assert loop.passes == (both + one) / 4 + 4 + 4 + 1
 
@@ -63,7 +63,7 @@ def test_code_without_a_loop_has_none():
 
 
 def test_what_it_costs_by_hand():
-    loop = loops.Loop(instructions=600, exponentials=70, flops=262144.0, passes=144.0, tensor="HGMMA")
+    loop = loops.Loop(instructions=600, exponentials=70, flops=262144.0, hgmma=262144.0, passes=144.0)
     counted = counts.count(loop, 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
     assert counted.cycles(90) == (600.0, 560.0, 256.0, 576.0)
     assert counted.cycles(90).together() == 856
@@ -77,9 +77,25 @@ def test_what_it_costs_by_hand():
 def test_tf32_takes_a_tensor_core_twice_as_long():
     code = "\n".join(("HMMA.16816.F32.BF16 R4, R8, R12, R4 ;", "HMMA.1688.F32.TF32 R4, R8, R12, R4 ;"))
     loop = loops.inner_loop(f".L_x_0:\n{code}\n@P0 BRA `(.L_x_0) ;\nEXIT ;\n")
-    assert (loop.flops, loop.wide_flops, loop.instructions) == (4096 + 2048, 2048, 3)
+    assert (loop.flops, loop.hmma, loop.instructions) == (4096 + 2048, 4096 + 2 * 2048, 3)
     counted = counts.count(loop, 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
     assert counted.cycles(80).tensor == 4 * (4096 + 2 * 2048) / 2048
+
+
+def test_each_kind_of_product_at_its_own_rate():
+    """Small products are HMMA on a chip that has wgmma as well. Where tensor memory is used, the sizes do not stand in the code."""
+    lines = ["HMMA.16816.F32.BF16 R4, R8, R12, R4 ;", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;"]
+    codes = ("\n".join((".L_x_0:", *lines, more, "@P0 BRA `(.L_x_0) ;", "EXIT ;")) for more in ("", "UTCHMMA gdesc[UR4] ;"))
+    mixed, unknown = map(loops.inner_loop, codes)
+    of = {"BLOCK_M": 64, "BLOCK_N": 64}
+    assert counts.count(mixed, 4, of, TTIR).cycles(90).tensor == 4 * (4096 / 2048 + 2 * 64 * 64 * 16 / 4 / 4096)
+    figures = counts.count(unknown, 4, of, TTIR).figures(100)
+    assert figures[2] == figures[5] == "" and all(figures[:2])
+
+
+def test_a_branch_of_threads_that_are_apart_goes_both_ways():
+    code = ".L_x_0:\nMUFU.EX2 R3, R3 ;\nBRA.DIV UR4, `(.L_x_1) ;\n.L_x_2:\n@P0 BRA `(.L_x_0) ;\nEXIT ;\n.L_x_1:\nNOP ;\nBRA `(.L_x_2) ;\n"
+    assert loops.inner_loop(code).instructions == 5
 
 
 @pytest.mark.parametrize(
@@ -88,11 +104,11 @@ def test_tf32_takes_a_tensor_core_twice_as_long():
      (1.0, 1.5, "1.50 times the products needed"), (1.0, 1.09, "")],
 )
 def test_what_is_computed_twice_is_a_failure(exponentials, flops, said):
-    loop = loops.Loop(600, exponentials * 4096 / 128, flops * 2 * 64 * 32 * 64 / 4, tensor="HGMMA")
+    loop = loops.Loop(600, exponentials * 4096 / 128, flops * 2 * 64 * 32 * 64 / 4)
     counted = counts.count(loop, 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
     assert counts.excess(counted, 64, logits=False) == said
 
 
 def test_logits_may_have_an_exponential_of_their_own():
-    counted = counts.count(loops.Loop(600, 2 * 32, tensor="HGMMA"), 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
+    counted = counts.count(loops.Loop(600, 2 * 32), 4, {"BLOCK_M": 64, "BLOCK_N": 64}, TTIR)
     assert [counts.excess(counted, 64, logits) for logits in (False, True)] == ["2.00 exp2 a score", ""]
