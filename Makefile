@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/smattn.stamp
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 PROBLEMS := 25  # of endless lists, by `make emulate`, and of the driver's by `make sanitize` and `make arm64`
-CPP := $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: bench test test-all bench-readme bench-full gpu tune lint ruff mypy clang-format format docs wheel aot emulate sanitize arm64 clean
@@ -24,13 +24,13 @@ bench-readme: $(INSTALLED)  ## every measurement that docs/measured.md shows, an
 	touch $(VENV)/began
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.run --dtypes bfloat16
-	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python -m bench.run --kernels avx2
+	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python -m bench.run --device cpu --kernels avx2
+	$(BIN)/python -m bench.run --workloads windows pair384 --dtypes float32 bfloat16
 	$(BIN)/python -m bench.studies.nk_sweep
 	$(BIN)/python -m bench.reporting.measured $$(find bench/results -name '*.jsonl' -newer $(VENV)/began | xargs ls -tr)
 
-bench-full: bench-readme  ## those, every named workload, and the products tile by tile
+bench-full: bench-readme  ## those, and every named workload
 	$(BIN)/python -m bench.run --full
-	! grep -qw avx512f /proc/cpuinfo || $(BIN)/python -m bench.studies.brgemm
 
 # On a machine with an NVIDIA GPU, torch and triton already there; no network and no environment of its own. PART="suite bench": only these.
 gpu:  ## everything that only a GPU can show, in nine minutes: bench/gpu/run.py lists its parts

@@ -22,7 +22,7 @@ from bench.measuring.ceilings import measure_ceilings
 from bench.measuring.cell import Cell
 from bench.measuring.compile import compile_ahead
 from bench.measuring.job import Job, available_backends
-from bench.measuring.machine import ROOT
+from bench.measuring.machine import ROOT, device
 from bench.measuring.measure import measure
 from bench.measuring.peers import PEERS, WITHOUT_MASK, Contestant, cpu_kernels, ours
 from bench.measuring.validate import interpreted_triton
@@ -66,29 +66,40 @@ def chosen_cells(args: argparse.Namespace, on_a_gpu: bool) -> list[Cell]:
     ]
 
 
-def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Contestant], began: float) -> dict[str, str]:
-    """What compile_ahead found, now or in an earlier process."""
+def compiled(args: argparse.Namespace, cells: list[Cell], contestants: list[Contestant], began: float, where: str) -> dict[str, str]:
+    """Which peers compile_ahead could not compile, and why, now or in an earlier process. where: the machine and the versions of all."""
     if args.compile == "not":
-        found: dict[str, str] = json.loads(NOT_COMPILED.read_text()) if NOT_COMPILED.exists() else {}
-        return found
-    share = COMPILING if args.compile == "first" else 1.0
-    found = compile_ahead(cells, contestants, until=began + 60 * args.minutes * share)
-    NOT_COMPILED.parent.mkdir(exist_ok=True)
-    NOT_COMPILED.write_text(json.dumps(found))
+        kept: dict[str, dict[str, str]] = json.loads(NOT_COMPILED.read_text()) if NOT_COMPILED.exists() else {}
+        return kept.get(where, {})
+    found: dict[str, str] = {}
+
+    def keep() -> None:  # At once, because the process may be told to stop.
+        NOT_COMPILED.parent.mkdir(exist_ok=True)
+        NOT_COMPILED.write_text(json.dumps({where: found}))
+
+    def cannot(peer: str, why: str) -> None:
+        found[peer] = why
+        keep()
+
+    keep()
+    compile_ahead(cells, contestants, cannot, until=began + 60 * args.minutes * (COMPILING if args.compile == "first" else 1.0))
     return found
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every named workload, every kind of mask, float32 and bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only these")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")
     parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, not the best")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--compile", choices=("first", "only", "not"), default="first", help="what peers compile, ahead of all")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.kernels and args.device != "cpu":
+        parser.error("--kernels: they are the CPU's, which --device cpu times")
+    return args
 
 
 def describe(job: Job) -> None:
@@ -110,25 +121,26 @@ def main() -> None:
     until = began + 60 * args.minutes
     cells = chosen_cells(args, on_a_gpu)
     job = Job(args.device, args.seconds, " ".join(["python -m bench.run", *sys.argv[1:]]), args.kernels)
-    labels = ["full"] * args.full + ["part"] * bool(args.workloads) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
+    labels = ["full"] * args.full + (args.workloads or []) + [args.kernels] * bool(args.kernels) + (args.dtypes or [])
     job.file = job.path(*labels)
     describe(job)
     names = ["cpu"] if args.kernels else available_backends(args.device)
     timed = [name for name in names if name != "reference"] or names  # The reference is slow by design, and timed only where it is alone.
     contestants = [*(ours(name, args.kernels) for name in timed), *PEERS, *[WITHOUT_MASK] * on_a_gpu]
-    job.not_compiled = compiled(args, cells, contestants, began)
+    where = ", ".join(map(str, (job.about["device"], job.about["versions"], job.about["commit"])))
+    job.not_compiled = compiled(args, cells, contestants, began, where)
     if args.compile == "only":
         return
     if on_a_gpu:
         measure_ceilings(job, cells[0].dtype)
-    print("\n== errors against float64", flush=True)
-    if args.device == "cpu" and not args.kernels:
-        check_interpreted(job)
-    job.check(timed if on_a_gpu else names, cells)
-    print("\n== time and peak extra memory, all contestants in turn", flush=True)
-    for name in sorted(WORKLOADS.keys() - {cell.workload.name for cell in cells}, key=list(WORKLOADS).index):
-        print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
     try:
+        print("\n== errors against float64", flush=True)
+        if args.device == "cpu" and not args.kernels:
+            check_interpreted(job)
+        job.check(timed if on_a_gpu else names, cells, until)
+        print("\n== time and peak extra memory, all contestants in turn", flush=True)
+        for name in sorted(WORKLOADS.keys() - {cell.workload.name for cell in cells}, key=list(WORKLOADS).index):
+            print(f"{name:14} skipped: {'not asked for' if args.workloads else 'too long for the short run on a CPU; make bench-full'}")
         measure(job, cells, contestants, until)
     except KeyboardInterrupt:  # What there is becomes a report.
         print("\nstopped", flush=True)

@@ -6,6 +6,7 @@ are checked against float64, and a line says which to keep. The others are two w
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -49,6 +50,10 @@ def answer(question: Question, arch: int, times: Times = timed, right: Check = i
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU here")
     arch, device = arch_of(torch.device("cuda")), "cuda"
     for question in QUESTIONS:
         print(answer(question, arch), flush=True)

@@ -10,15 +10,14 @@ takes some three seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import triton
 
 from bench.gpu.cells import BACKWARD, FORWARD, Cell
+from bench.gpu.notes import Notes
 from bench.gpu.tune import CSV, NOTES, cells, present, put
 from smattn.kernels import tiles as table
 from smattn.kernels.tiles import HEAD_SIZES, Tile
@@ -61,17 +60,14 @@ def cheapest(costs: Mapping[Tile, float], now: Tile) -> Tile:
     return best if costs[best] * MARGIN < costs[now] else now
 
 
-def rank(cell: Cell, arch: int, notes: Path, cost: Callable[[Cell, int, Tile], float] = cost) -> Tile:
-    """The cheapest tile. This process uses it from now on."""
-    now, key = present(cell, arch), f"sm_{arch}, triton {triton.__version__}, kernels {sources(with_tools=True)}, {cell.text()}"
-    lines = notes.read_text().splitlines() if notes.exists() else []
-    known = {Tile(*note["tile"]): note["cost"] for note in map(json.loads, lines) if note["of"] == key}
+def rank(cell: Cell, arch: int, path: Path, cost: Callable[[Cell, int, Tile], float] = cost) -> Tile:
+    """The cheapest tile. This process uses it from now on. path: of the notes."""
+    now, notes = present(cell, arch), Notes(path, f"sm_{arch}, kernels {sources(with_tools=True)}")
+    known = {Tile(*found["tile"]): found["cost"] for name, found in notes.found() if name == cell.text()}
     for tile in candidates(cell, now):
         if tile not in known:
             known[tile] = cost(cell, arch, tile)
-            notes.parent.mkdir(parents=True, exist_ok=True)
-            with notes.open("a") as file:
-                file.write(json.dumps({"of": key, "tile": tile, "cost": known[tile]}) + "\n")
+            notes.add(cell.text(), {"tile": tile, "cost": known[tile]})
         print(f"{cell.text()}: {tile} {known[tile]:.0f} cycles predicted", flush=True)
     best = cheapest({tile: known[tile] for tile in candidates(cell, now)}, now)
     put(cell, arch, best)

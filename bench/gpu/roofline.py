@@ -11,6 +11,7 @@ confirmed either.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 from collections.abc import Iterator
@@ -147,6 +148,7 @@ def predicted(w: Workload, chip: Chip, p: Pass, loops: Counted) -> float | None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     loops = counted()
     print(f"{'':22}{'pass':12}{'matmul':>9}{'exp2':>9}{'memory':>9}{'L2':>9}   microseconds, limiter; predicted by the loop")
     for chip in CHIPS:

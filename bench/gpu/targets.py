@@ -9,13 +9,12 @@ the extra memory that smattn's promise allows.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from bench.measuring.ceilings import rate
-from bench.reporting.rows import BOTH, COLD, COPY, FORWARD, GRAPH, WARM, Row, read
+from bench.reporting.rows import BOTH, COLD, COPY, FORWARD, GRAPH, WARM, Row, read, result_file
 from bench.reporting.tables import markdown
 from smattn.testing import WORKLOADS
 
@@ -148,11 +147,13 @@ def table(rows: list[Row]) -> str:
     return markdown(["target", "goal", "measured", "outcome"], [target.cells() for target in targets(rows)])
 
 
-def main(files: list[str]) -> None:
-    rows = [row for file in files for row in read(Path(file))]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", type=result_file, metavar="FILE")
+    rows = [row for file in parser.parse_args().files for row in read(file)]
     print(rows[0].device if rows else "no run")
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

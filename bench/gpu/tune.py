@@ -7,13 +7,12 @@ place of the present one when it is faster by more than MARGIN: it becomes this 
 build/tune.jsonl: the next search of this chip, these kernels and this Triton takes the noted tiles over and goes on behind them. `--anew`
 forgets them. Once `make gpu` has installed the tree into build/gpu, this searches a part of the table:
 
-    PYTHONPATH=build/gpu python -m bench.gpu.tune --kernels forward dq --heads 64 128
+    cd bench && PYTHONPATH=../build/gpu:.. python -m bench.gpu.tune --kernels forward dq --heads 64 128
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -27,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 import smattn
 from bench.gpu.cells import BACKWARD, FORWARD, VARIANTS, Cell
+from bench.gpu.notes import Notes
 from bench.measuring.clock import cache_flush, time_interleaved, timing, warm_up
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
 from smattn import prepared
@@ -207,27 +206,9 @@ def tune(cell: Cell, arch: int, device: str, pool: ProcessPoolExecutor, seconds:
     return best
 
 
-class Notes:
-    """What searches of this chip, these kernels and this Triton have found: a line for each cell, in a file that others share."""
-
-    def __init__(self, path: Path, chip: str) -> None:
-        self._path, self._key = path, f"{chip}, triton {triton.__version__}, kernels {sources()}"
-
-    def found(self) -> dict[str, Tile]:
-        """The tiles found, by Cell.text()."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        notes = [json.loads(line) for line in lines if line.endswith("}")]  # The last line may have been cut short.
-        return {note["cell"]: Tile(**note["tile"]) for note in notes if note["of"] == self._key}
-
-    def add(self, cell: Cell, tile: Tile) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a") as file:
-            file.write("\n" * (file.tell() > 0) + json.dumps({"of": self._key, "cell": cell.text(), "tile": tile._asdict()}))
-
-
 def search(todo: Sequence[Cell], arch: int, notes: Notes, tuned: Callable[[Cell], Tile], until: float) -> int:
     """Search every cell, those noted first, and write each tile that changes; returns how many no time was left for."""
-    found, left = notes.found(), 0
+    found, left = {cell: Tile(**tile) for cell, tile in notes.found()}, 0
     for cell in sorted(todo, key=lambda cell: cell.text() not in found):
         now = present(cell, arch)
         if cell.text() in found:
@@ -240,7 +221,7 @@ def search(todo: Sequence[Cell], arch: int, notes: Notes, tuned: Callable[[Cell]
             continue
         else:
             best = tuned(cell)
-            notes.add(cell, best)
+            notes.add(cell.text(), best._asdict())
         if best != now:
             table.write(CSV, table.read(CSV) | {cell.key(arch): best})
     return left
@@ -254,12 +235,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--anew", action="store_true", help="forget what was found before")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no GPU here")
     if args.anew:
         NOTES.unlink(missing_ok=True)
     until, arch = time.monotonic() + 60 * args.minutes, arch_of(torch.device("cuda"))
     todo = list(cells(arch, args.kernels, args.heads))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool, Worker() as worker:
-        notes = Notes(NOTES, torch.cuda.get_device_name())
+        notes = Notes(NOTES, f"{torch.cuda.get_device_name()}, kernels {sources()}")
         left = search(todo, arch, notes, lambda cell: tune(cell, arch, "cuda", pool, args.seconds, worker), until)
     print(f"{len(todo) - left} of {len(todo)} cells are done" + "; the next search goes on from here" * (left > 0))
     return 0

@@ -12,6 +12,7 @@ import torch
 
 from bench.measuring.clock import time_interleaved, warm_up
 from bench.measuring.job import Job
+from bench.measuring.machine import device
 from bench.measuring.measure import matmul_call
 from bench.reporting.rows import CEILINGS, COPY, LARGE_MATMUL, Row
 
@@ -53,7 +54,7 @@ def rate(rows: list[Row], workload: str) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=device, default="cuda", help="cpu or cuda")
     parser.add_argument("--copy-bytes", type=int, default=COPY_BYTES)
     parser.add_argument("--side", type=int, default=LARGE_SIDE)
     args = parser.parse_args()

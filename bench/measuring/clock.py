@@ -23,7 +23,7 @@ import torch
 from bench.measuring.machine import on_a_gpu
 
 FLUSH = 4  # the buffer's size, as a multiple of the largest cache's
-READINGS = {"cpu": 1, "cuda": 16}  # of the buffer; on a GPU they take two milliseconds, longer than any call takes to be launched
+READINGS = {"cpu": 1, "cuda": 16}  # of the buffer; on a GPU they take about a millisecond, longer than most calls take to be launched
 GRAPH_CALLS = 10  # the calls in one CUDA graph
 SLOW_REPS, MIN_REPS, MAX_REPS = 3, 5, 200
 WARM_MS = 5.0

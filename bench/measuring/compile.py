@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -15,22 +16,24 @@ from bench.measuring.fits import free_memory, why_not
 from bench.measuring.job import Job
 from bench.measuring.machine import on_a_gpu
 from bench.measuring.peers import Contestant
-from bench.measuring.worker import SILENCE, Worker
+from bench.measuring.worker import SILENCE, Lost, Worker
 from bench.reporting.rows import BOTH, OURS
 
 COMPILERS = 16  # processes
 PATIENCE = {"cpu": 900.0, "cuda": SILENCE}  # seconds; a busy CPU compiles for long, and no kernel of its hangs
 
 
-def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> dict[str, str]:
-    """Compile every contestant that compiles, for every shape. Returns why some peers cannot be compiled, by Job.at.
+def compile_ahead(
+    cells: list[Cell], contestants: list[Contestant], cannot: Callable[[str, str], object], until: float = math.inf
+) -> None:
+    """Compile every contestant that compiles, for every shape. cannot: told at once of a peer that cannot be, by Job.at, and why.
 
     until: on time.monotonic's clock; what is not begun by then is compiled when it is measured. The measuring process would take as long
     to find out that a peer cannot be compiled, once for each mask.
     """
-    failed: dict[str, str] = {}
     shapes = {(cell.shape, cell.dtype, cell.direction): cell for cell in cells}.values()
-    slow = [contestant for contestant in contestants if contestant.compiled or contestant.name.startswith(OURS)]
+    on_gpu = on_a_gpu(cells[0].device)
+    slow = [contestant for contestant in contestants if contestant.compiled or on_gpu and contestant.name.startswith(OURS)]
     left = sorted(product(slow, shapes), key=lambda pair: (pair[0].compiled, pair[1].direction == BOTH))  # The last, the longest, go first.
 
     def compile_some() -> None:
@@ -41,8 +44,9 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
                     worker(_compile, contestant, cell, torch.get_num_threads())
                 except RuntimeError as error:
                     print(f"{(where := Job.at(contestant.name, cell))}: {error}", flush=True)
-                    if not contestant.name.startswith(OURS) and "out of memory" not in f"{error}":  # Many run at once here.
-                        failed[where] = f"{error}"
+                    is_crowded = isinstance(error, Lost) or "out of memory" in f"{error}"  # Many run at once here: alone it may do.
+                    if not contestant.name.startswith(OURS) and not is_crowded:
+                        cannot(where, f"{error}")
 
     processes = min(COMPILERS, os.cpu_count() or 1, len(left))
     with ThreadPoolExecutor(max(1, processes)) as pool:
@@ -51,7 +55,6 @@ def compile_ahead(cells: list[Cell], contestants: list[Contestant], until: float
                 done.result()
         finally:  # This also serves a run that is told to stop.
             left.clear()
-    return failed
 
 
 def _compile(contestant: Contestant, cell: Cell, threads: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import datetime
 import itertools
+import math
 import platform
 import re
+import time
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -77,9 +79,10 @@ class Job:
         other.rows, other.file = [], None
         return other
 
-    def check(self, backends: list[str], cells: list[Cell]) -> None:
+    def check(self, backends: list[str], cells: list[Cell], until: float = math.inf) -> None:
         """Validate every backend in every cell. One that is outside the budget is not timed there: a wrong kernel's time is no news.
 
+        until: on time.monotonic's clock, when `measure` begins no cell any more, and there is nothing to validate for.
         On a GPU a process of its own validates, which a broken kernel may take down.
         """
         if self.kernels:
@@ -88,6 +91,8 @@ class Job:
         scores, apart = largest(self.device), on_a_gpu(self.device)
         with Worker() as worker:
             for (workload, mask, dtype), backend in product(wanted, backends):
+                if time.monotonic() > until:
+                    break
                 key = Check(ours(backend, self.kernels).name, workload.name, mask, dtype)
                 arguments = (backend, fitting(workload, scores), mask, dtype, self.device)
                 try:

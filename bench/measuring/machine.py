@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
 import subprocess
@@ -15,6 +16,15 @@ RESULTS = ROOT / "bench" / "results"
 
 def on_a_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
+
+
+def device(text: str) -> str:
+    """The type of an option --device. Of several GPUs CUDA_VISIBLE_DEVICES says which: clocks and meters are of the first."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda: torch finds no GPU here")
+    return text
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -41,7 +51,7 @@ def describe_device(device: str) -> str:
 def describe_commit() -> str:
     """The commit, with + where what is measured differs from it; "unknown" outside a repository."""
     try:
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py", "bench/*.cpp")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "smattn", "kernels", "csrc", "bench/*.py")
         return _git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -53,6 +63,14 @@ def committed(path: Path) -> bool:
         return bool(_git("ls-files", "--", str(path), folder=path.parent))
     except (OSError, subprocess.CalledProcessError):  # There is no git, no repository or no such folder.
         return False
+
+
+def published(pattern: str) -> list[Path]:
+    """The files of bench/results with such a name that git keeps; outside a clone all, for an sdist has no others."""
+    try:
+        return [ROOT / name for name in _git("ls-files", f"bench/results/{pattern}").splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        return sorted(RESULTS.glob(pattern))
 
 
 def _git(*arguments: str, folder: Path = ROOT) -> str:

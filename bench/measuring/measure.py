@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from bench.measuring.cell import Cell, Step, bind
@@ -21,7 +22,9 @@ from bench.measuring.machine import name_of, on_a_gpu
 from bench.measuring.memory import extra_bytes
 from bench.measuring.peers import Contestant
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
-from bench.reporting.rows import COLD, GRAPH, WARM, Row
+from bench.reporting.rows import COLD, GRAPH, UNMASKED, WARM, Row
+
+ALIKE = 0.2  # of the results' norm; in bfloat16 plain PyTorch rounds alpha * M, which moves them by a twentieth
 
 
 def measure(job: Job, cells: list[Cell], contestants: list[Contestant], until: float = math.inf) -> None:
@@ -134,11 +137,21 @@ def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str
                 raise RuntimeError(reason)
             call = bind(contestant.ready(), case, cell.direction, contestant.gradients)
             warm_up(call, job.device)
+            if calls and contestant.name != UNMASKED:
+                need_alike(call(), next(iter(calls.items())))
             calls[contestant.name] = call
         except Exception as error:  # A peer that cannot run the cell is reported, and the others are measured.
             still_usable(error)
             refused[contestant.name] = in_a_line(error)
     return calls, refused
+
+
+def need_alike(results: tuple[Tensor, ...], first: tuple[str, Step]) -> None:
+    """Raise RuntimeError where a contestant computes something else than the first of them: that would be no comparison."""
+    name, call = first
+    for one, other in zip(results, call(), strict=True):
+        if not (one.float() - other.float()).norm() <= ALIKE * other.float().norm():
+            raise RuntimeError(f"its results are not those of {name}")
 
 
 def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:

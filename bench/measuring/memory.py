@@ -1,9 +1,9 @@
 """Peak memory of a call: what its process grows by at the highest point, less the outputs and gradients that the call returns.
 
-That is whatever a call needs besides its inputs and results, and scratch that it keeps for the next call is part of it. On a GPU
-torch.cuda.max_memory_allocated tells. On a CPU the kernel's high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs)
-is read in a process that has run nothing but a small call of the same contestant, so that code pages and thread stacks do not count. A
-compiled contestant warms up on the very shape, or the compiler's memory would count.
+That is whatever a call needs besides its inputs and results. On a GPU torch.cuda.max_memory_allocated tells, after a first call: scratch
+that a contestant keeps from one call to the next does not count there. On a CPU the kernel's high-water mark of resident memory (VmHWM,
+reset through /proc/self/clear_refs) is read in a process that has run nothing but a small call of the same contestant, so that code pages
+and thread stacks do not count. A compiled contestant warms up on the very shape, or the compiler's memory would count.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
 """Write every published figure from result files: `python -m bench.reporting.measured [bench/results/FILE.jsonl ...]`
 
 docs/measured.md has all of them between its markers, those of CPUs and those of GPUs, and README.md six rows (readme_figures.py) of the
-machine that ran last. The files given take the place of those that the page shows of the same machine, and the files of other machines
-stay. Without a file the page is written again from those that it shows. examples/wsss/README.md has the table of the newest token-maps
-file.
+machine that ran last; of several on one day, of the one that stands last on the page. The files given take the place of those that the page
+shows of the same machine, and the files of other machines stay. Without a file the page is written again from those that it shows.
+examples/wsss/README.md has the table of the newest token-maps file.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
 
 from bench.gpu import targets
-from bench.measuring.machine import RESULTS, ROOT
+from bench.measuring.machine import ROOT, published
 from bench.reporting.readme_figures import with_readme_figures
-from bench.reporting.rows import BOTH, COPY, FORWARD, MATMUL, Row, read
+from bench.reporting.rows import BOTH, CEILINGS, COPY, FORWARD, MATMUL, Row, read, result_file
 from bench.reporting.tables import DISTURBED, Duel, between, disturbed, duels, markdown, mib, ms, times
 from bench.studies import token_maps
 
@@ -25,8 +26,9 @@ SWEEP = "-nk-sweep"  # in the name of what nk_sweep.py writes; any other file is
 CPU, GPU = between("figures"), between("gpu figures")
 NO_GPU = "No run on a GPU has been made yet; `make gpu` makes one.\n"
 INTRODUCTION = """Medians in ms of the backend that smattn takes, beside the fastest of its peers in the same run: plain PyTorch eager and
-compiled, SDPA with the materialised bias, compiled FlexAttention (on a CPU forward only). "Both" is forward and backward with all five
-gradients, and the memory its peak beyond inputs, outputs and gradients. Cold cache: the caches are emptied before each call.
+compiled, SDPA with the materialised bias, compiled FlexAttention (on a CPU forward only). "Both" is forward and backward with every
+gradient: of query, key, value, mask and alpha, which only of a bias is the constant 1. Memory is its peak beyond inputs, outputs and
+gradients. Cold cache: the caches are emptied before each call.
 """
 
 
@@ -50,7 +52,7 @@ def to_show(shown: list[str], given: list[str]) -> list[str]:
 
 def of_the_newest(runs: list[str]) -> list[str]:
     """The runs of the machine that ran last, by the dates that files' names begin with."""
-    newest = max(runs, key=lambda file: Path(file).name[:DATE], default="")
+    newest = max(reversed(runs), key=lambda file: Path(file).name[:DATE], default="")
     return [file for file in runs if machine(file) == machine(newest)]
 
 
@@ -66,7 +68,8 @@ def with_figures(page: str, files: list[str]) -> str:
 
 def with_gpu_figures(page: str, files: list[str]) -> str:
     """The page with the figures of runs on GPUs."""
-    parts = [INTRODUCTION, *(f"### {machine(file)}\n\n{gpu_section(file)}" for file in files)]
+    sections = ((sweep_section if SWEEP in file else gpu_section)(file) for file in files)
+    parts = [INTRODUCTION, *(f"### {machine(file)}\n\n{text}" for file, text in zip(files, sections, strict=True))]
     return GPU.sub(lambda _: "\n".join(parts) if files else NO_GPU, page)
 
 
@@ -104,7 +107,7 @@ def section(file: str, with_plot: bool = False) -> str:
 
 def sweep_section(file: str) -> str:
     """Time and memory against the number of keys: the plot, and where its lines end."""
-    rows = [row for row in read(ROOT / file) if row.workload != MATMUL]
+    rows = [row for row in read(ROOT / file) if row.workload not in CEILINGS]
     ends = []
     for Nq in dict.fromkeys(row.shape[2] for row in rows):
         duel = [duel for duel in duels(rows).values() if duel.ours.shape[2] == Nq][-1]
@@ -143,9 +146,14 @@ def main(given: list[str]) -> None:
     runs = [file for file in gpu_files or cpu_files if SWEEP not in file]
     readme.write_text(with_readme_figures(readme.read_text(), of_the_newest(runs)))
     examples = ROOT / "examples" / "wsss" / "README.md"
-    maps = max(RESULTS.glob("*-token-maps.jsonl"))
+    maps = max(published("*-token-maps.jsonl"))
     examples.write_text(between("token_maps").sub(lambda _: token_maps.section(maps, "../../bench/results") + "\n", examples.read_text()))
 
 
 if __name__ == "__main__":
-    main([str(Path(file).resolve().relative_to(ROOT)) for file in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", type=result_file, metavar="FILE")
+    try:
+        main([str(file.relative_to(ROOT)) for file in parser.parse_args().files])
+    except ValueError as error:  # The page links to them.
+        parser.error(f"{error}")

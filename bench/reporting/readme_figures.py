@@ -46,7 +46,7 @@ def block(shown: list[tuple[str, str, dict[str, Duel]]]) -> str:
     return f"""{markdown(header, body)}
 
 {about.device}: medians of {first.ours.backend}, torch {about.versions["torch"]}.
-"Both" is forward and backward with all five gradients.
+"Both" is forward and backward with every gradient: of query, key, value, mask, and alpha where it is learned.
 {note}[All figures](docs/measured.md), with other machines, memory, cold caches and more keys; rows:
 {links}.
 """

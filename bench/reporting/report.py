@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bench.reporting.rows import COLD, COPY, GRAPH, OURS, UNMASKED, WARM, Row, read
+from bench.reporting.rows import COLD, COPY, GRAPH, OURS, UNMASKED, WARM, Row, read, result_file
 from bench.reporting.tables import Key, calibration, cells, contestants, disturbed, duels, markdown, mib, ms
 from smattn.testing import WORKLOADS
 
@@ -44,9 +44,10 @@ def write_report(path: Path) -> Path:
 {kernels}
 ## Time
 
-Medians in ms, every contestant called in turn in one run; forward+backward has all five gradients. In brackets GFLOP/s, forward counted as
-two matmuls, forward+backward as 3.5 times that, whatever a contestant recomputes. Bold: the backend smattn takes when none is named.
-Cold cache: before each call the caches are emptied, as by whatever else a network does between two calls.
+Medians in ms, every contestant called in turn in one run; forward+backward has every gradient, that of alpha too
+unless it is a constant. In brackets GFLOP/s, forward counted as two matmuls, forward+backward as 3.5 times that, whatever a contestant
+recomputes. Bold: the backend smattn takes when none is named. Cold cache: before each call the caches are emptied, as by whatever else a
+network does between two calls.
 
 ![Time]({path.stem}-time.png)
 
@@ -199,4 +200,6 @@ def colour(name: str, names: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(write_report(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description="Write the report of a result file beside it, and its plots.")
+    parser.add_argument("file", type=result_file)
+    print(write_report(parser.parse_args().file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -16,6 +17,13 @@ LARGE_MATMUL, COPY = "matmul8192", "copy"
 CEILINGS = (MATMUL, LARGE_MATMUL, COPY)  # what no kernel is expected to exceed
 UNMASKED = "flash without mask"  # This is no peer: what the others take beyond it is the price of the mask.
 OURS = "smattn/"  # A backend of smattn is named "smattn/cpu", say; any other name is a peer's.
+
+
+def result_file(text: str) -> Path:
+    """The type of an argument that is a result file."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text}")
+    return Path(text).resolve()
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ It writes bench/results/<date>-<device>-nk-sweep.jsonl, with .md and .png beside
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 
+from bench.measuring.ceilings import measure_ceilings
 from bench.measuring.cell import Cell
 from bench.measuring.job import Job, default_backend
 from bench.measuring.measure import measure
 from bench.measuring.peers import PEERS, ours
-from bench.reporting.rows import BOTH, Row, read, write
+from bench.reporting.rows import BOTH, Row, read
 from bench.reporting.tables import calibration, contestants, markdown
 from smattn.testing import Workload
 
@@ -94,15 +96,17 @@ def plot(rows: list[Row], names: list[str], path: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cells = sweep(device, torch.float32 if device == "cpu" else torch.bfloat16)
     job = Job(device, 0.5, " ".join(["python -m bench.studies.nk_sweep", *sys.argv[1:]]))
+    job.file = job.path("nk-sweep")
     backend = default_backend(cells[0])
+    if device == "cuda":
+        measure_ceilings(job, cells[0].dtype)
     job.check([backend], cells)
     measure(job, cells, [ours(backend), *(peer for peer in PEERS if device not in peer.forward_only_on)])
-    path = job.path("nk-sweep")
-    write(job.rows, path)
-    print(f"wrote {path} and {write_report(path)}")
+    print(f"wrote {job.file} and {write_report(job.file)}")
     sys.exit(job.verdict())
 
 

@@ -24,10 +24,11 @@ import smattn
 from bench.measuring.cell import Cell, Step
 from bench.measuring.clock import time_interleaved, timing, warm_up
 from bench.measuring.job import Job, default_backend
+from bench.measuring.machine import device
 from bench.measuring.measure import matmul_call
 from bench.measuring.memory import peak_beyond_results
 from bench.measuring.validate import Validation, fitting, validate_case
-from bench.reporting.rows import BOTH, FORWARD, MATMUL, OURS, Row, read, write
+from bench.reporting.rows import BOTH, FORWARD, MATMUL, OURS, Row, read
 from bench.reporting.tables import calibration, disturbed, markdown, mib, ms
 from smattn.testing import WORKLOADS, Workload, make_case
 
@@ -68,7 +69,24 @@ def with_smattn(layers: Layers) -> tuple[list[Tensor], Tensor]:
     return outs, maps
 
 
-PEERS: dict[str, Contestant] = {"stacked": stacked, "sdpa and rows": sdpa_and_rows}
+@dataclass(frozen=True)
+class Compiled:
+    """A contestant as torch.compile makes it. It is picklable, so that a fresh process can measure its memory."""
+
+    function: Contestant
+
+    def __call__(self, layers: Layers) -> tuple[list[Tensor], Tensor]:
+        compiled: Contestant = torch.compile(self.function, dynamic=False)  # what it compiled for such layers before it finds again
+        return compiled(layers)
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    OURS: with_smattn,
+    "stacked": stacked,
+    "stacked, compiled": Compiled(stacked),
+    "sdpa and rows": sdpa_and_rows,
+    "sdpa and rows, compiled": Compiled(sdpa_and_rows),
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,8 @@ class Stage:
 
     def call_and_warm_up(self, contestant: Contestant) -> tuple[Step, Step]:
         small = replace(self, workload=replace(self.workload, B=1, Nq=32, Nk=32), layers=1)
-        return self.steps(contestant), small.steps(contestant)
+        warm = self if isinstance(contestant, Compiled) else small  # else the compiler's memory would count
+        return self.steps(contestant), warm.steps(contestant)
 
     @property
     def flops(self) -> int:
@@ -142,6 +161,7 @@ def agree(stage: Stage, contestants: Iterable[Contestant]) -> None:
 
 def measure(job: Job, stage: Stage, contestants: dict[str, Contestant], ours: str, errors: Validation) -> list[float]:
     """Add a row for each contestant; returns the milliseconds of torch.mm around them."""
+    torch.compiler.reset()  # else it would generalise, and then give up
     agree(stage, contestants.values())
     matmul = matmul_call(torch.float32, stage.device)
     quiet = time_interleaved({"mm": matmul}, stage.device, job.seconds / 4)["mm"]
@@ -185,7 +205,7 @@ def write_report(path: Path) -> Path:
 
 Commit {about.commit}, by `{about.command}`. B H Nq Nk D: {sizes}.
 `stacked` keeps every layer's attention matrix until the maps are taken, `sdpa and rows` is torch's fused attention and the class tokens'
-probabilities beside it. Every row is in [{path.name}]({path.name}).
+probabilities beside it; each also as torch.compile makes it. Every row is in [{path.name}]({path.name}).
 
 {table(rows)}
 
@@ -210,22 +230,23 @@ def shapes(rows: list[Row]) -> list[tuple[str, tuple[int, ...]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     args = parser.parse_args()
     job = Job(args.device, args.seconds, " ".join(["python -m bench.studies.token_maps", *sys.argv[1:]]))
     backend = default_backend(Cell(WORKLOADS[NAMES[0]], "uniform", torch.float32, args.device, BOTH))
-    contestants = {f"{OURS}{backend}": with_smattn} | PEERS
+    contestants = {name + backend * (name == OURS): contestant for name, contestant in CONTESTANTS.items()}
+    job.file = job.path("token-maps")
     quiet: list[float] = []
     for name in NAMES:
         errors = check(name, backend, args.device)
         for direction in (FORWARD, BOTH):
             stage = Stage(replace(WORKLOADS[name], B=IMAGES), direction, args.device)
             quiet += measure(job, stage, contestants, f"{OURS}{backend}", errors)
+            job.save()
     job.add_matmul(torch.float32, quiet)
-    path = job.path("token-maps")
-    write(job.rows, path)
-    print(write_report(path).read_text())
+    job.save()
+    print(write_report(job.file).read_text())
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench.measuring.machine import published
 from bench.reporting import measured, readme_figures, report, rows
 from tests.support import bench_runs
 
@@ -46,14 +46,8 @@ def test_a_cell_measured_while_the_machine_was_busy_is_marked(job, tmp_path):
     assert "| hodor_infer float32 uniform, forward+backward † |" in text and "| hodor_infer float32 uniform, forward |" in text
 
 
-def committed_results() -> list[Path]:
-    """The result files that git keeps; outside a clone those of the sdist, which has no others."""
-    listed = subprocess.run(["git", "ls-files", "bench/results/*.jsonl"], cwd=ROOT, capture_output=True, text=True)
-    return list(ROOT.glob("bench/results/*.jsonl")) if listed.returncode else [ROOT / name for name in listed.stdout.split()]
-
-
 def test_committed_results_have_the_row_form():
-    for file in committed_results():
+    for file in published("*.jsonl"):
         table = rows.read(file)
         assert any(row.workload == rows.MATMUL for row in table), f"{file.name} has no calibration"
         for row in table:
@@ -65,7 +59,7 @@ def test_committed_results_have_the_row_form():
 
 
 def test_the_figures_of_the_page_come_from_committed_result_files():
-    page, committed_files = measured.PAGE.read_text(), set(committed_results())
+    page, committed_files = measured.PAGE.read_text(), set(published("*.jsonl"))
     cpu_files, gpu_files = measured.files_shown(page), measured.files_shown(page, measured.GPU)
     assert {ROOT / file for file in [*cpu_files, *gpu_files]} <= committed_files
     assert cpu_files or not committed_files, "a result file is committed, the page shows none: python -m bench.reporting.measured FILE"
@@ -77,13 +71,15 @@ def test_the_readme_has_the_machine_that_ran_last(monkeypatch):
     monkeypatch.setattr(measured, "machine", lambda file: file[-7])
     runs = [f"bench/results/2026-11-{run}.jsonl" for run in ("21-a", "29-b", "20-b", "28-a")]
     assert measured.of_the_newest(runs) == runs[1:3] and measured.of_the_newest([]) == []
+    on_one_day = [f"bench/results/2026-11-{run}.jsonl" for run in ("29-a", "29-b", "29-a")]
+    assert measured.of_the_newest(on_one_day[:2]) == on_one_day[1:2], "the one that stands last on the page"
 
 
 def test_the_rows_of_the_readme_come_from_committed_result_files():
     readme = (ROOT / "README.md").read_text()
     files = readme_figures.files_shown(readme)
     shown = measured.files_shown(measured.PAGE.read_text()) + measured.files_shown(measured.PAGE.read_text(), measured.GPU)
-    assert files and set(files) <= set(shown) and {ROOT / file for file in files} <= set(committed_results())
+    assert files and set(files) <= set(shown) and {ROOT / file for file in files} <= set(published("*.jsonl"))
     assert len({measured.machine(file) for file in files}) == 1
     text = readme_figures.with_readme_figures(readme, files)
     assert text == readme and "[All figures](docs/measured.md)" in text

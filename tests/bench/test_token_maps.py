@@ -11,6 +11,7 @@ import torch
 
 from bench.measuring import job as bench_job
 from bench.measuring import memory
+from bench.measuring.machine import published
 from bench.reporting import rows
 from bench.studies import token_maps
 from smattn.testing import Workload
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # it has a known name, so that look-ups find it
 STAGE = token_maps.Stage(TINY, rows.BOTH, "cpu", layers=2)
-CONTESTANTS = {"smattn/cpu": token_maps.with_smattn} | token_maps.PEERS
+NOT_COMPILED = {name: one for name, one in token_maps.CONTESTANTS.items() if not isinstance(one, token_maps.Compiled)}
+CONTESTANTS = {name + "cpu" * (name == rows.OURS): contestant for name, contestant in NOT_COMPILED.items()}
 
 
 def test_a_contestant_that_computes_something_else_is_not_timed():
@@ -65,5 +67,5 @@ def test_rows_become_a_report(tmp_path, monkeypatch):
 
 
 def test_the_table_of_the_readme_is_that_of_the_newest_committed_rows():
-    newest = max((ROOT / "bench" / "results").glob("*-token-maps.jsonl"))
+    newest = max(published("*-token-maps.jsonl"))
     assert token_maps.section(newest, "../../bench/results") in (ROOT / "examples" / "wsss" / "README.md").read_text()

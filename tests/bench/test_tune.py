@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.gpu import cells, tune
+from bench.gpu.notes import Notes
 from smattn.kernels import tiles
 from smattn.kernels.tiles import TABLE, Key, Tile
 from smattn.kernels.tools import jobs
@@ -176,12 +177,12 @@ def test_a_search_goes_on_where_the_last_one_ended(table, monkeypatch, tmp_path,
         tune.put(cell, ARCH, best[cell])
         return best[cell]
 
-    notes = tune.Notes(path, "a chip")
+    notes = Notes(path, "a chip")
     with pytest.raises(KeyboardInterrupt):
         tune.search(todo, ARCH, notes, tuned, time.monotonic() + 100)
-    assert asked == todo[:3] and list(notes.found()) == [cell.text() for cell in todo[:2]]
+    assert asked == todo[:3] and [name for name, _ in notes.found()] == [cell.text() for cell in todo[:2]]
     with open(path, "a") as file:
-        file.write('\n{"of": "cut sh')
+        file.write('\n{"of": "a chip", "name": "cut short", "found": {"block_m": 64}\n{"of": "a ch')
     tune.CSV.write_text(LINES)  # a machine may have the notes and not the table
     table.clear()
     table.update(TABLE)
@@ -190,10 +191,8 @@ def test_a_search_goes_on_where_the_last_one_ended(table, monkeypatch, tmp_path,
     assert tiles.read(tune.CSV) == TABLE | {cell.key(ARCH): best[cell] for cell in todo}
     assert all(tune.present(cell, ARCH) == best[cell] for cell in todo)
     assert tune.search(todo, ARCH, notes, None, time.monotonic() + 100) == 0, "all is done"
-    assert tune.Notes(path, "another chip").found() == {}
-    monkeypatch.setattr(tune, "sources", lambda: "other kernels")
-    other = tune.Notes(path, "a chip")
-    assert other.found() == {} and tune.search(todo, ARCH, other, None, time.monotonic() - 1) == 4, "other kernels; no time"
+    other = Notes(path, "another chip")
+    assert list(other.found()) == [] and tune.search(todo, ARCH, other, None, time.monotonic() - 1) == 4, "no time"
 
 
 def test_what_is_timed_is_the_pass_of_the_kernel():
