@@ -90,6 +90,17 @@ def test_it_refuses_to_run_under_the_interpreter():
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
 
 
+@pytest.mark.parametrize("words", ["--processes 0", "--every -1", "--every 1.5", "--table /none/table.csv"])
+def test_wrong_options_are_refused_before_anything_is_compiled(words):
+    result = without_interpreter("-m", "smattn.kernels.tools.aot", *words.split())
+    assert result.returncode == 2 and words.split()[0] in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_error_without_a_message_is_still_named():
+    aot = pytest.importorskip("smattn.kernels.tools.aot")
+    assert aot.last_line(AssertionError()) == "AssertionError: " and aot.last_line(ValueError("a\nb\n")) == "ValueError: b"
+
+
 def test_the_table_in_the_results_is_of_the_present_kernels_and_tiles():
     from smattn.kernels.tools.jobs import SAMPLE, jobs, name_of, record
     from smattn.kernels.tools.sources import sources
