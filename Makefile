@@ -66,7 +66,7 @@ wheel: $(INSTALLED)  ## the sdist and a manylinux wheel into dist/; the wheel st
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 
-# AOT=--sample: a sixth of them, in eight minutes; AOT="--sample --every 3": a third of those, which the tests compile.
+# AOT=--sample: a fifth of them, in eight minutes; AOT="--sample --every 3": a third of those, which the tests compile.
 aot: $(INSTALLED)  ## every Triton kernel through the real compiler, without a GPU, and what bounds each workload
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.aot $(AOT)
 	env -u TRITON_INTERPRET $(BIN)/python -m smattn.kernels.tools.amd
