@@ -24,7 +24,7 @@ from smattn.testing import WORKLOADS, Case, Error, Workload, errors, run, worklo
 
 LARGEST = {"cpu": 2**23, "cuda": 2**27}  # scores, for which float64 takes seconds
 BYTES = 256  # of a GPU's memory that a score needs: float64 takes two dozen tensors of scores
-INTERPRETED_DTYPES = (torch.float32, torch.float16)  # The interpreter's bfloat16 products are wrong.
+INTERPRETED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
