@@ -24,8 +24,6 @@ from bench.measuring.peers import Contestant
 
 def extra_bytes(contestant: Contestant, cell: Cell) -> int:
     """Peak memory of one call beyond inputs, outputs and gradients. Raises RuntimeError when it could not be measured."""
-    if on_a_gpu(cell.device):
-        return _peak_on_cuda(bind(contestant.ready(), cell.case(), cell.direction, contestant.gradients))
     return peak_beyond_results(partial(_call_and_warm_up, contestant, cell), cell.device)
 
 

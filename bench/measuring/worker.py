@@ -82,19 +82,20 @@ class Worker:
         self.close()
         raise Lost(said, why)
 
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
+    def close(self, patience: float = 0.0) -> None:
+        """End the process, whatever it is doing. patience: seconds in which one that is idle ends by itself, and cleans up."""
         if self._process is not None:
+            self._connection.close()
+            self._process.join(patience)
             self._process.kill()
             self._process.join()
-            self._connection.close()
             self._process = None
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.close(patience=2.0)
 
 
 def _serve(connection: Connection) -> None:

@@ -73,7 +73,7 @@ Largest error of each tensor, plain PyTorch's, and the share of the error budget
 
 {skipped(rows)}
 
-Workloads not in this run: {", ".join(name for name in WORKLOADS if name not in {row.workload for row in rows}) or "none"}.
+Workloads not in this run: {", ".join(name for name in WORKLOADS if name not in {row.workload for row in timed}) or "none"}.
 """
     report = path.with_suffix(".md")
     report.write_text(text)
