@@ -16,8 +16,8 @@ from .backward_delta import store_dalpha_rows
 from .launch import launch
 from .operands import attention_arguments, strides
 from .primitives.load import head_of, live_keys, live_span, load_alpha, load_block, load_mask, load_tile, mask_offset, query_program
-from .primitives.rows import finish_rows, load_dlse, store_rows
-from .primitives.score import LOG2E, score_gradient
+from .primitives.rows import load_dlse, store_rows
+from .primitives.score import LOG2E, lse_to_rebuild, score_gradient
 from .tiles import cdiv
 
 
@@ -43,7 +43,8 @@ def _delta_sweep_kernel(
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
-    lse_log2 = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("-inf"))
+    lse_log2, dead = lse_to_rebuild(lse * LOG2E), lse == float("-inf")
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -62,10 +63,8 @@ def _delta_sweep_kernel(
             scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
-    dead = lse_log2 == float("-inf")
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
-    lse_log2, delta = finish_rows(lse_log2, delta - dl, dead)
-    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
+    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, tl.where(dead, 0.0, delta - dl), offs_m, row_ok)
     if NEED_DALPHA:
         dalpha_rows = dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)

@@ -18,7 +18,7 @@ struct Call {
 // Of a row over one range of keys: not yet divided by l.
 struct alignas(16) PartialRow {
   float m;  // largest score, base 2
-  float l;  // sum of exp2(s - m); 1 where live scores are all -inf, 0 where no key is live
+  float l;  // sum of exp2(s - m); 0 where no key is live and where live scores are all -inf
   float average[2];  // sums of P*M and P*dA
 };
 
@@ -69,6 +69,7 @@ struct KeysArgs {
   bool tile_per_head = false;  // dmask has a head axis
   void* row_out = nullptr;  // dM of a mask without a query axis, summed over queries (B / batches, H or Hkv, Nk); null when not asked for
   DType row_dtype = DType::kFloat32;
+  bool row_is_final = false;  // it is dM itself, each row one block's: not to be summed, but to go through the sigmoid of logits
   bool row_per_head = false;  // a row for each head, else for each group of query heads
   int64_t heads = 1,
           batches = 1;  // that a block goes over, the last one fewer batches; whole groups of query heads when dK or dV is asked for

@@ -40,12 +40,11 @@ struct KeysWork {
     first_query = static_cast<int>(rest / key_blocks % spans * args.span);
     last_query = static_cast<int>(first_query + args.span < size.Nq ? first_query + args.span : size.Nq);
     const int64_t sharers = batch.sharers(size.B), shares = (sharers + args.batches - 1) / args.batches;
-    const int64_t number = rest / key_blocks / spans, own = number / shares * batch.own_step(size.B);
-    const int64_t first = number % shares * args.batches;
-    const int64_t last = (first + args.batches < sharers ? first + args.batches : sharers) - 1;
+    const int64_t number = rest / key_blocks / spans, mask = number / shares;
+    const int64_t first = number % shares * args.batches, end = first + args.batches < sharers ? first + args.batches : sharers;
     share = static_cast<int>(number);
-    first_batch = static_cast<int>(own + first * batch.share_step());
-    last_batch = static_cast<int>(own + last * batch.share_step());
+    first_batch = static_cast<int>(batch.at_place(mask * sharers + first, size.B));
+    last_batch = static_cast<int>(batch.at_place(mask * sharers + end - 1, size.B));
   }
 };
 
@@ -106,9 +105,12 @@ SMATTN_DEVICE void store_row_sums(const KeysArgs& args, const KeysWork& work, He
   const bool first = at.b == work.first_batch && (args.row_per_head || at.h % group == 0);
   const float alpha = alpha_of(scores, at.h);
   for (int half = 0; half < 2; ++half) {
-    const float sum = alpha * row_sum(row_sums[half]);
+    float sum = alpha * row_sum(row_sums[half]);
     const int64_t key = first_key + row_of(half), to = row * size.Nk + key;
     if (lane_index() % 4 != 0 || key >= size.Nk) continue;
+    if (args.row_is_final && scores.mask_is_logits)
+      sum =
+          through_sigmoid(sum, scores.mask, scores.mask_batch.offset_at(at.b) + at.h * scores.mask.stride[1] + key * scores.mask.stride[3]);
     if (first) {
       store_element(args.row_out, args.row_dtype, to, sum);
     } else {
@@ -150,7 +152,10 @@ struct KeysStep {
       });
       return;
     }
-    output_gradient(dp, dout, row, place);
+    if (args.dkey != nullptr || args.tile_sum != TileSum::kNone || args.row_out != nullptr)
+      output_gradient(dp, dout, row, place);
+    else
+      dp.fill(0.0f);  // dV alone needs no dS
     gradient(s, dp, state, place);
     if (DVALUE && args.dvalue != nullptr) {
       drop(s, args.call, at, 1.0f, place);

@@ -7,6 +7,7 @@
 namespace smattn::cuda {
 
 constexpr int kRowsThreads = 128;
+constexpr float kLseRounding = 0x1p-21f;  // of an lse: four units in the last place, more than S and it are off together
 
 // An element of the output as it was before it was rounded.
 template <class T>
@@ -38,8 +39,10 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   if (row >= size.B * size.H * size.Nq) return;
   const int64_t i = row % size.Nq;
   const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
-  const float lse = args.lse[row];
-  RowState state{lse * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row], args.dlse == nullptr ? 0.0f : args.dlse[row]};
+  const float lse = args.lse[row], rounding = fabsf(lse) * kLseRounding;
+  // Where lse is so large that rounding it and the scores could make P more than 2, even infinite, it is raised by as much as rounding may do.
+  RowState state{(rounding > 1.0f ? lse + rounding : lse) * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row],
+                 args.dlse == nullptr ? 0.0f : args.dlse[row]};
   if (args.sums != nullptr) {
     state.delta = (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row] - state.dl;
   } else if (args.out != nullptr) {

@@ -14,7 +14,7 @@ SMATTN_DEVICE void forward_merge_block(const ForwardArgs& args) {
   if (row >= rows) return;
   float m = -infinity(), l = 0.0f, average[2] = {0.0f, 0.0f};
   for (int64_t i = 0; i < args.splits; ++i) m = fmaxf(m, args.partial_rows[i * rows + row].m);
-  // 1 also where the largest score is infinite, and so is what is summed, or where it is -inf: then l counts the ranges that have live keys
+  // 1 also where the largest score is infinite: +inf, and so is what is summed, or -inf, and that is 0
   const auto factor_of = [&](float part) { return part == m ? 1.0f : exp2_fast(part - finite(m)); };
   for (int64_t i = 0; i < args.splits; ++i) {
     const PartialRow part = args.partial_rows[i * rows + row];

@@ -108,14 +108,8 @@ void run_queries(QueriesArgs args, const Wanted& wanted, const Passes& passes, c
     sum_many({.from = args.partial_dquery,
               .to = wanted.dquery,
               .dtype = scores.dtype,
-              .outer = 1,
-              .middle = 1,
               .inner = count,
-              .stride_outer = 0,
-              .stride_middle = 0,
-              .first = 1,
               .second = args.splits,
-              .stride_first = 0,
               .stride_second = count},
              context);
   if (wanted.dalpha != nullptr)
@@ -181,9 +175,8 @@ void attention_map(const MapParams& params, const Context& context) {
   auto* rows = allocate<RowState>(size.B * size.H * size.Nq, context);
   auto* lse = static_cast<float*>(params.lse);
   const auto* weights = static_cast<const float*>(params.head_weights);
-  auto* mbar = scores.mask.data != nullptr ? allocate<float>(size.B * size.H * size.Nq, context) : nullptr;
-  run_forward({.call = call, .lse = lse, .mbar = mbar}, passes, context);
-  backward_rows({.call = call, .lse = lse, .mbar = mbar, .rows = rows}, context);
+  run_forward({.call = call, .lse = lse}, passes, context);
+  backward_rows({.call = call, .lse = lse, .rows = rows}, context);
   passes.backward_keys({.call = call,
                         .head_weights = weights,
                         .rows = rows,

@@ -22,12 +22,14 @@ struct RowSums {
     const int64_t most = std::max<int64_t>(1, kMostPartialBytes / (masks * rows * size.Nk * 4));
     batches = (sharers + most - 1) / most;
     shares = (sharers + batches - 1) / batches;
-    const bool is_direct = sharers == 1 && has_head && !scores.mask_is_logits;
+    const bool adds_up = shares == 1 && scores.mask.dtype == DType::kFloat32 && !scores.mask_is_logits;  // a block, to its own rows
+    const bool is_direct = has_head && (sharers == 1 || adds_up);
     scratch = is_direct ? nullptr : allocate<float>(masks * shares * rows * size.Nk, context);
   }
   void ask(KeysArgs& args, void* dmask) const {
     args.row_out = scratch != nullptr ? scratch : dmask;
     args.row_dtype = scratch != nullptr ? DType::kFloat32 : scores.mask.dtype;
+    args.row_is_final = scratch == nullptr;
     args.row_per_head = has_head;
     args.batches = batches;
   }

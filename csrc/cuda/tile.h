@@ -82,7 +82,6 @@ template <class T, int ROWS, int D>
 struct SharedTile {
   static constexpr int kPerChunk = 16 / sizeof(T);
   static constexpr int kChunks = D / kPerChunk;
-  static constexpr int kBytes = ROWS * D * sizeof(T);
   T* data;
 
   static constexpr int kLow = kChunks >= 8 ? 7 : 3;  // the bits of a chunk's number that change

@@ -10,6 +10,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
+LSE_ROUNDING = tl.constexpr(2.0**-21)  # of an lse: four units in the last place, more than S and it are off together
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
@@ -60,8 +61,13 @@ def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
 
 @triton.jit
 def lse_to_rebuild(lse_log2):
-    """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf."""
-    return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2))
+    """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf.
+
+    Where it is so large that rounding S and L could make P more than 2, even infinite, it is raised by as much as rounding may do.
+    """
+    rounding = tl.abs(lse_log2) * LSE_ROUNDING
+    raised = lse_log2 + tl.where(rounding > 1.0, rounding, 0.0)
+    return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), raised))
 
 
 @triton.jit

@@ -303,3 +303,20 @@ def test_a_nan_query_without_keys_is_dead_by_padding_and_nan_by_scores(name, dev
     results = run(case, name)
     assert results["out"][0, :, 1].isnan().all() and not results["out"][1].any()
     assert results["lse"][0, :, 1].isnan().all() and results["lse"][1].eq(-INF).all()
+
+
+LARGE = [(1.0, -1e9), (32.0, -1e9), (32.0, -1e30), (1.0, 1e9), (36.594475, -945679700.0), (32.05659, -81284490.0)]
+
+
+@pytest.mark.parametrize("alpha, value", LARGE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@attention_and_map
+@on_every_backend
+def test_a_row_whose_scores_are_all_large_makes_no_nan(name, device, as_map, dtype, alpha, value):
+    """It is not dead. P is rebuilt from an lse whose last place is far above 1."""
+    case = make_case(2, 2, 5, NK, 8, dtype=dtype, as_map=as_map, device=device)
+    case.mask[0, 1] = value
+    case = replace(case, alpha=torch.full((2,), alpha, device=device))
+    results = run(case, name)
+    assert all(tensor.isfinite().all() for tensor in results.values())
+    assert_within_budget(results, case)
