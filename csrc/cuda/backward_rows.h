@@ -39,9 +39,9 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   if (row >= size.B * size.H * size.Nq) return;
   const int64_t i = row % size.Nq;
   const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
-  const float lse = args.lse[row], rounding = fabsf(lse) * kLseRounding;
-  // Where lse is so large that rounding it and the scores could make P more than 2, even infinite, it is raised by as much as rounding may do.
-  RowState state{(rounding > 1.0f ? lse + rounding : lse) * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row],
+  const float lse = args.lse[row];
+  // Where lse is so large that rounding it and the scores could make P more than 2, even infinite, it is raised by what is beyond that.
+  RowState state{(lse + fmaxf(fabsf(lse) * kLseRounding - 1.0f, 0.0f)) * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row],
                  args.dlse == nullptr ? 0.0f : args.dlse[row]};
   if (args.sums != nullptr) {
     state.delta = (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row] - state.dl;

@@ -63,10 +63,9 @@ def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
 def lse_to_rebuild(lse_log2):
     """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf.
 
-    Where it is so large that rounding S and L could make P more than 2, even infinite, it is raised by as much as rounding may do.
+    Where it is so large that rounding S and L could make P more than 2, even infinite, it is raised by what is beyond that.
     """
-    rounding = tl.abs(lse_log2) * LSE_ROUNDING
-    raised = lse_log2 + tl.where(rounding > 1.0, rounding, 0.0)
+    raised = lse_log2 + tl.maximum(tl.abs(lse_log2) * LSE_ROUNDING - 1.0, 0.0)
     return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), raised))
 
 

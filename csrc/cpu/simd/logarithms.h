@@ -47,7 +47,7 @@ inline void store_doubles(T* to, Vec<double> x) {
 // P of a row is factor * 2^(exponent - rest), where factor is 2^-whole and whole + rest is lse in base 2. If all of lse were subtracted, the
 // exponent would be rounded to lse's last place, and over many keys lse can be far larger than the scores. It is above the largest of them by
 // log2(Nk) at most, and so much of it at most is whole. Where lse is so large that rounding it and the scores could make P more than 2, even
-// infinite, it is raised by as much as rounding may do: four units in the last place.
+// infinite, it is raised by what is beyond that; rounding may do four units in the last place.
 template <class T>
 struct RowExponents {
   T *rest, *factor, *lowest;  // [lane]; a lower exponent makes no normal P
@@ -65,7 +65,7 @@ struct RowExponents {
       T numbers[kLanes<double>];
       for (int64_t i = 0; i < kLanes<double>; ++i) numbers[i] = lane + i < count ? lse[lane + i] : static_cast<T>(-__builtin_inf());
       const Vec<double> given = load_doubles(numbers), rounding = (given < 0.0 ? -given : given) * (4 * kEpsilon);
-      const Vec<double> x = rounding > 1.0 ? given + rounding : given, nearest = (x * kLog2e + kRound) - kRound;
+      const Vec<double> x = rounding > 1.0 ? given + (rounding - 1.0) : given, nearest = (x * kLog2e + kRound) - kRound;
       const Vec<double> bounded = nearest < most ? nearest : broadcast(most), whole = bounded > 0.0 ? bounded : Vec<double>{};
       const Vec<double> less = ((x - whole * kLn2High) - whole * kLn2Low) * kLog2e;
       const Vec<double> not_finite = given < 0.0 ? broadcast(__builtin_inf()) : broadcast(__builtin_nan(""));
