@@ -34,9 +34,9 @@ DALPHA_BYTES = PROMISED_BYTES // 8  # backward's partial sums of dalpha: a promi
 
 
 def bytes_kept(problem: Problem) -> int:
-    """Bytes that forward saves for backward if it keeps out's remainder, and backward's own for each query of each head, 16 at most."""
+    """Bytes that forward saves for backward if it keeps out's remainder, and backward's own 8 bytes for each query of each head."""
     remainder = problem.Dv * problem.dtype.itemsize if problem.acc_dtype != problem.dtype else 0
-    return problem.B * problem.H * problem.Nq * (24 + remainder)
+    return problem.B * problem.H * problem.Nq * (16 + remainder)
 
 
 def share_kept(problem: Problem) -> int:
