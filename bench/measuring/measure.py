@@ -129,7 +129,7 @@ def memories(job: Job, cell: Cell, contestants: list[Contestant], refused: dict[
 
 def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str, Step], dict[str, str]]:
     """The warmed-up calls of those that can run the cell, and why the others cannot."""
-    case, calls, refused = cell.case(), dict[str, Step](), dict[str, str]()
+    case, calls, refused, expected = cell.case(), dict[str, Step](), dict[str, str](), tuple[Tensor, ...]()
     for contestant in contestants:
         at(contestant.name)
         try:
@@ -137,8 +137,10 @@ def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str
                 raise RuntimeError(reason)
             call = bind(contestant.ready(), case, cell.direction, contestant.gradients)
             warm_up(call, job.device)
-            if calls and contestant.name != UNMASKED:
-                need_alike(call(), next(iter(calls.items())))
+            if contestant.name != UNMASKED:
+                results = call()
+                expected = expected or results
+                need_alike(results, expected, next(iter(calls), contestant.name))
             calls[contestant.name] = call
         except Exception as error:  # A peer that cannot run the cell is reported, and the others are measured.
             still_usable(error)
@@ -146,12 +148,11 @@ def bound(job: Job, cell: Cell, contestants: list[Contestant]) -> tuple[dict[str
     return calls, refused
 
 
-def need_alike(results: tuple[Tensor, ...], first: tuple[str, Step]) -> None:
+def need_alike(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], first: str) -> None:
     """Raise RuntimeError where a contestant computes something else than the first of them: that would be no comparison."""
-    name, call = first
-    for one, other in zip(results, call(), strict=True):
+    for one, other in zip(results, expected, strict=True):
         if not (one.float() - other.float()).norm() <= ALIKE * other.float().norm():
-            raise RuntimeError(f"its results are not those of {name}")
+            raise RuntimeError(f"its results are not those of {first}")
 
 
 def time_in_graphs(calls: dict[str, Step], device: str, seconds: float) -> tuple[dict[str, list[float]], dict[str, str]]:

@@ -68,8 +68,7 @@ def with_figures(page: str, files: list[str]) -> str:
 
 def with_gpu_figures(page: str, files: list[str]) -> str:
     """The page with the figures of runs on GPUs."""
-    sections = ((sweep_section if SWEEP in file else gpu_section)(file) for file in files)
-    parts = [INTRODUCTION, *(f"### {machine(file)}\n\n{text}" for file, text in zip(files, sections, strict=True))]
+    parts = [INTRODUCTION, *(f"### {machine(file)}\n\n{(sweep_section if SWEEP in file else gpu_section)(file)}" for file in files)]
     return GPU.sub(lambda _: "\n".join(parts) if files else NO_GPU, page)
 
 
@@ -154,6 +153,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", type=result_file, metavar="FILE")
     try:
-        main([str(file.relative_to(ROOT)) for file in parser.parse_args().files])
+        given = [str(file.relative_to(ROOT)) for file in parser.parse_args().files]
     except ValueError as error:  # The page links to them.
         parser.error(f"{error}")
+    main(given)

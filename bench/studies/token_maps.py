@@ -80,8 +80,7 @@ class Compiled:
         return compiled(layers)
 
 
-CONTESTANTS: dict[str, Contestant] = {
-    OURS: with_smattn,
+PEERS: dict[str, Contestant] = {
     "stacked": stacked,
     "stacked, compiled": Compiled(stacked),
     "sdpa and rows": sdpa_and_rows,
@@ -235,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     job = Job(args.device, args.seconds, " ".join(["python -m bench.studies.token_maps", *sys.argv[1:]]))
     backend = default_backend(Cell(WORKLOADS[NAMES[0]], "uniform", torch.float32, args.device, BOTH))
-    contestants = {name + backend * (name == OURS): contestant for name, contestant in CONTESTANTS.items()}
+    contestants = {f"{OURS}{backend}": with_smattn} | PEERS
     job.file = job.path("token-maps")
     quiet: list[float] = []
     for name in NAMES:

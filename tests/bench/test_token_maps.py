@@ -20,8 +20,8 @@ pytestmark = pytest.mark.promise("benchmarks")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Workload("vit_cls", 1, 2, 48, 48, 8, "tiny")  # it has a known name, so that look-ups find it
 STAGE = token_maps.Stage(TINY, rows.BOTH, "cpu", layers=2)
-NOT_COMPILED = {name: one for name, one in token_maps.CONTESTANTS.items() if not isinstance(one, token_maps.Compiled)}
-CONTESTANTS = {name + "cpu" * (name == rows.OURS): contestant for name, contestant in NOT_COMPILED.items()}
+NOT_COMPILED = {name: peer for name, peer in token_maps.PEERS.items() if not isinstance(peer, token_maps.Compiled)}
+CONTESTANTS = {"smattn/cpu": token_maps.with_smattn} | NOT_COMPILED
 
 
 def test_a_contestant_that_computes_something_else_is_not_timed():

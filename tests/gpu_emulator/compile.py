@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,15 @@ class Module(NamedTuple):
     descriptors: list[dict[str, Any]]  # how tensor descriptors are encoded, in the order of the arguments
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at the path: whole or not at all, whoever else writes it and whenever the process is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    yield unfinished
+    unfinished.replace(path)
+
+
 def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """As ahead of time, except that a pointer is only known to be aligned where it is."""
     source = aot.source(kernel, arguments)
@@ -57,10 +67,8 @@ def compile_kernel(source: ASTSource, arch: int, tile: Tile) -> Module:
     if path.exists():
         return Module(*json.loads(path.read_text()))
     module = _compile(source, arch, tile)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(module))
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(module))
     return module
 
 

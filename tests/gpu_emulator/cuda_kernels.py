@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 from functools import cache
@@ -13,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from . import machine
-from .compile import CACHE, States, bytes_of
+from .compile import CACHE, States, bytes_of, written_whole
 from .counters import Counts
 from .memory import GlobalMemory
 from .parser import Kernel, parse
@@ -43,11 +42,9 @@ def module(source: str, arch: int) -> dict[str, Kernel]:
     key = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:32]
     path = CACHE / f"{source.replace('/', '-')}-{arch}-{key}.ptx"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
         options = ("-ptx", f"-arch=sm_{arch}", "-std=c++17", "--expt-relaxed-constexpr")
-        subprocess.run(["nvcc", *options, "-o", str(unfinished), str(CSRC / "cuda" / f"{source}.cu")], check=True)
-        unfinished.replace(path)
+        with written_whole(path) as unfinished:
+            subprocess.run(["nvcc", *options, "-o", str(unfinished), str(CSRC / "cuda" / f"{source}.cu")], check=True)
     return parse(path.read_text())
 
 

@@ -30,7 +30,7 @@ from smattn.kernels.tools.sources import sources
 
 from . import cuda_backend
 from .backend import CHIPS, install, name_of
-from .compile import CACHE
+from .compile import CACHE, written_whole
 from .counters import Counts
 from .problems import TOGETHER, check, problems
 
@@ -148,10 +148,8 @@ class Progress:
 
 
 def keep(progress: Progress, path: Path) -> None:
-    """Whole or not at all, whenever the run is stopped."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(pickle.dumps(progress))
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes(pickle.dumps(progress))
 
 
 def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> None:
@@ -163,7 +161,6 @@ def run(progress: Progress, seed: int, count: int, until: float, kept: Path) -> 
     for row in emulated.values():
         row.detailed = True
     cuda = cuda_backend.install() if shutil.which("nvcc") else None
-    kept.parent.mkdir(parents=True, exist_ok=True)
     for number, (drawn, case) in enumerate(itertools.islice(problems(seed), count)):
         again = number < progress.problems
         if again and all(number != failed for failed, _ in progress.failures):

@@ -122,8 +122,7 @@ class GlobalMemory:
     def store(self, addresses: Array, values: Array, lanes: Lanes) -> None:
         size, count = values.dtype.itemsize, values.shape[1]
         index = self._index(addresses, size, count)
-        inside = _repeated(UNWRITTEN, size)  # a bit that every byte of a tensor has
-        outside = self.state.view(UNSIGNED[size])[index] & inside != inside
+        outside = _outside(self.state.view(UNSIGNED[size])[index], size)
         if outside.any():
             raise Fault("memcheck", f"store outside every tensor, {describe(addresses, outside)}")
         halves = self._halves(index, size)
@@ -157,11 +156,16 @@ class GlobalMemory:
         states = self.state.view(UNSIGNED[size])[index]
         if (states == _repeated(WRITTEN, size)).all():
             return
-        inside = _repeated(UNWRITTEN, size)
-        outside = states & inside != inside
+        outside = _outside(states, size)
         kind = "outside every tensor" if outside.any() else "of memory that was never written"
         wrong = outside if outside.any() else states != _repeated(WRITTEN, size)
         raise Fault("memcheck", f"{access} {kind}, {describe(index * size + BASE, wrong)}")
+
+
+def _outside(states: Array, size: int) -> Array:
+    """Which elements have a byte that belongs to no tensor: each that does has this bit."""
+    inside = _repeated(UNWRITTEN, size)
+    return states & inside != inside
 
 
 def _repeated(byte: int, size: int) -> int:
