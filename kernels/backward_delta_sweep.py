@@ -17,7 +17,7 @@ from .launch import launch
 from .operands import attention_arguments, strides
 from .primitives.load import head_of, live_keys, live_span, load_alpha, load_block, load_mask, load_tile, mask_offset, query_program
 from .primitives.rows import load_dlse, store_rows
-from .primitives.score import LOG2E, lse_to_rebuild, score_gradient
+from .primitives.score import lse_to_rebuild, score_gradient
 from .tiles import cdiv
 
 
@@ -44,7 +44,7 @@ def _delta_sweep_kernel(
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
     lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("-inf"))
-    lse_log2, dead = lse_to_rebuild(lse * LOG2E), lse == float("-inf")
+    lse_log2, dead = lse_to_rebuild(lse), lse == float("-inf")
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)

@@ -72,7 +72,7 @@ def _dkdv_kernel(
             dp = load_map_gradient(do_head, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
                 k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
-                scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M,
+                scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M, True,
             )  # fmt: skip
             if NEED_DV:
                 dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)

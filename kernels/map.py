@@ -10,7 +10,7 @@ from ..call import Call
 from .launch import launch
 from .operands import score_arguments, tile_of
 from .primitives.load import live_keys, load_alpha, load_mask, load_tile, mask_offset, unless_padding
-from .primitives.score import probabilities
+from .primitives.score import exponents, lse_to_rebuild, matmul
 from .primitives.store import store_tile
 from .tiles import cdiv
 
@@ -45,9 +45,10 @@ def _map_kernel(
             m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        lse = tl.load(lse_ptr + (b * H + h) * Nq + offs_m, mask=row_ok, other=0.0)
+        lse_log2 = lse_to_rebuild(tl.load(lse_ptr + (b * H + h) * Nq + offs_m, mask=row_ok, other=0.0))
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
-        p = probabilities(q, k, m, live, lse, scale, alpha, MASK_KIND, ALLOW_TF32, BLOCK_M, BLOCK_N)
+        qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
+        p = tl.exp2(exponents(qk, m, live[None, :], lse_log2[:, None], scale, alpha, MASK_KIND, True))
         total += tl.load(weights_ptr + h) * p
     store_tile(map_ptr + b * Nq * Nk, total, offs_m, offs_n, Nk, row_ok, offs_n < Nk)
 

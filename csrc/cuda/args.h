@@ -29,24 +29,22 @@ struct ForwardArgs {
   int64_t split_keys = 1;  // a range's length, a multiple of the key tile
   void* out = nullptr;  // ForwardParams
   void* remainder = nullptr;
-  float *lse = nullptr, *mbar = nullptr;
-  float* eta = nullptr;  // (B, H, Nq), null when not asked for
+  float *lse = nullptr, *mbar = nullptr, *eta = nullptr;  // (B, H, Nq), null when not asked for
   float* partial_out = nullptr;  // (splits, B, H, Nq, Dv)
   PartialRow* partial_rows = nullptr;  // (splits, B, H, Nq)
 };
 
-// What backward knows of a query row; 16 bytes, one load.
-struct alignas(16) RowState {
+// What every pass of backward reads of a query row; one load.
+struct alignas(8) RowState {
   float lse_log2;  // +inf in dead rows and past the last: P is 0 there
   float delta;  // (5); for attention_map w_h * eta of (10)
-  float mbar, dl;  // for dalpha
 };
 
 struct RowsArgs {
   Call call;
   Tensor4 dout = {};
   const void *out = nullptr, *remainder = nullptr;  // BackwardParams; null where sums takes their place
-  const float *lse = nullptr, *dlse = nullptr, *mbar = nullptr;  // (B, H, Nq); dlse and mbar may be null
+  const float *lse = nullptr, *dlse = nullptr;  // (B, H, Nq); dlse may be null
   const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
   const float* head_weights = nullptr;  // of attention_map
   RowState* rows = nullptr;  // (B, H, Nq)
@@ -87,6 +85,7 @@ struct QueriesArgs {
   void* dquery = nullptr;  // null when not asked for
   float* partial_dquery = nullptr;  // (splits, B, H, Nq, D)
   float* dalpha = nullptr;  // (B, H, query blocks * splits) partial sums, null when not asked for
+  const float *mbar = nullptr, *dlse = nullptr;  // (B, H, Nq), for dalpha; dlse may be null
   float* delta = nullptr;  // (splits, B, H, Nq) sums of P*dP; when given, nothing else is computed
 };
 

@@ -142,13 +142,13 @@ struct KeysStep {
     if (scores.mask.data != nullptr) load_mask(dp, scores, at, place);
     s.fill(0.0f);
     Math::multiply_rows(s, k.from_row(row), q);
-    finish_scores(s, dp, scores, alpha, place);
     const auto state = [&](int, int slot) { return states[column_of(slot)]; };
+    finish_exponents(s, dp, scores, alpha, state, place);
     const PrivateTile<kQueries> tile{sums};
     if (args.tile_sum == TileSum::kMap) {
       const float weight = args.head_weights[at.h];
       tile.for_each_with(s, [&](float& s, float& sum, int half, int slot) {
-        if (place.is_live(half, slot)) sum = fmaf(weight, exp2_fast(s - state(half, slot).lse_log2), sum);
+        if (place.is_live(half, slot)) sum = fmaf(weight, exp2_fast(s), sum);
       });
       return;
     }
@@ -202,7 +202,9 @@ SMATTN_DEVICE void keys_head(const KeysStep<Math, D, DKEY, DVALUE>& step, const 
     q.template load<Shape::kThreads>(query_rows<T>(args.call, step.at), first, live);
     if (const int i = first + thread_index(); thread_index() < kQueries) {  // zeros past the end are harmless: Q and dO are 0 there
       const RowState* row = args.rows + step.at.row(args.call.scores.size) * args.call.scores.size.Nq + i;
-      copy_async(states + tile % 2 * kQueries + thread_index(), i < work.last_query ? row : args.rows, i < work.last_query ? 16 : 0);
+      const bool is_there = i < work.last_query;
+      copy_async<sizeof(RowState)>(states + tile % 2 * kQueries + thread_index(), is_there ? row : args.rows,
+                                   is_there ? sizeof(RowState) : 0);
     }
     if (args.dout.data == nullptr) return;
     const Rows<T> dout_rows = rows_of<T>(args.dout, step.at.b, step.at.h, args.call.scores.size.Dv, args.dout_aligned);

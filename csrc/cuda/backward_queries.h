@@ -27,6 +27,7 @@ struct QueriesStep {
   SharedTile<T, ROWS, D> q, dout;  // from the warp's rows on
   RowState (&state)[2];
   Tile<DQUERY ? D : 8>& dquery;
+  const float (&mbar)[2];
   float& dalpha;
   float (&delta)[2];  // sums of P*dP, where they are asked for
 
@@ -37,7 +38,8 @@ struct QueriesStep {
     if (has_mask) load_mask(m, scores, at, place);
     s.fill(0.0f);
     Math::multiply_rows(s, q, k);
-    finish_scores(s, m, scores, alpha, place);
+    const auto row = [&](int half, int) { return state[half]; };
+    finish_exponents(s, m, scores, alpha, row, place);
     if (args.dmap.data != nullptr) {
       load_elements(dp, args.dmap, {at.b, 0}, place);
       const float weight = args.head_weights[at.h];
@@ -47,13 +49,13 @@ struct QueriesStep {
       Math::multiply_rows(dp, dout, v);
       drop(dp, args.call, at, args.call.keep_scale, place);
     }
-    gradient(s, dp, [&](int half, int) { return state[half]; }, place);
+    gradient(s, dp, row, place);
     if (SUMS && args.delta != nullptr) {  // the rows' own delta is 0 yet
       dp.for_each([&](float& ds, int half, int) { delta[half] += ds; });
       return;
     }
     if (SUMS && args.dalpha != nullptr)
-      dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - state[half].mbar, dalpha); });
+      dp.for_each_with(m, [&](float& ds, float& m, int half, int) { dalpha = fmaf(ds, m - mbar[half], dalpha); });
     if constexpr (DQUERY)
       if (args.dquery != nullptr) Math::multiply_tile(dquery, dp, k);
   }
@@ -148,16 +150,20 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
   const int rest = static_cast<int>(size.Nq) - work.first_query - row;
   RowState state[2];
-  for (int half = 0; half < 2; ++half)
-    state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f, 0.0f, 0.0f};
+  for (int half = 0; half < 2; ++half) state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f};
   const bool first = work.split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0;  // adds the row's own term
-  float dalpha = first ? state[0].mbar * state[0].dl + state[1].mbar * state[1].dl : 0.0f;
-  float delta[2] = {0.0f, 0.0f};
+  float mbar[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f}, dalpha = 0.0f;
+  for (int half = 0; half < 2 && SUMS && args.dalpha != nullptr; ++half) {
+    if (state[half].lse_log2 == infinity()) continue;  // dL of a dead row may be NaN
+    const int64_t at = first_row + row_of(half);
+    mbar[half] = args.mbar[at];
+    if (first && args.dlse != nullptr) dalpha = fmaf(mbar[half], args.dlse[at], dalpha);
+  }
   Tile<DQUERY ? D : 8> dquery;
   dquery.fill(0.0f);
   const float alpha = alpha_of(scores, work.at.h);
-  const QueriesStep<Math, D, kKeys, kQueries, kTile, DQUERY, SUMS> step{args,   work.at, alpha, q.from_row(row), dout.from_row(row), state,
-                                                                        dquery, dalpha,  delta};
+  const QueriesStep<Math, D, kKeys, kQueries, kTile, DQUERY, SUMS> step{args,  work.at, alpha, q.from_row(row), dout.from_row(row),
+                                                                        state, dquery,  mbar,  dalpha,          delta};
   pipeline(tiles_of(work.last_key - work.first_key, kTile), load, [&](int tile) {
     const int first_key = work.first_key + tile * kTile + key_row;
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);

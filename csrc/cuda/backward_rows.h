@@ -41,15 +41,14 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
   const float lse = args.lse[row];
   // Where lse is so large that rounding it and the scores could make P more than 2, even infinite, it is raised by what is beyond that.
-  RowState state{(lse + fmaxf(fabsf(lse) * kLseRounding - 1.0f, 0.0f)) * kLog2E, 0.0f, args.mbar == nullptr ? 0.0f : args.mbar[row],
-                 args.dlse == nullptr ? 0.0f : args.dlse[row]};
+  RowState state{(lse + fmaxf(fabsf(lse) * kLseRounding - 1.0f, 0.0f)) * kLog2E, args.dlse == nullptr ? 0.0f : -args.dlse[row]};
   if (args.sums != nullptr) {
-    state.delta = (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row] - state.dl;
+    state.delta += (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row];
   } else if (args.out != nullptr) {
-    state.delta = output_gradient_product(args, at, i, row) - state.dl;
+    state.delta += output_gradient_product(args, at, i, row);
   }
   // In a dead row P and dS are exactly 0. What comes of a row with a score of +inf is NaN.
-  if (lse == -infinity()) state = {infinity(), 0.0f, 0.0f, 0.0f};
+  if (lse == -infinity()) state = {infinity(), 0.0f};
   if (lse == infinity()) state.lse_log2 = not_a_number();
   if (lane_index() == 0) args.rows[row] = state;
 }

@@ -91,9 +91,14 @@ SMATTN_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
-// 16 bytes from global to shared memory, of which the first `bytes` are read and the rest become 0; both addresses 16-byte aligned.
+// SIZE bytes, 8 or 16, from global to shared memory, of which the first `bytes` are read and the rest become 0; both addresses aligned to SIZE.
+template <int SIZE = 16>
 SMATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+  if constexpr (SIZE == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(SIZE), "r"(bytes) : "memory");
+  }
 }
 SMATTN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

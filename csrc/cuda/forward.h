@@ -132,7 +132,7 @@ SMATTN_DEVICE float finish_row(float m, float l, float& lse) {
 }
 
 SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, float factor, const float (&average)[2]) {
-  args.lse[row] = lse;
+  if (args.lse != nullptr) args.lse[row] = lse;
   if (args.mbar != nullptr) args.mbar[row] = average[0] * factor;
   if (args.eta != nullptr) args.eta[row] = average[1] * factor;
 }

@@ -149,9 +149,14 @@ void backward(const BackwardParams& params, const Context& context) {
   const int64_t count = size.B * size.H * size.Nq;
   auto* rows = allocate<RowState>(count, context);
   const auto* lse = static_cast<const float*>(params.lse);
-  const auto* mbar = params.dalpha != nullptr ? static_cast<const float*>(params.mbar) : nullptr;
-  RowsArgs r{.call = call, .lse = lse, .dlse = static_cast<const float*>(params.dlse), .mbar = mbar, .rows = rows};
-  const QueriesArgs queries{.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows};
+  const auto* dlse = static_cast<const float*>(params.dlse);
+  RowsArgs r{.call = call, .lse = lse, .dlse = dlse, .rows = rows};
+  const QueriesArgs queries{.call = call,
+                            .dout = params.dout,
+                            .dout_aligned = aligned(params.dout),
+                            .rows = rows,
+                            .mbar = static_cast<const float*>(params.mbar),
+                            .dlse = dlse};
   if (params.out != nullptr) {
     r.dout = params.dout;
     r.out = params.out;
@@ -197,13 +202,13 @@ void attention_map_backward(const MapBackwardParams& params, const Context& cont
   const Call call = call_of(scores, {}, 0.0, context);
   const auto* weights = static_cast<const float*>(params.head_weights);
   auto* rows = allocate<RowState>(count, context);
-  auto *lse = allocate<float>(count, context), *eta = allocate<float>(count, context);
+  auto* eta = allocate<float>(count, context);
   auto* mbar = params.dalpha != nullptr ? allocate<float>(count, context) : nullptr;
-  run_forward({.call = call, .dmap = params.dmap, .lse = lse, .mbar = mbar, .eta = eta}, passes, context);
-  backward_rows({.call = call, .lse = lse, .mbar = mbar, .sums = eta, .head_weights = weights, .rows = rows}, context);
+  run_forward({.call = call, .dmap = params.dmap, .mbar = mbar, .eta = eta}, passes, context);
+  backward_rows({.call = call, .lse = static_cast<const float*>(params.lse), .sums = eta, .head_weights = weights, .rows = rows}, context);
   const Wanted wanted{params.dquery, params.dkey, nullptr, params.dmask, params.dalpha};
   run_keys({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
-  run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
+  run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows, .mbar = mbar}, wanted, passes, context);
   if (params.dhead_weights != nullptr)
     sum_few({.from = eta,
              .to = params.dhead_weights,

@@ -156,6 +156,20 @@ SMATTN_DEVICE void finish_scores(Tile<COLS>& s, Tile<COLS>& m, const Scores& sco
   });
 }
 
+// From s = <q, k> to exponents of P (2), S - L in base 2, -inf where the key is not live. alpha * M - L comes first, so that two fused
+// multiply-adds make one. m holds M, when there is one. row(half, slot) -> RowState.
+template <int COLS, bool KEYS_IN_ROWS, class Row>
+SMATTN_DEVICE void finish_exponents(Tile<COLS>& s, Tile<COLS>& m, const Scores& scores, float alpha, const Row& row,
+                                    const Place<COLS, KEYS_IN_ROWS>& place) {
+  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = in_base_2(alpha);
+  const bool has_mask = scores.mask.data != nullptr;
+  s.for_each_with(m, [&](float& x, float& m, int half, int slot) {
+    const float lse = row(half, slot).lse_log2;
+    x = fmaf(x, scale, has_mask ? fmaf(alpha_log2, m, -lse) : -lse);
+    if (!place.is_live(half, slot)) x = -infinity();
+  });
+}
+
 // C of (3): sets to 0 what dropout drops, and multiplies the rest by keep_scale.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void drop(Tile<COLS>& p, const Call& call, Head at, float keep_scale, const Place<COLS, KEYS_IN_ROWS>& place) {
@@ -173,14 +187,12 @@ SMATTN_DEVICE void drop(Tile<COLS>& p, const Call& call, Head at, float keep_sca
   p.for_each([&](float& x, int half, int slot) { x = (kept >> (slot / 2 * 4 + half * 2 + slot % 2) & 1) != 0 ? x * keep_scale : 0.0f; });
 }
 
-// (6): s becomes P, dp becomes dS, exactly 0 where the key is not live. row(half, slot) -> RowState.
+// (6): s, exponents, becomes P, and dp becomes dS, exactly 0 where the key is not live. row(half, slot) -> RowState.
 template <int COLS, bool KEYS_IN_ROWS, class Row>
 SMATTN_DEVICE void gradient(Tile<COLS>& s, Tile<COLS>& dp, const Row& row, const Place<COLS, KEYS_IN_ROWS>& place) {
   s.for_each_with(dp, [&](float& s, float& dp, int half, int slot) {
-    const RowState& state = row(half, slot);
-    const float p = exp2_fast(s - state.lse_log2);
-    s = p;
-    dp = place.is_live(half, slot) ? p * (dp - state.delta) : 0.0f;
+    s = exp2_fast(s);
+    dp = place.is_live(half, slot) ? s * (dp - row(half, slot).delta) : 0.0f;
   });
 }
 

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 
 from .load import load_tile
-from .score import LOG2E, lse_to_rebuild, rounded_product
+from .score import lse_to_rebuild, rounded_product
 from .store import REMAINDER_SCALE, upper_half
 
 
 @triton.jit
-def finish_rows(lse_log2, delta, dead):
+def finish_rows(lse, delta, dead):
     """The lse in base 2 and the delta that backward reads. In dead rows they are +inf and 0, which makes P and dS exactly 0."""
-    return lse_to_rebuild(lse_log2), tl.where(dead, 0.0, delta)
+    return lse_to_rebuild(lse), tl.where(dead, 0.0, delta)
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE: tl.constexpr):
 def rows_of(out, do, lse, dl):
     """lse in base 2 and delta, from the unrounded output and its gradient, reference.py (5), and which rows are dead."""
     dead = lse == float("-inf")
-    lse_log2, delta = finish_rows(lse * LOG2E, tl.sum(rounded_product(out, do), 1) - dl, dead)
+    lse_log2, delta = finish_rows(lse, tl.sum(rounded_product(out, do), 1) - dl, dead)
     return lse_log2, delta, dead
 
 

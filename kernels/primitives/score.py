@@ -60,23 +60,30 @@ def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
 
 
 @triton.jit
-def lse_to_rebuild(lse_log2):
-    """The lse that P is rebuilt from as exp(S - L): +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf.
+def lse_to_rebuild(lse):
+    """The lse in base 2 that P is rebuilt from: +inf in a dead row, whose P is 0, and NaN in a row with a score of +inf.
 
     Where it is so large that rounding S and L could make P more than 2, even infinite, it is raised by what is beyond that.
     """
+    lse_log2 = lse * LOG2E
     raised = lse_log2 + tl.maximum(tl.abs(lse_log2) * LSE_ROUNDING - 1.0, 0.0)
     return tl.where(lse_log2 == float("inf"), float("nan"), tl.where(lse_log2 == float("-inf"), float("inf"), raised))
 
 
 @triton.jit
-def probabilities(
-    q, k, m, live, lse, scale, alpha, MASK_KIND: tl.constexpr, ALLOW_TF32: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """P = exp(S - L) of a query and a key block, reference.py (2). It is exactly 0 where a key is not live, also in dead rows."""
-    qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-    s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)
-    return tl.where(live[None, :], tl.exp2(s - lse_to_rebuild(lse * LOG2E)[:, None]), 0.0)
+def exponents(qk, m, live, lse_log2, scale, alpha, MASK_KIND: tl.constexpr, BY_FMA: tl.constexpr):
+    """S - L in base 2, of which P is the power, reference.py (2), in two fused multiply-adds. It is -inf where a key is not live.
+
+    lse_log2: of lse_to_rebuild, in a shape that broadcasts. BY_FMA: M is added where the sums of the product lie, in their registers. Else
+    alpha * M - L is made where M lies, and takes registers of its own.
+    """
+    if not MASK_KIND:
+        s = qk * (scale * LOG2E) - lse_log2
+    elif BY_FMA:
+        s = tl.fma(m, alpha_in_base_2(alpha), tl.fma(qk, scale * LOG2E, -lse_log2))
+    else:
+        s = qk * (scale * LOG2E) + (alpha_in_base_2(alpha) * m - lse_log2)
+    return tl.where(live, s, float("-inf"))
 
 
 @triton.jit
@@ -90,6 +97,7 @@ def dropout_keep(seed, i, j, bh, threshold):
 def score_gradient(
     a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
     MASK_KIND: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    KEYS_ARE_ROWS: tl.constexpr = False,
 ):  # fmt: skip
     """P where dropout keeps it, without the 1/(1-p), and dS of a query and a key block, [ROWS, COLS], reference.py (6).
 
@@ -98,10 +106,12 @@ def score_gradient(
     """
     if HAS_DROPOUT:  # Ahead of the products: while random numbers are drawn, nothing else should take registers.
         keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
-    s = score_tile(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, scale, alpha, MASK_KIND)
+    # A mask that is turned takes a long way to the product's sums, and float32 has no registers for it.
+    by_fma: tl.constexpr = not KEYS_ARE_ROWS and a.dtype.primitive_bitwidth == 16
+    exponent = exponents(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, lse_log2, scale, alpha, MASK_KIND, by_fma)
     if dp is None:
         dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
-    p = tl.exp2(s - lse_log2)
+    p = tl.exp2(exponent)
     p_kept = p
     if HAS_DROPOUT:
         p_kept = tl.where(keep, p, 0.0)

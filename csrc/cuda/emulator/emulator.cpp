@@ -20,7 +20,7 @@ constexpr size_t kStack = 256 * 1024;
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int size, bytes;
 };
 
 struct Fiber {
@@ -175,7 +175,7 @@ void barrier() {
 
 void land(const std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, static_cast<size_t>(copy.size));
     std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
   }
 }
@@ -192,11 +192,11 @@ void sync_warp() {
 
 void sync_block() { emulator::barrier(); }
 
-void copy_async(void* to, const void* from, int bytes) {
-  emulator::check_shared(to, 16, 16);
-  if (bytes < 0 || bytes > 16) emulator::fail("copy_async: more than 16 bytes");
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("copy_async: misaligned source");
-  emulator::block->running->copies.push_back({to, from, bytes});
+void copy_async_of(int size, void* to, const void* from, int bytes) {
+  emulator::check_shared(to, size, size);
+  if (bytes < 0 || bytes > size) emulator::fail("copy_async: more bytes than its size");
+  if (reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(size) != 0) emulator::fail("copy_async: misaligned source");
+  emulator::block->running->copies.push_back({to, from, size, bytes});
 }
 
 void copy_async_commit() {

@@ -66,7 +66,11 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t to_tf32(float x);
 
-void copy_async(void* to, const void* from, int bytes);
+void copy_async_of(int size, void* to, const void* from, int bytes);
+template <int SIZE = 16>
+void copy_async(void* to, const void* from, int bytes) {
+  copy_async_of(SIZE, to, from, bytes);
+}
 void copy_async_commit();
 void copy_async_wait_until(int pending);
 template <int PENDING>
