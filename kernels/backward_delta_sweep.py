@@ -60,7 +60,7 @@ def _delta_sweep_kernel(
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         _, p_dp = score_gradient(  # with a delta of 0
             q, k, do, v, None, m, live[None, :], lse_log2[:, None], 0.0, offs_m[:, None], offs_n[None, :], bh,
-            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N, tl.constexpr(False),
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)

@@ -60,7 +60,8 @@ def _dkdv_kernel(
         q_head, do_head = head_of(q_ptr, b, h, stride_qb, stride_qh), head_of(do_ptr, b, h, stride_dob, stride_doh)
         for start_m in range(0, Nq_seen, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
-            lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+            # Counted from the block's first row, so that the loads of a thread share an address.
+            lse_log2, delta = load_rows(rows_ptr + 2 * (bh * Nq + start_m), tl.arange(0, BLOCK_M), Nq - start_m)
             q, do = load_queries(
                 q_head, do_head, b, h, lse_log2, start_m,
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
@@ -71,8 +72,8 @@ def _dkdv_kernel(
                 m = tl.trans(m)
             dp = load_map_gradient(do_head, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
-                k, q, v, do, dp, m, live[:, None], lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
-                scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M, True,
+                k, q, v, do, dp, m, None, lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
+                scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M, tl.constexpr(True),
             )  # fmt: skip
             if NEED_DV:
                 dv = dot(p.to(do.dtype), do, dv, ALLOW_TF32)

@@ -98,13 +98,16 @@ def _dmask_kernel(
                 v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
                 dp = load_map_gradient(do_head, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
                 _, ds = score_gradient(
-                    q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+                    q, k, do, v, dp, m, None, lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
                     scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+                    tl.constexpr(False),
                 )  # fmt: skip
-                dm += tl.where(live[None, :], alpha * ds, 0.0)  # a padded key's K and V may be NaN, and in a row without keys dO
+                if HAS_PADDING:  # a key that is padding in this batch element may be none in the next
+                    dm = tl.where(live[None, :], dm + alpha * ds, dm)
+                else:
+                    dm += alpha * ds
                 if NEED_DALPHA:
-                    kept = tl.where(live[None, :], ds, 0.0) if HAS_PADDING else ds
-                    store_dalpha(partials + h, kept, m, mbar_ptr + bh * Nq, offs_m, row_ok)
+                    store_dalpha(partials + h, tl.where(live[None, :], ds, 0.0), m, mbar_ptr + bh * Nq, offs_m, row_ok)
             if NEED_DALPHA and HAS_PADDING:
                 for head in range(h_lo + seen, h_lo + heads):
                     tl.store(partials + head, 0.0)

@@ -143,7 +143,7 @@ def _kv_head(
         dp = load_map_gradient(do_ptr, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, offs_m < Nq, live, DV)
         p, ds = score_gradient(
             q, k, do, v, dp, m_head, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
-            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
+            scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N, tl.constexpr(False),
         )  # fmt: skip
         if NEED_DV:
             dv = dot(tl.trans(p.to(do.dtype)), do, dv, ALLOW_TF32)

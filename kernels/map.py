@@ -48,8 +48,9 @@ def _map_kernel(
         lse_log2 = lse_to_rebuild(tl.load(lse_ptr + (b * H + h) * Nq + offs_m, mask=row_ok, other=0.0))
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        p = tl.exp2(exponents(qk, m, live[None, :], lse_log2[:, None], scale, alpha, MASK_KIND, True))
+        p = tl.exp2(exponents(qk, m, None, lse_log2[:, None], scale, alpha, MASK_KIND, tl.constexpr(True)))
         total += tl.load(weights_ptr + h) * p
+    total = tl.where(live[None, :], total, 0.0)
     store_tile(map_ptr + b * Nq * Nk, total, offs_m, offs_n, Nk, row_ok, offs_n < Nk)
 
 

@@ -58,7 +58,7 @@ def _map_means_kernel(
         mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        p = tl.exp2(exponents(qk, m, live[None, :], lse_log2[:, None], scale, alpha, MASK_KIND, True))
+        p = tl.exp2(exponents(qk, m, live[None, :], lse_log2[:, None], scale, alpha, MASK_KIND, tl.constexpr(True)))
         do = load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live)
         eta += tl.sum(rounded_product(p, do), 1)
         if NEED_MBAR:
@@ -124,7 +124,7 @@ def _map_rows_kernel(
 
 
 def sums_of_splits(call: Call) -> Tensor | None:
-    """Room for what each split of the keys, if there are several, knows of the rows: eta, mbar, and M's extremes: (splits, B * H * Nq, 4)."""
+    """Room for what each of several splits of the keys knows of the rows: eta, mbar, and M's extremes, (splits, B * H * Nq, 4)."""
     t, splits = call.problem, cut_of(call).splits
     return accumulator(call, splits, t.B * t.H * t.Nq, 4) if splits > 1 else None
 

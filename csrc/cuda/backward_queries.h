@@ -153,11 +153,13 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   for (int half = 0; half < 2; ++half) state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f};
   const bool first = work.split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0;  // adds the row's own term
   float mbar[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f}, dalpha = 0.0f;
-  for (int half = 0; half < 2 && SUMS && args.dalpha != nullptr; ++half) {
-    if (state[half].lse_log2 == infinity()) continue;  // dL of a dead row may be NaN
-    const int64_t at = first_row + row_of(half);
-    mbar[half] = args.mbar[at];
-    if (first && args.dlse != nullptr) dalpha = fmaf(mbar[half], args.dlse[at], dalpha);
+  if (SUMS && args.dalpha != nullptr) {
+    for (int half = 0; half < 2; ++half) {
+      if (state[half].lse_log2 == infinity()) continue;  // dL of a dead row may be NaN
+      const int64_t at = first_row + row_of(half);
+      mbar[half] = args.mbar[at];
+      if (first && args.dlse != nullptr) dalpha = fmaf(mbar[half], args.dlse[at], dalpha);
+    }
   }
   Tile<DQUERY ? D : 8> dquery;
   dquery.fill(0.0f);

@@ -7,7 +7,7 @@
 namespace smattn::cuda {
 
 constexpr int kRowsThreads = 128;
-constexpr float kLseRounding = 0x1p-21f;  // of an lse: four units in the last place, more than S and it are off together
+constexpr float kLseRounding = 0x1p-21f;  // of an lse: four units in the last place, more than it and an S of its size are off together
 
 // An element of the output as it was before it was rounded.
 template <class T>

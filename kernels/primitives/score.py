@@ -10,7 +10,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
-LSE_ROUNDING = tl.constexpr(2.0**-21)  # of an lse: four units in the last place, more than S and it are off together
+LSE_ROUNDING = tl.constexpr(2.0**-21)  # of an lse: four units in the last place, more than it and an S of its size are off together
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
@@ -72,8 +72,9 @@ def lse_to_rebuild(lse):
 
 @triton.jit
 def exponents(qk, m, live, lse_log2, scale, alpha, MASK_KIND: tl.constexpr, BY_FMA: tl.constexpr):
-    """S - L in base 2, of which P is the power, reference.py (2), in two fused multiply-adds. It is -inf where a key is not live.
+    """S - L in base 2, of which P is the power, reference.py (2), in at most two fused multiply-adds. It is -inf where a key is not live.
 
+    live: None where the caller selects before it sums over keys or stores; what comes of a key that is not live means nothing then.
     lse_log2: of lse_to_rebuild, in a shape that broadcasts. BY_FMA: M is added where the sums of the product lie, in their registers. Else
     alpha * M - L is made where M lies, and takes registers of its own.
     """
@@ -83,7 +84,7 @@ def exponents(qk, m, live, lse_log2, scale, alpha, MASK_KIND: tl.constexpr, BY_F
         s = tl.fma(m, alpha_in_base_2(alpha), tl.fma(qk, scale * LOG2E, -lse_log2))
     else:
         s = qk * (scale * LOG2E) + (alpha_in_base_2(alpha) * m - lse_log2)
-    return tl.where(live, s, float("-inf"))
+    return s if live is None else tl.where(live, s, float("-inf"))
 
 
 @triton.jit
@@ -97,17 +98,18 @@ def dropout_keep(seed, i, j, bh, threshold):
 def score_gradient(
     a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
     MASK_KIND: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    KEYS_ARE_ROWS: tl.constexpr = False,
+    KEYS_ARE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """P where dropout keeps it, without the 1/(1-p), and dS of a query and a key block, [ROWS, COLS], reference.py (6).
 
     Queries are the rows, where a, b are Q, K and c, d are dO, V, or they are the columns, where a, b are K, Q and c, d are V, dO.
-    dp: given for a map, else None, and c d^T. live, lse, delta, the indices i of queries and j of keys are shaped to broadcast.
+    dp: given for a map, else None, and c d^T. live: as in exponents. live, lse, delta, the indices i of queries and j of keys are shaped to
+    broadcast.
     """
     if HAS_DROPOUT:  # Ahead of the products: while random numbers are drawn, nothing else should take registers.
         keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
     # A mask that is turned takes a long way to the product's sums, and float32 has no registers for it.
-    by_fma: tl.constexpr = not KEYS_ARE_ROWS and a.dtype.primitive_bitwidth == 16
+    by_fma: tl.constexpr = tl.constexpr(not KEYS_ARE_ROWS and a.dtype.primitive_bitwidth == 16)
     exponent = exponents(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, lse_log2, scale, alpha, MASK_KIND, by_fma)
     if dp is None:
         dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)

@@ -46,7 +46,7 @@ POINTERS |= {torch.int16: "i16", torch.int64: "i64", torch.uint8: "u8"}
 # queries).
 SPILLS = {("few_queries", 2, 64, 100): 48, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
 SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}
-SPILLS |= {("dq", 2, 64, queries): 16 for queries in (*FEW, MANY)}
+SPILLS |= {("dq", 2, 64, queries): 16 for queries in (*FEW, MANY)} | {("dkdv", 2, 32, MANY): 24}
 # Nothing is computed twice in the passes of many queries, in 16 bits and up to this head size. Elsewhere the table says how often.
 PASSES, CHECKED_HEADS = ("forward", "dkdv", "dq", "dmask"), 128
 TABLE_HEAD = (
