@@ -42,8 +42,8 @@ PROGRAMS = {86: 16, 89: 24, 120: 24}  # that a multiprocessor holds at most; els
 TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS |= {torch.int16: "i16", torch.int64: "i64", torch.uint8: "u8"}
-# The bytes of a thread that may spill where no tile was found that spills none and costs no more: (kernel, bytes of an element, head size,
-# queries).
+# The bytes of a thread that may spill where no tile was found that spills none and costs no more, by kernel, bytes of an element, head size
+# and queries.
 SPILLS = {("few_queries", 2, 64, 100): 48, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
 SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}
 SPILLS |= {("dq", 2, 64, queries): 16 for queries in (*FEW, MANY)} | {("dkdv", 2, 32, MANY): 24}
@@ -84,10 +84,14 @@ class Row(NamedTuple):
             return "descriptors, and no load by TMA"
         if self.products and self.counts.scores and not self.counts.loop.instructions and self.kernel != "dmask":
             return "no inner loop was found"  # dM's pass has none where nobody shares the mask
-        if r.spill_bytes > SPILLS.get((self.kernel, j.dtype.itemsize, block_of(j.D), j.Nq), 0):
+        if r.spill_bytes > self.may_spill():
             return f"spills {r.spill_bytes} bytes"
         checked = self.kernel in PASSES and j.dtype.itemsize == 2 and j.D <= CHECKED_HEADS and not j.variant.as_map
         return excess(self.counts, self.tile.block_n, j.variant.logits) if checked else ""
+
+    def may_spill(self) -> int:
+        j = self.job
+        return SPILLS.get((self.kernel, j.dtype.itemsize, block_of(j.D), j.Nq), 0)
 
     def serialised(self) -> bool:
         """Whether a wgmma waits for the one before it where the compiler meant them to run in one group."""

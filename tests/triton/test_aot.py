@@ -29,14 +29,14 @@ calls = [jobs.Job(90, torch.float16, 64, Nq, jobs.FEATURES) for Nq in (13, 1045)
 rows = [row for call in calls for row in aot.compile_job(call)]
 broken = {
     "shared": [row._replace(shared=2**20).failure() for row in rows],
-    "spill": [row._replace(reading=row.reading._replace(spill_bytes=256)).failure() for row in rows],
+    "spill": [row._replace(reading=row.reading._replace(spill_bytes=row.may_spill() + 8)).failure() for row in rows],
     "scalar": [row._replace(reading=row.reading._replace(instruction="")).failure() for row in rows],
     "pointers": [row._replace(reading=row.reading._replace(loads={"128": 1})).failure() for row in rows],
     "serial": [row._replace(groups=row.groups - 1).serialised() for row in rows],
     "twice": [row._replace(counts=row.counts._replace(loop=row.counts.loop._replace(exponentials=10**4))).failure() for row in rows],
 }
 kernels = [dict(kernel=row.kernel, shared=row.shared, products=row.products, failure=row.failure(), together=row.per_multiprocessor(),
-                descriptors=row.descriptors,
+                descriptors=row.descriptors, may_spill=row.may_spill(),
                 **row.reading._asdict()) for row in rows]
 print(json.dumps([kernels, broken]))
 """
@@ -69,7 +69,8 @@ def test_one_of_each_regime_compiles():
         assert kernel["failure"] == "" and kernel["shared"] <= SHARED_MEMORY[90] and kernel["registers"] > 0, kernel
         assert "128" in kernel["loads"] or not kernel["products"]
         assert 1 <= kernel["together"] <= 32 and kernel["together"] * kernel["shared"] <= 228 * 1024
-        assert "1048576 bytes of shared memory" in broken["shared"][i] and broken["spill"][i] == "spills 256 bytes"  # the checks can fail
+        assert "1048576 bytes of shared memory" in broken["shared"][i]  # the checks can fail
+        assert broken["spill"][i] == f"spills {kernel['may_spill'] + 8} bytes"
         assert broken["scalar"][i] == ("no tensor-core instruction" if kernel["products"] else "")
         assert broken["serial"][i] == (kernel["instruction"] == "HGMMA")
         assert ("exp2 a score" in broken["twice"][i]) == (kernel["kernel"] in PASSES)
