@@ -19,18 +19,18 @@
 #define SMATTN_MASK "Tensor? mask, bool mask_is_logits, Tensor? alpha, "
 #define SMATTN_FORWARD(where)                                                                                                          \
   "forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, " where \
-  "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? remainder, Tensor(d!)? mbar) -> ()"
+  "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? remainder, Tensor(d!)? mbar, Tensor(e!)? normalizer) -> ()"
 #define SMATTN_BACKWARD(where)                                                                         \
   "backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK                    \
   "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor? remainder, Tensor lse, Tensor? mbar, " \
-  "float scale, float dropout_p, " where                                                               \
+  "Tensor? normalizer, float scale, float dropout_p, " where                                           \
   "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()"
 #define SMATTN_ATTENTION_MAP(where)                                                                               \
   "attention_map(" SMATTN_SCORES SMATTN_MASK "Tensor head_weights, Tensor? key_padding_mask, float scale, " where \
-  "Tensor(a!) map, Tensor(b!) lse) -> ()"
-#define SMATTN_ATTENTION_MAP_BACKWARD(where)                                       \
-  "attention_map_backward(Tensor dmap, " SMATTN_SCORES SMATTN_MASK                 \
-  "Tensor head_weights, Tensor? key_padding_mask, Tensor lse, float scale, " where \
+  "Tensor(a!) map, Tensor(b!) lse, Tensor(c!)? normalizer) -> ()"
+#define SMATTN_ATTENTION_MAP_BACKWARD(where)                                                           \
+  "attention_map_backward(Tensor dmap, " SMATTN_SCORES SMATTN_MASK                                     \
+  "Tensor head_weights, Tensor? key_padding_mask, Tensor lse, Tensor? normalizer, float scale, " where \
   "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()"
 
 namespace smattn::binding {
@@ -128,6 +128,12 @@ class Reader {
     return t->mutable_data_ptr();
   }
 
+  const void* normalizer(const Optional& t) const {
+    STD_TORCH_CHECK(!t.has_value() || dtype == acc, "normalizer: expected with float32 or float64 alone");
+    return contiguous(t, "normalizer", acc, {scores.size.B, scores.size.H, scores.size.Nq, 2});
+  }
+  void* normalizer_output(const Optional& t) const { return normalizer(t) == nullptr ? nullptr : t->mutable_data_ptr(); }
+
   template <class Params>
   void outputs(const Gradients& to, Params& params) const {
     const auto& [B, H, Hkv, Nq, Nk, D, Dv] = scores.size;
@@ -206,7 +212,7 @@ class Reader {
 // Of the params, all but the seed of dropout, which each library reads in its own way.
 
 inline ForwardParams forward_params(Reader& in, const Tensor& value, double dropout_p, const Tensor& out, const Tensor& lse,
-                                    const Optional& remainder, const Optional& mbar) {
+                                    const Optional& remainder, const Optional& mbar, const Optional& normalizer) {
   ForwardParams f{};
   f.value = in.read_value(value);
   f.scores = in.scores;
@@ -216,6 +222,7 @@ inline ForwardParams forward_params(Reader& in, const Tensor& value, double drop
   f.lse = in.output(lse, "lse", in.acc, {B, H, Nq});
   f.remainder = in.output(remainder, "remainder", in.remainder, {B, H, Nq, Dv});
   f.mbar = in.output(mbar, "mbar", in.acc, {B, H, Nq});
+  f.normalizer = in.normalizer_output(normalizer);
   return f;
 }
 
@@ -224,7 +231,7 @@ struct Saved {
   const Tensor& dout;
   const Optional &dlse, &out, &remainder;
   const Tensor& lse;
-  const Optional& mbar;
+  const Optional &mbar, &normalizer;
 };
 
 inline BackwardParams backward_params(Reader& in, const Tensor& value, double dropout_p, const Saved& saved, const Gradients& to,
@@ -243,30 +250,34 @@ inline BackwardParams backward_params(Reader& in, const Tensor& value, double dr
   g.lse = in.contiguous(saved.lse, "lse", in.acc, {B, H, Nq});
   g.dlse = in.contiguous(saved.dlse, "dlse", in.acc, {B, H, Nq});
   g.mbar = in.contiguous(saved.mbar, "mbar", in.acc, {B, H, Nq});
+  g.normalizer = in.normalizer(saved.normalizer);
   in.outputs(to, g);
   g.dvalue = in.output(dvalue, "dvalue", in.dtype, {B, Hkv, Nk, Dv});
   STD_TORCH_CHECK(saved.mbar.has_value() || !to.dalpha.has_value(), "mbar: expected with dalpha");
   return g;
 }
 
-inline MapParams map_params(const Reader& in, const Tensor& head_weights, const Tensor& map, const Tensor& lse) {
+inline MapParams map_params(const Reader& in, const Tensor& head_weights, const Tensor& map, const Tensor& lse,
+                            const Optional& normalizer) {
   MapParams f{};
   f.scores = in.scores;
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = f.scores.size;
   f.head_weights = in.contiguous(head_weights, "head_weights", in.acc, {H});
   f.map = in.output(map, "map", in.acc, {B, Nq, Nk});
   f.lse = in.output(lse, "lse", in.acc, {B, H, Nq});
+  f.normalizer = in.normalizer_output(normalizer);
   return f;
 }
 
 inline MapBackwardParams map_backward_params(const Reader& in, const Tensor& head_weights, const Tensor& dmap, const Tensor& lse,
-                                             const Gradients& to, const Optional& dhead_weights) {
+                                             const Optional& normalizer, const Gradients& to, const Optional& dhead_weights) {
   MapBackwardParams g{};
   g.scores = in.scores;
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   g.head_weights = in.contiguous(head_weights, "head_weights", in.acc, {H});
   g.dmap = in.read_accumulated(dmap, "dmap", {B, 1, Nq, Nk});
   g.lse = in.contiguous(lse, "lse", in.acc, {B, H, Nq});
+  g.normalizer = in.normalizer(normalizer);
   in.outputs(to, g);
   g.dhead_weights = in.output(dhead_weights, "dhead_weights", in.acc, {H});
   return g;

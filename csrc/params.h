@@ -88,6 +88,7 @@ struct ForwardParams {
   void* lse;                  // [B, H, Nq] acc, contiguous
   void* remainder;            // [B, H, Nq, Dv] RemainderOf the dtype, contiguous; null when not asked for
   void* mbar;                 // [B, H, Nq] acc, contiguous; null when not asked for
+  void* normalizer;           // [B, H, Nq, 2] acc, contiguous: m and 1/l of (2), with S in base 2, +inf and 0 in a dead row; or null
 };
 
 // A gradient that was not asked for has a null pointer.
@@ -101,6 +102,7 @@ struct BackwardParams {
   const void* lse;            // [B, H, Nq] acc, contiguous
   const void* dlse;           // [B, H, Nq] acc, contiguous; null when lse was not used
   const void* mbar;           // [B, H, Nq] acc, contiguous; read for dalpha
+  const void* normalizer;     // [B, H, Nq, 2] acc, contiguous; null where P is to be rebuilt from lse, as of 16 bits
   void* dquery;               // [B, H, Nq, D] dtype, contiguous
   void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
   void* dvalue;               // [B, Hkv, Nk, Dv] dtype, contiguous
@@ -113,6 +115,7 @@ struct MapParams {
   const void* head_weights;   // [H] acc, contiguous
   void* map;                  // [B, Nq, Nk] acc, contiguous
   void* lse;                  // [B, H, Nq] acc, contiguous
+  void* normalizer;           // [B, H, Nq, 2] acc, contiguous; or null
 };
 
 struct MapBackwardParams {
@@ -120,6 +123,7 @@ struct MapBackwardParams {
   const void* head_weights;   // [H] acc, contiguous
   Tensor4 dmap;               // [B, 1, Nq, Nk] acc
   const void* lse;            // [B, H, Nq] acc, contiguous
+  const void* normalizer;     // [B, H, Nq, 2] acc, contiguous; or null
   void* dquery;               // [B, H, Nq, D] dtype, contiguous
   void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
   void* dmask;                // [B|1, H|1, Nq|1, Nk] mask's dtype, contiguous

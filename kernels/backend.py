@@ -62,16 +62,16 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
-    """Equations (5)-(8), with P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried."""
+    """Equations (5)-(8), with P rebuilt from lse, of float32 from normalizer."""
     problem, grads = call.problem, new_gradients(call, needs)
     to_fill = which_are_given(grads)
     if problem.is_empty or not any(to_fill):
         return grads
-    out, remainder, lse, mbar = saved
+    out, remainder, lse, mbar, normalizer = saved
     steps = plan.backward(problem, to_fill, out is not None, dlse is not None)
     if steps.delta == plan.DELTA_FIRST:
         values = accumulator(call, *lse.shape, 2) if steps.keeps_rows else None
-        backward_passes.run(steps, call, call, dout, Rows(values, out, remainder, lse, dlse), mbar, grads)
+        backward_passes.run(steps, call, call, dout, Rows(values, normalizer, out, remainder, lse, dlse), mbar, grads)
         return grads
     call_with_mask = soft_mask.soften(call, _buffer_of_m(grads.mask))
     values, dalpha_rows = accumulator(call, *lse.shape, 2), None
@@ -79,10 +79,10 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
         partials = backward_dq.partials(call) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = accumulator(call, partials, problem.B, problem.H)
     if out is None:
-        backward_delta_sweep.run(call_with_mask, dout, lse, dlse, mbar, values, dalpha_rows)
+        backward_delta_sweep.run(call_with_mask, saved, dout, dlse, values, dalpha_rows)
     else:
-        backward_delta.run(out, remainder, dout, lse, dlse, mbar, values, dalpha_rows)
-    backward_passes.run(steps, call, call_with_mask, dout, Rows(values, lse=lse, dlse=dlse), mbar, grads)
+        backward_delta.run(saved, dout, dlse, values, dalpha_rows)
+    backward_passes.run(steps, call, call_with_mask, dout, Rows(values, normalizer, lse=lse, dlse=dlse), mbar, grads)
     if grads.alpha is not None and dalpha_rows is not None:
         # Added separately: inside the sum over tiles it would change the order, and dlse = 0, which torch.compile passes, must give
         # the same bits as dlse = None.
@@ -90,32 +90,33 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     return grads
 
 
-def attention_map(call: Call) -> tuple[Tensor, Tensor]:
-    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both float32. lse is that of a value without columns."""
+def attention_map(call: Call) -> tuple[Tensor, Saved]:
+    """Equation (9): the map (B, Nq, Nk), float32, and what backward needs of it: the rows of attention to a value without columns."""
     call, t = soft_mask.soften(_with_empty_value(call)), call.problem
     amap = accumulator(call, t.B, t.Nq, t.Nk)
     _, saved = forward(call, save_out=False, save_mbar=False)
     if not t.is_empty:
-        map_pass.run(call, saved.lse, amap)
-    return amap, saved.lse
+        map_pass.run(call, saved, amap)
+    return amap, saved
 
 
-def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+def attention_map_backward(call: Call, saved: Saved, dmap: Tensor, needs: Needs) -> Gradients:
     """Equation (10): gradients of query, key, mask, alpha and head weights."""
     grads, call = new_gradients(call, needs), _with_empty_value(call)
     to_fill = which_are_given(grads)
     if call.problem.is_empty or not any(to_fill):
         return grads
     needs_passes = to_fill.query or to_fill.key or to_fill.mask or to_fill.alpha
-    rows = accumulator(call, *lse.shape, 2) if needs_passes else None
-    mbar = accumulator(call, *lse.shape) if to_fill.alpha else None
-    eta = accumulator(call, *lse.shape) if to_fill.head_weights else None
+    shape = saved.lse.shape
+    rows = accumulator(call, *shape, 2) if needs_passes else None
+    mbar = accumulator(call, *shape) if to_fill.alpha else None
+    eta = accumulator(call, *shape) if to_fill.head_weights else None
     dout, call_with_mask = dmap[:, None], soft_mask.soften(call, _buffer_of_m(grads.mask))
     sums = map_rows.sums_of_splits(call_with_mask)  # held to the end, as a repeated call holds it (see smattn/prepared.py)
-    map_rows.run(call_with_mask, dout, lse, sums, rows, mbar, eta)
+    map_rows.run(call_with_mask, saved, dout, sums, rows, mbar, eta)
     if rows is not None:
         steps = plan.passes_after_delta(call.problem, to_fill)
-        backward_passes.run(steps, call, call_with_mask, dout, Rows(rows), mbar, grads)
+        backward_passes.run(steps, call, call_with_mask, dout, Rows(rows, saved.normalizer), mbar, grads)
     if grads.head_weights is not None and eta is not None:
         torch_step(_sum_rows, eta, grads.head_weights)
     return grads

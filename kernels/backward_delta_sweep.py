@@ -10,20 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Saved
 from . import backward_dq, descriptors
 from .backward_delta import store_dalpha_rows
 from .launch import launch
 from .operands import attention_arguments, strides
 from .primitives.load import head_of, live_keys, live_span, load_alpha, load_block, load_mask, load_tile, mask_offset, query_program
-from .primitives.rows import load_dlse, store_rows
-from .primitives.score import lse_to_rebuild, score_gradient
+from .primitives.rows import load_dlse, load_softmax, store_rows
+from .primitives.score import of_rows, score_gradient
 from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _delta_sweep_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, lse_ptr, dl_ptr, mbar_ptr, rows_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, lse_ptr, normalizer_ptr,
+    dl_ptr, mbar_ptr, rows_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -43,8 +44,7 @@ def _delta_sweep_kernel(
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
     do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
-    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("-inf"))
-    lse_log2, dead = lse_to_rebuild(lse), lse == float("-inf")
+    shift, factor, dead = load_softmax(lse_ptr, normalizer_ptr, bh * Nq, offs_m, row_ok)
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     delta = tl.zeros([BLOCK_M], tl.float32)
@@ -59,23 +59,23 @@ def _delta_sweep_kernel(
         mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         _, p_dp = score_gradient(  # with a delta of 0
-            q, k, do, v, None, m, live[None, :], lse_log2[:, None], 0.0, offs_m[:, None], offs_n[None, :], bh,
+            q, k, do, v, None, m, live[None, :], shift[:, None], of_rows(factor), 0.0, offs_m[:, None], offs_n[None, :], bh,
             scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N, tl.constexpr(False),
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
-    store_rows(rows_ptr + 2 * bh * Nq, lse_log2, tl.where(dead, 0.0, delta - dl), offs_m, row_ok)
+    store_rows(rows_ptr, bh * Nq, shift, tl.where(dead, 0.0, delta - dl), offs_m, row_ok)
     if NEED_DALPHA:
         dalpha_rows = dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
-def run(call: Call, dout: Tensor, lse: Tensor, dlse: Tensor | None, mbar: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
+def run(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
     """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(call), B, H): zeros without dlse."""
     t, tile = call.problem, backward_dq.tile_of(call)
     arguments = attention_arguments(call, tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
         **descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value),
-        do_ptr=dout, lse_ptr=lse, dl_ptr=dlse, mbar_ptr=mbar, rows_ptr=rows, dalpha_ptr=dalpha,
+        do_ptr=dout, lse_ptr=saved.lse, normalizer_ptr=saved.normalizer, dl_ptr=dlse, mbar_ptr=saved.mbar, rows_ptr=rows, dalpha_ptr=dalpha,
         HAS_DLSE=dlse is not None, NEED_DALPHA=dalpha is not None,
     )  # fmt: skip
     launch(_delta_sweep_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m), arguments, tile)

@@ -16,14 +16,14 @@ from .launch import launch
 from .operands import Rows, gradient_arguments
 from .primitives.load import head_of, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset
 from .primitives.rows import load_rows
-from .primitives.score import dot, score_gradient
+from .primitives.score import dot, of_columns, score_gradient
 from .primitives.store import store_key_gradients
 from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, dk_ptr, dv_ptr, dmask_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, normalizer_ptr, dk_ptr, dv_ptr, dmask_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -61,9 +61,9 @@ def _dkdv_kernel(
         for start_m in range(0, Nq_seen, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             # Counted from the block's first row, so that the loads of a thread share an address.
-            lse_log2, delta = load_rows(rows_ptr + 2 * (bh * Nq + start_m), tl.arange(0, BLOCK_M), Nq - start_m)
+            shift, factor, delta = load_rows(rows_ptr, normalizer_ptr, bh * Nq + start_m, tl.arange(0, BLOCK_M), Nq - start_m)
             q, do = load_queries(
-                q_head, do_head, b, h, lse_log2, start_m,
+                q_head, do_head, b, h, shift, start_m,
                 offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
             )  # fmt: skip
             mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
@@ -72,7 +72,7 @@ def _dkdv_kernel(
                 m = tl.trans(m)
             dp = load_map_gradient(do_head, weights_ptr, h, offs_n, offs_m, stride_dod, stride_dom, live, offs_m < Nq, DV)
             p, ds = score_gradient(  # [BLOCK_N, BLOCK_M]
-                k, q, v, do, dp, m, None, lse_log2[None, :], delta[None, :], offs_m[None, :], offs_n[:, None], bh,
+                k, q, v, do, dp, m, None, shift[None, :], of_columns(factor), delta[None, :], offs_m[None, :], offs_n[:, None], bh,
                 scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_N, BLOCK_M, tl.constexpr(True),
             )  # fmt: skip
             if NEED_DV:

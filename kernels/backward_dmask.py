@@ -28,14 +28,15 @@ from .primitives.load import (
     unless_padding,
 )
 from .primitives.rows import load_rows
-from .primitives.score import as_product, score_gradient
+from .primitives.score import as_product, of_rows, score_gradient
 from .primitives.store import store_dalpha, store_mask_tile
 from .tiles import Tile, cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _dmask_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dmask_ptr, dalpha_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, normalizer_ptr, mbar_ptr,
+    dmask_ptr, dalpha_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -87,10 +88,10 @@ def _dmask_kernel(
                 bh = b * H + h
                 g = h // GROUP
                 alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
-                lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+                shift, factor, delta = load_rows(rows_ptr, normalizer_ptr, bh * Nq, offs_m, Nq)
                 q_head, do_head = head_of(q_ptr, b, h, stride_qb, stride_qh), head_of(do_ptr, b, h, stride_dob, stride_doh)
                 q, do = load_queries(
-                    q_head, do_head, b, h, lse_log2, m_block * BLOCK_M,
+                    q_head, do_head, b, h, shift, m_block * BLOCK_M,
                     offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
                 )  # fmt: skip
                 k_head, v_head = head_of(k_ptr, b, g, stride_kb, stride_kh), head_of(v_ptr, b, g, stride_vb, stride_vh)
@@ -98,7 +99,7 @@ def _dmask_kernel(
                 v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)
                 dp = load_map_gradient(do_head, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
                 _, ds = score_gradient(
-                    q, k, do, v, dp, m, None, lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+                    q, k, do, v, dp, m, None, shift[:, None], of_rows(factor), delta[:, None], offs_m[:, None], offs_n[None, :], bh,
                     scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N,
                     tl.constexpr(False),
                 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 With many queries the keys are in one piece and dQ is stored rounded; dalpha is a by-product, one partial sum per program, for calls in
 which no other pass has it. With few, backward_few_queries.py cuts the keys and adds up what is stored here in float32; this is backward's
-first pass then, and works out each row's lse and delta for the others.
+first pass then, and works out each row's shift and delta for the others.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .primitives.load import (
     query_program,
 )
 from .primitives.rows import first_rows, load_rows, store_rows
-from .primitives.score import dot, rounded_product, score_gradient
+from .primitives.score import dot, of_rows, rounded_product, score_gradient
 from .primitives.store import store_tile
 from .tiles import Tile, cdiv
 
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr, dq_ptr, dalpha_ptr,
-    out_ptr, remainder_ptr, lse_ptr, dl_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, normalizer_ptr, mbar_ptr,
+    dq_ptr, dalpha_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -56,17 +56,18 @@ def _dq_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_ok = offs_m < Nq
-    q_head, do_head, rows_head = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh, rows_ptr + 2 * bh * Nq
+    q_head, do_head = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_dob + h * stride_doh
     if FIRST_PASS:
-        lse_log2, delta = first_rows(
-            do_head, out_ptr, remainder_ptr, lse_ptr, dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
+        shift, factor, delta = first_rows(
+            do_head, out_ptr, remainder_ptr, lse_ptr, normalizer_ptr,
+            dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
             bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
         )  # fmt: skip
-        store_rows(rows_head, lse_log2, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
+        store_rows(rows_ptr, bh * Nq, shift, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
     else:
-        lse_log2, delta = load_rows(rows_head, offs_m, Nq)
+        shift, factor, delta = load_rows(rows_ptr, normalizer_ptr, bh * Nq, offs_m, Nq)
     q, do = load_queries(
-        q_head, do_head, b, h, lse_log2, 0, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING
+        q_head, do_head, b, h, shift, 0, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING
     )
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
@@ -92,7 +93,7 @@ def _dq_kernel(
             m = load_mask(mask_tile, mask_rows, offs_n, stride_mm, stride_mn, n_rows, n_cols, live[None, :], MASK_KIND, HAS_PADDING)
             dp = load_map_gradient(do_ptr + b * stride_dob, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, row_ok, live, DV)
             _, ds = score_gradient(
-                q, k, do, v, dp, m, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+                q, k, do, v, dp, m, live[None, :], shift[:, None], of_rows(factor), delta[:, None], offs_m[:, None], offs_n[None, :], bh,
                 scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N, tl.constexpr(False),
             )  # fmt: skip
             if NEED_DQ:

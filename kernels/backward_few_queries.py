@@ -18,7 +18,7 @@ from .launch import launch
 from .operands import Rows, accumulator, gradient_arguments, sharing_arguments, tile_of
 from .primitives.load import SOFT, live_keys, load_alpha, load_map_gradient, load_mask, load_queries, load_tile, mask_offset, unless_padding
 from .primitives.rows import first_rows, load_rows
-from .primitives.score import dot, matmul, score_gradient
+from .primitives.score import dot, matmul, of_rows, score_gradient
 from .primitives.store import store_dalpha, store_key_gradients, store_mask_tile, store_tile
 from .tiles import cdiv
 
@@ -26,7 +26,7 @@ from .tiles import cdiv
 @triton.jit(do_not_specialize=["Nq", "drop_threshold", "n_splits", "split_blocks"])
 def _few_queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr,
-    mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr,
+    normalizer_ptr, mbar_ptr, dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -70,7 +70,7 @@ def _few_queries_kernel(
             for group in tl.range(g_lo, g_hi, disable_licm=True):
                 dm = _kv_head(
                     q_ptr + b * stride_qb, k_ptr + b * stride_kb, v_ptr + b * stride_vb, mask_batch, alpha_ptr, seed_ptr,
-                    do_ptr + b * stride_dob, weights_ptr, rows_ptr, mbar_ptr,
+                    do_ptr + b * stride_dob, weights_ptr, rows_ptr, normalizer_ptr, mbar_ptr,
                     dq_ptr + (split * B + b) * H * Nq * D if NEED_DQ else None, dk_ptr, dv_ptr, dmask_ptr,
                     dalpha_ptr + tl.cast(n_block, tl.int64) * B * H if NEED_DALPHA else None,
                     out_ptr, remainder_ptr, lse_ptr, dl_ptr + b * stride_dlb if HAS_DLSE else None,
@@ -94,7 +94,7 @@ def _few_queries_kernel(
 
 @triton.jit
 def _kv_head(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, mbar_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, seed_ptr, do_ptr, weights_ptr, rows_ptr, normalizer_ptr, mbar_ptr,
     dq_ptr, dk_ptr, dv_ptr, dmask_ptr, dalpha_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr,
     stride_qh, stride_qm, stride_qd, stride_kh, stride_kn, stride_kd, stride_vh, stride_vn, stride_vd,
     stride_mh, stride_mm, stride_mn, stride_ah, stride_doh, stride_dom, stride_dod, stride_dlh, stride_dlm,
@@ -125,14 +125,14 @@ def _kv_head(
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
         do_head = do_ptr + h * stride_doh
         if FIRST_PASS:
-            lse_log2, delta = first_rows(
-                do_head, out_ptr, remainder_ptr, lse_ptr, dl_ptr + h * stride_dlh if HAS_DLSE else None,
+            shift, factor, delta = first_rows(
+                do_head, out_ptr, remainder_ptr, lse_ptr, normalizer_ptr, dl_ptr + h * stride_dlh if HAS_DLSE else None,
                 bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
             )  # fmt: skip
         else:
-            lse_log2, delta = load_rows(rows_ptr + 2 * bh * Nq, offs_m, Nq)
+            shift, factor, delta = load_rows(rows_ptr, normalizer_ptr, bh * Nq, offs_m, Nq)
         q, do = load_queries(
-            q_ptr + h * stride_qh, do_head, b, h, lse_log2, 0,
+            q_ptr + h * stride_qh, do_head, b, h, shift, 0,
             offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq, D, DV, HAS_PADDING,
         )  # fmt: skip
         if MASK_KIND and not SHARED_H:
@@ -142,7 +142,7 @@ def _kv_head(
             m_head = m
         dp = load_map_gradient(do_ptr, weights_ptr, h, offs_m, offs_n, stride_dom, stride_dod, offs_m < Nq, live, DV)
         p, ds = score_gradient(
-            q, k, do, v, dp, m_head, live[None, :], lse_log2[:, None], delta[:, None], offs_m[:, None], offs_n[None, :], bh,
+            q, k, do, v, dp, m_head, live[None, :], shift[:, None], of_rows(factor), delta[:, None], offs_m[:, None], offs_n[None, :], bh,
             scale, alpha, seed, drop_threshold, keep_scale, MASK_KIND, HAS_DROPOUT, ALLOW_TF32, BLOCK_M, BLOCK_N, tl.constexpr(False),
         )  # fmt: skip
         if NEED_DV:

@@ -1,4 +1,4 @@
-"""Which passes follow once each row's lse and delta are known, reference.py (6)-(8): the same for attention and for its map."""
+"""Which passes follow once each row's shift and delta are known, reference.py (6)-(8): the same for attention and for its map."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(
     parts = None
     if steps.dq_splits > 0:
         parts = backward_dq.run_split(call_with_mask, dout, rows, steps.dq_splits)
-        rows = rows._replace(out=None)  # lse and delta are computed
+        rows = rows._replace(out=None)  # shift and delta are computed
     if steps.few_queries:
         parts_inside = backward_few_queries.run(call, dout, rows, mbar, grads, dalpha_tiles)
         parts = parts_inside if parts is None else parts

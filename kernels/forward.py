@@ -15,6 +15,7 @@ from .chip import generation
 from .launch import arch_of, launch
 from .operands import attention_arguments, is_ragged, pins_mask
 from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
+from .primitives.rows import store_normalizer
 from .primitives.softmax import attend, softmax_finish
 from .primitives.store import store_output
 from .tiles import Tile, cdiv
@@ -22,7 +23,7 @@ from .tiles import Tile, cdiv
 
 @triton.jit(do_not_specialize=["Nq", "drop_threshold"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, out_ptr, remainder_ptr, lse_ptr, mbar_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, alpha_ptr, pad_ptr, seed_ptr, out_ptr, remainder_ptr, lse_ptr, mbar_ptr, normalizer_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
@@ -53,9 +54,11 @@ def _forward_kernel(
         D, DV, MASK_KIND, HAS_PADDING, HAS_DROPOUT, SAVE_MBAR, ALLOW_TF32, PINNED_MASK, SUM_BY_PRODUCT,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
+    out, mbar, lse, l_i = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
     store_output(out_ptr, remainder_ptr, out, bh * Nq, offs_m, offs_dv, row_ok, DV)
     tl.store(lse_ptr + bh * Nq + offs_m, lse, mask=row_ok)
+    if normalizer_ptr is not None:
+        store_normalizer(normalizer_ptr, bh * Nq, m_i, l_i, offs_m, row_ok)
     if SAVE_MBAR:
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
 
@@ -74,7 +77,8 @@ def run(call: Call, out: Tensor, saved: Saved) -> None:
     t, tile = call.problem, descriptors.tile(call, "forward", call.key, call.value, takes_padding=False)
     arguments = attention_arguments(call, tile) | descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value)
     arguments |= dict(
-        out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar, SAVE_MBAR=saved.mbar is not None,
+        out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar, normalizer_ptr=saved.normalizer,
+        SAVE_MBAR=saved.mbar is not None,
         PINNED_MASK=pins_mask(call) and is_ragged(call),
         SUM_BY_PRODUCT=sums_by_product(call, tile),
     )

@@ -14,7 +14,8 @@ from . import plan
 from .launch import launch
 from .operands import accumulator, attention_arguments, tile_of
 from .primitives.load import head_of, load_alpha, load_tile, mask_offset, query_program
-from .primitives.softmax import attend, rescaled, softmax_finish
+from .primitives.rows import store_normalizer
+from .primitives.softmax import add_to_sum, attend, rescaled, softmax_finish, with_lost
 from .primitives.store import store_output, store_tile
 from .tiles import Tile, block_of, cdiv
 
@@ -72,7 +73,7 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=["n_splits"])
 def _merge_kernel(
-    acc_ptr, rows_ptr, out_ptr, remainder_ptr, lse_ptr, mbar_ptr, n_splits, n_rows, keep_scale,
+    acc_ptr, rows_ptr, out_ptr, remainder_ptr, lse_ptr, mbar_ptr, normalizer_ptr, n_splits, n_rows, keep_scale,
     DV: tl.constexpr, SAVE_MBAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -82,6 +83,7 @@ def _merge_kernel(
     for split in range(0, n_splits):
         m_i = tl.maximum(m_i, tl.load(rows_ptr + 4 * (split * n_rows + offs_m), mask=row_ok, other=0.0))
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    l_lost = tl.zeros([BLOCK_M], tl.float32)
     divisor = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -89,13 +91,15 @@ def _merge_kernel(
         rows = rows_ptr + 4 * (split * n_rows + offs_m)
         m_split = tl.load(rows, mask=row_ok, other=0.0)
         weight = tl.where(m_split == m_i, 1.0, tl.exp2(m_split - m_i))  # 1 where both are -inf
-        l_i += weight * tl.load(rows + 1, mask=row_ok, other=1.0)
+        l_i, l_lost = add_to_sum(l_i, l_lost, 1.0, weight * tl.load(rows + 1, mask=row_ok, other=1.0))
         divisor += weight * tl.load(rows + 2, mask=row_ok, other=1.0)
         mbar += rescaled(weight, tl.load(rows + 3, mask=row_ok, other=0.0))
         acc += weight[:, None] * load_tile(acc_ptr, split * n_rows + offs_m, offs_dv, DV, 1, row_ok, offs_dv < DV)
-    out, mbar, lse = softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale)
+    out, mbar, lse, l_i = softmax_finish(acc, mbar, m_i, with_lost(l_i, l_lost), divisor, keep_scale)
     store_output(out_ptr, remainder_ptr, out, 0, offs_m, offs_dv, row_ok, DV)
     tl.store(lse_ptr + offs_m, lse, mask=row_ok)
+    if normalizer_ptr is not None:
+        store_normalizer(normalizer_ptr, 0, m_i, l_i, offs_m, row_ok)
     if SAVE_MBAR:
         tl.store(mbar_ptr + offs_m, mbar, mask=row_ok)
 
@@ -114,7 +118,7 @@ def run(call: Call, cut: plan.Forward, out: Tensor, saved: Saved) -> None:
     launch(_partial_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, partial, tile)
     merge = dict(
         acc_ptr=acc, rows_ptr=rows, out_ptr=out, remainder_ptr=saved.remainder, lse_ptr=saved.lse, mbar_ptr=saved.mbar,
-        n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv, SAVE_MBAR=saved.mbar is not None,
-        BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
+        normalizer_ptr=saved.normalizer, n_splits=splits, n_rows=n_rows, keep_scale=partial["keep_scale"], DV=t.Dv,
+        SAVE_MBAR=saved.mbar is not None, BLOCK_M=MERGE.block_m, BLOCK_DV=block_of(t.Dv),
     )  # fmt: skip
     launch(_merge_kernel, cdiv(n_rows, MERGE.block_m), merge, MERGE)

@@ -6,18 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Saved
 from .launch import launch
 from .operands import score_arguments, tile_of
 from .primitives.load import live_keys, load_alpha, load_mask, load_tile, mask_offset, unless_padding
-from .primitives.score import exponents, lse_to_rebuild, matmul
+from .primitives.rows import load_softmax
+from .primitives.score import exponents, matmul, of_rows, weights
 from .primitives.store import store_tile
 from .tiles import cdiv
 
 
 @triton.jit(do_not_specialize=["Nq"])
 def _map_kernel(
-    q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, weights_ptr, lse_ptr, map_ptr,
+    q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, weights_ptr, lse_ptr, normalizer_ptr, map_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
@@ -45,19 +46,21 @@ def _map_kernel(
             m = load_mask(mask_tile + h * stride_mh, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
         k = load_tile(k_ptr + b * stride_kb + h // GROUP * stride_kh, offs_n, offs_d, stride_kn, stride_kd, live, offs_d < D)
-        lse_log2 = lse_to_rebuild(tl.load(lse_ptr + (b * H + h) * Nq + offs_m, mask=row_ok, other=0.0))
+        shift, factor, _dead = load_softmax(lse_ptr, normalizer_ptr, (b * H + h) * Nq, offs_m, row_ok)
         alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        p = tl.exp2(exponents(qk, m, None, lse_log2[:, None], scale, alpha, MASK_KIND, tl.constexpr(True)))
-        total += tl.load(weights_ptr + h) * p
+        by_fma: tl.constexpr = tl.constexpr(q.dtype.primitive_bitwidth == 16)
+        exponent = exponents(qk, m, None, shift[:, None], of_rows(factor), scale, alpha, MASK_KIND, by_fma)
+        total += tl.load(weights_ptr + h) * weights(exponent, of_rows(factor))
     total = tl.where(live[None, :], total, 0.0)
     store_tile(map_ptr + b * Nq * Nk, total, offs_m, offs_n, Nk, row_ok, offs_n < Nk)
 
 
-def run(call: Call, lse: Tensor, amap: Tensor) -> None:
-    """Fill amap (B, Nq, Nk), contiguous, from lse (B, H, Nq)."""
+def run(call: Call, saved: Saved, amap: Tensor) -> None:
+    """Fill amap (B, Nq, Nk), contiguous, from forward's rows."""
     t, tile = call.problem, tile_of(call, "split")
     arguments = score_arguments(call, tile) | dict(
-        weights_ptr=call.head_weights, lse_ptr=lse, map_ptr=amap, MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[2] > 1
-    )
+        weights_ptr=call.head_weights, lse_ptr=saved.lse, normalizer_ptr=saved.normalizer, map_ptr=amap,
+        MASK_PER_HEAD=t.mask_shape is not None and t.mask_shape[2] > 1,
+    )  # fmt: skip
     launch(_map_kernel, t.B * cdiv(t.Nq, tile.block_m) * cdiv(t.Nk, tile.block_n), arguments, tile)

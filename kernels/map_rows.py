@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Saved
 from .forward_split import cut_of
 from .launch import launch
 from .operands import accumulator, score_arguments, strides, tile_of
 from .primitives.load import live_keys, live_span, load_alpha, load_mask, load_tile, mask_offset, query_program
-from .primitives.rows import finish_rows, store_rows
-from .primitives.score import exponents, lse_to_rebuild, matmul, rounded_product
+from .primitives.rows import load_softmax, store_rows
+from .primitives.score import exponents, matmul, of_rows, rounded_product, weights
 from .tiles import Tile, cdiv
 
 FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
@@ -24,7 +24,7 @@ FINISH = Tile(block_m=64, block_n=1, warps=2, stages=1)  # 64 rows a program
 
 @triton.jit(do_not_specialize=["Nq", "n_splits", "split_blocks"])
 def _map_means_kernel(
-    q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, do_ptr, lse_ptr, sums_ptr, weights_ptr, rows_ptr, mbar_ptr, eta_ptr,
+    q_ptr, k_ptr, mask_ptr, alpha_ptr, pad_ptr, do_ptr, lse_ptr, normalizer_ptr, sums_ptr, weights_ptr, rows_ptr, mbar_ptr, eta_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_mb, stride_mi, stride_mh, stride_mm, stride_mn, inner_batch,
@@ -33,7 +33,7 @@ def _map_means_kernel(
     H, Nq, Nk, n_splits, split_blocks, n_rows, scale,
     GROUP: tl.constexpr, D: tl.constexpr,
     MASK_KIND: tl.constexpr, HAS_PADDING: tl.constexpr, ALLOW_TF32: tl.constexpr,
-    NEED_ROWS: tl.constexpr, NEED_MBAR: tl.constexpr, NEED_ETA: tl.constexpr, IS_SPLIT: tl.constexpr,
+    NEED_ROWS: tl.constexpr, NEED_MBAR: tl.constexpr, NEED_ETA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     h, _, offs_m, split, b, bh = query_program(H, Nq, n_splits, BLOCK_M)
@@ -41,8 +41,8 @@ def _map_means_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row_ok = offs_m < Nq
     q = load_tile(q_ptr + b * stride_qb + h * stride_qh, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
-    lse_log2 = lse_to_rebuild(lse)
+    shift, factor, dead = load_softmax(lse_ptr, normalizer_ptr, bh * Nq, offs_m, row_ok)
+    by_fma: tl.constexpr = tl.constexpr(q.dtype.primitive_bitwidth == 16)
     alpha = load_alpha(alpha_ptr, h, stride_ah, MASK_KIND)
     eta = tl.zeros([BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
@@ -58,14 +58,15 @@ def _map_means_kernel(
         mask_tile = mask_ptr + mask_offset(b, inner_batch, stride_mb, stride_mi) + h * stride_mh if MASK_KIND else None
         m = load_mask(mask_tile, offs_m, offs_n, stride_mm, stride_mn, Nq, Nk, live[None, :], MASK_KIND, HAS_PADDING)
         qk = matmul(q, tl.trans(k), BLOCK_M, BLOCK_N, ALLOW_TF32)
-        p = tl.exp2(exponents(qk, m, live[None, :], lse_log2[:, None], scale, alpha, MASK_KIND, tl.constexpr(True)))
+        exponent = exponents(qk, m, live[None, :], shift[:, None], of_rows(factor), scale, alpha, MASK_KIND, by_fma)
+        p = weights(exponent, of_rows(factor))
         do = load_tile(do_ptr + b * stride_dob, offs_m, offs_n, stride_dom, stride_dod, row_ok, live)
         eta += tl.sum(rounded_product(p, do), 1)
         if NEED_MBAR:
             mbar += tl.sum(rounded_product(p, m), 1)
             lowest = tl.minimum(lowest, tl.min(tl.where(live[None, :], m, float("inf")), 1))
             highest = tl.maximum(highest, tl.max(tl.where(live[None, :], m, float("-inf")), 1))
-    if IS_SPLIT:
+    if sums_ptr is not None:
         sums = sums_ptr + 4 * (split.to(tl.int64) * n_rows + bh * Nq + offs_m)
         tl.store(sums, eta, mask=row_ok)
         if NEED_MBAR:
@@ -74,21 +75,20 @@ def _map_means_kernel(
             tl.store(sums + 3, highest, mask=row_ok)
     else:
         _store(
-            rows_ptr, mbar_ptr, eta_ptr, lse, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
+            rows_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
             NEED_ROWS, NEED_MBAR, NEED_ETA,
         )  # fmt: skip
 
 
 @triton.jit
 def _store(
-    rows_ptr, mbar_ptr, eta_ptr, lse, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
+    rows_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
     NEED_ROWS: tl.constexpr, NEED_MBAR: tl.constexpr, NEED_ETA: tl.constexpr,
 ):  # fmt: skip
     """Store what is needed of a query block's finished sums. lowest, highest: of M over the row."""
-    dead = lse == float("-inf")
     if NEED_ROWS:
-        lse_log2, delta = finish_rows(lse, tl.load(weights_ptr + h) * eta, dead)
-        store_rows(rows_ptr + 2 * bh * Nq, lse_log2, delta, offs_m, row_ok)
+        delta = tl.where(dead, 0.0, tl.load(weights_ptr + h) * eta)
+        store_rows(rows_ptr, bh * Nq, shift, delta, offs_m, row_ok)
     if NEED_MBAR:  # A mean lies between what it is of, also when P, rebuilt from lse, adds up to no exact 1. Of one key it is M itself.
         mbar = tl.where(dead, 0.0, tl.minimum(tl.maximum(mbar, lowest), highest))
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
@@ -98,7 +98,7 @@ def _store(
 
 @triton.jit(do_not_specialize=["Nq", "n_splits"])
 def _map_rows_kernel(
-    sums_ptr, lse_ptr, weights_ptr, rows_ptr, mbar_ptr, eta_ptr, H, Nq, n_splits, n_rows,
+    sums_ptr, lse_ptr, normalizer_ptr, weights_ptr, rows_ptr, mbar_ptr, eta_ptr, H, Nq, n_splits, n_rows,
     NEED_ROWS: tl.constexpr, NEED_MBAR: tl.constexpr, NEED_ETA: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     m_blocks = tl.cdiv(Nq, BLOCK_M)
@@ -116,9 +116,9 @@ def _map_rows_kernel(
             mbar += tl.load(sums + 1, mask=row_ok, other=0.0)
             lowest = tl.minimum(lowest, tl.load(sums + 2, mask=row_ok, other=0.0))
             highest = tl.maximum(highest, tl.load(sums + 3, mask=row_ok, other=0.0))
-    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=0.0)
+    shift, _, dead = load_softmax(lse_ptr, normalizer_ptr, bh * Nq, offs_m, row_ok)
     _store(
-        rows_ptr, mbar_ptr, eta_ptr, lse, eta, mbar, lowest, highest, weights_ptr, bh % H, bh, offs_m, row_ok, Nq,
+        rows_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, bh % H, bh, offs_m, row_ok, Nq,
         NEED_ROWS, NEED_MBAR, NEED_ETA,
     )  # fmt: skip
 
@@ -130,20 +130,20 @@ def sums_of_splits(call: Call) -> Tensor | None:
 
 
 def run(
-    call: Call, dout: Tensor, lse: Tensor, sums: Tensor | None, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None
+    call: Call, saved: Saved, dout: Tensor, sums: Tensor | None, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None
 ) -> None:
     """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk). sums: sums_of_splits."""
     t, tile = call.problem, tile_of(call, "split")
     splits, split_blocks = cut_of(call)
     n_rows = t.B * t.H * t.Nq
     results = dict(
-        sums_ptr=sums, lse_ptr=lse, weights_ptr=call.head_weights, rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
+        sums_ptr=sums, lse_ptr=saved.lse, normalizer_ptr=saved.normalizer, weights_ptr=call.head_weights,
+        rows_ptr=rows, mbar_ptr=mbar, eta_ptr=eta,
         H=t.H, Nq=t.Nq, n_splits=splits, n_rows=n_rows,
         NEED_ROWS=rows is not None, NEED_MBAR=mbar is not None, NEED_ETA=eta is not None,
     )  # fmt: skip
-    means = score_arguments(call, tile) | strides("do", "bhmd", dout) | results | dict(
-        do_ptr=dout, split_blocks=split_blocks, IS_SPLIT=sums is not None
-    )  # fmt: skip
+    means = score_arguments(call, tile) | strides("do", "bhmd", dout) | results
+    means |= dict(do_ptr=dout, split_blocks=split_blocks)
     launch(_map_means_kernel, t.B * t.H * cdiv(t.Nq, tile.block_m) * splits, means, tile)
     if sums is not None:
         launch(_map_rows_kernel, t.B * t.H * cdiv(t.Nq, FINISH.block_m), results | dict(BLOCK_M=FINISH.block_m), FINISH)

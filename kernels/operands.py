@@ -20,9 +20,10 @@ Layouts = tuple["Layout | None", ...]  # of query, key, mask, alpha, padding and
 
 
 class Rows(NamedTuple):
-    """lse in base 2 and delta of each query: the row values that every pass of backward reads."""
+    """Shift and delta of each query, the row values that every pass of backward reads, and what else is known of the rows."""
 
     values: Tensor | None  # (B, H, Nq, 2) float32
+    normalizer: Tensor | None  # (B, H, Nq, 2) float32, of float32 calls: forward's
     out: Tensor | None = None  # (B, H, Nq, Dv), given where the first pass is to compute the values from it
     remainder: Tensor | None = None  # of out, where it is rounded
     lse: Tensor | None = None  # (B, H, Nq) float32
@@ -73,7 +74,7 @@ def gradient_arguments(call: Call, tile: Tile, dout: Tensor, rows: Rows) -> dict
     """What every pass of backward takes: those of attention, and the incoming gradient; for an attention map dout is (B, 1, Nq, Nk)."""
     arguments = attention_arguments(call, tile)
     arguments |= strides("do", "bhmd", dout)
-    arguments.update(do_ptr=dout, weights_ptr=call.head_weights, rows_ptr=rows.values)
+    arguments.update(do_ptr=dout, weights_ptr=call.head_weights, rows_ptr=rows.values, normalizer_ptr=rows.normalizer)
     return arguments
 
 

@@ -28,8 +28,8 @@ class Forward(NamedTuple):
 class Backward(NamedTuple):
     """Backward's passes, each wanted or not, in the order in which they run, and who computes what."""
 
-    delta: str  # who computes each row's lse and delta: one of the four below
-    keeps_rows: bool  # whether passes hand each other lse and delta in a buffer
+    delta: str  # who computes each row's shift and delta: one of the four below
+    keeps_rows: bool  # whether passes hand each other shift and delta in a buffer
     dq_splits: int  # of dQ's pass where it runs first and leaves parts; 0: it does not
     few_queries: bool  # the pass whose programs own key blocks and hold all queries
     dkdv: bool
@@ -72,7 +72,7 @@ def backward(problem: Problem, needs: Needs, has_output: bool, has_dlse: bool) -
 
 @lru_cache
 def passes_after_delta(problem: Problem, needs: Needs) -> Backward:
-    """The passes that follow once each row's lse and delta are known: the same for attention and for its map."""
+    """The passes that follow once each row's shift and delta are known: the same for attention and for its map."""
     if fits_in_one_tile(problem, needs):
         dq_splits = splits(problem, needs, problem.B * problem.H) if needs.query and not holds_dq(problem) else 0
         few = needs.key or needs.value or needs.mask or needs.alpha or dq_splits == 0
@@ -182,7 +182,7 @@ def fits_in_one_tile(problem: Problem, needs: Needs) -> bool:
 
 
 def computes_delta_itself(problem: Problem, needs: Needs) -> bool:
-    """Whether few queries can compute lse and delta along the way: in the one pass if dQ fits it, else in dQ's."""
+    """Whether few queries can compute shift and delta along the way: in the one pass if dQ fits it, else in dQ's."""
     return holds_dq(problem) or needs.query
 
 

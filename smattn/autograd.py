@@ -92,7 +92,7 @@ keep_dynamo_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class SoftMaskedAttention(Function):
-    """(out, lse, remainder, mbar) of ops.forward, the first two differentiable."""
+    """(out, lse, remainder, mbar, normalizer) of ops.forward, the first two differentiable."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -101,11 +101,11 @@ class SoftMaskedAttention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         a = ForwardArguments(*inputs)
-        out, lse, remainder, mbar = output
-        ctx.mark_non_differentiable(remainder, mbar)
+        out, lse, *rest = output  # remainder, mbar, normalizer
+        ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed, out, remainder, lse, mbar
+            a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed, *output
         )  # fmt: skip
         ctx.options = (a.scale, a.dropout_p, a.allow_tf32, a.backend)
 
@@ -114,14 +114,14 @@ class SoftMaskedAttention(Function):
         if dout is None and dlse is None:
             return (None,) * len(ForwardArguments._fields)
         _refuse_a_lost_graph(dout, dlse)
-        query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, remainder, lse, mbar = ctx.saved_tensors
+        query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, lse, remainder, mbar, normalizer = ctx.saved_tensors
         scale, dropout_p, allow_tf32, backend = ctx.options
         if dout is None:
             dout = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
         wanted: Any = ForwardArguments(*ctx.needs_input_grad)
         needs = Needs(wanted.query, wanted.key, wanted.value, wanted.mask or wanted.mask_logits, wanted.alpha)
         a = BackwardArguments(
-            dout, dlse, query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, remainder, lse, mbar,
+            dout, dlse, query, key, value, mask, mask_logits, alpha, key_padding_mask, seed, out, remainder, lse, mbar, normalizer,
             scale, dropout_p, allow_tf32, list(needs), backend,
         )  # fmt: skip
         dquery, dkey, dvalue, dmask, dalpha = _gradients(_AttentionBackward, ops.backward, ops.compute_backward, a)
@@ -133,7 +133,7 @@ class SoftMaskedAttention(Function):
 
 
 class AttentionMap(Function):
-    """(map, lse) of ops.attention_map, the first differentiable."""
+    """(map, lse, normalizer) of ops.attention_map, the first differentiable."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -142,21 +142,25 @@ class AttentionMap(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         a = MapArguments(*inputs)
-        _, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(a.query, a.key, a.mask, a.mask_logits, a.alpha, a.head_weights, a.key_padding_mask, lse)
+        _, lse, normalizer = output
+        ctx.mark_non_differentiable(lse, normalizer)
+        ctx.save_for_backward(a.query, a.key, a.mask, a.mask_logits, a.alpha, a.head_weights, a.key_padding_mask, lse, normalizer)
+        ctx.set_materialize_grads(False)  # else zeros for lse and normalizer, which have no gradients
         ctx.options = (a.scale, a.allow_tf32, a.backend)
 
     @staticmethod
-    def backward(ctx: Any, dmap: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dmap: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dmap is None:
+            return (None,) * len(MapArguments._fields)
         _refuse_a_lost_graph(dmap)
-        query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, lse = ctx.saved_tensors
+        query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, lse, normalizer = ctx.saved_tensors
         scale, allow_tf32, backend = ctx.options
         wanted: Any = MapArguments(*ctx.needs_input_grad)
         needs = Needs(wanted.query, wanted.key, False, wanted.mask or wanted.mask_logits, wanted.alpha, wanted.head_weights)
         a = MapBackwardArguments(
-            dmap, query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, lse, scale, allow_tf32, list(needs), backend
-        )
+            dmap, query, key, mask, mask_logits, alpha, head_weights, key_padding_mask, lse, normalizer,
+            scale, allow_tf32, list(needs), backend,
+        )  # fmt: skip
         dquery, dkey, dmask, dalpha, dweights = _gradients(_AttentionMapBackward, ops.attention_map_backward, ops.compute_map_backward, a)
         return _where_wanted(wanted, query=dquery, key=dkey, mask=dmask, mask_logits=dmask, alpha=dalpha, head_weights=dweights)
 

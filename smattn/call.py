@@ -100,11 +100,22 @@ class Saved(NamedTuple):
     remainder: Tensor | None  # what rounding took from out, see with_remainder; None where nothing was rounded
     lse: Tensor  # (B, H, Nq)
     mbar: Tensor | None  # (B, H, Nq), reference.py (8), for the gradient of alpha
+    normalizer: Tensor | None  # (B, H, Nq, 2), what P is rebuilt from in float32 and float64, see normalizer_shape
 
     def contiguous(self) -> Saved:
         """The same as the kernels in C++ read it, wherever it has been since forward."""
-        out, remainder, mbar = (None if x is None else x.contiguous() for x in (self.out, self.remainder, self.mbar))
-        return Saved(out, remainder, self.lse.contiguous(), mbar)
+        return Saved(*(None if x is None else x.contiguous() for x in self))  # type: ignore[arg-type]  # lse is there
+
+
+def normalizer_shape(problem: Problem) -> tuple[int, ...] | None:
+    """The shape of what forward leaves to backward of each row's softmax beside lse; None where that is nothing.
+
+    In float32 and float64 these are m and 1/l of reference.py (2), with scores in base 2, so that P = 2^(S - m) / l; in a dead row they are
+    +inf and 0. Rebuilt from lse, every P of a row would be off by what rounding took from lse, and over thousands of keys of small scores
+    that is more than the error budget allows. Next to what 16 bits or TF32 round it is nothing.
+    """
+    is_exact = problem.dtype == problem.acc_dtype and not problem.allow_tf32
+    return (problem.B, problem.H, problem.Nq, 2) if is_exact else None
 
 
 def without_rounding(saved: Saved) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import library
 from .call import Call, Gradients, Needs, Problem, Saved
-from .memory import new_gradients, new_outputs
+from .memory import new_gradients, new_outputs, new_rows
 
 LIBRARY = library.CPU
 LARGEST_HEAD = 256
@@ -41,40 +41,39 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
     out, saved = new_outputs(call, save_out=save_out, save_mbar=save_mbar)
     torch.ops.smattn_cpu.forward(
         call.query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-        p.scale, p.dropout_p, out, saved.lse, saved.remainder, saved.mbar,
+        p.scale, p.dropout_p, out, saved.lse, saved.remainder, saved.mbar, saved.normalizer,
     )  # fmt: skip
     return out, saved
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
-    """Equations (5)-(8), with P rebuilt as exp(S - lse): one saved row vector, inside the error budget at every alpha tried."""
+    """Equations (5)-(8), with P rebuilt from lse, of float32 and float64 from normalizer."""
     p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     torch.ops.smattn_cpu.backward(
         dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
         call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-        saved.out, saved.remainder, saved.lse, saved.mbar, p.scale, p.dropout_p,
+        saved.out, saved.remainder, saved.lse, saved.mbar, saved.normalizer, p.scale, p.dropout_p,
         grads.query, grads.key, grads.value, grads.mask, grads.alpha,
     )  # fmt: skip
     return grads
 
 
-def attention_map(call: Call) -> tuple[Tensor, Tensor]:
-    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype."""
-    p = call.problem
+def attention_map(call: Call) -> tuple[Tensor, Saved]:
+    """Equation (9): the map (B, Nq, Nk) in the accumulation dtype, and what backward needs of it."""
+    p, saved = call.problem, new_rows(call)
     amap = call.query.new_empty((p.B, p.Nq, p.Nk), dtype=p.acc_dtype)
-    lse = call.query.new_empty((p.B, p.H, p.Nq), dtype=p.acc_dtype)
     torch.ops.smattn_cpu.attention_map(
         call.query, call.key, call.mask, p.mask_is_logits, call.alpha, call.head_weights, call.key_padding_mask,
-        p.scale, amap, lse,
+        p.scale, amap, saved.lse, saved.normalizer,
     )  # fmt: skip
-    return amap, lse
+    return amap, saved
 
 
-def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+def attention_map_backward(call: Call, saved: Saved, dmap: Tensor, needs: Needs) -> Gradients:
     """Equation (10): gradients of query, key, mask, alpha and head weights."""
-    p, grads = call.problem, new_gradients(call, needs)
+    p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     torch.ops.smattn_cpu.attention_map_backward(
         dmap[:, None], call.query, call.key, call.mask, p.mask_is_logits, call.alpha, call.head_weights, call.key_padding_mask,
-        lse.contiguous(), p.scale, grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights,
+        saved.lse, saved.normalizer, p.scale, grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights,
     )  # fmt: skip
     return grads

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import library
 from .call import Call, Gradients, Needs, Problem, Saved
-from .memory import new_gradients, new_outputs
+from .memory import new_gradients, new_outputs, new_rows
 
 LIBRARY = library.CUDA
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -69,45 +69,45 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
         _ops().forward(
             call.query, call.key, call.value, call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
             p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
-            out, saved.lse, saved.remainder, saved.mbar,
+            out, saved.lse, saved.remainder, saved.mbar, saved.normalizer,
         )  # fmt: skip
     return out, saved
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
-    """Equations (5)-(8), with P rebuilt as exp(S - lse). Without saved.out, delta is summed as P*dP in a sweep of its own."""
+    """Equations (5)-(8). Without saved.out, delta is summed as P*dP in a sweep of its own."""
     p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     if not p.is_empty and _some(grads):
         _ops().backward(
             dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,
             call.mask, p.mask_is_logits, call.alpha, call.key_padding_mask, call.seed,
-            saved.out, saved.remainder, saved.lse, saved.mbar, p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
+            saved.out, saved.remainder, saved.lse, saved.mbar, saved.normalizer,
+            p.scale, p.dropout_p, p.allow_tf32, machine.stream(call.query.device),
             grads.query, grads.key, grads.value, grads.mask, grads.alpha,
         )  # fmt: skip
     return grads
 
 
-def attention_map(call: Call) -> tuple[Tensor, Tensor]:
-    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both float32."""
-    p = call.problem
-    amap, lse = _accumulator(call.query, p.B, p.Nq, p.Nk), _accumulator(call.query, p.B, p.H, p.Nq)
+def attention_map(call: Call) -> tuple[Tensor, Saved]:
+    """Equation (9): the map (B, Nq, Nk), float32, and what backward needs of it."""
+    p, saved = call.problem, new_rows(call)
+    amap = torch.empty((p.B, p.Nq, p.Nk), dtype=torch.float32, device=call.query.device)
     if p.is_empty:
-        lse.fill_(float("-inf"))
-        return amap, lse
+        return amap, saved
     _ops().attention_map(
         call.query, call.key, call.mask, p.mask_is_logits, call.alpha, call.head_weights, call.key_padding_mask,
-        p.scale, p.allow_tf32, machine.stream(call.query.device), amap, lse,
+        p.scale, p.allow_tf32, machine.stream(call.query.device), amap, saved.lse, saved.normalizer,
     )  # fmt: skip
-    return amap, lse
+    return amap, saved
 
 
-def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+def attention_map_backward(call: Call, saved: Saved, dmap: Tensor, needs: Needs) -> Gradients:
     """Equation (10): gradients of query, key, mask, alpha and head weights."""
-    p, grads = call.problem, new_gradients(call, needs)
+    p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     if not p.is_empty and _some(grads):
         _ops().attention_map_backward(
             dmap[:, None], call.query, call.key, call.mask, p.mask_is_logits, call.alpha,
-            call.head_weights, call.key_padding_mask, lse.contiguous(),
+            call.head_weights, call.key_padding_mask, saved.lse, saved.normalizer,
             p.scale, p.allow_tf32, machine.stream(call.query.device),
             grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights,
         )  # fmt: skip
@@ -117,7 +117,3 @@ def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) 
 def _some(grads: Gradients) -> bool:
     """Whether there is anything to compute."""
     return any(grad is not None and grad.numel() > 0 for grad in grads)
-
-
-def _accumulator(query: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=query.device)

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients, Needs, Problem, Saved, remainder_dtype
+from .call import Call, Gradients, Needs, Problem, Saved, normalizer_shape, remainder_dtype
 
 PROMISED_SHARE = 4  # the promise is the bytes of inputs, outputs and gradients divided by this,
 PROMISED_BYTES = 16 << 20  # and these bytes whatever the size of the call
@@ -36,7 +36,8 @@ DALPHA_BYTES = PROMISED_BYTES // 8  # backward's partial sums of dalpha: a promi
 def bytes_kept(problem: Problem) -> int:
     """Bytes that forward saves for backward if it keeps out's remainder, and backward's own 8 bytes for each query of each head."""
     remainder = problem.Dv * problem.dtype.itemsize if problem.acc_dtype != problem.dtype else 0
-    return problem.B * problem.H * problem.Nq * (16 + remainder)
+    normalizer = 0 if normalizer_shape(problem) is None else 8
+    return problem.B * problem.H * problem.Nq * (16 + remainder + normalizer)
 
 
 def share_kept(problem: Problem) -> int:
@@ -79,19 +80,30 @@ def has_room_for_dalpha_tiles(problem: Problem, scores_of_a_tile: int) -> bool:
 def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Saved]:
     """Room for out, and for what backward needs of a forward that fills both.
 
-    Uninitialised, except where there are no keys: then out and mbar are 0, lse is -inf, and nothing is left to compute.
+    Uninitialised, except where there are no keys: then out and mbar are 0, the rows those of dead ones, and nothing is left to compute.
     """
-    p, device = call.problem, call.query.device
-    out = torch.empty((p.B, p.H, p.Nq, p.Dv), dtype=p.dtype, device=device)
-    lse = torch.empty((p.B, p.H, p.Nq), dtype=p.acc_dtype, device=device)
-    remainder = torch.empty_like(out, dtype=remainder_dtype(p.dtype)) if save_out and lse.dtype != out.dtype else None
-    mbar = torch.empty_like(lse) if save_mbar and call.mask is not None else None
+    p, rows = call.problem, new_rows(call)
+    out = torch.empty((p.B, p.H, p.Nq, p.Dv), dtype=p.dtype, device=call.query.device)
+    remainder = torch.empty_like(out, dtype=remainder_dtype(p.dtype)) if save_out and p.acc_dtype != p.dtype else None
+    mbar = torch.empty_like(rows.lse) if save_mbar and call.mask is not None else None
     if p.Nk == 0:
         for tensor in (out, remainder, mbar):
             if tensor is not None:
                 tensor.zero_()
+    return out, rows._replace(out=out if save_out else None, remainder=remainder, mbar=mbar)
+
+
+def new_rows(call: Call) -> Saved:
+    """Room for lse and normalizer, the rows of a softmax. Where there are no keys they are filled as those of dead rows."""
+    p, device = call.problem, call.query.device
+    lse = torch.empty((p.B, p.H, p.Nq), dtype=p.acc_dtype, device=device)
+    shape = normalizer_shape(p)
+    normalizer = None if shape is None else torch.empty(shape, dtype=p.acc_dtype, device=device)
+    if p.Nk == 0:
         lse.fill_(float("-inf"))
-    return out, Saved(out if save_out else None, remainder, lse, mbar)
+        if normalizer is not None:
+            normalizer.zero_()[..., 0] = math.inf
+    return Saved(None, None, lse, None, normalizer)
 
 
 def new_gradients(call: Call, needs: Needs) -> Gradients:

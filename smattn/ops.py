@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import prepared
 from .backends import resolve
-from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call, remainder_dtype
+from .call import Call, Gradients, Needs, Saved, acc_dtype, make_call, normalizer_shape, remainder_dtype
 from .memory import queries_with_remainder
 
 
@@ -55,6 +55,7 @@ class BackwardArguments(NamedTuple):
     remainder: Tensor
     lse: Tensor
     mbar: Tensor
+    normalizer: Tensor
     scale: float
     dropout_p: float
     allow_tf32: bool
@@ -85,6 +86,7 @@ class MapBackwardArguments(NamedTuple):
     head_weights: Tensor
     key_padding_mask: Tensor | None
     lse: Tensor
+    normalizer: Tensor
     scale: float
     allow_tf32: bool
     needs: list[bool]  # the fields of Needs
@@ -145,7 +147,7 @@ def made_again(compute: Callable[..., tuple[Tensor, ...]], arguments: type) -> C
     return compute_or_repeat
 
 
-def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compute_forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = ForwardArguments(*arguments)
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "forward")
@@ -157,22 +159,24 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if remainder is None:
         B, H, _, Dv = out.shape
         remainder = out.new_empty((B, H, 0, Dv) if a.save_out and is_rounded else (0,), dtype=remainder_dtype(out.dtype))
-    mbar = saved.lse.new_empty((0,)) if saved.mbar is None else saved.mbar
-    return out, saved.lse, remainder, mbar
+    mbar, normalizer = (saved.lse.new_empty((0,)) if rows is None else rows for rows in (saved.mbar, saved.normalizer))
+    return out, saved.lse, remainder, mbar, normalizer
 
 
-def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = ForwardArguments(*arguments)
     (B, H, Nq, _), Dv, acc = a.query.shape, a.value.shape[3], acc_dtype(a.query.dtype)
+    problem = attention_call(a).problem
     kept: tuple[int, ...] = (0,)
     if a.save_out and acc != a.query.dtype:
-        kept = (B, H, queries_with_remainder(attention_call(a).problem), Dv)
+        kept = (B, H, queries_with_remainder(problem), Dv)
     rows = (B, H, Nq)
     return (
         a.query.new_empty((*rows, Dv)),
         a.query.new_empty(rows, dtype=acc),
         a.query.new_empty(kept, dtype=remainder_dtype(a.query.dtype)),
         a.query.new_empty(rows if a.save_mbar and a.alpha is not None else (0,), dtype=acc),
+        a.query.new_empty(normalizer_shape(problem) or (0,), dtype=acc),
     )
 
 
@@ -182,9 +186,9 @@ def compute_backward(*arguments: Any) -> tuple[Tensor, ...]:
     chosen = resolve(call.problem, a.backend, "backward")
     remainder = a.remainder if a.remainder.dim() == 4 and a.remainder.shape[2] == call.problem.Nq else None
     out = a.out if remainder is not None or a.out.dtype == a.lse.dtype else None
-    mbar = a.mbar if a.mbar.dim() == 3 else None
+    saved = Saved(out, remainder, a.lse, a.mbar if a.mbar.dim() == 3 else None, a.normalizer if a.normalizer.dim() == 4 else None)
     with inside_an_op(a.query.device):
-        grads = chosen.backward(call, Saved(out, remainder, a.lse, mbar), a.dout, a.dlse, Needs(*a.needs))
+        grads = chosen.backward(call, saved, a.dout, a.dlse, Needs(*a.needs))
     return _of_attention(grads, a.query)
 
 
@@ -193,26 +197,29 @@ def fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return _of_attention(_fake_gradients(attention_call(a), Needs(*a.needs)), a.query)
 
 
-def compute_map(*arguments: Any) -> tuple[Tensor, Tensor]:
+def compute_map(*arguments: Any) -> tuple[Tensor, ...]:
     a = MapArguments(*arguments)
     call = map_call(a)
     chosen = resolve(call.problem, a.backend, "attention_map")
     with inside_an_op(a.query.device):
-        return chosen.attention_map(call)
+        amap, saved = chosen.attention_map(call)
+    return amap, saved.lse, saved.lse.new_empty((0,)) if saved.normalizer is None else saved.normalizer
 
 
-def fake_map(*arguments: Any) -> tuple[Tensor, Tensor]:
+def fake_map(*arguments: Any) -> tuple[Tensor, ...]:
     a = MapArguments(*arguments)
     (B, H, Nq, _), Nk, acc = a.query.shape, a.key.shape[2], acc_dtype(a.query.dtype)
-    return a.query.new_empty((B, Nq, Nk), dtype=acc), a.query.new_empty((B, H, Nq), dtype=acc)
+    shapes = ((B, Nq, Nk), (B, H, Nq), normalizer_shape(map_call(a).problem) or (0,))
+    return tuple([a.query.new_empty(shape, dtype=acc) for shape in shapes])
 
 
 def compute_map_backward(*arguments: Any) -> tuple[Tensor, ...]:
     a = MapBackwardArguments(*arguments)
     call = map_call(a)
     chosen = resolve(call.problem, a.backend, "attention_map_backward")
+    saved = Saved(None, None, a.lse, None, a.normalizer if a.normalizer.dim() == 4 else None)
     with inside_an_op(a.query.device):
-        grads = chosen.attention_map_backward(call, a.lse, a.dmap, Needs(*a.needs))
+        grads = chosen.attention_map_backward(call, saved, a.dmap, Needs(*a.needs))
     return _of_map(grads, a.query)
 
 
@@ -257,7 +264,7 @@ def _register(name: str, arguments: type, returns: str, implementation: Callable
 
 forward = _register(
     "forward", ForwardArguments,
-    "Tensor out, Tensor lse, Tensor remainder, Tensor mbar",
+    "Tensor out, Tensor lse, Tensor remainder, Tensor mbar, Tensor normalizer",
     compute_forward, fake_forward,
 )  # fmt: skip
 backward = _register(
@@ -267,7 +274,7 @@ backward = _register(
 )  # fmt: skip
 attention_map = _register(
     "attention_map", MapArguments,
-    "Tensor map, Tensor lse",
+    "Tensor map, Tensor lse, Tensor normalizer",
     compute_map, fake_map,
 )  # fmt: skip
 attention_map_backward = _register(

@@ -33,12 +33,13 @@ are themselves differentiable by autograd, which is how the explicit backward is
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients, Needs, Problem, Saved, with_remainder, without_rounding
+from .call import Call, Gradients, Needs, Problem, Saved, normalizer_shape, with_remainder, without_rounding
 
 LOWEST_SCORE = -2.3e38  # a score below counts as -inf: in base 2, which the kernels compute in, float32 ends at -2.36e38
 _LOW32 = 0xFFFFFFFF
@@ -68,7 +69,7 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
     weights = t.p if call.seed is None else t.p * dropout_factor(call.problem, call.seed)
     out, remainder = with_remainder(weights @ query_head_values(call), call.problem.dtype)  # (3)
     mbar = (t.p * t.mask).sum(-1) if save_mbar and t.mask is not None else None
-    return out, Saved(out if save_out else None, remainder if save_out else None, t.lse, mbar)
+    return out, Saved(out if save_out else None, remainder if save_out else None, t.lse, mbar, _normalizer(call.problem, t))
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
@@ -94,13 +95,13 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     return grads._replace(value=dvalue)
 
 
-def attention_map(call: Call) -> tuple[Tensor, Tensor]:
-    """Equation (9): the map (B, Nq, Nk) and lse (B, H, Nq), both in the accumulation dtype."""
+def attention_map(call: Call) -> tuple[Tensor, Saved]:
+    """Equation (9): the map (B, Nq, Nk) in the accumulation dtype, and what backward needs of it."""
     t = softmax(call)
-    return (_head_weights(call) * t.p).sum(1), t.lse
+    return (_head_weights(call) * t.p).sum(1), Saved(None, None, t.lse, None, _normalizer(call.problem, t))
 
 
-def attention_map_backward(call: Call, lse: Tensor, dmap: Tensor, needs: Needs) -> Gradients:
+def attention_map_backward(call: Call, saved: Saved, dmap: Tensor, needs: Needs) -> Gradients:
     """Equation (10): gradients of query, key, mask, alpha and head weights."""
     padding = call.key_padding_mask
     t = softmax(call)
@@ -137,6 +138,16 @@ def softmax(call: Call) -> Scores:
     if m is not None:
         m = m.masked_fill(p == 0, 0)  # what follows multiplies M by P and dS alone: 0 times -inf would be NaN
     return Scores(q, k, m, a, dead, s, p, lse)
+
+
+def _normalizer(problem: Problem, t: Scores) -> Tensor | None:
+    """What Saved calls so. This file's own backward does not read it, because autograd differentiates that, and lse has a derivative."""
+    if normalizer_shape(problem) is None:
+        return None
+    s = t.s.detach()
+    largest = s.amax(-1, keepdim=True) if problem.Nk > 0 else torch.zeros_like(t.dead, dtype=s.dtype)
+    inverse = 1 / torch.exp(s - largest).sum(-1, keepdim=True)
+    return torch.cat([(largest * math.log2(math.e)).masked_fill(t.dead, math.inf), inverse.masked_fill(t.dead, 0)], -1)
 
 
 def _over_the_keys_of(lse: Tensor, t: Scores) -> Scores:

@@ -1,4 +1,4 @@
-// Backward, (5)-(8): P is rebuilt from lse, tile by tile.
+// Backward, (5)-(8): P is rebuilt, tile by tile, from what forward left of each row.
 #pragma once
 
 #include "cpu/backward_delta.h"
@@ -57,6 +57,7 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dmap = {},
                              .head_weights = nullptr,
                              .lse = lse,
+                             .normalizer = static_cast<const T*>(p.normalizer),
                              .delta = delta,
                              .mbar = static_cast<const T*>(p.mbar),
                              .dquery = p.dquery,

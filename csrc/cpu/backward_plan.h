@@ -29,6 +29,7 @@ struct BackwardTask {
   Tensor4 dmap;  // [B, 1, Nq, Nk]
   const T* head_weights;
   const T* lse;  // [B, H, Nq]
+  const T* normalizer;  // [B, H, Nq, 2], null where there is none
   const T* delta;  // [B, H, Nq], (5)
   const T* mbar;  // [B, H, Nq]
   void *dquery, *dkey, *dvalue, *dmask;
@@ -60,7 +61,8 @@ struct BackwardMemory {
                              key * (n.D + n.Dv + (t.dkey != nullptr ? n.D : 0) + (t.dvalue != nullptr ? n.Dv : 0));
     const int64_t mask = s.mask.data == nullptr ? 0 : s.mask_size[0] * s.mask_size[1] * s.mask_size[2] * n.Nk * bytes_of(s.mask.dtype);
     const bool key_sums = t.dmask != nullptr && s.mask_size[2] == 1 && (s.mask_size[0] < n.B || s.mask_size[1] < n.Hkv);
-    held = (query * (4 + (t.has_remainder ? n.Dv / 2 : 0)) +  // lse, mbar, delta and dlse
+    const int64_t kept = t.normalizer != nullptr ? 2 : t.has_remainder ? n.Dv / 2 : 0;
+    held = (query * (4 + kept) +  // lse, mbar, delta and dlse
             (key_sums ? s.mask_size[0] * s.mask_size[1] * n.Nk : 0)) *
            static_cast<int64_t>(sizeof(T));
     io = elements * bytes_of(s.dtype) + (t.dmask != nullptr ? 2 : 1) * mask;

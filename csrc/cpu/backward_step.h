@@ -130,7 +130,11 @@ class BackwardStep {
     Vec<T> x[N];
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) x[i] = exponent(load(p + at + i * stride), at + i * stride, rest);
-    exp2_of_weights<T, N>(x, load(rows.lowest + lane));
+    if constexpr (kStepsPerElement<E> == 1) {
+      exp2_each<T, N>(x, load(rows.lowest + lane), load(rows.highest + lane));
+    } else {
+      exp2_of_weights<T, N>(x, load(rows.lowest + lane));
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) store(p + at + i * stride, x[i] *= factor);
     const T* kept = keep();

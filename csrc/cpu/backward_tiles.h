@@ -54,7 +54,7 @@ struct QueryTiles {
       delta[i] = beyond ? T(0) : t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
-    exponents.read(t.lse + row, q.count, q.lanes, n.Nk);
+    exponents.read(t.lse, t.normalizer, row, q.count, q.lanes, n.Nk);
   }
 
  private:

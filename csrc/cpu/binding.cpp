@@ -23,37 +23,40 @@ uint64_t value_of(const int64_t* seed) { return seed == nullptr ? 0 : static_cas
 
 void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
              const Optional& padding, const Optional& seed, double scale, double dropout_p, const Tensor& out, const Tensor& lse,
-             const Optional& remainder, const Optional& mbar) {
+             const Optional& remainder, const Optional& mbar, const Optional& normalizer) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar);
+  smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar, normalizer);
   params.dropout.seed = value_of(in.seed(seed, dropout_p));
   smattn::cpu::selected().forward(params, torch_threads());
 }
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
               bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
-              const Optional& remainder, const Tensor& lse, const Optional& mbar, double scale, double dropout_p, const Optional& dquery,
-              const Optional& dkey, const Optional& dvalue, const Optional& dmask, const Optional& dalpha) {
+              const Optional& remainder, const Tensor& lse, const Optional& mbar, const Optional& normalizer, double scale,
+              double dropout_p, const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask,
+              const Optional& dalpha) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const Saved saved{dout, dlse, out, remainder, lse, mbar};
+  const Saved saved{dout, dlse, out, remainder, lse, mbar, normalizer};
   smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
   params.dropout.seed = value_of(in.seed(seed, dropout_p));
   smattn::cpu::selected().backward(params, torch_threads());
 }
 
 void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
-                   const Tensor& head_weights, const Optional& padding, double scale, const Tensor& map, const Tensor& lse) {
+                   const Tensor& head_weights, const Optional& padding, double scale, const Tensor& map, const Tensor& lse,
+                   const Optional& normalizer) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  smattn::cpu::selected().attention_map(map_params(in, head_weights, map, lse), torch_threads());
+  smattn::cpu::selected().attention_map(map_params(in, head_weights, map, lse, normalizer), torch_threads());
 }
 
 void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
-                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale,
-                            const Optional& dquery, const Optional& dkey, const Optional& dmask, const Optional& dalpha,
-                            const Optional& dhead_weights) {
+                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse,
+                            const Optional& normalizer, double scale, const Optional& dquery, const Optional& dkey, const Optional& dmask,
+                            const Optional& dalpha, const Optional& dhead_weights) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   const Gradients to{dquery, dkey, dmask, dalpha};
-  smattn::cpu::selected().attention_map_backward(map_backward_params(in, head_weights, dmap, lse, to, dhead_weights), torch_threads());
+  smattn::cpu::selected().attention_map_backward(map_backward_params(in, head_weights, dmap, lse, normalizer, to, dhead_weights),
+                                                 torch_threads());
 }
 
 // The instruction sets whose kernels this machine runs, the fastest first, separated by spaces.

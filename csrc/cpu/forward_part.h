@@ -105,6 +105,13 @@ inline void logsumexp(const T* maxima, const T* sums, int64_t lanes, T* lse) {
   }
 }
 
+// What P is rebuilt from where it is not rounded, of a row: its maximum score in base 2 and 1/l, of a dead row +inf and 0.
+template <class T>
+inline void store_normalizer(T* to, bool alive, T maximum, T sum) {
+  to[0] = alive ? maximum : std::numeric_limits<T>::infinity();
+  to[1] = alive ? 1 / sum + (sum - sum) : T(0);  // NaN where the sum is infinite
+}
+
 // Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where they
 // were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all keys.
 // A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
@@ -127,6 +134,9 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
     if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = alive ? part.row(kMbar)[i] * mean : T(0);
     if (task.eta != nullptr) task.eta[row + i] = alive ? part.row(kEta)[i] * mean : T(0);
     if (p.lse != nullptr) static_cast<T*>(p.lse)[row + i] = alive ? lse[i] : -std::numeric_limits<T>::infinity();
+    if (p.normalizer != nullptr) {
+      store_normalizer(static_cast<T*>(p.normalizer) + 2 * (row + i), alive, part.row(kMaximum)[i], sums[i]);
+    }
   }
   if (p.out == nullptr) return;
   for (int64_t i = 0; i < q.count; ++i) {

@@ -33,7 +33,8 @@ class MapTile {
     read_queries<T>(s_.query, b, h, q, n_.D, rows_, query_);
     T memory[RowExponents<T>::kRows * kQueries];
     const auto rows = RowExponents<T>::on(memory, q.lanes);
-    rows.read(static_cast<const T*>(p_.lse) + (b * n_.H + h) * n_.Nq + q.first, q.count, q.lanes, n_.Nk);
+    rows.read(static_cast<const T*>(p_.lse), static_cast<const T*>(p_.normalizer), (b * n_.H + h) * n_.Nq + q.first, q.count, q.lanes,
+              n_.Nk);
     const T weight = static_cast<const T*>(p_.head_weights)[h];
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     dot_products(key, query_.get(), q, k.count, n_.D, Prefetch{}, scores_.get());
@@ -42,7 +43,7 @@ class MapTile {
       for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
         const int64_t at = j * q.lanes + lane;
         const Vec<T> x = exponent(load(scores_ + at), at, load(rows.rest + lane));
-        const Vec<T> p = exp2<T>(x, load(rows.lowest + lane)) * load(rows.factor + lane);
+        const Vec<T> p = exp2<T>(x, load(rows.lowest + lane), load(rows.highest + lane)) * load(rows.factor + lane);
         store(sum_ + at, load(sum_ + at) + weight * p);
       }
     }
@@ -60,7 +61,7 @@ inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   ForwardParams softmax{};  // of a value without columns: lse alone
   softmax.scores = p.scores;
   softmax.scores.size.Dv = 0;
-  softmax.lse = p.lse;
+  softmax.lse = p.lse, softmax.normalizer = p.normalizer;
   forward_of<T>(softmax, threads);
   const Blocking<T> blocking(n);
   const int64_t tiles = n.B * blocking.query_blocks * blocking.key_blocks;
@@ -98,7 +99,7 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   task.scores.size.Dv = 0;
   task.dmap = p.dmap;
   task.head_weights = weights;
-  task.lse = static_cast<const T*>(p.lse);
+  task.lse = static_cast<const T*>(p.lse), task.normalizer = static_cast<const T*>(p.normalizer);
   task.delta = eta;
   task.mbar = mbar;
   task.dquery = p.dquery, task.dkey = p.dkey, task.dmask = p.dmask;

@@ -30,14 +30,23 @@ struct ForwardArgs {
   void* out = nullptr;  // ForwardParams
   void* remainder = nullptr;
   float *lse = nullptr, *mbar = nullptr, *eta = nullptr;  // (B, H, Nq), null when not asked for
+  float* normalizer = nullptr;  // (B, H, Nq, 2), null when not asked for
   float* partial_out = nullptr;  // (splits, B, H, Nq, Dv)
   PartialRow* partial_rows = nullptr;  // (splits, B, H, Nq)
 };
 
-// What every pass of backward reads of a query row; one load.
-struct alignas(8) RowState {
-  float lse_log2;  // +inf in dead rows and past the last: P is 0 there
-  float delta;  // (5); for attention_map w_h * eta of (10)
+// What every pass of backward reads of a query row, Math::RowState; one load. P is rebuilt from lse where products round it to 16 bits or
+// TF32, else from the normalizer: an lse's own rounding is in every P of its row, and over thousands of keys of small scores dV would have
+// too much of it.
+struct alignas(8) LseState {
+  float shift;  // lse in base 2; +inf in dead rows and past the last: P is 0 there
+  float delta = 0.0f;  // (5); for attention_map w_h * eta of (10)
+};
+struct alignas(16) NormalizerState {
+  float shift;  // the row's largest score in base 2; +inf in dead rows and past the last
+  float delta = 0.0f;
+  float factor = 0.0f;  // 1/l; 0 in dead rows and past the last
+  float unused = 0.0f;  // the load reads it too, so it is written
 };
 
 struct RowsArgs {
@@ -45,9 +54,11 @@ struct RowsArgs {
   Tensor4 dout = {};
   const void *out = nullptr, *remainder = nullptr;  // BackwardParams; null where sums takes their place
   const float *lse = nullptr, *dlse = nullptr;  // (B, H, Nq); dlse may be null
+  const float* normalizer = nullptr;  // (B, H, Nq, 2), may be null
   const float* sums = nullptr;  // (B, H, Nq): of P*dP for (5), or eta of (10)
   const float* head_weights = nullptr;  // of attention_map
-  RowState* rows = nullptr;  // (B, H, Nq)
+  void* rows = nullptr;  // Math::RowState (B, H, Nq)
+  bool normalized = false;  // it is NormalizerState
 };
 
 // What is summed over heads in `tile`.
@@ -59,7 +70,7 @@ struct KeysArgs {
   bool dout_aligned = false;
   Tensor4 dmap = {};  // (B, 1, Nq, Nk), data null in attention
   const float* head_weights = nullptr;  // (H,) of attention_map
-  const RowState* rows = nullptr;  // (B, H, Nq)
+  const void* rows = nullptr;  // Math::RowState (B, H, Nq)
   void *dkey = nullptr, *dvalue = nullptr;  // null when not asked for
   TileSum tile_sum = TileSum::kNone;
   void* tile_out = nullptr;  // dmask (Bm, Hm, Nq, Nk) in mask's dtype, or map (B, Nq, Nk) float32
@@ -80,7 +91,7 @@ struct QueriesArgs {
   bool dout_aligned = false;
   Tensor4 dmap = {};  // (B, 1, Nq, Nk), data null in attention
   const float* head_weights = nullptr;  // (H,) of attention_map
-  const RowState* rows = nullptr;  // (B, H, Nq)
+  const void* rows = nullptr;  // Math::RowState (B, H, Nq)
   int64_t splits = 1, split_keys = 1;  // ranges of keys, a range's length
   void* dquery = nullptr;  // null when not asked for
   float* partial_dquery = nullptr;  // (splits, B, H, Nq, D)

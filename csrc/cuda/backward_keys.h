@@ -17,7 +17,7 @@ struct KeysShape {
   static constexpr int kQueries = kRowBytes <= 64 ? 64 : kRowBytes <= 256 ? 32 : 8192 / kRowBytes;  // of a step
   static constexpr int kTileSpan = kRowBytes <= 512 ? 128 : 2 * kQueries;    // of a block, when it sums a tile over heads
   static constexpr size_t shared_bytes(bool tile) {
-    const size_t rows = (2 * kKeys + 4 * kQueries) * kRowBytes, states = 2 * kQueries * sizeof(RowState);
+    const size_t rows = (2 * kKeys + 4 * kQueries) * kRowBytes, states = 2 * kQueries * sizeof(typename Math::RowState);
     return rows + states + (tile ? kKeys * kTileSpan * sizeof(float) : 0);
   }
 };
@@ -133,7 +133,7 @@ struct KeysStep {
   float (&row_sums)[2];  // of dS over queries
 
   SMATTN_DEVICE void run(const KeysWork& work, int query, SharedTile<T, kQueries, D> q, SharedTile<T, kQueries, D> dout,
-                         const RowState* states, float* sums) const {
+                         const typename Math::RowState* states, float* sums) const {
     const Scores& scores = args.call.scores;
     const int row = 16 * warp_index();
     const Place<kQueries, true> place({scores, at.b, static_cast<int>(scores.size.Nk)}, query, work.first_key + row);
@@ -148,7 +148,7 @@ struct KeysStep {
     if (args.tile_sum == TileSum::kMap) {
       const float weight = args.head_weights[at.h];
       tile.for_each_with(s, [&](float& s, float& sum, int half, int slot) {
-        if (place.is_live(half, slot)) sum = fmaf(weight, exp2_fast(s), sum);
+        if (place.is_live(half, slot)) sum = fmaf(weight, probability(s, state(half, slot)), sum);
       });
       return;
     }
@@ -187,8 +187,9 @@ struct KeysStep {
 // All queries of the span, of one head.
 template <class Math, int D, bool DKEY, bool DVALUE>
 SMATTN_DEVICE void keys_head(const KeysStep<Math, D, DKEY, DVALUE>& step, const KeysWork& work, typename Math::Element* stages,
-                             RowState* states, float* sums) {
+                             typename Math::RowState* states, float* sums) {
   using T = typename Math::Element;
+  using State = typename Math::RowState;
   using Shape = KeysShape<Math, D>;
   constexpr int kQueries = Shape::kQueries;
   const KeysArgs& args = step.args;
@@ -201,17 +202,17 @@ SMATTN_DEVICE void keys_head(const KeysStep<Math, D, DKEY, DVALUE>& step, const 
     const uint32_t live = q.template live_rows<Shape::kThreads>(first, Before{work.last_query});
     q.template load<Shape::kThreads>(query_rows<T>(args.call, step.at), first, live);
     if (const int i = first + thread_index(); thread_index() < kQueries) {  // zeros past the end are harmless: Q and dO are 0 there
-      const RowState* row = args.rows + step.at.row(args.call.scores.size) * args.call.scores.size.Nq + i;
+      const auto* rows = static_cast<const State*>(args.rows);
+      const State* row = rows + step.at.row(args.call.scores.size) * args.call.scores.size.Nq + i;
       const bool is_there = i < work.last_query;
-      copy_async<sizeof(RowState)>(states + tile % 2 * kQueries + thread_index(), is_there ? row : args.rows,
-                                   is_there ? sizeof(RowState) : 0);
+      copy_async<sizeof(State)>(states + tile % 2 * kQueries + thread_index(), is_there ? row : rows, is_there ? sizeof(State) : 0);
     }
     if (args.dout.data == nullptr) return;
     const Rows<T> dout_rows = rows_of<T>(args.dout, step.at.b, step.at.h, args.call.scores.size.Dv, args.dout_aligned);
     dout.template load<Shape::kThreads>(dout_rows, first, live);
   };
   pipeline(tiles_of(work.last_query - work.first_query, kQueries), load, [&](int tile) {
-    const RowState* rows = states + tile % 2 * kQueries;
+    const State* rows = states + tile % 2 * kQueries;
     step.run(work, work.first_query + tile * kQueries, stage(tile, 0), stage(tile, 1), rows, sums + tile * kQueries * Shape::kKeys);
   });
 }
@@ -225,7 +226,7 @@ SMATTN_DEVICE void backward_keys_block(const KeysArgs& args, std::byte* shared) 
   const KeysWork work(args, Shape::kKeys);
   const SharedTile<T, Shape::kKeys, D> k{reinterpret_cast<T*>(shared)}, v{k.data + Shape::kKeys * D};
   T* stages = v.data + Shape::kKeys * D;
-  auto* states = reinterpret_cast<RowState*>(stages + 4 * Shape::kQueries * D);
+  auto* states = reinterpret_cast<typename Math::RowState*>(stages + 4 * Shape::kQueries * D);
   auto* sums = reinterpret_cast<float*>(states + 2 * Shape::kQueries);
   if (args.tile_sum != TileSum::kNone)
     for (int i = thread_index(); i < Shape::kKeys * Shape::kTileSpan; i += Shape::kThreads) sums[i] = 0.0f;

@@ -21,11 +21,12 @@ struct QueriesShape {
 template <class Math, int D, int KEYS, int ROWS, int TILE, bool DQUERY, bool SUMS>
 struct QueriesStep {
   using T = typename Math::Element;
+  using State = typename Math::RowState;
   const QueriesArgs& args;
   Head at;
   float alpha;
   SharedTile<T, ROWS, D> q, dout;  // from the warp's rows on
-  RowState (&state)[2];
+  State (&state)[2];
   Tile<DQUERY ? D : 8>& dquery;
   const float (&mbar)[2];
   float& dalpha;
@@ -121,6 +122,7 @@ SMATTN_DEVICE void store_dquery(const QueriesArgs& args, const QueryWork& work, 
 template <class Math, int D, bool FEW, bool DQUERY, bool SUMS>
 SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* shared) {
   using T = typename Math::Element;
+  using State = typename Math::RowState;
   using Shape = QueriesShape<Math, D>;
   constexpr int kQueries = Shape::queries(FEW), kTile = Shape::keys(FEW), kKeys = FEW ? kTile / Shape::kWarps : kTile;
   constexpr int kThreads = Shape::kWarps * kWarp;
@@ -149,13 +151,14 @@ SMATTN_DEVICE void backward_queries_block(const QueriesArgs& args, std::byte* sh
   const int row = FEW ? 0 : warp_index() * 16, key_row = FEW ? warp_index() * kKeys : 0;
   const int64_t first_row = work.at.row(size) * size.Nq + work.first_query + row;
   const int rest = static_cast<int>(size.Nq) - work.first_query - row;
-  RowState state[2];
-  for (int half = 0; half < 2; ++half) state[half] = row_of(half) < rest ? args.rows[first_row + row_of(half)] : RowState{infinity(), 0.0f};
+  const auto* rows = static_cast<const State*>(args.rows);
+  State state[2];
+  for (int half = 0; half < 2; ++half) state[half] = row_of(half) < rest ? rows[first_row + row_of(half)] : State{infinity()};
   const bool first = work.split == 0 && (!FEW || warp_index() == 0) && lane_index() % 4 == 0;  // adds the row's own term
   float mbar[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f}, dalpha = 0.0f;
   if (SUMS && args.dalpha != nullptr) {
     for (int half = 0; half < 2; ++half) {
-      if (state[half].lse_log2 == infinity()) continue;  // dL of a dead row may be NaN
+      if (state[half].shift == infinity()) continue;  // dL of a dead row may be NaN
       const int64_t at = first_row + row_of(half);
       mbar[half] = args.mbar[at];
       if (first && args.dlse != nullptr) dalpha = fmaf(mbar[half], args.dlse[at], dalpha);

@@ -33,6 +33,14 @@ SMATTN_DEVICE float output_gradient_product(const RowsArgs& args, Head at, int64
   return sum;
 }
 
+// What is subtracted from a row's scores in base 2, in a dead row +inf. What comes of a row with a score of +inf is NaN.
+SMATTN_DEVICE float shift_of(float lse) {
+  if (lse == -infinity()) return infinity();
+  if (lse == infinity()) return not_a_number();
+  // Where lse is so large that rounding it and the scores could make P more than 2, even infinite, it is raised by what is beyond that.
+  return (lse + fmaxf(fabsf(lse) * kLseRounding - 1.0f, 0.0f)) * kLog2E;
+}
+
 SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   const Sizes& size = args.call.scores.size;
   const int64_t row = block_index() * (kRowsThreads / kWarp) + warp_index();
@@ -40,17 +48,22 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   const int64_t i = row % size.Nq;
   const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
   const float lse = args.lse[row];
-  // Where lse is so large that rounding it and the scores could make P more than 2, even infinite, it is raised by what is beyond that.
-  RowState state{(lse + fmaxf(fabsf(lse) * kLseRounding - 1.0f, 0.0f)) * kLog2E, args.dlse == nullptr ? 0.0f : -args.dlse[row]};
+  float delta = args.dlse == nullptr ? 0.0f : -args.dlse[row];
   if (args.sums != nullptr) {
-    state.delta += (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row];
+    delta += (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row];
   } else if (args.out != nullptr) {
-    state.delta += output_gradient_product(args, at, i, row);
+    delta += output_gradient_product(args, at, i, row);
   }
-  // In a dead row P and dS are exactly 0. What comes of a row with a score of +inf is NaN.
-  if (lse == -infinity()) state = {infinity(), 0.0f};
-  if (lse == infinity()) state.lse_log2 = not_a_number();
-  if (lane_index() == 0) args.rows[row] = state;
+  if (lse == -infinity()) delta = 0.0f;  // in a dead row P and dS are exactly 0
+  if (lane_index() > 0) return;
+  const float shift = shift_of(lse);
+  if (!args.normalized) {
+    static_cast<LseState*>(args.rows)[row] = {shift, delta};
+  } else if (args.normalizer != nullptr) {
+    static_cast<NormalizerState*>(args.rows)[row] = {args.normalizer[2 * row], delta, args.normalizer[2 * row + 1]};
+  } else {  // P is then 2^(S - L), and NaN where L is, of which a minimum takes no notice
+    static_cast<NormalizerState*>(args.rows)[row] = {shift, delta, shift == shift ? 1.0f : shift};
+  }
 }
 
 }  // namespace smattn::cuda

@@ -52,9 +52,9 @@ void check_has_scores(const Reader& in) {
 
 void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
              const Optional& padding, const Optional& seed, double scale, double dropout_p, bool allow_tf32, int64_t stream,
-             const Tensor& out, const Tensor& lse, const Optional& remainder, const Optional& mbar) {
+             const Tensor& out, const Tensor& lse, const Optional& remainder, const Optional& mbar, const Optional& normalizer) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar);
+  const smattn::ForwardParams params = forward_params(in, value, dropout_p, out, lse, remainder, mbar, normalizer);
   check_has_scores(in);
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, in.seed(seed, dropout_p));
@@ -63,11 +63,11 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
               bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
-              const Optional& remainder, const Tensor& lse, const Optional& mbar, double scale, double dropout_p, bool allow_tf32,
-              int64_t stream, const Optional& dquery, const Optional& dkey, const Optional& dvalue, const Optional& dmask,
-              const Optional& dalpha) {
+              const Optional& remainder, const Tensor& lse, const Optional& mbar, const Optional& normalizer, double scale,
+              double dropout_p, bool allow_tf32, int64_t stream, const Optional& dquery, const Optional& dkey, const Optional& dvalue,
+              const Optional& dmask, const Optional& dalpha) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const Saved saved{dout, dlse, out, remainder, lse, mbar};
+  const Saved saved{dout, dlse, out, remainder, lse, mbar, normalizer};
   const smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
   check_has_scores(in);
   Scratch scratch{query, {}};
@@ -77,9 +77,9 @@ void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, con
 
 void attention_map(const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits, const Optional& alpha,
                    const Tensor& head_weights, const Optional& padding, double scale, bool allow_tf32, int64_t stream, const Tensor& map,
-                   const Tensor& lse) {
+                   const Tensor& lse, const Optional& normalizer) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
-  const smattn::MapParams params = map_params(in, head_weights, map, lse);
+  const smattn::MapParams params = map_params(in, head_weights, map, lse, normalizer);
   check_has_scores(in);
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, nullptr);
@@ -87,12 +87,12 @@ void attention_map(const Tensor& query, const Tensor& key, const Optional& mask,
 }
 
 void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
-                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse, double scale,
-                            bool allow_tf32, int64_t stream, const Optional& dquery, const Optional& dkey, const Optional& dmask,
-                            const Optional& dalpha, const Optional& dhead_weights) {
+                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse,
+                            const Optional& normalizer, double scale, bool allow_tf32, int64_t stream, const Optional& dquery,
+                            const Optional& dkey, const Optional& dmask, const Optional& dalpha, const Optional& dhead_weights) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   const Gradients to{dquery, dkey, dmask, dalpha};
-  const smattn::MapBackwardParams params = map_backward_params(in, head_weights, dmap, lse, to, dhead_weights);
+  const smattn::MapBackwardParams params = map_backward_params(in, head_weights, dmap, lse, normalizer, to, dhead_weights);
   check_has_scores(in);
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, nullptr);

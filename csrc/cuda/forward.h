@@ -29,15 +29,22 @@ SMATTN_DEVICE float finite(float top) { return fabsf(top) == infinity() ? 0.0f :
 // factor * sum, but 0 where factor is 0: a sum of M over keys whose weight has vanished may be infinite.
 SMATTN_DEVICE float rescaled(float factor, float sum) { return factor == 0.0f ? 0.0f : factor * sum; }
 
+// What rounding took from sum = before + added. Where the weights of a row are nearly the same, so is what each tile adds, and thousands of
+// roundings to the same side add up.
+SMATTN_DEVICE float lost_by(float sum, float before, float added) { return added - (sum - before); }
+// A sum and what it lost. An infinite one has lost NaN, and stays infinite.
+SMATTN_DEVICE float with_lost(float sum, float lost) { return lost == lost ? sum + lost : sum; }
+
 // One warp's online softmax over its rows.
 template <int D>
 struct Softmax {
   float m[2] = {-infinity(), -infinity()}, l[2] = {0.0f, 0.0f}, average[2][2] = {};
   float rounded[2] = {0.0f, 0.0f};  // the lane's part of l's sum, of the weights as V is multiplied by them: of 16-bit types alone
+  float lost[2] = {0.0f, 0.0f};     // what rounding has taken from l: of float32 alone
   Tile<D> out;
 
   // s becomes exp2(s - m), what is summed already is rescaled.
-  template <int COLS>
+  template <class T, int COLS>
   SMATTN_DEVICE void step(Tile<COLS>& s) {
     float top[2] = {m[0], m[1]}, sum[2] = {0.0f, 0.0f}, rescale[2];
     s.for_each([&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
@@ -51,7 +58,16 @@ struct Softmax {
       sum[half] += x;
     });
     SMATTN_UNROLL
-    for (int half = 0; half < 2; ++half) l[half] = l[half] * rescale[half] + row_sum(sum[half]);
+    for (int half = 0; half < 2; ++half) {
+      const float added = row_sum(sum[half]);
+      if constexpr (sizeof(T) == 4) {
+        const float before = fmaf(l[half], rescale[half], 0.0f);  // rounded by itself
+        l[half] = before + added;
+        lost[half] = fmaf(lost[half], rescale[half], lost_by(l[half], before, added));
+      } else {
+        l[half] = l[half] * rescale[half] + added;
+      }
+    }
     out.scale_rows(rescale);
   }
 
@@ -62,8 +78,8 @@ struct Softmax {
     if constexpr (sizeof(T) == 2) p.for_each([&](float& x, int half, int) { rounded[half] += to_float(smattn::cuda::rounded<T>(x)); });
   }
 
-  // After the last key: out is a mean of V, weighted by the rounded weights, times l. So it is a mean wherever l divides it, and delta (5), made
-  // of it, cancels a dP that is the same for all keys.
+  // After the last key. Of 16 bits, out is a mean of V, weighted by the rounded weights, times l. So it is a mean wherever l divides it, and
+  // delta (5), made of it, cancels a dP that is the same for all keys.
   template <class T>
   SMATTN_DEVICE void settle() {
     if constexpr (sizeof(T) == 2) {
@@ -74,6 +90,9 @@ struct Softmax {
         factor[half] = sum == 0.0f ? 1.0f : l[half] / sum;
       }
       out.scale_rows(factor);
+    } else {
+      SMATTN_UNROLL
+      for (int half = 0; half < 2; ++half) l[half] = with_lost(l[half], lost[half]);
     }
   }
 
@@ -131,8 +150,15 @@ SMATTN_DEVICE float finish_row(float m, float l, float& lse) {
   return m == infinity() ? not_a_number() : 1.0f / l;
 }
 
-SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float lse, float factor, const float (&average)[2]) {
+template <class T>
+SMATTN_DEVICE void store_row(const ForwardArgs& args, int64_t row, float m, float lse, float factor, const float (&average)[2]) {
   if (args.lse != nullptr) args.lse[row] = lse;
+  if constexpr (sizeof(T) == 4) {
+    if (args.normalizer != nullptr) {
+      args.normalizer[2 * row] = factor == 0.0f ? infinity() : m;  // so that what is subtracted from a dead row's scores leaves no P
+      args.normalizer[2 * row + 1] = factor;
+    }
+  }
   if (args.mbar != nullptr) args.mbar[row] = average[0] * factor;
   if (args.eta != nullptr) args.eta[row] = average[1] * factor;
 }
@@ -147,7 +173,8 @@ SMATTN_DEVICE void store_finished(const ForwardArgs& args, Softmax<D>& softmax, 
     float lse;
     factor[half] = finish_row(softmax.m[half], softmax.l[half], lse);
     const float average[2] = {softmax.average[0][half], softmax.average[1][half]};
-    if (lane_index() % 4 == 0 && row_of(half) < rows) store_row(args, first_row + row_of(half), lse, factor[half], average);
+    if (lane_index() % 4 == 0 && row_of(half) < rows)
+      store_row<T>(args, first_row + row_of(half), softmax.m[half], lse, factor[half], average);
     factor[half] *= args.call.keep_scale;
   }
   if (args.out == nullptr) return;
@@ -197,7 +224,7 @@ SMATTN_DEVICE void attend(const ForwardArgs& args, Softmax<D>& softmax, Head at,
   s.fill(0.0f);
   Math::multiply_rows(s, q, k);
   finish_scores(s, m, scores, alpha_of(scores, at.h), place);
-  softmax.step(s);
+  softmax.template step<typename Math::Element>(s);
   if (args.mbar != nullptr) softmax.add_average(0, s, m);
   if (args.eta != nullptr) {
     load_elements(m, args.dmap, {at.b, 0}, place);
@@ -242,7 +269,7 @@ SMATTN_DEVICE void forward_block(const ForwardArgs& args, std::byte* shared) {
     const Place<kKeys, false> place(keys, work.first_query + row, first_key);
     attend<Math, D>(args, softmax, work.at, place, q.from_row(row), stage(tile, 0).from_row(key_row), stage(tile, 1).from_row(key_row));
   });
-  if (args.out != nullptr) softmax.template settle<T>();
+  if (sizeof(T) == 4 || args.out != nullptr) softmax.template settle<T>();
   if constexpr (FEW) {
     merge_warps<Shape::kWarps>(softmax, reinterpret_cast<float*>(shared));
     if (warp_index() > 0) return;

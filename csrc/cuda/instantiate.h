@@ -1,6 +1,8 @@
 // passes<Math, D>(), for the files in instances/.
 #pragma once
 
+#include <type_traits>
+
 #include "backward_keys.h"
 #include "backward_queries.h"
 #include "forward_merge.h"
@@ -130,7 +132,8 @@ template <class Math, int D>
 Passes passes() {
   using P = PassesOf<Math, D>;
   using Keys = KeysShape<Math, D>;
-  return {P::kForward, P::kQueries, Keys::kTileSpan, P::forward, P::forward_merge, P::backward_keys, P::backward_queries};
+  constexpr bool kNormalized = std::is_same_v<typename Math::RowState, NormalizerState>;
+  return {P::kForward, P::kQueries, Keys::kTileSpan, kNormalized, P::forward, P::forward_merge, P::backward_keys, P::backward_queries};
 }
 
 }  // namespace smattn::cuda

@@ -16,6 +16,7 @@ struct Tiling {
 struct Passes {
   Tiling forward_tiling, queries_tiling;
   int tile_span;      // most queries of a block of backward_keys when it sums a tile over heads
+  bool normalized;    // the passes of backward read NormalizerState
   void (*forward)(const ForwardArgs& args, const Context& context);
   void (*forward_merge)(const ForwardArgs& args, const Context& context);
   void (*backward_keys)(const KeysArgs& args, const Context& context);

@@ -50,6 +50,18 @@ Call call_of(const Scores& scores, const Tensor4& value, double dropout_p, const
           .keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
+// What the passes of backward read of the query rows is to be made in scratch; of this alone, with a delta of 0.
+RowsArgs rows_for(const Passes& passes, const Call& call, const void* lse, const void* normalizer, const Context& context) {
+  const Sizes& size = call.scores.size;
+  const int64_t count = size.B * size.H * size.Nq;
+  void* rows = passes.normalized ? static_cast<void*>(allocate<NormalizerState>(count, context)) : allocate<LseState>(count, context);
+  return {.call = call,
+          .lse = static_cast<const float*>(lse),
+          .normalizer = static_cast<const float*>(normalizer),
+          .rows = rows,
+          .normalized = passes.normalized};
+}
+
 struct Ranges {
   int64_t splits, split_keys;
 };
@@ -136,7 +148,8 @@ void forward(const ForwardParams& params, const Context& context) {
                .out = params.out,
                .remainder = params.remainder,
                .lse = static_cast<float*>(params.lse),
-               .mbar = static_cast<float*>(params.mbar)},
+               .mbar = static_cast<float*>(params.mbar),
+               .normalizer = static_cast<float*>(params.normalizer)},
               passes_for(scores.dtype, std::max(scores.size.D, scores.size.Dv), context.allow_tf32), context);
 }
 
@@ -147,48 +160,46 @@ void backward(const BackwardParams& params, const Context& context) {
   const Call call = call_of(scores, params.value, params.dropout.p, context);
   const Wanted wanted{params.dquery, params.dkey, params.dvalue, params.dmask, params.dalpha};
   const int64_t count = size.B * size.H * size.Nq;
-  auto* rows = allocate<RowState>(count, context);
-  const auto* lse = static_cast<const float*>(params.lse);
+  RowsArgs rows = rows_for(passes, call, params.lse, params.normalizer, context);
   const auto* dlse = static_cast<const float*>(params.dlse);
-  RowsArgs r{.call = call, .lse = lse, .dlse = dlse, .rows = rows};
   const QueriesArgs queries{.call = call,
                             .dout = params.dout,
                             .dout_aligned = aligned(params.dout),
-                            .rows = rows,
+                            .rows = rows.rows,
                             .mbar = static_cast<const float*>(params.mbar),
                             .dlse = dlse};
   if (params.out != nullptr) {
-    r.dout = params.dout;
-    r.out = params.out;
-    r.remainder = params.remainder;
+    rows.dout = params.dout;
+    rows.out = params.out;
+    rows.remainder = params.remainder;
   } else if (wanted.dquery != nullptr || wanted.dkey != nullptr || wanted.dmask != nullptr || wanted.dalpha != nullptr) {
     auto* sums = allocate<float>(count, context);
-    backward_rows({.call = call, .lse = lse, .rows = rows}, context);
+    backward_rows(rows, context);
     run_delta(queries, sums, passes, context);
-    r.sums = sums;
+    rows.sums = sums;
   }
-  backward_rows(r, context);
-  run_keys({.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows}, wanted, passes, context);
+  rows.dlse = dlse;
+  backward_rows(rows, context);
+  run_keys({.call = call, .dout = params.dout, .dout_aligned = aligned(params.dout), .rows = rows.rows}, wanted, passes, context);
   run_queries(queries, wanted, passes, context);
 }
 
 void attention_map(const MapParams& params, const Context& context) {
   const Scores& scores = params.scores;
-  const Sizes& size = scores.size;
-  const Passes passes = passes_for(scores.dtype, size.D, context.allow_tf32);
+  const Passes passes = passes_for(scores.dtype, scores.size.D, context.allow_tf32);
   const Call call = call_of(scores, {}, 0.0, context);
-  auto* rows = allocate<RowState>(size.B * size.H * size.Nq, context);
-  auto* lse = static_cast<float*>(params.lse);
+  const RowsArgs rows = rows_for(passes, call, params.lse, params.normalizer, context);
   const auto* weights = static_cast<const float*>(params.head_weights);
-  run_forward({.call = call, .lse = lse}, passes, context);
-  backward_rows({.call = call, .lse = lse, .rows = rows}, context);
+  run_forward({.call = call, .lse = static_cast<float*>(params.lse), .normalizer = static_cast<float*>(params.normalizer)}, passes,
+              context);
+  backward_rows(rows, context);
   passes.backward_keys({.call = call,
                         .head_weights = weights,
-                        .rows = rows,
+                        .rows = rows.rows,
                         .tile_sum = TileSum::kMap,
                         .tile_out = params.map,
                         .tile_dtype = DType::kFloat32,
-                        .heads = size.H,
+                        .heads = scores.size.H,
                         .batches = 1,
                         .span = passes.tile_span},
                        context);
@@ -201,14 +212,16 @@ void attention_map_backward(const MapBackwardParams& params, const Context& cont
   const Passes passes = passes_for(scores.dtype, size.D, context.allow_tf32);
   const Call call = call_of(scores, {}, 0.0, context);
   const auto* weights = static_cast<const float*>(params.head_weights);
-  auto* rows = allocate<RowState>(count, context);
+  RowsArgs rows = rows_for(passes, call, params.lse, params.normalizer, context);
   auto* eta = allocate<float>(count, context);
   auto* mbar = params.dalpha != nullptr ? allocate<float>(count, context) : nullptr;
   run_forward({.call = call, .dmap = params.dmap, .mbar = mbar, .eta = eta}, passes, context);
-  backward_rows({.call = call, .lse = static_cast<const float*>(params.lse), .sums = eta, .head_weights = weights, .rows = rows}, context);
+  rows.sums = eta;
+  rows.head_weights = weights;
+  backward_rows(rows, context);
   const Wanted wanted{params.dquery, params.dkey, nullptr, params.dmask, params.dalpha};
-  run_keys({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows}, wanted, passes, context);
-  run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows, .mbar = mbar}, wanted, passes, context);
+  run_keys({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows.rows}, wanted, passes, context);
+  run_queries({.call = call, .dmap = params.dmap, .head_weights = weights, .rows = rows.rows, .mbar = mbar}, wanted, passes, context);
   if (params.dhead_weights != nullptr)
     sum_few({.from = eta,
              .to = params.dhead_weights,

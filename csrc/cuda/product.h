@@ -2,6 +2,7 @@
 // All five products of attention are one of two: rows times rows (S, dP), and a tile of registers times rows (O, dQ, dK, dV).
 #pragma once
 
+#include "args.h"
 #include "tile.h"
 
 namespace smattn::cuda {
@@ -10,6 +11,7 @@ namespace smattn::cuda {
 template <class T>
 struct HalfMath {
   using Element = T;
+  using RowState = LseState;
 
   // acc [16, N] += a[:16] b[:N]^T
   template <int N, int ROWS_A, int ROWS_B, int D>
@@ -57,6 +59,7 @@ struct HalfMath {
 
 struct Tf32Math {
   using Element = float;
+  using RowState = LseState;
 
   template <int N, int ROWS_A, int ROWS_B, int D>
   static SMATTN_DEVICE void multiply_rows(Tile<N>& acc, SharedTile<float, ROWS_A, D> a, SharedTile<float, ROWS_B, D> b) {
@@ -91,6 +94,7 @@ struct Tf32Math {
 
 struct FloatMath {
   using Element = float;
+  using RowState = NormalizerState;
 
   struct alignas(16) Four {
     float x[4];

@@ -144,28 +144,47 @@ SMATTN_DEVICE float through_sigmoid(float dm, const Tensor4& logits, int64_t ele
   return dm * (e / ((1.0f + e) * (1.0f + e)));
 }
 
-// (1): from s = <q, k> to scores in base 2, -inf where the key is not live. m holds M, when there is one.
+// From x = <q, k> to a score (1) of a head and to an exponent of P (2), in base 2. m is M, when there is one.
+struct HeadScores {
+  float scale, alpha;
+  bool has_mask;
+
+  SMATTN_DEVICE HeadScores(const Scores& scores, float alpha)
+      : scale(static_cast<float>(scores.scale) * kLog2E), alpha(in_base_2(alpha)), has_mask(scores.mask.data != nullptr) {}
+
+  SMATTN_DEVICE float score(float x, float m) const {
+    x *= scale;
+    return has_mask ? fmaf(alpha, m, x) : x;
+  }
+  // alpha * M - L comes first, so that two fused multiply-adds make one.
+  SMATTN_DEVICE float exponent(float x, float m, const LseState& row) const {
+    return fmaf(x, scale, has_mask ? fmaf(alpha, m, -row.shift) : -row.shift);
+  }
+  // The scores are those of forward to the last bit, so that terms that cancel leave no P above 1.
+  SMATTN_DEVICE float exponent(float x, float m, const NormalizerState& row) const { return fminf(score(x, m) - row.shift, 0.0f); }
+};
+
+// P (2) of such an exponent.
+SMATTN_DEVICE float probability(float exponent, const LseState&) { return exp2_fast(exponent); }
+SMATTN_DEVICE float probability(float exponent, const NormalizerState& row) { return exp2_fast(exponent) * row.factor; }
+
+// From s = <q, k> to scores, -inf where the key is not live.
 template <int COLS, bool KEYS_IN_ROWS>
 SMATTN_DEVICE void finish_scores(Tile<COLS>& s, Tile<COLS>& m, const Scores& scores, float alpha, const Place<COLS, KEYS_IN_ROWS>& place) {
-  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = in_base_2(alpha);
-  const bool has_mask = scores.mask.data != nullptr;
+  const HeadScores head(scores, alpha);
   s.for_each_with(m, [&](float& x, float& m, int half, int slot) {
-    x *= scale;
-    if (has_mask) x = fmaf(alpha_log2, m, x);
+    x = head.score(x, m);
     if (!place.is_live(half, slot)) x = -infinity();
   });
 }
 
-// From s = <q, k> to exponents of P (2), S - L in base 2, -inf where the key is not live. alpha * M - L comes first, so that two fused
-// multiply-adds make one. m holds M, when there is one. row(half, slot) -> RowState.
+// From s = <q, k> to exponents of P, -inf where the key is not live. row(half, slot) -> Math::RowState.
 template <int COLS, bool KEYS_IN_ROWS, class Row>
 SMATTN_DEVICE void finish_exponents(Tile<COLS>& s, Tile<COLS>& m, const Scores& scores, float alpha, const Row& row,
                                     const Place<COLS, KEYS_IN_ROWS>& place) {
-  const float scale = static_cast<float>(scores.scale) * kLog2E, alpha_log2 = in_base_2(alpha);
-  const bool has_mask = scores.mask.data != nullptr;
+  const HeadScores head(scores, alpha);
   s.for_each_with(m, [&](float& x, float& m, int half, int slot) {
-    const float lse = row(half, slot).lse_log2;
-    x = fmaf(x, scale, has_mask ? fmaf(alpha_log2, m, -lse) : -lse);
+    x = head.exponent(x, m, row(half, slot));
     if (!place.is_live(half, slot)) x = -infinity();
   });
 }
@@ -187,11 +206,11 @@ SMATTN_DEVICE void drop(Tile<COLS>& p, const Call& call, Head at, float keep_sca
   p.for_each([&](float& x, int half, int slot) { x = (kept >> (slot / 2 * 4 + half * 2 + slot % 2) & 1) != 0 ? x * keep_scale : 0.0f; });
 }
 
-// (6): s, exponents, becomes P, and dp becomes dS, exactly 0 where the key is not live. row(half, slot) -> RowState.
+// (6): s, exponents, becomes P, and dp becomes dS, exactly 0 where the key is not live. row(half, slot) -> Math::RowState.
 template <int COLS, bool KEYS_IN_ROWS, class Row>
 SMATTN_DEVICE void gradient(Tile<COLS>& s, Tile<COLS>& dp, const Row& row, const Place<COLS, KEYS_IN_ROWS>& place) {
   s.for_each_with(dp, [&](float& s, float& dp, int half, int slot) {
-    s = exp2_fast(s);
+    s = probability(s, row(half, slot));
     dp = place.is_live(half, slot) ? s * (dp - row(half, slot).delta) : 0.0f;
   });
 }

@@ -59,6 +59,11 @@ struct Allowances {
   }
 };
 
+// Room for what P is rebuilt from in float32 and float64.
+Array normalizer_of(const Problem& p) {
+  return accumulator_of(p.dtype) == p.dtype ? Array(p.dtype, {p.size.B, p.size.H, p.size.Nq, 2}) : Array();
+}
+
 void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
@@ -74,13 +79,15 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   const Array remainder = p.out_saved && rounded ? Array(p.dtype, out_size) : Array();  // RemainderOf it has as many bytes
   f.remainder = remainder.data();
   f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar, allowed.sum);
+  const Array normalizer = normalizer_of(p);
+  f.normalizer = normalizer.data();
   kernels.forward(f, threads);
 
   BackwardParams g{};
   g.scores = f.scores, g.value = f.value, g.dropout = f.dropout;
   g.dout = in.dout.tensor();
   if (p.out_saved) g.out = f.out, g.remainder = f.remainder;
-  g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar;
+  g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar, g.normalizer = f.normalizer;
   g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, allowed.product_through_delta);
   g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, allowed.product_through_delta);
   g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue, allowed.product);
@@ -98,10 +105,12 @@ void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, co
   f.head_weights = in.head_weights.data();
   f.map = make.make(true, "map", acc, {B, 1, Nq, Nk}, a.map, allowed);
   f.lse = make.make(true, "map's lse", acc, {B, H, Nq, 1}, a.lse, allowed);
+  const Array normalizer = normalizer_of(p);
+  f.normalizer = normalizer.data();
   kernels.attention_map(f, threads);
 
   MapBackwardParams g{};
-  g.scores = f.scores, g.head_weights = f.head_weights, g.lse = f.lse;
+  g.scores = f.scores, g.head_weights = f.head_weights, g.lse = f.lse, g.normalizer = f.normalizer;
   g.dmap = in.dmap.tensor();
   g.dquery = make.make(p.needs.query, "map's dquery", p.dtype, {B, H, Nq, D}, a.map_dquery, allowed);
   g.dkey = make.make(p.needs.key, "map's dkey", p.dtype, {B, Hkv, Nk, D}, a.map_dkey, allowed);

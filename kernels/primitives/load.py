@@ -143,13 +143,13 @@ def load_alpha(alpha_ptr, h, stride_ah, MASK_KIND: tl.constexpr):
 
 
 @triton.jit
-def load_queries(q_head, do_head, b, h, lse_log2, start_m, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
+def load_queries(q_head, do_head, b, h, shift, start_m, offs_m, offs_d, offs_dv, stride_qm, stride_qd, stride_dom, stride_dod, Nq,
                  D: tl.constexpr, DV: tl.constexpr, HAS_PADDING: tl.constexpr):  # fmt: skip
     """q and dO of a query block of this (batch, head). In rows dead by padding dO may hold anything, so pointers do not read it there."""
     row_ok = offs_m < Nq
     q = load_block(q_head, b, h, start_m, offs_m, offs_d, stride_qm, stride_qd, row_ok, offs_d < D)
-    if HAS_PADDING:  # Where lse is +inf the row is dead; without padding dO is finite there.
-        row_ok &= lse_log2 != float("inf")
+    if HAS_PADDING:  # Where shift is +inf the row is dead; without padding dO is finite there.
+        row_ok &= shift != float("inf")
     return q, load_block(do_head, b, h, start_m, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV)
 
 

@@ -1,4 +1,4 @@
-"""The lse and delta of each query row, which every pass of backward reads: one buffer, (B, H, Nq, 2) float32."""
+"""What every pass of backward reads of each query row: what P is rebuilt from, and delta."""
 
 from __future__ import annotations
 
@@ -11,9 +11,29 @@ from .store import REMAINDER_SCALE, upper_half
 
 
 @triton.jit
-def finish_rows(lse, delta, dead):
-    """The lse in base 2 and the delta that backward reads. In dead rows they are +inf and 0, which makes P and dS exactly 0."""
-    return lse_to_rebuild(lse), tl.where(dead, 0.0, delta)
+def load_softmax(lse_ptr, normalizer_ptr, row, offs_m, row_ok):
+    """What P of the query rows row + offs_m is rebuilt from, see `exponents`: shift and factor; and which are dead. Past the end all are.
+
+    The shift of a dead row is +inf, so that its P is 0. Else it is lse in base 2, or where there is a normalizer the largest score, and the
+    factor 1/l.
+    """
+    if normalizer_ptr is None:
+        lse = tl.load(lse_ptr + row + offs_m, mask=row_ok, other=float("-inf"))
+        return lse_to_rebuild(lse), None, lse == float("-inf")
+    else:
+        pair = normalizer_ptr + 2 * (row + offs_m)
+        factor = tl.load(pair + 1, mask=row_ok, other=0.0)
+        return tl.load(pair, mask=row_ok, other=float("inf")), factor, factor == 0.0
+
+
+@triton.jit
+def store_normalizer(normalizer_ptr, row, m_i, l_i, offs_m, row_ok):
+    """Store what load_softmax loads in float32, from finished rows. l_i: 0 in a dead row, NaN in one with a score of +inf."""
+    inverse = 1.0 / l_i
+    inverse = tl.fma(inverse, tl.fma(-inverse, l_i, 1.0), inverse)  # a quotient is off by as much as two units in its last place
+    pair = normalizer_ptr + 2 * (row + offs_m)
+    tl.store(pair, tl.where(l_i == 0.0, float("inf"), m_i), mask=row_ok)
+    tl.store(pair + 1, tl.where(l_i == 0.0, 0.0, inverse), mask=row_ok)
 
 
 @triton.jit
@@ -26,11 +46,9 @@ def load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE: tl.constexpr):
 
 
 @triton.jit
-def rows_of(out, do, lse, dl):
-    """lse in base 2 and delta, from the unrounded output and its gradient, reference.py (5), and which rows are dead."""
-    dead = lse == float("-inf")
-    lse_log2, delta = finish_rows(lse, tl.sum(rounded_product(out, do), 1) - dl, dead)
-    return lse_log2, delta, dead
+def delta_of(out, do, dl, dead):
+    """Delta from the unrounded output and its gradient, reference.py (5). In a dead row 0, and so is dS, whatever dL is there."""
+    return tl.where(dead, 0.0, tl.sum(rounded_product(out, do), 1) - dl)
 
 
 @triton.jit
@@ -48,26 +66,34 @@ def load_unrounded(out_ptr, remainder_ptr, bh, offs_m, offs_dv, row_ok, Nq, DV: 
 
 
 @triton.jit
-def first_rows(do_ptr, out_ptr, remainder_ptr, lse_ptr, dl_ptr, bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm,
+def first_rows(do_ptr, out_ptr, remainder_ptr, lse_ptr, normalizer_ptr, dl_ptr, bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm,
                Nq, DV: tl.constexpr, HAS_DLSE: tl.constexpr):  # fmt: skip
-    """rows_of a query block, for backward's first pass. The pointers to do and dl are those of this (batch, head)."""
+    """What load_rows loads, for backward's first pass. The pointers to do and dl are those of this (batch, head)."""
     row_ok = offs_m < Nq
     do = load_tile(do_ptr, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV).to(tl.float32)
     out = load_unrounded(out_ptr, remainder_ptr, bh, offs_m, offs_dv, row_ok, Nq, DV)
-    lse = tl.load(lse_ptr + bh * Nq + offs_m, mask=row_ok, other=float("-inf"))
-    lse_log2, delta, _ = rows_of(out, do, lse, load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE))
-    return lse_log2, delta
+    shift, factor, dead = load_softmax(lse_ptr, normalizer_ptr, bh * Nq, offs_m, row_ok)
+    return shift, factor, delta_of(out, do, load_dlse(dl_ptr, stride_dlm, offs_m, row_ok, HAS_DLSE), dead)
 
 
 @triton.jit
-def load_rows(rows_ptr, offs_m, Nq):
-    """Load the lse and delta that store_rows stored. Past the end lse is +inf, so that P is 0 there."""
+def load_rows(rows_ptr, normalizer_ptr, row, offs_m, Nq):
+    """Load shift, factor and delta of the query rows row + offs_m. Past the end, offs_m >= Nq, shift is +inf, so that P is 0 there.
+
+    Shift and delta are as store_rows stored them, side by side. The factor, which only float32 has, is forward's.
+    """
     row_ok = offs_m < Nq
-    return tl.load(rows_ptr + 2 * offs_m, mask=row_ok, other=float("inf")), tl.load(rows_ptr + 2 * offs_m + 1, mask=row_ok, other=0.0)
+    pair = rows_ptr + 2 * row + 2 * offs_m
+    shift, delta = tl.load(pair, mask=row_ok, other=float("inf")), tl.load(pair + 1, mask=row_ok, other=0.0)
+    if normalizer_ptr is None:
+        return shift, None, delta
+    else:
+        return shift, tl.load(normalizer_ptr + 2 * row + 2 * offs_m + 1, mask=row_ok, other=0.0), delta
 
 
 @triton.jit
-def store_rows(rows_ptr, lse_log2, delta, offs_m, row_ok):
-    """Store lse and delta of a query block for the passes that follow. rows_ptr: of this (batch, head)."""
-    tl.store(rows_ptr + 2 * offs_m, lse_log2, mask=row_ok)
-    tl.store(rows_ptr + 2 * offs_m + 1, delta, mask=row_ok)
+def store_rows(rows_ptr, row, shift, delta, offs_m, row_ok):
+    """Store shift and delta of the query rows row + offs_m for the passes that follow."""
+    pair = rows_ptr + 2 * (row + offs_m)
+    tl.store(pair, shift, mask=row_ok)
+    tl.store(pair + 1, delta, mask=row_ok)

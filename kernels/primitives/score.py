@@ -52,11 +52,11 @@ def alpha_in_base_2(alpha):
 
 @triton.jit
 def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
-    """Scores in base 2, reference.py (1), and -inf where the key is not live. m: the tile of M, unused without a mask."""
+    """Scores in base 2, reference.py (1), and -inf where the key is not live, unless live is None. m: of M, unused without a mask."""
     s = qk * (scale * LOG2E)
     if MASK_KIND:
         s += alpha_in_base_2(alpha) * m
-    return tl.where(live, s, float("-inf"))
+    return s if live is None else tl.where(live, s, float("-inf"))
 
 
 @triton.jit
@@ -71,20 +71,44 @@ def lse_to_rebuild(lse):
 
 
 @triton.jit
-def exponents(qk, m, live, lse_log2, scale, alpha, MASK_KIND: tl.constexpr, BY_FMA: tl.constexpr):
-    """S - L in base 2, of which P is the power, reference.py (2), in at most two fused multiply-adds. It is -inf where a key is not live.
+def exponents(qk, m, live, shift, factor, scale, alpha, MASK_KIND: tl.constexpr, BY_FMA: tl.constexpr):
+    """S - shift in base 2, of which `weights` makes P. It is -inf where a key is not live.
 
     live: None where the caller selects before it sums over keys or stores; what comes of a key that is not live means nothing then.
-    lse_log2: of lse_to_rebuild, in a shape that broadcasts. BY_FMA: M is added where the sums of the product lie, in their registers. Else
-    alpha * M - L is made where M lies, and takes registers of its own.
+    shift, factor: of load_softmax, in a shape that broadcasts. Where there is a factor, S is as in forward and shift its maximum, above
+    which terms that cancel may leave it by rounding alone.
+
+    Else at most two fused multiply-adds make it. BY_FMA: M is added where the sums of the product lie, in their registers. Otherwise
+    alpha * M - shift is made where M lies, and takes registers of its own.
     """
+    if factor is not None:
+        return tl.minimum(score_tile(qk, m, live, scale, alpha, MASK_KIND) - shift, 0.0)
     if not MASK_KIND:
-        s = qk * (scale * LOG2E) - lse_log2
+        s = qk * (scale * LOG2E) - shift
     elif BY_FMA:
-        s = tl.fma(m, alpha_in_base_2(alpha), tl.fma(qk, scale * LOG2E, -lse_log2))
+        s = tl.fma(m, alpha_in_base_2(alpha), tl.fma(qk, scale * LOG2E, -shift))
     else:
-        s = qk * (scale * LOG2E) + (alpha_in_base_2(alpha) * m - lse_log2)
+        s = qk * (scale * LOG2E) + (alpha_in_base_2(alpha) * m - shift)
     return s if live is None else tl.where(live, s, float("-inf"))
+
+
+@triton.jit
+def weights(exponent, factor):
+    """P of `exponents`, reference.py (2)."""
+    p = tl.exp2(exponent)
+    return p if factor is None else p * factor
+
+
+@triton.jit
+def of_rows(factor):
+    """The factor of each query, in a shape that broadcasts over a tile whose rows are queries."""
+    return None if factor is None else factor[:, None]
+
+
+@triton.jit
+def of_columns(factor):
+    """The same over a tile whose columns are queries."""
+    return None if factor is None else factor[None, :]
 
 
 @triton.jit
@@ -96,24 +120,24 @@ def dropout_keep(seed, i, j, bh, threshold):
 
 @triton.jit
 def score_gradient(
-    a, b, c, d, dp, m, live, lse_log2, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
+    a, b, c, d, dp, m, live, shift, factor, delta, i, j, bh, scale, alpha, seed, drop_threshold, keep_scale,
     MASK_KIND: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALLOW_TF32: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     KEYS_ARE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """P where dropout keeps it, without the 1/(1-p), and dS of a query and a key block, [ROWS, COLS], reference.py (6).
 
     Queries are the rows, where a, b are Q, K and c, d are dO, V, or they are the columns, where a, b are K, Q and c, d are V, dO.
-    dp: given for a map, else None, and c d^T. live: as in exponents. live, lse, delta, the indices i of queries and j of keys are shaped to
-    broadcast.
+    dp: given for a map, else None, and c d^T. live: as in exponents. live, shift, factor, delta, the indices i of queries and j of keys are
+    shaped to broadcast.
     """
     if HAS_DROPOUT:  # Ahead of the products: while random numbers are drawn, nothing else should take registers.
         keep = dropout_keep(seed, i, j, bh.to(tl.int32), drop_threshold)
     # A mask that is turned takes a long way to the product's sums, and float32 has no registers for it.
     by_fma: tl.constexpr = tl.constexpr(not KEYS_ARE_ROWS and a.dtype.primitive_bitwidth == 16)
-    exponent = exponents(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, lse_log2, scale, alpha, MASK_KIND, by_fma)
+    exponent = exponents(matmul(a, tl.trans(b), ROWS, COLS, ALLOW_TF32), m, live, shift, factor, scale, alpha, MASK_KIND, by_fma)
     if dp is None:
         dp = matmul(c, tl.trans(d), ROWS, COLS, ALLOW_TF32)
-    p = tl.exp2(exponent)
+    p = weights(exponent, factor)
     p_kept = p
     if HAS_DROPOUT:
         p_kept = tl.where(keep, p, 0.0)

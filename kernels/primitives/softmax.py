@@ -15,13 +15,28 @@ LOWEST_LOG2 = tl.constexpr(-2.3e38 * 1.4426950408889634)  # A score below counts
 
 
 @triton.jit
-def softmax_step(s, m_i, l_i):
-    """One step of the online softmax, reference.py (2). Returns p [BLOCK_M, BLOCK_N], the factor for earlier sums, m_i and l_i."""
+def softmax_step(s, m_i):
+    """One step of the online softmax, reference.py (2). Returns p [BLOCK_M, BLOCK_N], the factor for earlier sums, and m_i."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
     m_finite = tl.where(tl.abs(m_new) == float("inf"), 0.0, m_new)
-    rescale = tl.exp2(m_i - m_finite)
-    p = tl.exp2(s - m_finite[:, None])
-    return p, rescale, m_new, l_i * rescale + tl.sum(p, 1)
+    return tl.exp2(s - m_finite[:, None]), tl.exp2(m_i - m_finite), m_new
+
+
+@triton.jit
+def add_to_sum(total, lost, rescale, added):
+    """rescale * total + added, and what rounding has taken from that and from sums before it.
+
+    Where the weights of a row are nearly the same, so is what each block adds, and thousands of roundings to the same side add up.
+    """
+    before = rounded_product(total, rescale)
+    total = before + added
+    return total, lost * rescale + (added - (total - before))
+
+
+@triton.jit
+def with_lost(total, lost):
+    """A finished sum of add_to_sum. An infinite one has lost NaN, and stays infinite."""
+    return total + tl.where(lost == lost, lost, 0.0)
 
 
 @triton.jit
@@ -32,12 +47,12 @@ def rescaled(factor, sums):
 
 @triton.jit
 def softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale):
-    """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4). acc is divided by divisor, see attend.
+    """Output, mbar and natural logsumexp of finished rows, reference.py (3) and (4), and l_i. acc is divided by divisor, see attend.
 
     keep_scale is dropout's 1/(1-p). It is applied here, in float32: applied to P it would add a rounding to 16 bits that dP in backward
     does not have, and delta would no longer cancel dP where few keys are left.
     A dead row, without any key to attend to, has l_i = 0: its output is 0 and its logsumexp -inf. A row with a score of +inf is NaN with
-    logsumexp +inf.
+    logsumexp +inf, and NaN is what becomes of its l_i.
     """
     dead = l_i == 0.0
     lse = tl.where(dead, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
@@ -45,7 +60,7 @@ def softmax_finish(acc, mbar, m_i, l_i, divisor, keep_scale):
     l_i = tl.where(infinite, float("nan"), l_i)
     divisor = tl.where(infinite, float("nan"), divisor)
     out = tl.where(dead[:, None], 0.0, acc * (keep_scale / divisor)[:, None])
-    return out, tl.where(dead, 0.0, mbar / l_i), lse
+    return out, tl.where(dead, 0.0, mbar / l_i), lse, l_i
 
 
 @triton.jit
@@ -76,6 +91,7 @@ def attend(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    l_lost = tl.zeros([BLOCK_M], tl.float32)
     ones = tl.full([BLOCK_N, SUM_COLUMNS], 1.0, q.dtype)
     divisor = tl.zeros([BLOCK_M, SUM_COLUMNS] if BY_PRODUCT else [BLOCK_M], tl.float32)
     mbar = tl.zeros([BLOCK_M], tl.float32)
@@ -96,7 +112,11 @@ def attend(
             if PINNED_MASK:
                 m = as_product(m, BLOCK_M, BLOCK_N)
             s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
-            p, rescale, m_i, l_i = softmax_step(s, m_i, l_i)
+            p, rescale, m_i = softmax_step(s, m_i)
+            if q.dtype == tl.float32:
+                l_i, l_lost = add_to_sum(l_i, l_lost, rescale, tl.sum(p, 1))
+            else:
+                l_i = l_i * rescale + tl.sum(p, 1)
             if SAVE_MBAR:
                 mbar = rescaled(rescale, mbar) + tl.sum(rounded_product(p, m), 1)
             if DV > 0:
@@ -112,6 +132,7 @@ def attend(
                     p = tl.where(keep, p, 0.0)
                 v = load_block(v_head, b, g, start_n, offs_n, offs_dv, stride_vn, stride_vd, live, offs_dv < DV)  # [BLOCK_N, BLOCK_DV]
                 acc = dot(p, v, acc * rescale[:, None], ALLOW_TF32)
+    l_i = with_lost(l_i, l_lost)
     if BY_PRODUCT:
         divisor = tl.max(divisor, 1)  # its columns are all alike
     elif not ROUNDS:

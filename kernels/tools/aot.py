@@ -44,8 +44,9 @@ POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 POINTERS |= {torch.int16: "i16", torch.int64: "i64", torch.uint8: "u8"}
 # The bytes of a thread that may spill where no tile was found that spills none and costs no more, by kernel, bytes of an element, head size
 # and queries.
-SPILLS = {("few_queries", 2, 64, 100): 48, ("few_queries", 4, 32, 30): 24, ("few_queries", 4, 32, 100): 32}
-SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW} | {("dmask", 4, 128, queries): 16 for queries in (*FEW, MANY)}
+SPILLS = {("few_queries", 2, 64, 100): 48, ("forward", 4, 128, MANY): 8}
+SPILLS |= {("dq", 4, WIDEST, queries): 248 for queries in FEW}
+SPILLS |= {("dmask", 4, D, queries): 16 for D in (64, 128) for queries in (*FEW, MANY)}
 SPILLS |= {("dq", 2, 64, queries): 16 for queries in (*FEW, MANY)} | {("dkdv", 2, 32, MANY): 24}
 # Nothing is computed twice in the passes of many queries, in 16 bits and up to this head size. Elsewhere the table says how often.
 PASSES, CHECKED_HEADS = ("forward", "dkdv", "dq", "dmask"), 128

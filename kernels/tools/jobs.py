@@ -184,8 +184,8 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], Tile]]:
     launch.record(recorder)
     try:
         if v.as_map:
-            amap, lse = backend.attention_map(call)
-            backend.attention_map_backward(call, lse, amap, v.needs)
+            amap, saved = backend.attention_map(call)
+            backend.attention_map_backward(call, saved, amap, v.needs)
         else:
             _, saved = backend.forward(call, save_out=v.keep_out and v.training, save_mbar=v.training)
             if not v.training:

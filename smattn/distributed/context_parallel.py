@@ -4,12 +4,14 @@ Rank r computes (1)-(4) of reference.py over its own keys, O_r, L_r and mbar_r. 
 
     L = log sum_r exp(L_r)      O = sum_r exp(L_r - L) O_r      mbar = sum_r exp(L_r - L) mbar_r
 
+where float32 and float64 have exp(L_r) unrounded, as a power of 2 and a sum, and leave that of all ranks to backward (see call.py),
 and given those, (5)-(8) hold as they stand: P_ij = exp(S_ij - L_i) needs no key except j. So each rank calls the ordinary backward on its
 own keys. dK, dV and dM stay where K, V and M are, and dQ and dalpha alone are summed over ranks.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -127,7 +129,7 @@ class _Arguments(NamedTuple):
 
 
 class _BackwardArguments(NamedTuple):
-    """What _ContextParallelBackward takes. The first ten are what _ContextParallel saves; the rows are over the keys of all ranks."""
+    """What _ContextParallelBackward takes. The first eleven are what _ContextParallel saves; the rows are over the keys of all ranks."""
 
     query: Tensor
     key: Tensor
@@ -139,6 +141,7 @@ class _BackwardArguments(NamedTuple):
     remainder: Tensor | None
     lse: Tensor
     mbar: Tensor | None
+    normalizer: Tensor | None
     dout: Tensor | None  # None: zeros
     dlse: Tensor | None
     needs: Needs
@@ -161,12 +164,12 @@ class _ContextParallel(Function):
         chosen = resolve(a.problem, a.backend, "forward")
         with inside_an_op(a.query.device):
             _, own = chosen.forward(_call(a), save_out=True, save_mbar=wanted["alpha"])
-        unrounded, lse, mbar = _merge(own, a.group)
-        out, remainder = with_remainder(unrounded, a.problem.dtype)
-        ctx.save_for_backward(a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask, out, remainder, lse, mbar)
+        saved = _merge(own, a.problem, a.group)
+        ctx.save_for_backward(a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask, *saved)
         ctx.options = dict(problem=a.problem, group=a.group, backend=a.backend)
         ctx.set_materialize_grads(False)
-        return out, lse.clone()
+        assert saved.out is not None
+        return saved.out, saved.lse.clone()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,7 +189,7 @@ class _ContextParallelBackward(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         a = _BackwardArguments(*arguments)
-        call, saved = _call(a), Saved(a.out, a.remainder, a.lse, a.mbar)
+        call, saved = _call(a), Saved(a.out, a.remainder, a.lse, a.mbar, a.normalizer)
         chosen = resolve(a.problem, a.backend, "backward")
         dout = a.query.new_zeros(()).expand_as(a.out) if a.dout is None else a.dout
         with inside_an_op(a.query.device):
@@ -202,20 +205,35 @@ class _ContextParallelBackward(Function):
         raise NotImplementedError(NO_SECOND)
 
 
-def _merge(own: Saved, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From O (B, H, Nq, Dv), L and mbar (B, H, Nq) over this rank's keys, those over all ranks' keys, in the accumulation dtype."""
+def _merge(own: Saved, problem: Problem, group: dist.ProcessGroup) -> Saved:
+    """What forward would leave to backward over the keys of all ranks, from what it left over this rank's keys."""
     out, lse, mbar = without_rounding(own), own.lse, own.mbar
-    largest = lse.clone()
+    shift, mass = _softmax_of(own)
+    largest = shift.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    weight = torch.where(lse == largest, 1.0, torch.exp(lse - largest))  # 1, not NaN, where no rank has a key
+    weight = torch.where(shift == largest, 1.0, torch.exp2(shift - largest)) * mass  # mass, not NaN, where no rank has a key
     rows = weight[..., None] * (out if mbar is None else torch.cat([out, mbar[..., None]], -1))
     # Where all keys of this rank score -inf its output is NaN. That counts only if the keys of every rank do.
     rows = rows.masked_fill(((lse == float("-inf")) & (weight == 0))[..., None], 0)
     total = torch.cat([rows, weight[..., None]], -1)
     dist.all_reduce(total, dist.ReduceOp.SUM, group)
     rows, weight = total[..., :-1] / total[..., -1:], total[..., -1]
-    Dv = out.shape[3]
-    return rows[..., :Dv].contiguous(), largest + weight.log(), None if mbar is None else rows[..., Dv].contiguous()
+    merged = with_remainder(rows[..., : problem.Dv].contiguous(), problem.dtype)
+    lse = (largest + weight.log2()) * math.log(2)
+    mbar = None if mbar is None else rows[..., problem.Dv].contiguous()
+    if own.normalizer is None:
+        return Saved(*merged, lse, mbar, None)
+    dead = lse == -math.inf
+    normalizer = torch.stack([largest.masked_fill(dead, math.inf), (1 / weight).masked_fill(dead, 0)], -1)
+    return Saved(*merged, lse, mbar, normalizer)
+
+
+def _softmax_of(own: Saved) -> tuple[Tensor, Tensor]:
+    """m in base 2 and l of this rank's rows, such that 2^m * l is the sum of exp(S). In rows without a key they are -inf and 1."""
+    if own.normalizer is None:
+        return own.lse * math.log2(math.e), torch.ones_like(own.lse)
+    shift, inverse = own.normalizer.unbind(-1)
+    return shift.masked_fill(inverse == 0, -math.inf), torch.where(inverse == 0, 1.0, 1 / inverse)
 
 
 def _without_rows(dalpha: Tensor | None, dlse: Tensor | None, call: Call, saved: Saved) -> tuple[Tensor | None, Tensor | float]:

@@ -76,9 +76,9 @@ def _exact_attention(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, 
 def _exact_map(c: Case, call: Call, t: reference.Scores) -> tuple[_Named, _Named, Tensor, Tensor]:
     """Values, the magnitudes of map and dhead_weights, and the magnitudes of dS and dL."""
     assert c.head_weights is not None
-    amap, lse = reference.attention_map(call)
+    amap, saved = reference.attention_map(call)
     has_mask, dmap = call.mask is not None, one_batch_axis(c.dout, 2)
-    grads = reference.attention_map_backward(call, lse, dmap, Needs(True, True, False, has_mask, has_mask, True))
+    grads = reference.attention_map_backward(call, saved, dmap, Needs(True, True, False, has_mask, has_mask, True))
     values: _Named = {"map": amap, **_named(grads)}
 
     dmap = dmap[:, None].masked_fill(t.p == 0, 0).abs()  # padded keys may be fed anything

@@ -1,15 +1,14 @@
 """2^x of every set of CPU kernels that this machine runs, compared with numpy's long double, and the P that backward makes by it."""
 
 import platform
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from smattn import soft_masked_attention
-from smattn.testing import make_case, run, run_exact
 from tests.support.cpu_kernels import KERNELS, forced
+from tests.support.odd_weights import assert_weights_of_nearly_uniform_rows
 
 pytestmark = pytest.mark.promise("CPU kernels")
 # The bound in units of the last place is derived at f = -1/2, where the result, 0.71, is smallest against the unit. The last step of
@@ -82,14 +81,11 @@ def test_a_nan_stays_in_its_lane_and_every_length_works(name, dtype):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("dtype, Nk", [(torch.float32, 9504), (torch.float64, 9504), (torch.float64, 65536)], ids=str)
-def test_a_probability_is_not_rounded_to_the_last_place_of_lse(name, dtype, Nk):
-    """Over many keys of nearly equal scores lse is far larger than they are. All keys share its rounding; no other may be as large."""
-    case = replace(make_case(1, 1, 1, Nk, 32, dtype=dtype, mask=None), scale=0.01)
+@pytest.mark.parametrize("size, seed", [(1e-3, 0), (1e-3, 1), (0.1, 2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weights_of_nearly_uniform_rows(name, dtype, size, seed):
     with forced(name):
-        actual = run(case, "cpu")["dvalue"].double()
-    off = actual / run_exact(case).values["dvalue"] - 1
-    assert (off.max() - off.min()).item() < 10 * torch.finfo(dtype).eps / 2
+        assert_weights_of_nearly_uniform_rows("cpu", dtype, size=size, seed=seed)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -127,9 +127,10 @@ def test_bits_do_not_depend_on_what_else_is_in_memory():
 
 def test_an_error_of_a_launch_names_the_call():
     wide = torch.zeros(1, 2, 3, 300)
-    lse, out = torch.empty(1, 2, 3), torch.empty_like(wide)
+    options = (None, False, None, None, None, 1.0, 0.0, False, 0)
+    out, lse, normalizer = torch.empty_like(wide), torch.empty(1, 2, 3), torch.empty(1, 2, 3, 2)
     with pytest.raises(RuntimeError, match=r"head size above 256; query \(1, 2, 3, 300\), key \(1, 2, 3, 300\)"):
-        torch.ops.smattn_cuda_emulated.forward(wide, wide, wide, None, False, None, None, None, 1.0, 0.0, False, 0, out, lse, None, None)
+        torch.ops.smattn_cuda_emulated.forward(wide, wide, wide, *options, out, lse, None, None, normalizer)
 
 
 def extra(call):

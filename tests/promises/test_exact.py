@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from smattn import ops, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run, run_plain, workload_case
+from tests.support.odd_weights import assert_weights_of_nearly_uniform_rows
 from tests.support.strategies import cases
 
 pytestmark = pytest.mark.promise("exact")
@@ -151,6 +152,11 @@ def test_many_queries_and_many_keys(backend, dtype, device):
 def test_a_map_of_many_queries_and_many_keys(map_backend, dtype, device):
     case = make_case(1, 2, 140, 130, 8, Hkv=1, dtype=dtype, padded=0.2, as_map=True, device=device)
     assert_within_budget(run(case, map_backend), case)
+
+
+@pytest.mark.parametrize("size, seed", [(1e-3, 0), (1e-3, 1), (0.1, 2)])
+def test_the_weights_of_nearly_uniform_rows(backend, dtype, device, size, seed):
+    assert_weights_of_nearly_uniform_rows(backend, dtype, size=size, seed=seed, device=device)
 
 
 @pytest.mark.parametrize("size", [1e-30, 30.0, 1000.0])

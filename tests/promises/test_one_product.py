@@ -55,7 +55,7 @@ def in_16_bits(out, dtype):
 
 
 def in_16_bits_and_their_remainder(out, dtype):
-    return without_rounding(Saved(*with_remainder(out, dtype), lse=out, mbar=None))
+    return without_rounding(Saved(*with_remainder(out, dtype), lse=out, mbar=None, normalizer=None))
 
 
 def bits_of(x):

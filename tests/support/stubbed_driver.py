@@ -74,8 +74,8 @@ def arguments_of(Nq: int, Nk: int, D: int, dtype: torch.dtype = torch.float16) -
     mask, alpha = torch.empty(B, 1, 1, Nq, Nk), torch.empty(H)
     forward = ops.ForwardArguments(query, key, value, mask, None, alpha, None, None, 1.0, 0.0, False, True, True, "triton")
 
-    def backward(out: torch.Tensor, lse: torch.Tensor, remainder: torch.Tensor, mbar: torch.Tensor) -> ops.BackwardArguments:
-        saved = (out, remainder, lse, mbar)
+    def backward(out: torch.Tensor, lse: torch.Tensor, remainder: torch.Tensor, *rows: torch.Tensor) -> ops.BackwardArguments:
+        saved = (out, remainder, lse, *rows)
         needs = [True, True, True, True, True, False]
         return ops.BackwardArguments(
             dout, None, query, key, value, mask, None, alpha, None, None, *saved, 1.0, 0.0, False, needs, "triton"

@@ -55,8 +55,8 @@ def test_opcheck_backward(backend, device, options, needs):
     case = make_case(2, 2, 3, 9, 4, Dv=5, device=device, **options)
     if case.alpha is None:
         needs = (*needs[:3], False, False)
-    out, lse, remainder, mbar = forward(case, backend)
-    arguments = (case.dout, case.dlse, *canonical(case), out, remainder, lse, mbar, *call_of(case), list(needs), backend)
+    out, lse, remainder, mbar, normalizer = forward(case, backend)
+    arguments = (case.dout, case.dlse, *canonical(case), out, remainder, lse, mbar, normalizer, *call_of(case), list(needs), backend)
     report = torch.library.opcheck(ops.backward, arguments)  # nothing requires grad: differentiated, it refuses
     assert set(report.values()) == {"SUCCESS"}
 
@@ -70,10 +70,10 @@ def test_opcheck_maps(map_backend, device, options):
     scale = case.problem().scale
     report = torch.library.opcheck(ops.attention_map, requiring_grad((*inputs, scale, False, map_backend)))
     assert set(report.values()) == {"SUCCESS"}
-    lse = ops.attention_map(*inputs, scale, False, map_backend)[1]
+    rows = ops.attention_map(*inputs, scale, False, map_backend)[1:]
     has_mask = case.alpha is not None
     needs = list(Needs(query=True, key=True, value=False, mask=has_mask, alpha=has_mask, head_weights=True))
-    report = torch.library.opcheck(ops.attention_map_backward, (case.dout, *inputs, lse, scale, False, needs, map_backend))
+    report = torch.library.opcheck(ops.attention_map_backward, (case.dout, *inputs, *rows, scale, False, needs, map_backend))
     assert set(report.values()) == {"SUCCESS"}
 
 
@@ -129,5 +129,5 @@ def test_nothing_is_saved_that_no_gradient_reads(backend, device):
         run(case, backend, needs=["query"])
         run(case, backend, needs=["alpha"])
     forwards = [result for name, _, result in calls.seen if name == "forward"]
-    saved = [(remainder.numel() > 0, mbar.numel() > 0) for _, _, remainder, mbar in forwards]
+    saved = [(remainder.numel() > 0, mbar.numel() > 0) for _, _, remainder, mbar, _ in forwards]
     assert saved == [(False, False), (True, False), (True, True)]

@@ -30,27 +30,29 @@ def inputs():
 
 
 def forward_arguments():
-    rows = torch.empty(B, H, NQ)
-    return inputs() | dict(out=torch.empty(B, H, NQ, DV), lse=rows, remainder=None, mbar=torch.empty_like(rows))
+    rows, normalizer = torch.empty(B, H, NQ), torch.empty(B, H, NQ, 2)
+    return inputs() | dict(out=torch.empty(B, H, NQ, DV), lse=rows, remainder=None, mbar=torch.empty_like(rows), normalizer=normalizer)
 
 
 def backward_arguments():
     rows = torch.zeros(B, H, NQ)
     out = torch.zeros(B, H, NQ, DV)
     grads = {f"d{name}": torch.empty_like(t) for name, t in inputs().items() if isinstance(t, torch.Tensor)}
-    return inputs() | dict(dout=torch.zeros_like(out), dlse=None, out=out, remainder=None, lse=rows, mbar=rows.clone()) | grads
+    saved = dict(out=out, remainder=None, lse=rows, mbar=rows.clone(), normalizer=torch.zeros(B, H, NQ, 2))
+    return inputs() | dict(dout=torch.zeros_like(out), dlse=None) | saved | grads
 
 
 def map_arguments():
     given = {name: inputs()[name] for name in ("query", "key", "mask", "mask_is_logits", "alpha", "key_padding_mask", "scale")}
-    return given | dict(head_weights=torch.ones(H), map=torch.empty(B, NQ, NK), lse=torch.empty(B, H, NQ))
+    rows = dict(lse=torch.zeros(B, H, NQ), normalizer=torch.zeros(B, H, NQ, 2))
+    return given | rows | dict(head_weights=torch.ones(H), map=torch.empty(B, NQ, NK))
 
 
 def map_backward_arguments():
     arguments = map_arguments()
     del arguments["map"]
     grads = {f"d{name}": torch.empty_like(arguments[name]) for name in ("query", "key", "mask", "alpha", "head_weights")}
-    return arguments | dict(dmap=torch.zeros(B, 1, NQ, NK), lse=torch.zeros(B, H, NQ)) | grads
+    return arguments | dict(dmap=torch.zeros(B, 1, NQ, NK)) | grads
 
 
 OPS = {
@@ -81,6 +83,8 @@ REFUSED = [
     (EVERY, dict(lse=torch.zeros(B, H, NQ + 1)), "lse: expected size 3 on axis 2, got 4"),
     (EVERY, dict(lse=torch.zeros(B, H, NQ, dtype=torch.float64)), "lse: expected a contiguous tensor of the dtype of its place"),
     (EVERY, dict(lse=torch.zeros(B, NQ, H).mT), "lse: expected a contiguous tensor of the dtype of its place"),
+    (EVERY, dict(normalizer=torch.zeros(B, H, NQ, 1)), "normalizer: expected size 2 on axis 3, got 1"),
+    (EVERY, dict(normalizer=torch.zeros(B, H, NQ, 2, dtype=torch.float64)), "normalizer: expected a contiguous tensor"),
     (EVERY[:2], dict(value=torch.zeros(B, HKV, NK + 1, DV)), "value: expected size 5 on axis 2, got 6"),
     (EVERY[:2], dict(value=torch.zeros(B, HKV, NK, DV, dtype=torch.float16)), "value: expected query's dtype"),
     (EVERY[:2], dict(dropout_p=0.5), "seed: expected one with dropout_p = 0.5"),
@@ -116,7 +120,7 @@ def test_a_raw_op_refuses(library, op, changed, message):
 @pytest.mark.parametrize("half, other", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.int16)])
 def test_the_remainder_is_bits_of_bfloat16_and_a_float_of_float16(library, half, other):
     call, where = raw_op(library, "backward")
-    arguments = backward_arguments() | where
+    arguments = backward_arguments() | where | dict(normalizer=None)
     for name in ("query", "key", "value", "out"):
         arguments |= {x: arguments[x].to(half) for x in (name, f"d{name}")}
     remainder = torch.zeros(B, H, NQ, DV, dtype=remainder_dtype(half))
@@ -124,6 +128,8 @@ def test_the_remainder_is_bits_of_bfloat16_and_a_float_of_float16(library, half,
     for refused in (remainder.to(other), remainder.transpose(1, 2).contiguous().transpose(1, 2)):
         with pytest.raises(RuntimeError, match="remainder: expected a contiguous tensor of the dtype of its place"):
             call(**arguments | dict(remainder=refused))
+    with pytest.raises(RuntimeError, match="normalizer: expected with float32 or float64 alone"):
+        call(**arguments | dict(remainder=remainder, normalizer=torch.zeros(B, H, NQ, 2)))
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 // The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
 // so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
 // the bound derived, in tests/cpu/test_cpu_exp2.py.
-// Results below 2^lowest, which is at least the smallest normal number, are 0; NaN gives NaN, +inf and overflow give +inf, -inf gives 0.
+// Results below 2^lowest, which is at least the smallest normal number, are 0; those above 2^highest are that, which by default is +inf; NaN gives
+// NaN, -inf gives 0.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -38,8 +39,8 @@ constexpr int kExpAtOnce = kRegisters / 8;
 #if defined(__AVX512F__)
 // +inf less itself would be NaN. min gives its second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop
 // sixfold on a Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
-inline Vec<float> bounded(Vec<float> x) { return _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(Exp2<float>::kHighest), x); }
-inline Vec<double> bounded(Vec<double> x) { return _mm512_maskz_min_pd(0xff, _mm512_set1_pd(Exp2<double>::kHighest), x); }
+inline Vec<float> bounded(Vec<float> x, Vec<float> highest) { return _mm512_maskz_min_ps(0xffff, highest, x); }
+inline Vec<double> bounded(Vec<double> x, Vec<double> highest) { return _mm512_maskz_min_pd(0xff, highest, x); }
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
 inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
@@ -51,11 +52,11 @@ inline Vec<float> times_exp2(__mmask16 lanes, Vec<float> x, Vec<float> n) { retu
 inline Vec<double> times_exp2(__mmask8 lanes, Vec<double> x, Vec<double> n) { return _mm512_maskz_scalef_pd(lanes, x, n); }
 
 template <class T, int N>
-inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
+inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   Vec<T> n[N], p[N];
   decltype(in_range(x[0], lowest)) normal[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = bounded(x[i]);
+  for (int i = 0; i < N; ++i) x[i] = bounded(x[i], highest);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) n[i] = nearest_whole(x[i]);
 #pragma GCC unroll 8
@@ -78,7 +79,7 @@ inline Vec<float> fraction(Vec<float> x) {
 #if defined(SMATTN_TILES)
   return _mm512_maskz_reduce_ps(0xffff, x, kDown);
 #else
-  x = bounded(x);
+  x = bounded(x, broadcast(Exp2<float>::kHighest));
   return x - Vec<float>(_mm512_maskz_roundscale_ps(0xffff, x, kDown));
 #endif
 }
@@ -102,9 +103,9 @@ inline void exp2_of_weights(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::k
 #endif
 
 template <class T>
-inline Vec<T> exp2(Vec<T> x, Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
+inline Vec<T> exp2(Vec<T> x, Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   Vec<T> one[1] = {x};
-  exp2_each<T, 1>(one, lowest);
+  exp2_each<T, 1>(one, lowest, highest);
   return one[0];
 }
 #else
@@ -118,13 +119,13 @@ inline Vec<T> exp2_fraction(Vec<T> f) {
 }
 
 template <class T>
-inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
+inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   using E = Exp2<T>;
   typedef Bits<T> Whole __attribute__((vector_size(kVectorBytes)));
   // Bounded so that no lane makes a subnormal number, which would cost an Intel processor hundreds of cycles; NaN stays NaN.
   const auto too_low = unbounded < lowest;
   Vec<T> x = too_low ? broadcast(E::kLowest) : unbounded;
-  x = x > E::kHighest ? broadcast(E::kHighest) : x;
+  x = x > highest ? highest : x;
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> p = exp2_fraction<T>(x - (shifted - E::kRound));
   // 2^n in two factors, so that n = kBias + 1, just before the overflow, is still a number, and n = kBias + 2 overflows.
@@ -135,9 +136,9 @@ inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest)
 }
 
 template <class T, int N>
-inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest)) {
+inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i], lowest);
+  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i], lowest, highest);
 }
 #endif
 

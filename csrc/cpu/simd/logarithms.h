@@ -44,20 +44,39 @@ inline void store_doubles(T* to, Vec<double> x) {
   __builtin_memcpy(to, &numbers, sizeof(numbers));
 }
 
-// P of a row is factor * 2^(exponent - rest), where factor is 2^-whole and whole + rest is lse in base 2. If all of lse were subtracted, the
-// exponent would be rounded to lse's last place, and over many keys lse can be far larger than the scores. It is above the largest of them by
-// log2(Nk) at most, and so much of it at most is whole. Where lse is so large that rounding it and the scores could make P more than 2, even
-// infinite, it is raised by what is beyond that; rounding may do four units in the last place.
+// P of a row is factor * 2^(exponent - rest). Where there is a normalizer, rest is the row's largest score and factor is 1/l. From lse alone, of
+// 16 bits, factor is 2^-whole, and whole + rest is lse in base 2. If all of lse were subtracted, the exponent would be rounded to lse's last
+// place, and over many keys lse can be far larger than the scores. It is above the largest of them by log2(Nk) at most, and so much of it at
+// most is whole. Where lse is so large that rounding it and the scores could make P more than 2, it is raised by what is beyond that; rounding
+// may do four units in the last place.
 template <class T>
 struct RowExponents {
-  T *rest, *factor, *lowest;  // [lane]; a lower exponent makes no normal P
+  T *rest, *factor;  // [lane]
+  T *lowest, *highest;  // [lane]: a lower exponent makes no normal P, a higher one comes of rounding
 
-  static constexpr int64_t kRows = 3;
-  static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes}; }
+  static constexpr int64_t kRows = 4;
+  static RowExponents on(T* memory, int64_t lanes) { return {memory, memory + lanes, memory + 2 * lanes, memory + 3 * lanes}; }
 
-  // lse: of `count` rows; lanes beyond them are as those of dead rows. -inf, that of a dead row, becomes +inf, so that P is 0. +inf, that of a
-  // row with an infinite score, becomes NaN.
-  void read(const T* lse, int64_t count, int64_t lanes, int64_t Nk) const {
+  // Of `count` rows from number `row` on; lanes beyond them are as those of dead rows. normalizer: null where there is none.
+  void read(const T* lse, const T* normalizer, int64_t row, int64_t count, int64_t lanes, int64_t Nk) const {
+    normalizer == nullptr ? read_lse(lse + row, count, lanes, Nk) : read_normalizer(normalizer + 2 * row, count, lanes);
+  }
+
+ private:
+  void read_normalizer(const T* normalizer, int64_t count, int64_t lanes) const {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const bool beyond = lane >= count;
+      rest[lane] = beyond ? static_cast<T>(__builtin_inf()) : normalizer[2 * lane];
+      factor[lane] = beyond ? T(0) : normalizer[2 * lane + 1];
+      uint64_t bits = 0;
+      __builtin_memcpy(&bits, factor + lane, sizeof(T));
+      highest[lane] = T(0);
+      lowest[lane] = Exp2<T>::kLowest - static_cast<T>(static_cast<int64_t>(bits >> Exp2<T>::kMantissa) - Exp2<T>::kBias);
+    }
+  }
+
+  // -inf, the lse of a dead row, becomes +inf, so that P is 0. +inf, that of a row with an infinite score, becomes NaN.
+  void read_lse(const T* lse, int64_t count, int64_t lanes, int64_t Nk) const {
     typedef int64_t Bits64 __attribute__((vector_size(kVectorBytes)));
     constexpr double kRound = Exp2<double>::kRound, kEpsilon = sizeof(T) == sizeof(double) ? 0x1p-52 : 0x1p-23;
     const double most = 64 - __builtin_clzll(static_cast<uint64_t>(Nk));
@@ -73,6 +92,7 @@ struct RowExponents {
       store_doubles(rest + lane, given - given == 0.0 ? less : not_finite);
       store_doubles(factor + lane, (Vec<double>)(exponent << Exp2<double>::kMantissa));
       store_doubles(lowest + lane, static_cast<double>(Exp2<T>::kLowest) + whole);
+      store_doubles(highest + lane, whole + 1.0);
     }
   }
 };

@@ -198,8 +198,10 @@ struct Exponents {
     const Vec<T> x = product * factor;
     return mask == nullptr ? x : x + alpha * load(mask + at);
   }
-  // The same less `subtracted`, in two operations.
+  // The same less `subtracted`. Of pairs in two operations; else by the steps that make the scores in forward, so that what cancels there
+  // cancels here.
   Vec<T> operator()(Vec<T> product, int64_t at, Vec<T> subtracted) const {
+    if constexpr (kStepsPerElement<E> == 1) return (*this)(product, at) - subtracted;
     const Vec<T> rest = mask == nullptr ? -subtracted : alpha * load(mask + at) - subtracted;
     return product * factor + rest;
   }
