@@ -5,7 +5,8 @@ names and its order; the schema is made from it. Tensors are canonical (see cano
 
 `backend` is "" for the best one on the tensors' device, so that a program compiled or exported on one device calls, on another, what that
 device has. Results that nobody asked for are empty tensors of shape (0,), because an op cannot return None. remainder, what rounding
-took from out, is (B, H, 0, Dv) where it would take too much memory; passed to backward, that asks for delta without the output.
+took from out, is (B, H, 0, Dv) where it would take too much memory; passed to backward, that asks for delta without the output. What
+normalizer is, and where it is empty, normalizer_shape says.
 """
 
 from __future__ import annotations
