@@ -20,17 +20,17 @@
 #define SMATTN_FORWARD(where)                                                                                                          \
   "forward(" SMATTN_SCORES "Tensor value, " SMATTN_MASK "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, " where \
   "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? remainder, Tensor(d!)? mbar, Tensor(e!)? normalizer) -> ()"
-#define SMATTN_BACKWARD(where)                                                                         \
-  "backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK                    \
-  "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor? remainder, Tensor lse, Tensor? mbar, " \
-  "Tensor? normalizer, float scale, float dropout_p, " where                                           \
+#define SMATTN_BACKWARD(where)                                                                          \
+  "backward(Tensor dout, Tensor? dlse, " SMATTN_SCORES "Tensor value, " SMATTN_MASK                     \
+  "Tensor? key_padding_mask, Tensor? seed, Tensor? out, Tensor? remainder, Tensor? lse, Tensor? mbar, " \
+  "Tensor? normalizer, float scale, float dropout_p, " where                                            \
   "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dvalue, Tensor(d!)? dmask, Tensor(e!)? dalpha) -> ()"
 #define SMATTN_ATTENTION_MAP(where)                                                                               \
   "attention_map(" SMATTN_SCORES SMATTN_MASK "Tensor head_weights, Tensor? key_padding_mask, float scale, " where \
   "Tensor(a!) map, Tensor(b!) lse, Tensor(c!)? normalizer) -> ()"
-#define SMATTN_ATTENTION_MAP_BACKWARD(where)                                                           \
-  "attention_map_backward(Tensor dmap, " SMATTN_SCORES SMATTN_MASK                                     \
-  "Tensor head_weights, Tensor? key_padding_mask, Tensor lse, Tensor? normalizer, float scale, " where \
+#define SMATTN_ATTENTION_MAP_BACKWARD(where)                                                            \
+  "attention_map_backward(Tensor dmap, " SMATTN_SCORES SMATTN_MASK                                      \
+  "Tensor head_weights, Tensor? key_padding_mask, Tensor? lse, Tensor? normalizer, float scale, " where \
   "Tensor(a!)? dquery, Tensor(b!)? dkey, Tensor(c!)? dmask, Tensor(d!)? dalpha, Tensor(e!)? dhead_weights) -> ()"
 
 namespace smattn::binding {
@@ -128,6 +128,13 @@ class Reader {
     return t->mutable_data_ptr();
   }
 
+  // What forward left of each row's softmax, of which backward reads one.
+  template <class Params>
+  void rows(const Optional& lse, const Optional& normalizer, Params& params) const {
+    STD_TORCH_CHECK(lse.has_value() || normalizer.has_value(), "lse: expected where there is no normalizer");
+    params.lse = contiguous(lse, "lse", acc, {scores.size.B, scores.size.H, scores.size.Nq});
+    params.normalizer = this->normalizer(normalizer);
+  }
   const void* normalizer(const Optional& t) const {
     STD_TORCH_CHECK(!t.has_value() || dtype == acc, "normalizer: expected with float32 or float64 alone");
     return contiguous(t, "normalizer", acc, {scores.size.B, scores.size.H, scores.size.Nq, 2});
@@ -229,9 +236,7 @@ inline ForwardParams forward_params(Reader& in, const Tensor& value, double drop
 // What forward left, and where the gradients of its outputs are.
 struct Saved {
   const Tensor& dout;
-  const Optional &dlse, &out, &remainder;
-  const Tensor& lse;
-  const Optional &mbar, &normalizer;
+  const Optional &dlse, &out, &remainder, &lse, &mbar, &normalizer;
 };
 
 inline BackwardParams backward_params(Reader& in, const Tensor& value, double dropout_p, const Saved& saved, const Gradients& to,
@@ -247,10 +252,9 @@ inline BackwardParams backward_params(Reader& in, const Tensor& value, double dr
     STD_TORCH_CHECK(saved.remainder.has_value() == (in.dtype != in.acc), "remainder: expected exactly with an out of 16 bits");
     g.remainder = in.contiguous(saved.remainder, "remainder", in.remainder, {B, H, Nq, Dv});
   }
-  g.lse = in.contiguous(saved.lse, "lse", in.acc, {B, H, Nq});
+  in.rows(saved.lse, saved.normalizer, g);
   g.dlse = in.contiguous(saved.dlse, "dlse", in.acc, {B, H, Nq});
   g.mbar = in.contiguous(saved.mbar, "mbar", in.acc, {B, H, Nq});
-  g.normalizer = in.normalizer(saved.normalizer);
   in.outputs(to, g);
   g.dvalue = in.output(dvalue, "dvalue", in.dtype, {B, Hkv, Nk, Dv});
   STD_TORCH_CHECK(saved.mbar.has_value() || !to.dalpha.has_value(), "mbar: expected with dalpha");
@@ -269,15 +273,14 @@ inline MapParams map_params(const Reader& in, const Tensor& head_weights, const 
   return f;
 }
 
-inline MapBackwardParams map_backward_params(const Reader& in, const Tensor& head_weights, const Tensor& dmap, const Tensor& lse,
+inline MapBackwardParams map_backward_params(const Reader& in, const Tensor& head_weights, const Tensor& dmap, const Optional& lse,
                                              const Optional& normalizer, const Gradients& to, const Optional& dhead_weights) {
   MapBackwardParams g{};
   g.scores = in.scores;
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = g.scores.size;
   g.head_weights = in.contiguous(head_weights, "head_weights", in.acc, {H});
   g.dmap = in.read_accumulated(dmap, "dmap", {B, 1, Nq, Nk});
-  g.lse = in.contiguous(lse, "lse", in.acc, {B, H, Nq});
-  g.normalizer = in.normalizer(normalizer);
+  in.rows(lse, normalizer, g);
   in.outputs(to, g);
   g.dhead_weights = in.output(dhead_weights, "dhead_weights", in.acc, {H});
   return g;

@@ -99,10 +99,10 @@ struct BackwardParams {
   Tensor4 dout;               // [B, H, Nq, Dv]
   const void* out;            // [B, H, Nq, Dv] dtype, contiguous; null: delta (5) is summed as P*dP
   const void* remainder;      // [B, H, Nq, Dv] RemainderOf the dtype, contiguous; null where rounding took nothing from out
-  const void* lse;            // [B, H, Nq] acc, contiguous
+  const void* lse;            // [B, H, Nq] acc, contiguous; read where there is no normalizer, else it may be null
   const void* dlse;           // [B, H, Nq] acc, contiguous; null when lse was not used
   const void* mbar;           // [B, H, Nq] acc, contiguous; read for dalpha
-  const void* normalizer;     // [B, H, Nq, 2] acc, contiguous; null where P is to be rebuilt from lse, as of 16 bits
+  const void* normalizer;     // [B, H, Nq, 2] acc, contiguous; or null
   void* dquery;               // [B, H, Nq, D] dtype, contiguous
   void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
   void* dvalue;               // [B, Hkv, Nk, Dv] dtype, contiguous
@@ -122,7 +122,7 @@ struct MapBackwardParams {
   Scores scores;
   const void* head_weights;   // [H] acc, contiguous
   Tensor4 dmap;               // [B, 1, Nq, Nk] acc
-  const void* lse;            // [B, H, Nq] acc, contiguous
+  const void* lse;            // [B, H, Nq] acc, contiguous; read where there is no normalizer, else it may be null
   const void* normalizer;     // [B, H, Nq, 2] acc, contiguous; or null
   void* dquery;               // [B, H, Nq, D] dtype, contiguous
   void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous

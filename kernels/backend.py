@@ -24,7 +24,7 @@ from . import (
 from . import forward as forward_full
 from . import map as map_pass
 from .launch import torch_step
-from .operands import Rows, accumulator
+from .operands import Rows, accumulator, room_for_rows
 from .tiles import FEW_QUERIES
 
 LARGEST_HEAD = 256
@@ -62,7 +62,7 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
-    """Equations (5)-(8), with P rebuilt from lse, of float32 from normalizer."""
+    """Equations (5)-(8), with P rebuilt from normalizer where forward left one, else from lse."""
     problem, grads = call.problem, new_gradients(call, needs)
     to_fill = which_are_given(grads)
     if problem.is_empty or not any(to_fill):
@@ -70,11 +70,11 @@ def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs:
     out, remainder, lse, mbar, normalizer = saved
     steps = plan.backward(problem, to_fill, out is not None, dlse is not None)
     if steps.delta == plan.DELTA_FIRST:
-        values = accumulator(call, *lse.shape, 2) if steps.keeps_rows else None
+        values = room_for_rows(call) if steps.keeps_rows else None
         backward_passes.run(steps, call, call, dout, Rows(values, normalizer, out, remainder, lse, dlse), mbar, grads)
         return grads
     call_with_mask = soft_mask.soften(call, _buffer_of_m(grads.mask))
-    values, dalpha_rows = accumulator(call, *lse.shape, 2), None
+    values, dalpha_rows = room_for_rows(call), None
     if steps.dlse_apart:
         partials = backward_dq.partials(call) if out is None else backward_delta.partials(problem.Nq)
         dalpha_rows = accumulator(call, partials, problem.B, problem.H)
@@ -107,10 +107,10 @@ def attention_map_backward(call: Call, saved: Saved, dmap: Tensor, needs: Needs)
     if call.problem.is_empty or not any(to_fill):
         return grads
     needs_passes = to_fill.query or to_fill.key or to_fill.mask or to_fill.alpha
-    shape = saved.lse.shape
-    rows = accumulator(call, *shape, 2) if needs_passes else None
-    mbar = accumulator(call, *shape) if to_fill.alpha else None
-    eta = accumulator(call, *shape) if to_fill.head_weights else None
+    t = call.problem
+    rows = room_for_rows(call) if needs_passes else None
+    mbar = accumulator(call, t.B, t.H, t.Nq) if to_fill.alpha else None
+    eta = accumulator(call, t.B, t.H, t.Nq) if to_fill.head_weights else None
     dout, call_with_mask = dmap[:, None], soft_mask.soften(call, _buffer_of_m(grads.mask))
     sums = map_rows.sums_of_splits(call_with_mask)  # held to the end, as a repeated call holds it (see smattn/prepared.py)
     map_rows.run(call_with_mask, saved, dout, sums, rows, mbar, eta)

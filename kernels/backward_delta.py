@@ -40,7 +40,7 @@ def _delta_kernel(
     do = load_tile(do_ptr + b * stride_dob + h * stride_doh, offs_m, offs_dv, stride_dom, stride_dod, row_ok, offs_dv < DV).to(tl.float32)
     shift, _, dead = load_softmax(lse_ptr, normalizer_ptr, bh * Nq, offs_m, row_ok)
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
-    store_rows(rows_ptr, bh * Nq, shift, delta_of(out, do, dl, dead), offs_m, row_ok)
+    store_rows(rows_ptr, normalizer_ptr, bh * Nq, shift, delta_of(out, do, dl, dead), offs_m, row_ok)
     if NEED_DALPHA:
         dalpha_rows = dalpha_ptr + m_block * (tl.num_programs(0) // m_blocks) + bh
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
@@ -59,7 +59,7 @@ def partials(queries: int) -> int:
 
 
 def run(saved: Saved, dout: Tensor, dlse: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
-    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (partials(Nq), B, H), which only dlse can make other than 0."""
+    """Fill rows (room_for_rows) and, where given, dalpha partials (partials(Nq), B, H), which only dlse can make other than 0."""
     out, remainder, lse, mbar, normalizer = saved
     B, H, Nq, Dv = dout.shape
     arguments = dict(

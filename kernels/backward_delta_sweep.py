@@ -64,14 +64,14 @@ def _delta_sweep_kernel(
         )  # fmt: skip
         delta += tl.sum(p_dp, 1)
     dl = load_dlse(dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None, stride_dlm, offs_m, row_ok, HAS_DLSE)
-    store_rows(rows_ptr, bh * Nq, shift, tl.where(dead, 0.0, delta - dl), offs_m, row_ok)
+    store_rows(rows_ptr, normalizer_ptr, bh * Nq, shift, tl.where(dead, 0.0, delta - dl), offs_m, row_ok)
     if NEED_DALPHA:
         dalpha_rows = dalpha_ptr + m_block * (tl.num_programs(0) // tl.cdiv(Nq, BLOCK_M)) + bh
         store_dalpha_rows(dalpha_rows, mbar_ptr + bh * Nq, dl, dead, offs_m, row_ok)
 
 
 def run(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, rows: Tensor, dalpha: Tensor | None) -> None:
-    """Fill rows (B, H, Nq, 2) and, where given, dalpha partials (backward_dq.partials(call), B, H): zeros without dlse."""
+    """Fill rows (room_for_rows) and, where given, dalpha partials (backward_dq.partials(call), B, H): zeros without dlse."""
     t, tile = call.problem, backward_dq.tile_of(call)
     arguments = attention_arguments(call, tile) | strides("do", "bhmd", dout) | strides("dl", "bhm", dlse) | dict(
         **descriptors.blocks(tile, k_ptr=call.key, v_ptr=call.value),

@@ -63,7 +63,7 @@ def _dq_kernel(
             dl_ptr + b * stride_dlb + h * stride_dlh if HAS_DLSE else None,
             bh, offs_m, offs_dv, stride_dom, stride_dod, stride_dlm, Nq, DV, HAS_DLSE,
         )  # fmt: skip
-        store_rows(rows_ptr, bh * Nq, shift, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
+        store_rows(rows_ptr, normalizer_ptr, bh * Nq, shift, delta, offs_m, row_ok & (tl.full([BLOCK_M], split, tl.int32) == 0))
     else:
         shift, factor, delta = load_rows(rows_ptr, normalizer_ptr, bh * Nq, offs_m, Nq)
     q, do = load_queries(

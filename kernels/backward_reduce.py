@@ -9,6 +9,7 @@ from torch import Tensor
 from ..call import Call
 from .launch import launch
 from .operands import Rows, strides
+from .primitives.rows import load_softmax
 from .tiles import Tile, cdiv
 
 TILE = Tile(block_m=1, block_n=256, warps=4, stages=1)  # 256 elements a program
@@ -16,7 +17,7 @@ TILE = Tile(block_m=1, block_n=256, warps=4, stages=1)  # 256 elements a program
 
 @triton.jit(do_not_specialize=["Nq", "n_splits", "n_tiles"])
 def _reduce_kernel(
-    parts_ptr, dq_ptr, tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm,
+    parts_ptr, dq_ptr, tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, normalizer_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm,
     B, H, Nq, n_splits, n_elements, n_tiles, scale,
     NEED_DQ: tl.constexpr, NEED_DALPHA: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +27,7 @@ def _reduce_kernel(
     if NEED_DALPHA:
         if pid < H:
             _reduce_dalpha(
-                tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, pid,
+                tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, normalizer_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, pid,
                 B, H, Nq, n_tiles, HAS_DLSE, BLOCK,
             )  # fmt: skip
     if NEED_DQ:
@@ -41,7 +42,7 @@ def _reduce_kernel(
 
 @triton.jit
 def _reduce_dalpha(
-    tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, h, B, H, Nq, n_tiles,
+    tiles_ptr, dalpha_ptr, mbar_ptr, lse_ptr, normalizer_ptr, dl_ptr, stride_dlb, stride_dlh, stride_dlm, h, B, H, Nq, n_tiles,
     HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dalpha of a head, reference.py (8). The term of dL is a sum of its own: a dL of zeros must give the same bits as none."""
@@ -58,7 +59,7 @@ def _reduce_dalpha(
             b, m = (offs // Nq).to(tl.int64), offs % Nq
             row = (b * H + h) * Nq + m
             mbar = tl.load(mbar_ptr + row, mask=ok, other=0.0)
-            dead = tl.load(lse_ptr + row, mask=ok, other=0.0) == float("-inf")
+            _, _, dead = load_softmax(lse_ptr, normalizer_ptr, row, 0, ok)
             dl = tl.load(dl_ptr + b * stride_dlb + h * stride_dlh + m * stride_dlm, mask=ok, other=0.0)
             total += tl.where(dead, 0.0, mbar * dl)
         dalpha += tl.sum(total, 0)
@@ -78,7 +79,8 @@ def run(
     t, n_elements = call.problem, 0 if dquery is None else dquery.numel()
     programs = cdiv(n_elements, TILE.block_n) + (t.H if dalpha is not None else 0)
     arguments = strides("dl", "bhm", rows.dlse) | dict(
-        parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse, dl_ptr=rows.dlse,
+        parts_ptr=parts, dq_ptr=dquery, tiles_ptr=tiles, dalpha_ptr=dalpha, mbar_ptr=mbar, lse_ptr=rows.lse,
+        normalizer_ptr=rows.normalizer, dl_ptr=rows.dlse,
         B=t.B, H=t.H, Nq=t.Nq, n_splits=0 if parts is None else parts.shape[0], n_elements=n_elements,
         n_tiles=0 if tiles is None else tiles.shape[0], scale=t.scale,
         NEED_DQ=dquery is not None, NEED_DALPHA=dalpha is not None, HAS_DLSE=rows.dlse is not None, BLOCK=TILE.block_n,

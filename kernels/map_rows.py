@@ -75,21 +75,21 @@ def _map_means_kernel(
             tl.store(sums + 3, highest, mask=row_ok)
     else:
         _store(
-            rows_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
+            rows_ptr, normalizer_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
             NEED_ROWS, NEED_MBAR, NEED_ETA,
         )  # fmt: skip
 
 
 @triton.jit
 def _store(
-    rows_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
+    rows_ptr, normalizer_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, h, bh, offs_m, row_ok, Nq,
     NEED_ROWS: tl.constexpr, NEED_MBAR: tl.constexpr, NEED_ETA: tl.constexpr,
 ):  # fmt: skip
     """Store what is needed of a query block's finished sums. lowest, highest: of M over the row."""
     if NEED_ROWS:
         delta = tl.where(dead, 0.0, tl.load(weights_ptr + h) * eta)
-        store_rows(rows_ptr, bh * Nq, shift, delta, offs_m, row_ok)
-    if NEED_MBAR:  # A mean lies between what it is of, also when P, rebuilt from lse, adds up to no exact 1. Of one key it is M itself.
+        store_rows(rows_ptr, normalizer_ptr, bh * Nq, shift, delta, offs_m, row_ok)
+    if NEED_MBAR:  # A mean lies between what it is of, also when P, rebuilt, adds up to no exact 1. Of one key it is M itself.
         mbar = tl.where(dead, 0.0, tl.minimum(tl.maximum(mbar, lowest), highest))
         tl.store(mbar_ptr + bh * Nq + offs_m, mbar, mask=row_ok)
     if NEED_ETA:
@@ -118,7 +118,7 @@ def _map_rows_kernel(
             highest = tl.maximum(highest, tl.load(sums + 3, mask=row_ok, other=0.0))
     shift, _, dead = load_softmax(lse_ptr, normalizer_ptr, bh * Nq, offs_m, row_ok)
     _store(
-        rows_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, bh % H, bh, offs_m, row_ok, Nq,
+        rows_ptr, normalizer_ptr, mbar_ptr, eta_ptr, shift, dead, eta, mbar, lowest, highest, weights_ptr, bh % H, bh, offs_m, row_ok, Nq,
         NEED_ROWS, NEED_MBAR, NEED_ETA,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def sums_of_splits(call: Call) -> Tensor | None:
 def run(
     call: Call, saved: Saved, dout: Tensor, sums: Tensor | None, rows: Tensor | None, mbar: Tensor | None, eta: Tensor | None
 ) -> None:
-    """Fill, where given, rows (B, H, Nq, 2), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk). sums: sums_of_splits."""
+    """Fill, where given, rows (room_for_rows), mbar and eta (B, H, Nq). dout: the map's gradient, (B, 1, Nq, Nk). sums: sums_of_splits."""
     t, tile = call.problem, tile_of(call, "split")
     splits, split_blocks = cut_of(call)
     n_rows = t.B * t.H * t.Nq

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, Problem
+from ..call import Call, Problem, normalizer_shape
 from . import tiles
 from .chip import generation
 from .launch import arch_of
@@ -20,13 +20,13 @@ Layouts = tuple["Layout | None", ...]  # of query, key, mask, alpha, padding and
 
 
 class Rows(NamedTuple):
-    """Shift and delta of each query, the row values that every pass of backward reads, and what else is known of the rows."""
+    """What every pass of backward reads of each query, and what it is made of."""
 
-    values: Tensor | None  # (B, H, Nq, 2) float32
+    values: Tensor | None  # room_for_rows
     normalizer: Tensor | None  # (B, H, Nq, 2) float32, of float32 calls: forward's
     out: Tensor | None = None  # (B, H, Nq, Dv), given where the first pass is to compute the values from it
     remainder: Tensor | None = None  # of out, where it is rounded
-    lse: Tensor | None = None  # (B, H, Nq) float32
+    lse: Tensor | None = None  # (B, H, Nq) float32, given where there is no normalizer
     dlse: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -53,6 +53,12 @@ def is_ragged(call: Call) -> bool:
 def accumulator(call: Call, *sizes: int) -> Tensor:
     """Uninitialised float32 buffer on the call's device."""
     return torch.empty(sizes, dtype=torch.float32, device=call.query.device)
+
+
+def room_for_rows(call: Call) -> Tensor:
+    """Room for delta of each query, and where forward left no normalizer for lse in base 2 before it: (B, H, Nq, 1 or 2)."""
+    t = call.problem
+    return accumulator(call, t.B, t.H, t.Nq, 2 if normalizer_shape(t) is None else 1)
 
 
 def score_arguments(call: Call, tile: Tile) -> dict[str, Any]:

@@ -101,11 +101,12 @@ class SoftMaskedAttention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         a = ForwardArguments(*inputs)
-        out, lse, *rest = output  # remainder, mbar, normalizer
-        ctx.mark_non_differentiable(*rest)
+        out, lse, remainder, mbar, normalizer = output
+        ctx.mark_non_differentiable(remainder, mbar, normalizer)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed, *output
+            a.query, a.key, a.value, a.mask, a.mask_logits, a.alpha, a.key_padding_mask, a.seed,
+            out, _unless_normalized(lse, normalizer), remainder, mbar, normalizer,
         )  # fmt: skip
         ctx.options = (a.scale, a.dropout_p, a.allow_tf32, a.backend)
 
@@ -144,6 +145,7 @@ class AttentionMap(Function):
         a = MapArguments(*inputs)
         _, lse, normalizer = output
         ctx.mark_non_differentiable(lse, normalizer)
+        lse = _unless_normalized(lse, normalizer)
         ctx.save_for_backward(a.query, a.key, a.mask, a.mask_logits, a.alpha, a.head_weights, a.key_padding_mask, lse, normalizer)
         ctx.set_materialize_grads(False)  # else zeros for lse and normalizer, which have no gradients
         ctx.options = (a.scale, a.allow_tf32, a.backend)
@@ -207,6 +209,11 @@ class _AttentionMapBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         return fold_or_loop(_AttentionMapBackward.apply, info.batch_size, MapBackwardArguments(*arguments), MapBackwardArguments(*in_dims))
+
+
+def _unless_normalized(lse: Tensor, normalizer: Tensor) -> Tensor:
+    """The lse that backward is to read: where there is a normalizer an empty tensor, so that lse is freed."""
+    return lse if normalizer.dim() == 1 else normalizer.new_empty((0,))
 
 
 def _below_autograd(op: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -98,21 +98,20 @@ class Saved(NamedTuple):
 
     out: Tensor | None  # (B, H, Nq, Dv), the output; without it backward sums delta as P*dP, reference.py (5)
     remainder: Tensor | None  # what rounding took from out, see with_remainder; None where nothing was rounded
-    lse: Tensor  # (B, H, Nq)
+    lse: Tensor | None  # (B, H, Nq); forward leaves it always, and backward reads it where there is no normalizer
     mbar: Tensor | None  # (B, H, Nq), reference.py (8), for the gradient of alpha
-    normalizer: Tensor | None  # (B, H, Nq, 2), what P is rebuilt from in float32 and float64, see normalizer_shape
+    normalizer: Tensor | None  # m and 1/l of reference.py (2), with scores in base 2, (B, H, Nq, 2); see normalizer_shape
 
     def contiguous(self) -> Saved:
         """The same as the kernels in C++ read it, wherever it has been since forward."""
-        return Saved(*(None if x is None else x.contiguous() for x in self))  # type: ignore[arg-type]  # lse is there
+        return Saved(*(None if x is None else x.contiguous() for x in self))
 
 
 def normalizer_shape(problem: Problem) -> tuple[int, ...] | None:
-    """The shape of what forward leaves to backward of each row's softmax beside lse; None where that is nothing.
+    """The shape of the normalizer in float32 and float64; None in 16 bits and TF32, where backward rebuilds P from lse.
 
-    In float32 and float64 these are m and 1/l of reference.py (2), with scores in base 2, so that P = 2^(S - m) / l; in a dead row they are
-    +inf and 0. Rebuilt from lse, every P of a row would be off by what rounding took from lse, and over thousands of keys of small scores
-    that is more than the error budget allows. Next to what 16 bits or TF32 round it is nothing.
+    P = 2^(S - m) / l; in a dead row m and 1/l are +inf and 0. Rebuilt from lse, every P of a row is off by what rounding took from lse.
+    Beside the roundings of 16 bits and TF32 that is nothing, but over thousands of keys of small scores it is more than the error budget.
     """
     is_exact = problem.dtype == problem.acc_dtype and not problem.allow_tf32
     return (problem.B, problem.H, problem.Nq, 2) if is_exact else None
@@ -121,7 +120,7 @@ def normalizer_shape(problem: Problem) -> tuple[int, ...] | None:
 def without_rounding(saved: Saved) -> Tensor:
     """The output in the accumulation dtype, from the first two fields of Saved."""
     assert saved.out is not None, "forward was not asked to save its output"
-    out = saved.out.to(saved.lse.dtype)
+    out = saved.out.to(acc_dtype(saved.out.dtype))
     if saved.remainder is None:
         return out
     if saved.remainder.dtype == torch.int16:

@@ -47,7 +47,7 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 
 
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
-    """Equations (5)-(8), with P rebuilt from lse, of float32 and float64 from normalizer."""
+    """Equations (5)-(8), with P rebuilt from normalizer where forward left one, else from lse."""
     p, grads, saved = call.problem, new_gradients(call, needs), saved.contiguous()
     torch.ops.smattn_cpu.backward(
         dout, None if dlse is None else dlse.contiguous(), call.query, call.key, call.value,

@@ -34,10 +34,10 @@ DALPHA_BYTES = PROMISED_BYTES // 8  # backward's partial sums of dalpha: a promi
 
 
 def bytes_kept(problem: Problem) -> int:
-    """Bytes that forward saves for backward if it keeps out's remainder, and backward's own 8 bytes for each query of each head."""
+    """Bytes that forward saves for backward if it keeps out's remainder, and what backward itself holds of each query of each head."""
     remainder = problem.Dv * problem.dtype.itemsize if problem.acc_dtype != problem.dtype else 0
-    normalizer = 0 if normalizer_shape(problem) is None else 8
-    return problem.B * problem.H * problem.Nq * (16 + remainder + normalizer)
+    rows = 16  # mbar 4, lse and backward's two numbers 12; where there is a normalizer it is 8, and backward has one number
+    return problem.B * problem.H * problem.Nq * (rows + remainder)
 
 
 def share_kept(problem: Problem) -> int:
@@ -85,7 +85,7 @@ def new_outputs(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor,
     p, rows = call.problem, new_rows(call)
     out = torch.empty((p.B, p.H, p.Nq, p.Dv), dtype=p.dtype, device=call.query.device)
     remainder = torch.empty_like(out, dtype=remainder_dtype(p.dtype)) if save_out and p.acc_dtype != p.dtype else None
-    mbar = torch.empty_like(rows.lse) if save_mbar and call.mask is not None else None
+    mbar = torch.empty((p.B, p.H, p.Nq), dtype=p.acc_dtype, device=call.query.device) if save_mbar and call.mask is not None else None
     if p.Nk == 0:
         for tensor in (out, remainder, mbar):
             if tensor is not None:

@@ -160,8 +160,8 @@ def compute_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if remainder is None:
         B, H, _, Dv = out.shape
         remainder = out.new_empty((B, H, 0, Dv) if a.save_out and is_rounded else (0,), dtype=remainder_dtype(out.dtype))
-    mbar, normalizer = (saved.lse.new_empty((0,)) if rows is None else rows for rows in (saved.mbar, saved.normalizer))
-    return out, saved.lse, remainder, mbar, normalizer
+    lse, mbar, normalizer = (_or_empty(rows, call) for rows in (saved.lse, saved.mbar, saved.normalizer))
+    return out, lse, remainder, mbar, normalizer
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -186,8 +186,8 @@ def compute_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = attention_call(a)
     chosen = resolve(call.problem, a.backend, "backward")
     remainder = a.remainder if a.remainder.dim() == 4 and a.remainder.shape[2] == call.problem.Nq else None
-    out = a.out if remainder is not None or a.out.dtype == a.lse.dtype else None
-    saved = Saved(out, remainder, a.lse, a.mbar if a.mbar.dim() == 3 else None, a.normalizer if a.normalizer.dim() == 4 else None)
+    out = a.out if remainder is not None or a.out.dtype == acc_dtype(a.out.dtype) else None
+    saved = Saved(out, remainder, *map(_or_none, (a.lse, a.mbar, a.normalizer)))
     with inside_an_op(a.query.device):
         grads = chosen.backward(call, saved, a.dout, a.dlse, Needs(*a.needs))
     return _of_attention(grads, a.query)
@@ -204,7 +204,7 @@ def compute_map(*arguments: Any) -> tuple[Tensor, ...]:
     chosen = resolve(call.problem, a.backend, "attention_map")
     with inside_an_op(a.query.device):
         amap, saved = chosen.attention_map(call)
-    return amap, saved.lse, saved.lse.new_empty((0,)) if saved.normalizer is None else saved.normalizer
+    return amap, _or_empty(saved.lse, call), _or_empty(saved.normalizer, call)
 
 
 def fake_map(*arguments: Any) -> tuple[Tensor, ...]:
@@ -218,7 +218,7 @@ def compute_map_backward(*arguments: Any) -> tuple[Tensor, ...]:
     a = MapBackwardArguments(*arguments)
     call = map_call(a)
     chosen = resolve(call.problem, a.backend, "attention_map_backward")
-    saved = Saved(None, None, a.lse, None, a.normalizer if a.normalizer.dim() == 4 else None)
+    saved = Saved(None, None, _or_none(a.lse), None, _or_none(a.normalizer))
     with inside_an_op(a.query.device):
         grads = chosen.attention_map_backward(call, saved, a.dmap, Needs(*a.needs))
     return _of_map(grads, a.query)
@@ -242,6 +242,16 @@ def _of_attention(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
 def _of_map(grads: Gradients, query: Tensor) -> tuple[Tensor, ...]:
     """What the op `attention_map_backward` returns."""
     return _without_none(query, grads.query, grads.key, grads.mask, grads.alpha, grads.head_weights)
+
+
+def _or_empty(rows: Tensor | None, call: Call) -> Tensor:
+    """Rows as an op returns them."""
+    return call.query.new_empty((0,), dtype=call.problem.acc_dtype) if rows is None else rows
+
+
+def _or_none(rows: Tensor) -> Tensor | None:
+    """Rows as an op was handed them: an empty tensor of one axis stands for none."""
+    return None if rows.dim() == 1 else rows
 
 
 def _without_none(query: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:

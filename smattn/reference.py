@@ -75,7 +75,7 @@ def forward(call: Call, *, save_out: bool, save_mbar: bool) -> tuple[Tensor, Sav
 def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
     """Equations (5)-(8). The rows of `saved` may be over more keys than the call's, which then get the share of P that is theirs."""
     problem, padding = call.problem, call.key_padding_mask
-    t = _over_the_keys_of(saved.lse, softmax(call))
+    t = _over_the_keys_of(saved, softmax(call), problem)
     do = dout.to(t.p.dtype).masked_fill(t.dead, 0)
     if dlse is None or problem.Nk == 0:  # a call without keys leaves every gradient 0, on every backend
         dlse = torch.zeros_like(t.lse)
@@ -141,7 +141,7 @@ def softmax(call: Call) -> Scores:
 
 
 def _normalizer(problem: Problem, t: Scores) -> Tensor | None:
-    """What Saved calls so. This file's own backward does not read it, because autograd differentiates that, and lse has a derivative."""
+    """What Saved calls so."""
     if normalizer_shape(problem) is None:
         return None
     s = t.s.detach()
@@ -150,11 +150,17 @@ def _normalizer(problem: Problem, t: Scores) -> Tensor | None:
     return torch.cat([(largest * math.log2(math.e)).masked_fill(t.dead, math.inf), inverse.masked_fill(t.dead, 0)], -1)
 
 
-def _over_the_keys_of(lse: Tensor, t: Scores) -> Scores:
-    """The softmax that lse belongs to, at the keys of t. Where those are all of its keys, it is t itself."""
-    dead = (lse == float("-inf"))[..., None]
-    share = torch.exp(t.lse - lse)[..., None].masked_fill(dead, 0)
-    return t._replace(p=t.p * share, lse=lse, dead=dead)
+def _over_the_keys_of(saved: Saved, t: Scores, problem: Problem) -> Scores:
+    """The softmax that the saved rows belong to, at the keys of t. Where those are all of its keys, it is t itself."""
+    own = _normalizer(problem, t)
+    if saved.normalizer is not None and own is not None:
+        (m, inverse), (own_m, own_inverse) = saved.normalizer.unbind(-1), own.unbind(-1)
+        dead, share = inverse == 0, torch.exp2(own_m - m) * inverse / own_inverse
+    else:
+        assert saved.lse is not None, "forward left neither lse nor a normalizer"
+        dead, share = saved.lse == float("-inf"), torch.exp(t.lse - saved.lse)
+    share = share.masked_fill(dead | t.dead[..., 0], 0)
+    return t._replace(p=t.p * share[..., None], dead=dead[..., None])
 
 
 def score_gradients(call: Call, t: Scores, ds: Tensor, dl: Tensor, needs: Needs, mbar: Tensor | None = None) -> Gradients:

@@ -36,10 +36,11 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
       }
     });
   }
-  const auto *lse = static_cast<const T*>(p.lse), *dlse = static_cast<const T*>(p.dlse);
+  const auto* dlse = static_cast<const T*>(p.dlse);
+  const auto is_dead = dead_rows<T>(p.lse, p.normalizer);
   for (int64_t row = 0; row < n.B * n.H * n.Nq; ++row) {
     const T own = dlse != nullptr ? delta[row] - dlse[row] : delta[row];
-    delta[row] = lse[row] == -std::numeric_limits<T>::infinity() ? T(0) : own;  // a dead row's dL may be NaN
+    delta[row] = is_dead(row) ? T(0) : own;  // a dead row's dL may be NaN
   }
 }
 

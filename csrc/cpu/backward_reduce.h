@@ -149,13 +149,14 @@ inline void store_shares(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
 template <class T>
 inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, const T* dlse) {
   const Sizes& n = plan.n;
+  const auto is_dead = dead_rows<T>(t.lse, t.normalizer);
   for (int64_t h = 0; h < n.H; ++h) {
     T sum = 0;
     for (int64_t b = 0; b < n.B; ++b) {
       for (int64_t o = 0; o < plan.outer_blocks(); ++o) sum += parts.dalpha[o * parts.dalpha_size + b * n.H + h];
       if (dlse == nullptr) continue;
       for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) {
-        if (t.lse[row] != -std::numeric_limits<T>::infinity()) sum += t.mbar[row] * dlse[row];
+        if (!is_dead(row)) sum += t.mbar[row] * dlse[row];
       }
     }
     t.dalpha[h] = sum;

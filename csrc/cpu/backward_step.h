@@ -103,7 +103,7 @@ class BackwardStep {
     return p_;
   }
 
-  // P (2), from the saved logsumexp, and P*C/(1-p).
+  // P (2), from what forward left of the rows, and P*C/(1-p).
   void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask) {
     T* p = probability(s);
     dot_products(s.key, tiles.query, q, k.count, n_.D, s.values_ahead, p);
@@ -115,7 +115,7 @@ class BackwardStep {
           [&](auto count, int64_t j) {
             exponentials<count()>(p, j * q.lanes + lane, q.lanes, s.weights_at + j * row + lane, row, exponent, tiles.exponents, lane);
           },
-          [&](int64_t j) {  // even where lse is NaN
+          [&](int64_t j) {  // even where the row's factor is NaN
             store(p + j * q.lanes + lane, Vec<T>{});
             weights_.put(s.weights_at + j * row + lane, Vec<T>{});
           });

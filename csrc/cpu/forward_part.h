@@ -105,11 +105,12 @@ inline void logsumexp(const T* maxima, const T* sums, int64_t lanes, T* lse) {
   }
 }
 
-// What P is rebuilt from where it is not rounded, of a row: its maximum score in base 2 and 1/l, of a dead row +inf and 0.
+// Stores the maximum score of a row, in base 2, and 1/l, from which backward rebuilds P: of a dead row +inf and 0.
 template <class T>
 inline void store_normalizer(T* to, bool alive, T maximum, T sum) {
   to[0] = alive ? maximum : std::numeric_limits<T>::infinity();
-  to[1] = alive ? 1 / sum + (sum - sum) : T(0);  // NaN where the sum is infinite
+  // NaN where the sum is infinite
+  to[1] = alive ? 1 / sum + (sum - sum) : T(0);
 }
 
 // Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where they

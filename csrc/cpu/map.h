@@ -58,7 +58,7 @@ class MapTile {
 template <class T>
 inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   const Sizes& n = p.scores.size;
-  ForwardParams softmax{};  // of a value without columns: lse alone
+  ForwardParams softmax{};  // of a value without columns: the rows alone
   softmax.scores = p.scores;
   softmax.scores.size.Dv = 0;
   softmax.lse = p.lse, softmax.normalizer = p.normalizer;

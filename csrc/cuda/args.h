@@ -46,7 +46,7 @@ struct alignas(16) NormalizerState {
   float shift;  // the row's largest score in base 2; +inf in dead rows and past the last
   float delta = 0.0f;
   float factor = 0.0f;  // 1/l; 0 in dead rows and past the last
-  float unused = 0.0f;  // the load reads it too, so it is written
+  float unused = 0.0f;  // to 16 bytes, which an asynchronous copy can move
 };
 
 struct RowsArgs {

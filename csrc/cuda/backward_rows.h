@@ -47,22 +47,24 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   if (row >= size.B * size.H * size.Nq) return;
   const int64_t i = row % size.Nq;
   const Head at{static_cast<int>(row / size.Nq / size.H), static_cast<int>(row / size.Nq % size.H)};
-  const float lse = args.lse[row];
+  const bool is_dead = args.normalizer != nullptr ? args.normalizer[2 * row + 1] == 0.0f : args.lse[row] == -infinity();
   float delta = args.dlse == nullptr ? 0.0f : -args.dlse[row];
   if (args.sums != nullptr) {
     delta += (args.head_weights == nullptr ? 1.0f : args.head_weights[at.h]) * args.sums[row];
   } else if (args.out != nullptr) {
     delta += output_gradient_product(args, at, i, row);
   }
-  if (lse == -infinity()) delta = 0.0f;  // in a dead row P and dS are exactly 0
+  if (is_dead) delta = 0.0f;  // in a dead row P and dS are exactly 0
   if (lane_index() > 0) return;
-  const float shift = shift_of(lse);
-  if (!args.normalized) {
-    static_cast<LseState*>(args.rows)[row] = {shift, delta};
-  } else if (args.normalizer != nullptr) {
+  if (args.normalizer != nullptr) {
     static_cast<NormalizerState*>(args.rows)[row] = {args.normalizer[2 * row], delta, args.normalizer[2 * row + 1]};
-  } else {  // P is then 2^(S - L), and NaN where L is, of which a minimum takes no notice
+    return;
+  }
+  const float shift = shift_of(args.lse[row]);
+  if (args.normalized) {  // P is then 2^(S - L), and NaN where L is, of which a minimum takes no notice
     static_cast<NormalizerState*>(args.rows)[row] = {shift, delta, shift == shift ? 1.0f : shift};
+  } else {
+    static_cast<LseState*>(args.rows)[row] = {shift, delta};
   }
 }
 

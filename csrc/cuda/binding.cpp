@@ -63,7 +63,7 @@ void forward(const Tensor& query, const Tensor& key, const Tensor& value, const 
 
 void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask,
               bool mask_is_logits, const Optional& alpha, const Optional& padding, const Optional& seed, const Optional& out,
-              const Optional& remainder, const Tensor& lse, const Optional& mbar, const Optional& normalizer, double scale,
+              const Optional& remainder, const Optional& lse, const Optional& mbar, const Optional& normalizer, double scale,
               double dropout_p, bool allow_tf32, int64_t stream, const Optional& dquery, const Optional& dkey, const Optional& dvalue,
               const Optional& dmask, const Optional& dalpha) {
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
@@ -87,7 +87,7 @@ void attention_map(const Tensor& query, const Tensor& key, const Optional& mask,
 }
 
 void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tensor& key, const Optional& mask, bool mask_is_logits,
-                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Tensor& lse,
+                            const Optional& alpha, const Tensor& head_weights, const Optional& padding, const Optional& lse,
                             const Optional& normalizer, double scale, bool allow_tf32, int64_t stream, const Optional& dquery,
                             const Optional& dkey, const Optional& dmask, const Optional& dalpha, const Optional& dhead_weights) {
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});

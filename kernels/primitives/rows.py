@@ -80,20 +80,24 @@ def first_rows(do_ptr, out_ptr, remainder_ptr, lse_ptr, normalizer_ptr, dl_ptr, 
 def load_rows(rows_ptr, normalizer_ptr, row, offs_m, Nq):
     """Load shift, factor and delta of the query rows row + offs_m. Past the end, offs_m >= Nq, shift is +inf, so that P is 0 there.
 
-    Shift and delta are as store_rows stored them, side by side. The factor, which only float32 has, is forward's.
+    Where there is a normalizer they are its two, and delta as store_rows stored it. Else there is no factor.
     """
     row_ok = offs_m < Nq
-    pair = rows_ptr + 2 * row + 2 * offs_m
-    shift, delta = tl.load(pair, mask=row_ok, other=float("inf")), tl.load(pair + 1, mask=row_ok, other=0.0)
     if normalizer_ptr is None:
-        return shift, None, delta
+        pair = rows_ptr + 2 * row + 2 * offs_m
+        return tl.load(pair, mask=row_ok, other=float("inf")), None, tl.load(pair + 1, mask=row_ok, other=0.0)
     else:
-        return shift, tl.load(normalizer_ptr + 2 * row + 2 * offs_m + 1, mask=row_ok, other=0.0), delta
+        pair = normalizer_ptr + 2 * row + 2 * offs_m
+        shift, factor = tl.load(pair, mask=row_ok, other=float("inf")), tl.load(pair + 1, mask=row_ok, other=0.0)
+        return shift, factor, tl.load(rows_ptr + row + offs_m, mask=row_ok, other=0.0)
 
 
 @triton.jit
-def store_rows(rows_ptr, row, shift, delta, offs_m, row_ok):
-    """Store shift and delta of the query rows row + offs_m for the passes that follow."""
-    pair = rows_ptr + 2 * (row + offs_m)
-    tl.store(pair, shift, mask=row_ok)
-    tl.store(pair + 1, delta, mask=row_ok)
+def store_rows(rows_ptr, normalizer_ptr, row, shift, delta, offs_m, row_ok):
+    """Store for the passes that follow what load_rows loads of the query rows row + offs_m, and forward has not stored."""
+    if normalizer_ptr is None:
+        pair = rows_ptr + 2 * row + 2 * offs_m
+        tl.store(pair, shift, mask=row_ok)
+        tl.store(pair + 1, delta, mask=row_ok)
+    else:
+        tl.store(rows_ptr + row + offs_m, delta, mask=row_ok)

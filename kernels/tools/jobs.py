@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...call import Call, Needs, Problem
+from ...call import Call, Needs, Problem, Saved
 from .. import backend, launch
 from ..tiles import Tile
 
@@ -185,13 +185,18 @@ def record(job: Job) -> list[tuple[Any, dict[str, Any], Tile]]:
     try:
         if v.as_map:
             amap, saved = backend.attention_map(call)
-            backend.attention_map_backward(call, saved, amap, v.needs)
+            backend.attention_map_backward(call, _as_read(saved), amap, v.needs)
         else:
             _, saved = backend.forward(call, save_out=v.keep_out and v.training, save_mbar=v.training)
             if not v.training:
                 return recorder.launches
-            dlse = torch.empty_like(saved.lse) if v.dlse else None
-            backend.backward(call, saved, query, dlse, v.needs)
+            dlse = tensor(B, H, job.Nq, dtype=torch.float32) if v.dlse else None
+            backend.backward(call, _as_read(saved), query, dlse, v.needs)
     finally:
         launch.record(None)
     return recorder.launches
+
+
+def _as_read(saved: Saved) -> Saved:
+    """What of forward's rows autograd hands on: see Saved.lse."""
+    return saved if saved.normalizer is None else saved._replace(lse=None)

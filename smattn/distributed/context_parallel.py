@@ -4,14 +4,15 @@ Rank r computes (1)-(4) of reference.py over its own keys, O_r, L_r and mbar_r. 
 
     L = log sum_r exp(L_r)      O = sum_r exp(L_r - L) O_r      mbar = sum_r exp(L_r - L) mbar_r
 
-where float32 and float64 have exp(L_r) unrounded, as a power of 2 and a sum, and leave that of all ranks to backward (see call.py),
-and given those, (5)-(8) hold as they stand: P_ij = exp(S_ij - L_i) needs no key except j. So each rank calls the ordinary backward on its
+and given those, (5)-(8) hold as they stand: P_ij = exp(S_ij - L_i) needs no key except j. In float32 and float64 exp(L_r) is 2^m_r * l_r,
+of the normalizers, and backward gets the normalizer over all keys. So each rank calls the ordinary backward on its
 own keys. dK, dV and dM stay where K, V and M are, and dQ and dalpha alone are summed over ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -168,7 +169,7 @@ class _ContextParallel(Function):
         ctx.save_for_backward(a.query, a.key, a.value, a.mask, a.alpha, a.key_padding_mask, *saved)
         ctx.options = dict(problem=a.problem, group=a.group, backend=a.backend)
         ctx.set_materialize_grads(False)
-        assert saved.out is not None
+        assert saved.out is not None and saved.lse is not None
         return saved.out, saved.lse.clone()
 
     @staticmethod
@@ -207,39 +208,45 @@ class _ContextParallelBackward(Function):
 
 def _merge(own: Saved, problem: Problem, group: dist.ProcessGroup) -> Saved:
     """What forward would leave to backward over the keys of all ranks, from what it left over this rank's keys."""
-    out, lse, mbar = without_rounding(own), own.lse, own.mbar
-    shift, mass = _softmax_of(own)
-    largest = shift.clone()
+    out, mbar = without_rounding(own), own.mbar
+    m, sums, power, unit = _softmax_of(own)
+    largest = m.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    weight = torch.where(shift == largest, 1.0, torch.exp2(shift - largest)) * mass  # mass, not NaN, where no rank has a key
+    weight = torch.where(m == largest, 1.0, power(m - largest)) * sums  # sums, not NaN, where no rank has a key
     rows = weight[..., None] * (out if mbar is None else torch.cat([out, mbar[..., None]], -1))
     # Where all keys of this rank score -inf its output is NaN. That counts only if the keys of every rank do.
-    rows = rows.masked_fill(((lse == float("-inf")) & (weight == 0))[..., None], 0)
+    rows = rows.masked_fill(((m == -math.inf) & (weight == 0))[..., None], 0)
     total = torch.cat([rows, weight[..., None]], -1)
     dist.all_reduce(total, dist.ReduceOp.SUM, group)
-    rows, weight = total[..., :-1] / total[..., -1:], total[..., -1]
+    rows, sums = total[..., :-1] / total[..., -1:], total[..., -1]
     merged = with_remainder(rows[..., : problem.Dv].contiguous(), problem.dtype)
-    lse = (largest + weight.log2()) * math.log(2)
     mbar = None if mbar is None else rows[..., problem.Dv].contiguous()
+    lse = largest * unit + sums.log()
     if own.normalizer is None:
         return Saved(*merged, lse, mbar, None)
-    dead = lse == -math.inf
-    normalizer = torch.stack([largest.masked_fill(dead, math.inf), (1 / weight).masked_fill(dead, 0)], -1)
-    return Saved(*merged, lse, mbar, normalizer)
+    dead = largest == -math.inf
+    inverse = (1 / sums).masked_fill(dead, 0).masked_fill(largest == math.inf, math.nan)
+    return Saved(*merged, lse, mbar, torch.stack([largest.masked_fill(dead, math.inf), inverse], -1))
 
 
-def _softmax_of(own: Saved) -> tuple[Tensor, Tensor]:
-    """m in base 2 and l of this rank's rows, such that 2^m * l is the sum of exp(S). In rows without a key they are -inf and 1."""
+def _softmax_of(own: Saved) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor], float]:
+    """m and l of this rank's rows, such that the sum of exp(S) is power(m) * l, the power, and the natural logarithm of its base.
+
+    In rows without a key m is -inf, in rows with a score of +inf it is +inf, and l is 1 in both.
+    """
+    assert own.lse is not None
     if own.normalizer is None:
-        return own.lse * math.log2(math.e), torch.ones_like(own.lse)
-    shift, inverse = own.normalizer.unbind(-1)
-    return shift.masked_fill(inverse == 0, -math.inf), torch.where(inverse == 0, 1.0, 1 / inverse)
+        return own.lse, torch.ones_like(own.lse), torch.exp, 1.0
+    m, inverse = own.normalizer.unbind(-1)
+    dead = inverse == 0
+    return m.masked_fill(dead, -math.inf), (1 / inverse).masked_fill(dead | (own.lse == math.inf), 1.0), torch.exp2, math.log(2)
 
 
 def _without_rows(dalpha: Tensor | None, dlse: Tensor | None, call: Call, saved: Saved) -> tuple[Tensor | None, Tensor | float]:
     """This rank's dalpha without the last term of (8), and that term. It belongs to rows and not to keys, so every rank has added it."""
     if dalpha is None or dlse is None or saved.mbar is None:
         return dalpha, 0.0
+    assert saved.lse is not None
     of_rows = (saved.mbar * dlse).masked_fill(saved.lse == float("-inf"), 0).sum((0, 2))
     is_added = call.problem.Nk > 0  # a rank without keys computes nothing
     return dalpha - of_rows if is_added else dalpha, of_rows

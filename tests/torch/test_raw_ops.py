@@ -98,6 +98,7 @@ REFUSED = [
     (("backward",), dict(out=torch.zeros(B, NQ, H, DV).transpose(1, 2)), "out: expected a contiguous tensor of the dtype"),
     (("backward",), dict(remainder=torch.zeros(B, H, NQ, DV)), "remainder: expected exactly with an out of 16 bits"),
     (("backward",), dict(mbar=None), "mbar: expected with dalpha"),
+    (BACKWARDS, dict(lse=None, normalizer=None), "lse: expected where there is no normalizer"),
     (BACKWARDS, dict(mask=None, alpha=None), "dmask, dalpha: expected none without a mask"),
     (("attention_map_backward",), dict(dmap=torch.zeros(B, 1, NQ, NK, dtype=torch.float64)), "dmap: expected the accumulation dtype"),
     (BACKWARDS, dict(dmask=torch.zeros(B, 1, 1, NQ, NK, dtype=torch.float64)), "dmask: expected a contiguous tensor"),

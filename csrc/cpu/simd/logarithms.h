@@ -1,6 +1,8 @@
 // Natural logarithms outside of the kernels, exponents of 2 inside of them.
 #pragma once
 
+#include <limits>
+
 #include "cpu/simd/exp2.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -44,6 +46,14 @@ inline void store_doubles(T* to, Vec<double> x) {
   __builtin_memcpy(to, &numbers, sizeof(numbers));
 }
 
+// Which rows are dead, by number: what forward left says so. lse is not read where there is a normalizer.
+template <class T>
+inline auto dead_rows(const void* lse, const void* normalizer) {
+  return [lse = static_cast<const T*>(lse), normalizer = static_cast<const T*>(normalizer)](int64_t row) {
+    return normalizer != nullptr ? normalizer[2 * row + 1] == T(0) : lse[row] == -std::numeric_limits<T>::infinity();
+  };
+}
+
 // P of a row is factor * 2^(exponent - rest). Where there is a normalizer, rest is the row's largest score and factor is 1/l. From lse alone, of
 // 16 bits, factor is 2^-whole, and whole + rest is lse in base 2. If all of lse were subtracted, the exponent would be rounded to lse's last
 // place, and over many keys lse can be far larger than the scores. It is above the largest of them by log2(Nk) at most, and so much of it at
@@ -59,7 +69,7 @@ struct RowExponents {
 
   // Of `count` rows from number `row` on; lanes beyond them are as those of dead rows. normalizer: null where there is none.
   void read(const T* lse, const T* normalizer, int64_t row, int64_t count, int64_t lanes, int64_t Nk) const {
-    normalizer == nullptr ? read_lse(lse + row, count, lanes, Nk) : read_normalizer(normalizer + 2 * row, count, lanes);
+    normalizer != nullptr ? read_normalizer(normalizer + 2 * row, count, lanes) : read_lse(lse + row, count, lanes, Nk);
   }
 
  private:
