@@ -176,8 +176,11 @@ def run(case: Case, backend: str | None = None, needs: Sequence[str] | None = No
         if c.is_map:
             outputs = {"map": attention_map(c.query, c.key, c.mask, c.alpha, head_weights=c.head_weights, **common)}  # type: ignore[arg-type]
         else:
-            out, lse = soft_masked_attention(c.query, c.key, c.value, c.mask, c.alpha, dropout_p=c.dropout_p, return_lse=True, **common)  # type: ignore[call-overload]
-            outputs = {"out": out} if c.dlse is None else {"out": out, "lse": lse}
+            with_lse = c.dlse is not None  # else lse is freed before the backward
+            results = soft_masked_attention(  # type: ignore[call-overload]
+                c.query, c.key, c.value, c.mask, c.alpha, dropout_p=c.dropout_p, return_lse=with_lse, **common
+            )
+            outputs = dict(zip(("out", "lse"), results, strict=True)) if with_lse else {"out": results}
     return with_gradients(outputs, leaves, c)
 
 

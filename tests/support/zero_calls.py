@@ -126,6 +126,7 @@ CALLS = {
     "half, map, many queries for few keys": ZeroCall(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
     "half, map, very many queries of narrow heads": ZeroCall(1, 8, 524288, 13, 16, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
     "map, very many queries of narrow heads": ZeroCall(1, 8, 524288, 13, 16, needs=MAP_GRADIENTS, as_map=True),
+    "very many queries of narrow heads": ZeroCall(1, 8, 524288, 8, 8, mask=(True, False, False)),
     "half, alpha only": ZeroCall(128, 8, 4096, 400, 16, dtype="float16", needs=("alpha",)),
     "logits": ZeroCall(1, 8, 1024, 16384, 32, **WITH_LOGITS),
     "half, logits, many queries for as many keys": ZeroCall(1, 8, 4096, 4096, 64, dtype="float16", **WITH_LOGITS),
