@@ -44,7 +44,7 @@ POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"
 POINTERS |= {torch.int16: "i16", torch.int64: "i64", torch.uint8: "u8"}
 # The bytes of a thread that may spill where no tile was found that spills none and costs no more, by kernel, bytes of an element, head size
 # and queries.
-SPILLS = {("few_queries", 2, 64, 100): 48, ("forward", 4, 128, MANY): 8}
+SPILLS = {("few_queries", 2, 64, 100): 48, ("forward", 4, 128, MANY): 8, ("dkdv", 4, 64, MANY): 8}
 SPILLS |= {("dq", 4, WIDEST, queries): 264 for queries in FEW} | {("map", 4, D, queries): 8 for D in (64, WIDEST) for queries in FEW}
 SPILLS |= {("dmask", 4, D, queries): 16 for D in (64, 128, WIDEST) for queries in (*FEW, MANY)}
 SPILLS |= {("dq", 2, 64, queries): 16 for queries in (*FEW, MANY)} | {("dkdv", 2, 32, MANY): 24}
