@@ -56,15 +56,13 @@ SMATTN_DEVICE void backward_rows_block(const RowsArgs& args) {
   }
   if (is_dead) delta = 0.0f;  // in a dead row P and dS are exactly 0
   if (lane_index() > 0) return;
-  if (args.normalizer != nullptr) {
+  if (!args.normalized) {
+    static_cast<LseState*>(args.rows)[row] = {shift_of(args.lse[row]), delta};
+  } else if (args.normalizer != nullptr) {
     static_cast<NormalizerState*>(args.rows)[row] = {args.normalizer[2 * row], delta, args.normalizer[2 * row + 1]};
-    return;
-  }
-  const float shift = shift_of(args.lse[row]);
-  if (args.normalized) {  // P is then 2^(S - L), and NaN where L is, of which a minimum takes no notice
+  } else {  // P is then 2^(S - L), and NaN where L is, of which a minimum takes no notice
+    const float shift = shift_of(args.lse[row]);
     static_cast<NormalizerState*>(args.rows)[row] = {shift, delta, shift == shift ? 1.0f : shift};
-  } else {
-    static_cast<LseState*>(args.rows)[row] = {shift, delta};
   }
 }
 

@@ -50,6 +50,9 @@ void check_has_scores(const Reader& in) {
   STD_TORCH_CHECK(n.B > 0 && n.Nq > 0 && n.Nk > 0, "query, key: expected a batch, queries and keys, got ", n.B, ", ", n.Nq, " and ", n.Nk);
 }
 
+// Of TF32 products P is rebuilt from lse, as of 16 bits, whether or not there is a normalizer.
+void check_lse(const Optional& lse, bool allow_tf32) { STD_TORCH_CHECK(lse.has_value() || !allow_tf32, "lse: expected with allow_tf32"); }
+
 void forward(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& mask, bool mask_is_logits, const Optional& alpha,
              const Optional& padding, const Optional& seed, double scale, double dropout_p, bool allow_tf32, int64_t stream,
              const Tensor& out, const Tensor& lse, const Optional& remainder, const Optional& mbar, const Optional& normalizer) {
@@ -69,6 +72,7 @@ void backward(const Tensor& dout, const Optional& dlse, const Tensor& query, con
   Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   const Saved saved{dout, dlse, out, remainder, lse, mbar, normalizer};
   const smattn::BackwardParams params = backward_params(in, value, dropout_p, saved, {dquery, dkey, dmask, dalpha}, dvalue);
+  check_lse(lse, allow_tf32);
   check_has_scores(in);
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, in.seed(seed, dropout_p));
@@ -93,6 +97,7 @@ void attention_map_backward(const Tensor& dmap, const Tensor& query, const Tenso
   const Reader in({query, key, mask, mask_is_logits, alpha, padding, scale});
   const Gradients to{dquery, dkey, dmask, dalpha};
   const smattn::MapBackwardParams params = map_backward_params(in, head_weights, dmap, lse, normalizer, to, dhead_weights);
+  check_lse(lse, allow_tf32);
   check_has_scores(in);
   Scratch scratch{query, {}};
   const auto context = scratch.context(stream, allow_tf32, nullptr);

@@ -23,7 +23,7 @@ struct Answers {
   Expected dquery, dkey, dvalue, dmask, dalpha;  // inputs' shapes, dalpha [1, H, 1, 1]
   Expected map;                                // [B, 1, Nq, Nk]
   Expected map_dquery, map_dkey, map_dmask, map_dalpha, map_dhead_weights;
-  double band = 0.0;                           // what rounding in P = exp(S - L) comes to, as a share
+  double band = 0.0;                           // what rounding of the scores comes to in P, as a share
 };
 
 Answers solve(const Problem& problem, const Inputs& inputs);

@@ -134,6 +134,16 @@ def test_the_remainder_is_bits_of_bfloat16_and_a_float_of_float16(library, half,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", BACKWARDS)
+def test_tf32_reads_lse_beside_a_normalizer_or_alone(op):
+    call, where = raw_op("cuda", op)
+    arguments = OPS[op]() | where | dict(allow_tf32=True)
+    assert call(**arguments) is None and call(**arguments | dict(normalizer=None)) is None
+    with pytest.raises(RuntimeError, match="lse: expected with allow_tf32"):
+        call(**arguments | dict(lse=None))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_the_cuda_ops_refuse_a_call_without_scores(op):
     """smattn/cuda.py answers such a call, because the kernels' grids would be empty."""
