@@ -64,7 +64,7 @@ def test_tf32_is_checked_by_what_forward_itself_saved():
     class Forgetful:
         def forward(self, *arguments, **options):
             out, saved = ROWS[80].forward(*arguments, **options)
-            return out, saved._replace(normalizer=torch.full_like(saved.normalizer, float("nan")))
+            return out, saved._replace(lse=torch.full_like(saved.lse, float("nan")))
 
         def backward(self, *arguments):
             return ROWS[80].backward(*arguments)
