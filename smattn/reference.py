@@ -144,10 +144,11 @@ def _normalizer(problem: Problem, t: Scores) -> Tensor | None:
     """What Saved calls so."""
     if normalizer_shape(problem) is None:
         return None
-    s = t.s.detach()
-    largest = s.amax(-1, keepdim=True) if problem.Nk > 0 else torch.zeros_like(t.dead, dtype=s.dtype)
-    inverse = 1 / torch.exp(s - largest).sum(-1, keepdim=True)
-    return torch.cat([(largest * math.log2(math.e)).masked_fill(t.dead, math.inf), inverse.masked_fill(t.dead, 0)], -1)
+    if problem.Nk == 0:
+        largest = inverse = torch.zeros_like(t.lse)
+    else:  # the weight of the largest score is 1/l
+        largest, inverse = t.s.detach().amax(-1), t.p.detach().amax(-1)
+    return torch.stack([(largest * math.log2(math.e)).masked_fill(t.dead[..., 0], math.inf), inverse], -1)
 
 
 def _over_the_keys_of(saved: Saved, t: Scores, problem: Problem) -> Scores:

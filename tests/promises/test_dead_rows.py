@@ -313,29 +313,10 @@ LARGE = [(1.0, -3e6), (1.0, -1e9), (32.0, -1e9), (32.0, -1e30), (1.0, 1e9), (36.
 @attention_and_map
 @on_every_backend
 def test_a_row_whose_scores_are_all_large_makes_no_nan(name, device, as_map, dtype, alpha, value):
-    """It is not dead. P is rebuilt from an lse whose last place is far above 1."""
+    """It is not dead. In 16 bits P is rebuilt from an lse whose last place is far above 1."""
     case = make_case(2, 2, 5, NK, 8, dtype=dtype, as_map=as_map, device=device)
     case.mask[0, 1] = value
     case = replace(case, alpha=torch.full((2,), alpha, device=device))
     results = run(case, name)
     assert all(tensor.isfinite().all() for tensor in results.values())
     assert_within_budget(results, case)
-
-
-WIDE = [pair for pair in PAIRS if pair[1].itemsize > 2]
-
-
-@pytest.mark.parametrize("Nq", [5, 131])
-@pytest.mark.parametrize("name, dtype", WIDE, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in WIDE])
-def test_no_weight_is_above_1_where_large_terms_cancel(name, dtype, device, Nq):
-    """Nothing is left of them but what rounding took, in backward not always as in forward, and 2^(S - L) may be anything up to infinity.
-
-    Of 16-bit inputs this is not promised: see docs/guide/alpha-and-masks.md.
-    """
-    torch.manual_seed(0)
-    query, key = (1e5 * (1 + torch.rand(1, 1, n, 2, dtype=dtype)) for n in (Nq, NK))
-    mask = -(query @ key.mT)
-    value = torch.zeros(1, 1, NK, 1, dtype=dtype, device=device, requires_grad=True)
-    out = soft_masked_attention(query.to(device), key.to(device), value, mask.to(device), scale=1.0, backend=name)
-    (weights,) = torch.autograd.grad(out.sum(), value)
-    assert weights.min() >= 0 and weights.max() <= Nq and weights.any()
