@@ -228,14 +228,14 @@ class BackwardStep {
                 bool is_new, T* sum, void* final) {
     const int64_t stride = round_up(size, kLanes<T>);
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
-            [sum, stride, factor, is_new, final]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&added)[R][N]) {
+            [sum, stride, factor, is_new, final, dtype = t_.scores.dtype]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&added)[R][N]) {
 #pragma GCC unroll 32
               for (int r = 0; r < R; ++r) {
                 const int64_t at = (j + r) * stride + c * kLanes<T>;
                 Vec<T> x[N];
                 for (int i = 0; i < N; ++i) x[i] = is_new ? added[r][i] * factor : load(sum + at + i * kLanes<T>) + added[r][i] * factor;
                 if (final != nullptr) {
-                  stream_row<E>(final, at, stride, x);
+                  stream_row<E>(dtype, final, at, stride, x);
                   continue;
                 }
                 for (int i = 0; i < N; ++i) store(sum + at + i * kLanes<T>, x[i]);

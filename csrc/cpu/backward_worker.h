@@ -129,8 +129,8 @@ class BackwardWorker {
 
   // Whether dK and dV are complete with this visit, of inner block i, and can be written where they belong, as they come.
   bool stored_directly(const Pair& pair, int64_t i, const KeyBlock& k) const {
-    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k.attended == k.count && t_.scores.dtype == kStored<E> &&
-           n_.D % kLanes<T> == 0 && n_.Dv % kLanes<T> == 0 && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
+    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k.attended == k.count &&
+           can_stream<E>(t_.scores.dtype, n_.D) && can_stream<E>(t_.scores.dtype, n_.Dv) && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
   static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
   // Where queries are few their tiles are kept for the next key block, as far as a core's cache holds those of all pairs.

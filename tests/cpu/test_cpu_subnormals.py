@@ -65,11 +65,13 @@ def test_normal_weights_make_no_subnormal_number(name, dtype, logits, mask_of):
     inputs = [t.detach().requires_grad_() for t in (case.query, case.key, case.value, mask, case.alpha)]
     query, key, value, mask, alpha = inputs
     soft = dict(mask_logits=mask) if logits else dict(mask=mask)
+    # The conversion to halves tells of those that are subnormal, which are wanted and cost nothing.
+    unwanted = DENORMAL if dtype == torch.float16 else DENORMAL | UNDERFLOW
     with forced(name), threads(1):
         clear_flags()
         out = soft_masked_attention(query, key, value, alpha=alpha, backend="cpu", **soft)
         torch.autograd.grad(out, inputs, case.dout)
-        assert flags() == 0
+        assert flags() & unwanted == 0
         amap = attention_map(query, key, alpha=alpha, backend="cpu", **soft)
         torch.autograd.grad(amap, [query, key, mask, alpha], torch.ones_like(amap))
-        assert flags() == 0
+        assert flags() & unwanted == 0

@@ -43,6 +43,16 @@ bool has_slow_bfloat16_dot(const Processor& p) {
   return false;
 }
 
+bool has_half_conversions() {
+#if defined(__x86_64__)
+  constexpr unsigned kF16c = 1u << 29;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
+#else
+  return false;
+#endif
+}
+
 bool has_tiles() {
 #if defined(__x86_64__)
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;

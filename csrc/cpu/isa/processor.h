@@ -16,6 +16,9 @@ Processor processor();  // empty where there is no cpuid
 // ranks of one job must choose alike and bits must repeat.
 bool has_slow_bfloat16_dot(const Processor& p);
 
+// Whether it converts float16.
+bool has_half_conversions();
+
 // Whether it has matrix tiles and products of bfloat16 in them.
 bool has_tiles();
 // Asks the system to let this process use them: true, or why not in `reason`. Children of the process may, then.

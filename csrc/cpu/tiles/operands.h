@@ -96,15 +96,32 @@ inline auto by_key(E* steps, int64_t count, int64_t lanes, [[maybe_unused]] E* t
   }
 }
 
-// The dtype of tensors of elements E, and vectors of sums stored in a row of one past the caches, from number `at` on.
+// The dtype of tensors of elements E as they are.
 template <class E>
 constexpr DType kStored = DTypeOf<E>::value;
 template <>
 constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
+
+// Whether rows of `size` sums can be stored past the caches in tensors of `dtype`: whole vectors of E as they are, of other 16-bit numbers two.
+template <class E>
+inline bool can_stream(DType dtype, int64_t size) {
+  constexpr int64_t kSums = kLanes<typename SumOf<E>::type>;
+  if (dtype == kStored<E>) return size % kSums == 0;
+  return kStreamsTwo<E, Half> && size % (2 * kSums) == 0;
+}
+// Vectors of sums so stored in a row, from number `at` on.
 template <class E, int N>
-inline void stream_row(void* numbers, int64_t at, [[maybe_unused]] int64_t stride, const Sum<E> (&x)[N]) {
+inline void stream_row(DType dtype, void* numbers, int64_t at, [[maybe_unused]] int64_t stride, const Sum<E> (&x)[N]) {
   if constexpr (kStepsPerElement<E> == 1) {
-    for (int i = 0; i < N; ++i) stream(static_cast<E*>(numbers) + at + i * kLanes<E>, x[i]);
+    with_storage(dtype, [&](auto* type) {
+      using Storage = std::remove_pointer_t<decltype(type)>;
+      auto* to = static_cast<Storage*>(numbers) + at;
+      if constexpr (std::is_same_v<Storage, E>) {
+        for (int i = 0; i < N; ++i) stream(to + i * kLanes<E>, x[i]);
+      } else if constexpr (kStreamsTwo<E, Storage>) {
+        for (int i = 0; i + 1 < N; i += 2) stream_narrowed(to + i * kLanes<E>, x[i], x[i + 1]);
+      }
+    });
   } else {
 #if defined(__AVX512BF16__)
     BFloat16* to = static_cast<BFloat16*>(numbers) + at;

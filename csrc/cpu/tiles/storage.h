@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
+#include "cpu/simd/numbers.h"
 #include "cpu/tiles/buffer.h"
-#include "dtype.h"
 #include "params.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -62,37 +62,6 @@ inline Strided rows_of(const Tensor4& t, int64_t b, int64_t h, int64_t first) {
   return {t.data, t.dtype, b * t.stride[0] + h * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[3]};
 }
 
-// The same by the vector, for numbers that lie side by side in storage. A compiler left to vectorise such a loop first tests what may overlap,
-// which takes as long as a short row. bfloat16 with AVX-512 alone: two vectors of AVX2 at a time, as compilers do it, are faster than one.
-inline Vec<float> load_widened(const float* p) { return load(p); }
-inline Vec<double> load_widened(const double* p) { return load(p); }
-inline void store_narrowed(float* p, Vec<float> x) { store(p, x); }
-inline void store_narrowed(double* p, Vec<double> x) { store(p, x); }
-template <class T, class Storage>
-constexpr bool kByVector = std::is_same_v<T, Storage>;
-#if defined(__AVX512F__)
-template <>
-constexpr bool kByVector<float, BFloat16> = true;
-typedef uint32_t WordsOf32 __attribute__((vector_size(kVectorBytes)));
-inline Vec<float> load_widened(const BFloat16* p) {  // the maskz forms, because gcc 12 warns inside the plain ones
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vec<float>)((WordsOf32)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
-}
-inline void store_narrowed(BFloat16* p, Vec<float> x) {
-  const WordsOf32 bits = (WordsOf32)x, nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const WordsOf32 numbers = x == x ? nearest : WordsOf32{} + 0x7fc0u;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)numbers));
-}
-inline void store_remainders(int16_t* p, Vec<float> x, const BFloat16* rounded) {
-  const WordsOf32 distance = (WordsOf32)x - (WordsOf32)load_widened(rounded);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtsepi32_epi16(0xffff, (__m512i)distance));
-}
-inline Vec<float> load_unrounded(const BFloat16* p, const int16_t* remainder) {
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(remainder));
-  return (Vec<float>)((WordsOf32)load_widened(p) + (WordsOf32)_mm512_maskz_cvtepi16_epi32(0xffff, words));
-}
-#endif
-
 // to[0 .. columns) = from[0 .. columns)
 template <class T, class Storage>
 inline void read_row(const Storage* from, int64_t columns, T* to) {
@@ -117,6 +86,7 @@ template <class T>
 inline void read_rows(const Strided& from, int64_t rows, int64_t columns, T* to, int64_t stride) {
   with_storage(from.dtype, [&](auto* type) {
     const auto* data = static_cast<decltype(type)>(const_cast<void*>(from.data)) + from.offset;
+    if (from.column_stride == 1 && from.row_stride == columns && stride == columns) return read_row<T>(data, rows * columns, to);
     for (int64_t r = 0; r < rows; ++r) {
       const auto* source = data + r * from.row_stride;
       T* row = to + r * stride;
@@ -136,6 +106,7 @@ inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t colu
                        int64_t to_stride) {
   with_storage(dtype, [&](auto* type) {
     auto* data = static_cast<decltype(type)>(to) + offset;
+    if (stride == columns && to_stride == columns) return write_row<T>(from, rows * columns, data);
     for (int64_t r = 0; r < rows; ++r) write_row<T>(from + r * stride, columns, data + r * to_stride);
   });
 }
