@@ -28,6 +28,7 @@ SHAPES = {
     "a map of few queries": dict(B=1, H=2, Nq=3, Nk=3001, D=32, as_map=True),
 }
 ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALF_WIDTH = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
 def differing(a, b):
@@ -50,8 +51,8 @@ def test_the_kernels_offered_are_those_of_the_processor_the_fastest_first():
     if platform.machine() == "x86_64":
         info = cpu_info()
         flags = set(info["flags"].split())
-        avx512 = {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
-        needed = {"avx2": {"avx2", "fma"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
+        avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+        needed = {"avx2": {"avx2", "fma", "f16c"}, "avx512": avx512, "avx512bf16": {*avx512, "avx512_bf16"}}
         in_software = "in software" in torch.ops.smattn_cpu.cpu_kernels_reason()  # built with SMATTN_AMX=EMULATED
         needed["amx"] = needed["avx512bf16"] if in_software else {*needed["avx512bf16"], "amx_tile", "amx_bf16"}
         slow_dot = (info["vendor_id"], int(info["cpu family"]), int(info["model"])) in SLOW_BFLOAT16_DOT
@@ -83,19 +84,21 @@ def test_every_set_is_within_the_budget_and_repeats_its_bits(name, dtype, shape)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("Nk", [1, 6])
-def test_rounded_probabilities_do_not_reach_delta(name, Nk, mask_dtype):
-    """With one key P is 1, and 1/(1-p) is no bfloat16. Yet delta must cancel dP as dropout scales it."""
-    case = make_case(1, 4, 40, Nk, 32, dtype=torch.bfloat16, mask_dtype=mask_dtype, dropout_p=0.3)
+@HALF_WIDTH
+def test_rounded_probabilities_do_not_reach_delta(dtype, name, Nk, mask_dtype):
+    """With one key P is 1, and 1/(1-p) is no 16-bit number. Yet delta must cancel dP as dropout scales it."""
+    case = make_case(1, 4, 40, Nk, 32, dtype=dtype, mask_dtype=mask_dtype, dropout_p=0.3)
     with forced(name):
         assert_within_budget(run(case, "cpu"), case)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bfloat16], ids=str)
-def test_equal_values_leave_scores_no_gradient(name, mask_dtype):
+@HALF_WIDTH
+def test_equal_values_leave_scores_no_gradient(dtype, name, mask_dtype):
     """dP is then the same for all keys, and delta must cancel it, however P is rounded."""
     for seed in range(40):
-        case = make_case(1, 1, 1, 8, 32, dtype=torch.bfloat16, mask="uniform" if mask_dtype else None, mask_dtype=mask_dtype, rng=seed)
+        case = make_case(1, 1, 1, 8, 32, dtype=dtype, mask="uniform" if mask_dtype else None, mask_dtype=mask_dtype, rng=seed)
         case = replace(case, alpha=0.01 * case.alpha if mask_dtype else None, value=case.value[:, :, :1].expand_as(case.value).contiguous())
         with forced(name):
             assert_within_budget(run(case, "cpu"), case)
@@ -146,7 +149,7 @@ def test_a_forced_set_is_the_one_that_runs():
     assert differing(results, run(case, "cpu")) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_bits_on_any_number_of_threads(shape, dtype):
     case = make_case(**SHAPES[shape], dtype=dtype)

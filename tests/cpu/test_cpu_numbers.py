@@ -38,17 +38,17 @@ def test_every_number_is_read_and_stored_as_it_is(name, dtype, D):
 @DTYPES
 @SIZES
 def test_a_sum_is_rounded_to_the_nearest(name, dtype, D):
-    """dV of one key is the sum of dO over its queries."""
+    """dV of one key is the sum of dO over the query heads that share it."""
     finite = every_number(dtype, D)
     finite = torch.where(finite.abs() < 2**14, finite, 0)
     finite = finite if dtype == torch.float16 else normal(finite)
     mixed = finite.flatten()[torch.randperm(finite.numel(), generator=torch.Generator().manual_seed(0))].view_as(finite)
-    dout = torch.cat([finite, mixed / 64 if dtype == torch.float16 else normal(mixed / 64)]).permute(2, 1, 0, 3).contiguous()
+    dout = torch.cat([finite, mixed / 64 if dtype == torch.float16 else normal(mixed / 64)]).permute(2, 0, 1, 3).contiguous()
     value = torch.zeros(len(dout), 1, 1, D, dtype=dtype, requires_grad=True)
-    query, key = torch.zeros(len(dout), 1, 2, 8, dtype=dtype), torch.zeros(len(dout), 1, 1, 8, dtype=dtype)
+    query, key = torch.zeros(len(dout), 2, 1, D, dtype=dtype), torch.zeros(len(dout), 1, 1, D, dtype=dtype)
     with forced(name):
-        (dvalue,) = torch.autograd.grad(soft_masked_attention(query, key, value, backend="cpu"), value, dout)
-    expected = dout.float().sum(2, keepdim=True).to(dtype)
+        (dvalue,) = torch.autograd.grad(soft_masked_attention(query, key, value, enable_gqa=True, backend="cpu"), value, dout)
+    expected = dout.float().sum(1, keepdim=True).to(dtype)
     if dtype == torch.bfloat16:
         dvalue, expected = normal(dvalue), normal(expected)
     assert torch.equal(dvalue, expected)

@@ -107,7 +107,7 @@ template <class E>
 inline bool can_stream(DType dtype, int64_t size) {
   constexpr int64_t kSums = kLanes<typename SumOf<E>::type>;
   if (dtype == kStored<E>) return size % kSums == 0;
-  return kStreamsTwo<E, Half> && size % (2 * kSums) == 0;
+  return bytes_of(dtype) == 2 && kStreamsTwo<E, Half> && size % (2 * kSums) == 0;
 }
 // Vectors of sums so stored in a row, from number `at` on.
 template <class E, int N>
