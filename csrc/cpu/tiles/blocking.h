@@ -24,9 +24,19 @@ struct Blocking {
     query_blocks = blocks_of(Nq, kQueries);
     queries = round_up(blocks_of(Nq, larger_of<int64_t>(query_blocks, 1)), kLanes<T>);
     query_blocks = blocks_of(Nq, larger_of<int64_t>(queries, 1));
-    key_blocks = blocks_of(Nk, kKeys);
+    key_blocks = blocks_of(Nk, most_keys(n));
     keys = round_up(blocks_of(Nk, larger_of<int64_t>(key_blocks, 1)), kKeyUnit);
     key_blocks = blocks_of(Nk, larger_of<int64_t>(keys, 1));
+  }
+
+ private:
+  // One vector of queries uses a row of key or value once: the rows of a block, which are fetched ahead, and its tiles stay in the first-level
+  // cache together.
+  int64_t most_keys(const Sizes& n) const {
+    constexpr int64_t kCacheBytes = 36 << 10, kFewest = 48;
+    if (kStripUnit > 1 || queries > kLanes<T>) return kKeys;
+    const int64_t keys_in_cache = kCacheBytes / ((n.D + n.Dv + 2 * queries) * static_cast<int64_t>(sizeof(T)));
+    return smaller_of(kKeys, larger_of(kFewest, keys_in_cache / kKeyUnit * kKeyUnit));
   }
 };
 
