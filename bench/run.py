@@ -22,7 +22,7 @@ from bench.measuring.ceilings import measure_ceilings
 from bench.measuring.cell import Cell
 from bench.measuring.compile import compile_ahead
 from bench.measuring.job import Job, available_backends
-from bench.measuring.machine import ROOT, device
+from bench.measuring.machine import HELD_TO, ROOT, device
 from bench.measuring.measure import measure
 from bench.measuring.peers import PEERS, WITHOUT_MASK, Contestant, cpu_kernels, ours
 from bench.measuring.validate import interpreted_triton
@@ -92,7 +92,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only these")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")
-    parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, not the best")
+    parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, and peers held to it")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--compile", choices=("first", "only", "not"), default="first", help="what peers compile, ahead of all")
@@ -114,8 +114,11 @@ def describe(job: Job) -> None:
 def main() -> None:
     began = time.monotonic()
     args = options()
+    held_to = HELD_TO.get(args.kernels, {})
+    if not held_to.items() <= os.environ.items():  # They are read when torch is loaded.
+        os.execve(sys.executable, [sys.executable, "-m", "bench.run", *sys.argv[1:]], os.environ | held_to)
     on_a_gpu = torch.device(args.device).type == "cuda"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))  # What peers compile is kept there.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / f"inductor{args.kernels}"))  # What peers compile.
     if not on_a_gpu:  # Each process compiles by itself: a pool of compilers would run beside those that measure.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     until = began + 60 * args.minutes

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import math
+import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +196,18 @@ def test_a_run_says_which_cpu_kernels_ran_and_why(tmp_path):
     measure.measure(job, [tiny(rows.FORWARD)], [EAGER])
     rows.write(job.rows, tmp_path / "run.jsonl")
     assert f"CPU kernels of smattn: {name}: {why}." in report.write_report(tmp_path / "run.jsonl").read_text()
+
+
+@pytest.mark.skipif("avx2" not in peers.cpu_kernels(), reason="this processor has no AVX2")
+def test_peers_are_held_to_the_instruction_set_that_is_forced():
+    """A process that is told so says it of itself, and `bench.run --kernels avx2` becomes such a process."""
+    asked = [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"]
+    for name, capability in (("avx2", "AVX2"), ("baseline", "DEFAULT")):
+        told = subprocess.run(asked, env=os.environ | machine.HELD_TO[name], capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == capability
+    command = [sys.executable, "-m", "bench.run", "--device", "cpu", "--kernels", "avx2", "--minutes", "0", "--compile", "only"]
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert ", AVX2;" in done.stdout.splitlines()[0]
 
 
 @pytest.mark.skipif(len(peers.cpu_kernels()) < 2, reason="one set of CPU kernels, or none: nothing to force")
