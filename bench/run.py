@@ -92,7 +92,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only these")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "float16", "bfloat16"], help="only these")
-    parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="the CPU kernels of this instruction set, and peers held to it")
+    parser.add_argument("--kernels", choices=cpu_kernels(), default="", help="CPU kernels of this instruction set, and peers held to it")
     parser.add_argument("--seconds", type=float, default=0.5, help="time budget of one contestant in one cell (default 0.5)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--compile", choices=("first", "only", "not"), default="first", help="what peers compile, ahead of all")

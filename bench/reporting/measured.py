@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.gpu import targets
 from bench.measuring.machine import ROOT, published
-from bench.reporting.readme_figures import with_readme_figures
+from bench.reporting.readme_figures import kernels_are_forced, with_readme_figures
 from bench.reporting.rows import BOTH, CEILINGS, COPY, FORWARD, MATMUL, Row, read, result_file
 from bench.reporting.tables import DISTURBED, Duel, between, disturbed, duels, markdown, mib, ms, times
 from bench.studies import token_maps
@@ -51,8 +51,8 @@ def to_show(shown: list[str], given: list[str]) -> list[str]:
 
 
 def of_the_newest(runs: list[str]) -> list[str]:
-    """The runs of the machine that ran last, by the dates that files' names begin with."""
-    newest = max(reversed(runs), key=lambda file: Path(file).name[:DATE], default="")
+    """The runs of the machine that ran last with the kernels that it takes by itself, by the dates that files' names begin with."""
+    newest = max((file for file in reversed(runs) if not kernels_are_forced(file)), key=lambda file: Path(file).name[:DATE], default="")
     return [file for file in runs if machine(file) == machine(newest)]
 
 

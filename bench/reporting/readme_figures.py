@@ -24,7 +24,7 @@ def with_readme_figures(readme: str, files: list[str]) -> str:
     shown: list[tuple[str, str, dict[str, Duel]]] = []  # file, label, and the duels by direction
     for file in files:
         rows = read(ROOT / file)
-        if any(row.default and "(" in row.backend for row in rows):  # The CPU kernels were forced.
+        if kernels_are_forced(file):
             continue
         busy, cells = {key.inputs for key in disturbed(rows)}, dict[str, dict[str, Duel]]()
         for key, duel in duels(rows).items():
@@ -32,6 +32,10 @@ def with_readme_figures(readme: str, files: list[str]) -> str:
                 cells.setdefault(f"{key.workload}, {key.dtype}{' †' * (key.inputs in busy)}", {})[key.direction] = duel
         shown += [(file, label, of) for label, of in cells.items()]
     return BLOCK.sub(lambda _: block(shown[:ROWS]), readme)
+
+
+def kernels_are_forced(file: str) -> bool:
+    return any(row.default and "(" in row.backend for row in read(ROOT / file))
 
 
 def block(shown: list[tuple[str, str, dict[str, Duel]]]) -> str:
