@@ -80,6 +80,16 @@ def test_a_nan_stays_in_its_lane_and_every_length_works(name, dtype):
             assert np.isnan(y[n]) and np.array_equal(np.delete(y, n), np.delete(whole, n))
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_nan_stays_one(name, dtype):
+    """Whatever its lowest bits, which of other numbers become the exponent, and its sign."""
+    quiet = np.array([np.nan], dtype=dtype).view(f"i{np.dtype(dtype).itemsize}")
+    bits = quiet + np.arange(4096, dtype=quiet.dtype)
+    with forced(name):
+        assert np.isnan(exp2(np.concatenate([bits, bits | np.iinfo(bits.dtype).min]).view(dtype))).all()
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("size, seed", [(1e-3, 0), (1e-3, 1), (0.1, 2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,8 @@
 // NaN, -inf gives 0.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd/vec.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -20,7 +22,7 @@ struct Exp2<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
   static constexpr int kBias = 127, kMantissa = 23;
   static constexpr float kLowest = 1 - kBias;  // 2 to a lower power is no normal number
-  static constexpr float kHighest = 2 + kBias;  // 2 to this power overflows
+  static constexpr float kHighest = 1 + kBias;  // 2 to this power overflows
 };
 
 template <>
@@ -30,7 +32,7 @@ struct Exp2<double> {
                                              5.55041086648216e-2,    2.4022650695910097e-1, 6.931471805599453e-1,  1.0};
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kBias = 1023, kMantissa = 52;
-  static constexpr double kLowest = 1 - kBias, kHighest = 2 + kBias;
+  static constexpr double kLowest = 1 - kBias, kHighest = 1 + kBias;
 };
 
 // So many vectors step by step together keep the multipliers busy: one alone would wait for each of its operations.
@@ -121,18 +123,16 @@ inline Vec<T> exp2_fraction(Vec<T> f) {
 template <class T>
 inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   using E = Exp2<T>;
-  typedef Bits<T> Whole __attribute__((vector_size(kVectorBytes)));
+  typedef std::make_unsigned_t<Bits<T> > Whole __attribute__((vector_size(kVectorBytes)));  // the sum wraps where x is NaN
   // Bounded so that no lane makes a subnormal number, which would cost an Intel processor hundreds of cycles; NaN stays NaN.
   const auto too_low = unbounded < lowest;
-  Vec<T> x = too_low ? broadcast(E::kLowest) : unbounded;
+  Vec<T> x = larger(broadcast(E::kLowest), unbounded);
   x = x > highest ? highest : x;
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> p = exp2_fraction<T>(x - (shifted - E::kRound));
-  // 2^n in two factors, so that n = kBias + 1, just before the overflow, is still a number, and n = kBias + 2 overflows.
-  const Whole n = (Whole)shifted - (Whole)broadcast(E::kRound);
-  const Whole half = n >> 1;
-  const Vec<T> y = p * (Vec<T>)((half + E::kBias) << E::kMantissa) * (Vec<T>)((n - half + E::kBias) << E::kMantissa);
-  return too_low ? Vec<T>{} : y;
+  // n is in the low bits of `shifted`, the others leave. A NaN may have any bits there.
+  const Whole y = (Whole)p + ((Whole)shifted << E::kMantissa);
+  return (Vec<T>)((y & ~(Whole)too_low) | (Whole)(x != x));
 }
 
 template <class T, int N>
