@@ -23,9 +23,9 @@ def with_readme_figures(readme: str, files: list[str]) -> str:
     """The README with the first ROWS workloads of these runs, which one machine has made with the kernels that it takes by itself."""
     shown: list[tuple[str, str, dict[str, Duel]]] = []  # file, label, and the duels by direction
     for file in files:
-        rows = read(ROOT / file)
         if kernels_are_forced(file):
             continue
+        rows = read(ROOT / file)
         busy, cells = {key.inputs for key in disturbed(rows)}, dict[str, dict[str, Duel]]()
         for key, duel in duels(rows).items():
             if key.cache == WARM and key.mask != "blob":

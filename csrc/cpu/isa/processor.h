@@ -16,7 +16,7 @@ Processor processor();  // empty where there is no cpuid
 // ranks of one job must choose alike and bits must repeat.
 bool has_slow_bfloat16_dot(const Processor& p);
 
-// Whether it converts float16.
+// Whether it converts float16 (F16C), which __builtin_cpu_supports cannot be asked by every compiler that builds this.
 bool has_half_conversions();
 
 // Whether it has matrix tiles and products of bfloat16 in them.

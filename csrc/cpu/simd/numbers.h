@@ -69,9 +69,6 @@ inline void stream_narrowed(Storage* p, Vec<float> first, Vec<float> second) {
   const __m512i low = _mm512_castsi256_si512(narrowed(first, p));
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_mask_broadcast_i64x4(low, 0xf0, narrowed(second, p)));
 }
-#else  // nobody calls it
-template <class Storage, class T>
-void stream_narrowed(Storage* p, T first, T second);
 #endif
 
 }  // namespace smattn::cpu::SMATTN_UNIT

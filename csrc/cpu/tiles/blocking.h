@@ -12,6 +12,7 @@ constexpr int64_t kQueries = 128, kKeys = 128, kKeyUnit = 32, kStripUnit = 32;
 #else
 constexpr int64_t kQueries = 64, kKeys = 144, kKeyUnit = 8, kStripUnit = 1;
 #endif
+static_assert(kKeys % kLanes<float> == 0, "memory for the keys of a block is read and written by whole vectors");
 
 // Nq and Nk cut into blocks of nearly equal size: fixed by the shape alone, so that every sum has one order.
 template <class T>
