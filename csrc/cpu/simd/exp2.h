@@ -39,10 +39,7 @@ struct Exp2<double> {
 constexpr int kExpAtOnce = kRegisters / 8;
 
 #if defined(__AVX512F__)
-// +inf less itself would be NaN. min gives its second argument where there is a NaN. (vreduceps would make x - n in one step and slows the loop
-// sixfold on a Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.)
-inline Vec<float> bounded(Vec<float> x, Vec<float> highest) { return _mm512_maskz_min_ps(0xffff, highest, x); }
-inline Vec<double> bounded(Vec<double> x, Vec<double> highest) { return _mm512_maskz_min_pd(0xff, highest, x); }
+// vreduceps would make x - n in one step and slows the loop sixfold on a Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
 inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }
@@ -58,7 +55,7 @@ inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest
   Vec<T> n[N], p[N];
   decltype(in_range(x[0], lowest)) normal[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = bounded(x[i], highest);
+  for (int i = 0; i < N; ++i) x[i] = smaller(highest, x[i]);  // +inf less itself would be NaN
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) n[i] = nearest_whole(x[i]);
 #pragma GCC unroll 8
@@ -81,7 +78,7 @@ inline Vec<float> fraction(Vec<float> x) {
 #if defined(SMATTN_TILES)
   return _mm512_maskz_reduce_ps(0xffff, x, kDown);
 #else
-  x = bounded(x, broadcast(Exp2<float>::kHighest));
+  x = smaller(broadcast(Exp2<float>::kHighest), x);
   return x - Vec<float>(_mm512_maskz_roundscale_ps(0xffff, x, kDown));
 #endif
 }
@@ -124,10 +121,8 @@ template <class T>
 inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   using E = Exp2<T>;
   typedef std::make_unsigned_t<Bits<T> > Whole __attribute__((vector_size(kVectorBytes)));  // the sum wraps where x is NaN
-  // Bounded so that no lane makes a subnormal number, which would cost an Intel processor hundreds of cycles; NaN stays NaN.
-  const auto too_low = unbounded < lowest;
-  Vec<T> x = larger(broadcast(E::kLowest), unbounded);
-  x = x > highest ? highest : x;
+  const auto too_low = unbounded < lowest;  // whatever the steps below make of it, it will be 0
+  const Vec<T> x = smaller(highest, unbounded);  // NaN stays NaN
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> p = exp2_fraction<T>(x - (shifted - E::kRound));
   // n is in the low bits of `shifted`, the others leave. A NaN may have any bits there.

@@ -96,15 +96,33 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x in every lane, -0 and NaN included
 }
 
-// The larger; where b is NaN the result is NaN (so put the running maximum first, or a NaN that came later is lost).
-inline Vec<float> larger(Vec<float> a, Vec<float> b) {
+// The larger and the smaller of two; b where either is NaN (so put the running maximum first, or a NaN that came later is lost). By name, for gcc 12
+// would make a comparison and a blend of a > b ? a : b; maskz, for it warns inside the plain form.
 #if defined(__AVX512F__)
-  return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a, b);  // maskz: gcc 12 warns inside the plain form
+inline Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+inline Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm512_maskz_max_pd(0xff, a, b); }
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return _mm512_maskz_min_pd(0xff, a, b); }
+#elif defined(__AVX2__)
+inline Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+inline Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a, b); }
+#elif defined(__SSE2__)
+inline Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm_max_ps(a, b); }
+inline Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm_max_pd(a, b); }
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm_min_ps(a, b); }
+inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return _mm_min_pd(a, b); }
 #else
+template <class V>
+inline V larger(V a, V b) {
   return a > b ? a : b;
-#endif
 }
-inline Vec<double> larger(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
 
 // Sum of the lanes, by halves: a fixed order.
 template <class T>
