@@ -30,7 +30,7 @@ inline void compute_delta(const BackwardParams& p, ParallelFor threads, T* delta
         }
         for (int64_t i = 0; i < rows; ++i) {
           Vec<T> sum{};
-          for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) sum += load(dout + at) * load(out + at);
+          for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) sum = fused(load(dout + at), load(out + at), sum);
           delta[bh * n.Nq + first + i] = sum_lanes<T>(sum);
         }
       }

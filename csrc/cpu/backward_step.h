@@ -196,12 +196,12 @@ class BackwardStep {
 #pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
           T* to = dmask + (j + i) * stride;
-          store(to, dmask_is_new ? alpha * x[i] : load(to) + alpha * x[i]);
+          store(to, dmask_is_new ? alpha * x[i] : fused(broadcast(alpha), x[i], load(to)));
         }
       }
       if (mask == nullptr) return;
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) dalpha[i] += x[i] * (load(mask + (j + i) * stride) - mbar);
+      for (int i = 0; i < N; ++i) dalpha[i] = fused(x[i], load(mask + (j + i) * stride) - mbar, dalpha[i]);
     }
     void skip(int64_t j) {
       WeightTile<E>::put(ds, at + j * row, Vec<T>{});
@@ -233,7 +233,9 @@ class BackwardStep {
               for (int r = 0; r < R; ++r) {
                 const int64_t at = (j + r) * stride + c * kLanes<T>;
                 Vec<T> x[N];
-                for (int i = 0; i < N; ++i) x[i] = is_new ? added[r][i] * factor : load(sum + at + i * kLanes<T>) + added[r][i] * factor;
+                for (int i = 0; i < N; ++i) {
+                  x[i] = is_new ? added[r][i] * factor : fused(added[r][i], broadcast(factor), load(sum + at + i * kLanes<T>));
+                }
                 if (final != nullptr) {
                   stream_row<E>(dtype, final, at, stride, x);
                   continue;

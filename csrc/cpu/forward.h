@@ -132,7 +132,7 @@ class Forward {
 #pragma GCC unroll 32
               for (int r = 0; r < R; ++r) {
                 T* to = out + (i + r) * stride + c * kLanes<T>;
-                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, load(to) * factor[i + r] + sums[r][v]);
+                for (int v = 0; v < N; ++v, to += kLanes<T>) store(to, fused(load(to), broadcast(factor[i + r]), sums[r][v]));
               }
             });
   }

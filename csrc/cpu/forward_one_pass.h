@@ -106,7 +106,7 @@ class OnePass {
       exp2_of_weights<T, kExpAtOnce>(p);
       sum += sum_of(p);
 #pragma GCC unroll 8
-      for (int i = 0; mask != nullptr && i < kExpAtOnce; ++i) mbar += p[i] * load(mask + (j + i) * q.lanes);
+      for (int i = 0; mask != nullptr && i < kExpAtOnce; ++i) mbar = fused(p[i], load(mask + (j + i) * q.lanes), mbar);
 #pragma GCC unroll 8
       for (int i = 0; i < kExpAtOnce; i += 2) {
         const Vec<E> pair = paired(p[i], p[i + 1]);

@@ -87,7 +87,7 @@ class ForwardWeights {
       sum += sum_of(p);
       const auto add_products = [&](Vec<T>& to, const T* factors) {
 #pragma GCC unroll 8
-        for (int i = 0; i < used; ++i) to += p[i] * load(factors + (j + i) * stride);
+        for (int i = 0; i < used; ++i) to = fused(p[i], load(factors + (j + i) * stride), to);
       };
       if (mask != nullptr) add_products(mbar, mask);
       if (dmap != nullptr) add_products(eta, dmap);

@@ -44,7 +44,7 @@ class MapTile {
         const int64_t at = j * q.lanes + lane;
         const Vec<T> x = exponent(load(scores_ + at), at, load(rows.rest + lane));
         const Vec<T> p = exp2<T>(x, load(rows.lowest + lane), load(rows.highest + lane)) * load(rows.factor + lane);
-        store(sum_ + at, load(sum_ + at) + weight * p);
+        store(sum_ + at, fused(broadcast(weight), p, load(sum_ + at)));
       }
     }
   }

@@ -65,7 +65,7 @@ inline void exp2_each(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::kLowest
 #pragma GCC unroll 16
   for (unsigned k = 1; k < sizeof(Exp2<T>::kCoefficients) / sizeof(T); ++k) {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + Exp2<T>::kCoefficients[k];
+    for (int i = 0; i < N; ++i) p[i] = fused(p[i], x[i], broadcast(Exp2<T>::kCoefficients[k]));
   }
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] = times_exp2(normal[i], p[i], n[i]);
@@ -94,7 +94,7 @@ inline void exp2_of_weights(Vec<T> (&x)[N], Vec<T> lowest = broadcast(Exp2<T>::k
 #pragma GCC unroll 16
   for (unsigned k = 1; k < sizeof(kCoefficients) / sizeof(float); ++k) {
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + kCoefficients[k];
+    for (int i = 0; i < N; ++i) p[i] = fused(p[i], f[i], broadcast(kCoefficients[k]));
   }
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] = times_exp2(in_range(x[i], lowest), p[i], x[i]);
@@ -113,7 +113,7 @@ template <class T>
 inline Vec<T> exp2_fraction(Vec<T> f) {
   Vec<T> p = broadcast(Exp2<T>::kCoefficients[0]);
 #pragma GCC unroll 16
-  for (unsigned k = 1; k < sizeof(Exp2<T>::kCoefficients) / sizeof(T); ++k) p = p * f + Exp2<T>::kCoefficients[k];
+  for (unsigned k = 1; k < sizeof(Exp2<T>::kCoefficients) / sizeof(T); ++k) p = fused(p, f, broadcast(Exp2<T>::kCoefficients[k]));
   return p;
 }
 

@@ -48,7 +48,7 @@ inline E element_at(const void* p) {
 
 template <class V>
 inline void multiply_add(V& sum, V a, V b) {
-  sum += a * b;
+  sum = fused(a, b, sum);
 }
 #if defined(__AVX512BF16__)
 inline void multiply_add(Vec<float>& sum, Vec<BFloat16Pair> a, Vec<BFloat16Pair> b) {

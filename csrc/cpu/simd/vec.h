@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef SMATTN_UNIT
@@ -121,6 +123,24 @@ inline V larger(V a, V b) {
 template <class V>
 inline V smaller(V a, V b) {
   return a < b ? a : b;
+}
+#endif
+
+// a * b + c in one rounding, where the processor has that. The compiler fuses nothing of its own accord (-ffp-contract=off): it would do so in one
+// place and not in another, and backward is to round the scores as forward did.
+#if defined(__AVX512F__)
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+#elif defined(__AVX2__)
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(__aarch64__)
+inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
+inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
+#else
+template <class V>
+inline V fused(V a, V b, V c) {
+  return a * b + c;
 }
 #endif
 
