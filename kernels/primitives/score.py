@@ -51,11 +51,19 @@ def alpha_in_base_2(alpha):
 
 
 @triton.jit
-def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr):
-    """Scores in base 2, reference.py (1), and -inf where the key is not live, unless live is None. m: of M, unused without a mask."""
-    s = qk * (scale * LOG2E)
-    if MASK_KIND:
-        s += alpha_in_base_2(alpha) * m
+def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr, BY_STEP: tl.constexpr):
+    """Scores in base 2, reference.py (1), and -inf where the key is not live, unless live is None. m: of M, unused without a mask.
+
+    BY_STEP: the product is rounded, and then the sum, whatever else is made of them, so that forward and backward make the same score.
+    """
+    if BY_STEP:
+        s = rounded_product(qk, scale * LOG2E)
+        if MASK_KIND:
+            s = tl.fma(alpha_in_base_2(alpha), m, s)
+    else:
+        s = qk * (scale * LOG2E)
+        if MASK_KIND:
+            s += alpha_in_base_2(alpha) * m
     return s if live is None else tl.where(live, s, float("-inf"))
 
 
@@ -82,7 +90,7 @@ def exponents(qk, m, live, shift, factor, scale, alpha, MASK_KIND: tl.constexpr,
     alpha * M - shift is made where M lies, and takes registers of its own.
     """
     if factor is not None:
-        return tl.minimum(score_tile(qk, m, live, scale, alpha, MASK_KIND) - shift, 0.0)
+        return tl.minimum(score_tile(qk, m, live, scale, alpha, MASK_KIND, BY_STEP=True) - shift, 0.0)
     if not MASK_KIND:
         s = qk * (scale * LOG2E) - shift
     elif BY_FMA:

@@ -88,6 +88,7 @@ def attend(
     offs_dv = tl.arange(0, BLOCK_DV)
     ROUNDS: tl.constexpr = DV > 0 and q.dtype != tl.float32
     BY_PRODUCT: tl.constexpr = ROUNDS and SUM_BY_PRODUCT
+    BY_STEP: tl.constexpr = q.dtype == tl.float32 and not ALLOW_TF32  # where backward rebuilds P from m_i and l_i, and not from lse
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -111,7 +112,7 @@ def attend(
             m = load_mask(mask_ptr, mask_rows, offs_n, stride_mm, stride_mn, None, n_cols, live[None, :], MASK_KIND, HAS_PADDING)
             if PINNED_MASK:
                 m = as_product(m, BLOCK_M, BLOCK_N)
-            s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND)  # [BLOCK_M, BLOCK_N]
+            s = score_tile(qk, m, live[None, :], scale, alpha, MASK_KIND, BY_STEP)  # [BLOCK_M, BLOCK_N]
             p, rescale, m_i = softmax_step(s, m_i)
             if q.dtype == tl.float32:
                 l_i, l_lost = add_to_sum(l_i, l_lost, rescale, tl.sum(p, 1))

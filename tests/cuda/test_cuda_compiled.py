@@ -27,8 +27,8 @@ def test_on_compiled_kernels():
 
 @pytest.mark.promise("exact", "dtypes", "any shape")
 def test_the_suite_on_compiled_kernels():
-    chosen = "all_five_gradients or gradient_through_lse or options or head_sizes or map_of_many_queries"
-    assert_as_compiled("-k", chosen, "tests/promises/test_exact.py")
+    chosen = "all_five_gradients or gradient_through_lse or options or head_sizes or map_of_many_queries or weights_of_backward"
+    assert_as_compiled("-k", chosen, "tests/promises/test_exact.py", "tests/promises/test_rounding.py")
 
 
 @pytest.mark.promise("defined", "dropout")

@@ -1,0 +1,78 @@
+"""In float32 and float64 backward rebuilds P from each row's largest score and sum, and rounds every score as forward did.
+
+Where large terms cancel, nothing is left of a score but a unit and what rounding took, and one that is rounded otherwise has another weight.
+"""
+
+import pytest
+import torch
+
+from smattn import soft_masked_attention
+from tests.support.cpu_kernels import KERNELS, forced
+from tests.support.expected import BACKENDS
+
+pytestmark = pytest.mark.promise("exact")
+KEYS = 24  # one block, whose output is not rescaled
+MANY = 131  # queries, enough for the other regime of the fused kernels
+
+
+def masked(scores, size):
+    return dict(mask=scores + torch.rand_like(scores), alpha=-1.0)
+
+
+def masked_by_key(scores, size):
+    """The scores are large and alike, and so are those of each key."""
+    return masked(scores.mean(1, keepdim=True), size)
+
+
+def masked_by_logits(scores, size):
+    return dict(mask_logits=scores / size**2, alpha=-(size**2))
+
+
+def unmasked(scores, size):
+    return dict(scale=2.0**-13 * size)
+
+
+OPTIONS = pytest.mark.parametrize("options", [masked, masked_by_key, masked_by_logits, unmasked])
+
+
+def weights(backend, dtype, device, options, Nq, rows):
+    """P of some rows as forward and as backward have it, (rows, keys) each, of scores in the millions whose terms mostly cancel."""
+    torch.manual_seed(0)
+    size = 2.0**10 if dtype == torch.float32 else 2.0**24
+    query, key = (size * (1 + torch.rand(1, 1, n, 8, dtype=dtype) / size) for n in (Nq, KEYS))
+    given = dict(scale=1.0) | options((query @ key.mT)[:, 0], size)
+    on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    value = torch.eye(KEYS, dtype=dtype, device=device)[None, None].requires_grad_()
+    padding = torch.arange(KEYS, device=device)[None] % 5 == 3
+    out = soft_masked_attention(query.to(device), key.to(device), value, key_padding_mask=padding, backend=backend, **on_device)
+    backward = []
+    for row in rows:  # dV is the row's weights where dO is 1
+        dout = torch.zeros_like(out)
+        dout[..., row, :] = 1
+        backward.append(torch.autograd.grad(out, value, dout, retain_graph=True)[0][0, 0, :, 0])
+    forward = out.detach()[0, 0, rows]
+    assert (forward.std(1) * KEYS > 0.01).any()  # the weights differ
+    return forward, torch.stack(backward)
+
+
+WIDE = [(name, dtype) for name in BACKENDS for dtype in BACKENDS[name].dtypes if dtype.itemsize > 2]
+
+
+@pytest.mark.parametrize("Nq", [5, MANY])
+@OPTIONS
+@pytest.mark.parametrize("name, dtype", WIDE, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in WIDE])
+def test_the_weights_of_backward_are_those_of_forward(name, dtype, device, options, Nq):
+    """But for the last places, where forward divides what it has merged."""
+    forward, backward = weights(name, dtype, device, options, Nq, [Nq - 1])
+    torch.testing.assert_close(backward, forward, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.promise("CPU kernels")
+@pytest.mark.parametrize("Nq", [1, 13, 37, 100])
+@OPTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_to_the_last_bit_on_every_set_of_cpu_kernels(kernels, dtype, options, Nq):
+    with forced(kernels):
+        forward, backward = weights("cpu", dtype, "cpu", options, Nq, range(Nq))
+    assert torch.equal(backward, forward)
