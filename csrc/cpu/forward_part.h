@@ -102,7 +102,7 @@ template <class T>
 inline void logsumexp(const T* maxima, const T* sums, int64_t lanes, T* lse) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes<double>) {
     const Vec<double> exponent = load_doubles(maxima + lane), log = natural_log(load_doubles(sums + lane));
-    store_doubles(lse + lane, exponent * kLn2 + (exponent * kLn2Rest + log));
+    store_doubles(lse + lane, fused(exponent, broadcast(kLn2), fused(exponent, broadcast(kLn2Rest), log)));
   }
 }
 

@@ -153,7 +153,7 @@ struct HeadScores {
       : scale(static_cast<float>(scores.scale) * kLog2E), alpha(in_base_2(alpha)), has_mask(scores.mask.data != nullptr) {}
 
   SMATTN_DEVICE float score(float x, float m) const {
-    x *= scale;
+    x = fmaf(x, scale, 0.0f);  // rounded by itself: nvcc would contract a product and what is subtracted from it, here and not in forward
     return has_mask ? fmaf(alpha, m, x) : x;
   }
   // alpha * M - L comes first, so that two fused multiply-adds make one.

@@ -54,12 +54,13 @@ def alpha_in_base_2(alpha):
 def score_tile(qk, m, live, scale, alpha, MASK_KIND: tl.constexpr, BY_STEP: tl.constexpr):
     """Scores in base 2, reference.py (1), and -inf where the key is not live, unless live is None. m: of M, unused without a mask.
 
-    BY_STEP: the product is rounded, and then the sum, whatever else is made of them, so that forward and backward make the same score.
+    BY_STEP: alpha * M is rounded, and then the sum, whatever else is made of them, so that forward and backward make the same score.
     """
     if BY_STEP:
-        s = rounded_product(qk, scale * LOG2E)
         if MASK_KIND:
-            s = tl.fma(alpha_in_base_2(alpha), m, s)
+            s = tl.fma(qk, scale * LOG2E, rounded_product(alpha_in_base_2(alpha), m))
+        else:
+            s = rounded_product(qk, scale * LOG2E)
     else:
         s = qk * (scale * LOG2E)
         if MASK_KIND:

@@ -185,7 +185,7 @@ WIDE = [(name, dtype) for name in BACKENDS for dtype in BACKENDS[name].dtypes if
 @pytest.mark.parametrize("Nq", [5, MANY])
 @pytest.mark.parametrize("name, dtype", WIDE, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in WIDE])
 def test_no_weight_is_above_1_where_large_terms_cancel(name, dtype, device, Nq):
-    """Nothing is left of them but what rounding took, and with an L that is rounded too 2^(S - L) may be anything up to infinity.
+    """Nothing is left of them but what rounding took, and with an L that is rounded too, 2^(S - L) may be anything up to infinity.
 
     Of 16-bit inputs this is not promised: see docs/guide/alpha-and-masks.md.
     """

@@ -1,6 +1,6 @@
 """In float32 and float64 backward rebuilds P from each row's largest score and sum, and rounds every score as forward did.
 
-Where large terms cancel, nothing is left of a score but a unit and what rounding took, and one that is rounded otherwise has another weight.
+Of scores whose terms are large and cancel little more is left than what rounding took: one that is rounded otherwise has another weight.
 """
 
 import pytest
@@ -15,32 +15,33 @@ KEYS = 24  # one block, whose output is not rescaled
 MANY = 131  # queries, enough for the other regime of the fused kernels
 
 
-def masked(scores, size):
-    return dict(mask=scores + torch.rand_like(scores), alpha=-1.0)
+# What goes with products <q, k> of 8 * size^2, in which a few multiples of size tell the keys apart.
+def masked(products, size):
+    return dict(scale=1.0, mask=products + torch.rand_like(products), alpha=-1.0)
 
 
-def masked_by_key(scores, size):
-    """The scores are large and alike, and so are those of each key."""
-    return masked(scores.mean(1, keepdim=True), size)
+def masked_by_key(products, size):
+    """The mean over the queries is as large as each product, and has all that tells the keys apart but a few units."""
+    return masked(products.mean(1, keepdim=True), size)
 
 
-def masked_by_logits(scores, size):
-    return dict(mask_logits=scores / size**2, alpha=-(size**2))
+def masked_by_logits(products, size):
+    return dict(scale=1.0, mask_logits=(products / (16 * size**2)).logit(), alpha=-16 * size**2)
 
 
-def unmasked(scores, size):
-    return dict(scale=2.0**-13 * size)
+def unmasked(products, size):
+    return dict(scale=1 / size)
 
 
 OPTIONS = pytest.mark.parametrize("options", [masked, masked_by_key, masked_by_logits, unmasked])
 
 
 def weights(backend, dtype, device, options, Nq, rows):
-    """P of some rows as forward and as backward have it, (rows, keys) each, of scores in the millions whose terms mostly cancel."""
+    """P of some rows as forward and as backward have it, (rows, keys) each."""
     torch.manual_seed(0)
     size = 2.0**10 if dtype == torch.float32 else 2.0**24
     query, key = (size * (1 + torch.rand(1, 1, n, 8, dtype=dtype) / size) for n in (Nq, KEYS))
-    given = dict(scale=1.0) | options((query @ key.mT)[:, 0], size)
+    given = options((query @ key.mT)[:, 0], size)
     on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     value = torch.eye(KEYS, dtype=dtype, device=device)[None, None].requires_grad_()
     padding = torch.arange(KEYS, device=device)[None] % 5 == 3
@@ -51,7 +52,7 @@ def weights(backend, dtype, device, options, Nq, rows):
         dout[..., row, :] = 1
         backward.append(torch.autograd.grad(out, value, dout, retain_graph=True)[0][0, 0, :, 0])
     forward = out.detach()[0, 0, rows]
-    assert (forward.std(1) * KEYS > 0.01).any()  # the weights differ
+    assert ((forward > 1e-3).sum(1) > 1).all()
     return forward, torch.stack(backward)
 
 
@@ -63,7 +64,7 @@ WIDE = [(name, dtype) for name in BACKENDS for dtype in BACKENDS[name].dtypes if
 @pytest.mark.parametrize("name, dtype", WIDE, ids=[f"{name}-{str(dtype)[6:]}" for name, dtype in WIDE])
 def test_the_weights_of_backward_are_those_of_forward(name, dtype, device, options, Nq):
     """But for the last places, where forward divides what it has merged."""
-    forward, backward = weights(name, dtype, device, options, Nq, [Nq - 1])
+    forward, backward = weights(name, dtype, device, options, Nq, [0, Nq // 2, Nq - 1])
     torch.testing.assert_close(backward, forward, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -73,6 +74,7 @@ def test_the_weights_of_backward_are_those_of_forward(name, dtype, device, optio
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_to_the_last_bit_on_every_set_of_cpu_kernels(kernels, dtype, options, Nq):
+    """Of weights that are normal numbers; in backward the others are 0."""
     with forced(kernels):
         forward, backward = weights("cpu", dtype, "cpu", options, Nq, range(Nq))
-    assert torch.equal(backward, forward)
+    assert torch.equal(backward, forward.where(forward > 2 * torch.finfo(dtype).tiny, 0))

@@ -121,7 +121,7 @@ template <class T>
 inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   using E = Exp2<T>;
   typedef std::make_unsigned_t<Bits<T> > Whole __attribute__((vector_size(kVectorBytes)));  // the sum wraps where x is NaN
-  const auto too_low = unbounded < lowest;  // whatever the steps below make of it, it will be 0
+  const auto too_low = unbounded < lowest;  // lanes that will be 0, whatever the steps below make of them
   const Vec<T> x = smaller(highest, unbounded);  // NaN stays NaN
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> p = exp2_fraction<T>(x - (shifted - E::kRound));

@@ -126,12 +126,12 @@ inline V smaller(V a, V b) {
 }
 #endif
 
-// a * b + c in one rounding, where the processor has that. The compiler fuses nothing of its own accord (-ffp-contract=off): it would do so in one
+// a * b + c, in one rounding where this unit's instruction set has that. The compiler fuses nothing of its own accord (-ffp-contract=off): it would do so in one
 // place and not in another, and backward is to round the scores as forward did.
 #if defined(__AVX512F__)
 inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
 inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
 #elif defined(__aarch64__)

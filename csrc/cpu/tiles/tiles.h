@@ -198,8 +198,8 @@ struct Exponents {
     const Vec<T> x = product * factor;
     return mask == nullptr ? x : fused(broadcast(alpha), load(mask + at), x);
   }
-  // The same less `subtracted`. Of pairs in two operations; else by the steps that make the scores in forward, so that what cancels there
-  // cancels here.
+  // The same less `subtracted`, by the steps that make the scores in forward, so that what cancels there cancels here; of pairs in two
+  // operations.
   Vec<T> operator()(Vec<T> product, int64_t at, Vec<T> subtracted) const {
     if constexpr (kStepsPerElement<E> == 1) return (*this)(product, at) - subtracted;
     const Vec<T> rest = mask == nullptr ? -subtracted : fused(broadcast(alpha), load(mask + at), -subtracted);
