@@ -50,8 +50,13 @@ inline Vec<float> load_widened(const Half* p) { return _mm256_cvtph_ps(_mm_loadu
 inline void store_narrowed(Half* p, Vec<float> x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+template <>
+constexpr bool kByVector<float, Half> = true;
+inline Vec<float> load_widened(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+inline void store_narrowed(Half* p, Vec<float> x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 #endif
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__aarch64__)
 inline void store_remainders(Half* p, Vec<float> x, const Half* rounded) {
   store_narrowed(p, (x - load_widened(rounded)) * kRemainderScale);
 }
