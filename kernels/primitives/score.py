@@ -84,14 +84,14 @@ def exponents(qk, m, live, shift, factor, scale, alpha, MASK_KIND: tl.constexpr,
     """S - shift in base 2, of which `weights` makes P. It is -inf where a key is not live.
 
     live: None where the caller selects before it sums over keys or stores; what comes of a key that is not live means nothing then.
-    shift, factor: of load_softmax, in a shape that broadcasts. Where there is a factor, S is as in forward and shift its maximum, above
-    which terms that cancel may leave it by rounding alone.
+    shift, factor: of load_softmax, in a shape that broadcasts. Where there is a factor, S is as in forward and shift its maximum, and
+    only what comes of a key that is not live is above it.
 
     Else at most two fused multiply-adds make it. BY_FMA: M is added where the sums of the product lie, in their registers. Otherwise
     alpha * M - shift is made where M lies, and takes registers of its own.
     """
     if factor is not None:
-        return tl.minimum(score_tile(qk, m, live, scale, alpha, MASK_KIND, BY_STEP=True) - shift, 0.0)
+        return tl.minimum(score_tile(qk, m, live, scale, alpha, MASK_KIND, tl.constexpr(True)) - shift, 0.0)
     if not MASK_KIND:
         s = qk * (scale * LOG2E) - shift
     elif BY_FMA:

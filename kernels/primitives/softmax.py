@@ -88,7 +88,7 @@ def attend(
     offs_dv = tl.arange(0, BLOCK_DV)
     ROUNDS: tl.constexpr = DV > 0 and q.dtype != tl.float32
     BY_PRODUCT: tl.constexpr = ROUNDS and SUM_BY_PRODUCT
-    BY_STEP: tl.constexpr = q.dtype == tl.float32 and not ALLOW_TF32  # where backward rebuilds P from m_i and l_i, and not from lse
+    BY_STEP: tl.constexpr = tl.constexpr(q.dtype == tl.float32 and not ALLOW_TF32)  # where backward reads m_i and l_i, not lse
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
