@@ -61,8 +61,8 @@ struct ForwardPart {
 template <class T>
 inline void add_weighted(const T* weight, int64_t rows, int64_t stride, const T* from, T* to) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>)
-      store(to + at, fused(broadcast(weight[i]), load(from + at), load(to + at)));
+    const Vec<T> w = broadcast(weight[i]);
+    for (int64_t at = i * stride; at < (i + 1) * stride; at += kLanes<T>) store(to + at, fused(w, load(from + at), load(to + at)));
   }
 }
 
