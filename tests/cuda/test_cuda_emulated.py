@@ -171,7 +171,7 @@ def test_a_mask_is_not_copied_whatever_its_strides(layout):
 
 SUITE = [
     ("exact", "one_product"),
-    ("defined", "dead_rows", "dropout", "repeatable", "any_shape", "batch_axes"),
+    ("defined", "rounding", "dead_rows", "dropout", "repeatable", "any_shape", "batch_axes"),
     ("ops", "dtypes", "compose", "second_derivatives", "mask_logits"),
 ]
 

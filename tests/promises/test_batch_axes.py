@@ -7,10 +7,10 @@ import torch
 
 from smattn import attention_map, soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
+from tests.support.expected import MANY
 
 pytestmark = pytest.mark.promise("any shape")
 H, NQ, NK, D = 2, 5, 21, 8
-MANY = 131  # queries: the other regime of the fused kernels
 SHARED = {  # by which axes the mask is shared -> its shape, and what else the call has
     "the inner axis": ((2, 1, H, NQ, NK), {"with_lse": True}),
     "the outer axis": ((1, 3, H, NQ, NK), {"padded": 0.3, "dropout_p": 0.2}),

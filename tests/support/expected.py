@@ -41,6 +41,7 @@ if cuda.LIBRARY.path.exists():  # built only where asked for; on the CPU the sam
     TABLE["cuda"]["cuda"] = Expected(HALF_AND_SINGLE, attention_map=True, fused=True)
 BACKENDS = TABLE[DEVICE]
 INTERPRETED = DEVICE == "cpu"  # how Triton's kernels run
+MANY = 131  # queries, enough for the other regime of the fused kernels
 
 
 def names(attention_map: bool = False, fused: bool = False) -> list[str]:
