@@ -196,8 +196,7 @@ class BackwardWorker {
     }
     if (t_.dmap.data != nullptr && dmap_read_.differs(pair.b, 0, kb, qb)) read_tile<T>(t_.dmap, pair.b, 0, q, k, rows_, dmap_);
     if (t_.scores.mask.data == nullptr) return nullptr;
-    const int64_t mask = t_.scores.padding == nullptr ? t_.scores.mask_batch.mask_of(pair.b) : pair.b;  // each batch selects its own out
-    if (mask_read_.differs(mask, t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
+    if (mask_read_.differs(mask_in_tile(t_.scores, pair.b, k), t_.scores.mask_size[1] == 1 ? 0 : pair.h, kb, qb)) {
       read_mask<T>(t_.scores, pair.b, pair.h, q, k, rows_, mask_);
     }
     return mask_;

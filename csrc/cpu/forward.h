@@ -19,7 +19,7 @@ class Forward {
       : t_(task), p_(task.params), s_(p_.scores), n_(s_.size), plan_(plan), query_size_(row_elements<E>(n_.D) * kQueries),
         dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0), queries_(plan.group_heads * query_size_),
         douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
-        parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), masks_(plan.mask_tiles * kKeys * kQueries),
+        parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), masks_(plan.mask_tiles * plan.mask_tile_size),
         masks_read_(plan.mask_tiles), dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
         rows_(kLanes<T> * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
         value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {
@@ -90,9 +90,9 @@ class Forward {
 
   // M's tile, if it is not there from an earlier item.
   const T* read_mask_tile(int64_t b, int64_t h, int64_t query_index, int64_t kb, const QueryBlock& q, const KeyBlock& k, int64_t place) {
-    T* tile = masks_ + place * kKeys * kQueries;
-    const int64_t mask = s_.padding == nullptr ? s_.mask_batch.mask_of(b) : b;  // each batch selects its own out
-    if (masks_read_[place].differs(mask, s_.mask_size[1] > 1 ? h : 0, query_index, kb)) read_mask<T>(s_, b, h, q, k, rows_, tile);
+    T* tile = masks_ + place * plan_.mask_tile_size;
+    const int64_t mask = mask_in_tile(s_, b, k), mask_head = s_.mask_size[1] > 1 ? h : 0;
+    if (masks_read_[place].differs(mask, mask_head, query_index, kb)) read_mask<T>(s_, b, h, q, k, rows_, tile);
     return tile;
   }
 

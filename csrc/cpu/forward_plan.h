@@ -6,22 +6,30 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys). Where batch elements share M, they
-// follow each other, and the tiles of M for a query block are kept for the next one, as far as a core's cache holds them.
+// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys). Where batch elements share M, a few
+// of them follow each other, and the tiles of M for a query block are kept for the next one, as far as a core's cache holds them.
 template <class E>
 struct ForwardPlan {
   using T = typename SumOf<E>::type;
 
   Blocking<T> blocking;
   int64_t group_heads, groups, splits;
-  bool keeps_masks;
-  int64_t mask_tiles;
+  int64_t mask_tile_size, mask_tiles;  // of a worker
+  int64_t batches;  // that follow each other
 
   ForwardPlan(const Scores& s, int64_t threads) : blocking(s.size), s_(s) {
     const Sizes& n = s.size;
     constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = kPromisedBytes / 2, kItems = 16;
     const int64_t head_bytes = blocking.queries * (n.D + n.Dv) * static_cast<int64_t>(sizeof(T));
     group_heads = smaller_of(n.H, larger_of<int64_t>(1, kGroupBytes / larger_of<int64_t>(head_bytes, 1)));
+    mask_tile_size = round_up(blocking.keys, kLanes<T>) * blocking.queries;
+    const int64_t mask_bytes = larger_of<int64_t>(1, blocking.key_blocks * mask_tile_size * static_cast<int64_t>(sizeof(T)));
+    const bool shared = s.mask.data != nullptr && s.mask_batch.sharers(n.B) > 1, by_head = s.mask_size[1] > 1;
+    constexpr int64_t kMaskBytes = 256 << 10;  // about what a worker has besides: with more, memory would hold far fewer workers
+    const bool keeps_masks = shared && mask_bytes <= kMaskBytes;
+    if (keeps_masks && by_head) group_heads = smaller_of(group_heads, kMaskBytes / mask_bytes);
+    constexpr int64_t kBatches = 16;  // M is read seldom, and their keys and values are still near for the next query block
+    batches = keeps_masks ? kBatches : 1;
     groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
     const int64_t uncut = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
@@ -32,11 +40,7 @@ struct ForwardPlan {
       group_heads = blocks_of(group_heads, 2);
       groups = blocks_of(n.H, group_heads);
     }
-    constexpr int64_t kMaskBytes = 256 << 10;  // about what a worker has besides: with more, memory would hold far fewer workers
-    const int64_t tiles = (s.mask_size[1] > 1 ? group_heads : 1) * blocking.key_blocks;
-    keeps_masks = s.mask.data != nullptr && s.padding == nullptr && s.mask_batch.sharers(n.B) > 1 &&
-                  tiles * kKeys * kQueries * static_cast<int64_t>(sizeof(T)) <= kMaskBytes;
-    mask_tiles = keeps_masks ? tiles : 1;
+    mask_tiles = keeps_masks ? (by_head ? group_heads : 1) * blocking.key_blocks : 1;
   }
 
   int64_t items() const { return s_.size.B * groups * blocking.query_blocks * splits; }
@@ -45,16 +49,17 @@ struct ForwardPlan {
     int64_t b, group, query_block, split;
   };
   Item item(int64_t number) const {
-    const int64_t inner = keeps_masks ? s_.size.B : 1, place = number % inner, rest = number / inner;
-    const int64_t of_a_batch = rest % (groups * blocking.query_blocks * splits);
-    return {.b = keeps_masks ? s_.mask_batch.at_place(place, s_.size.B) : rest / (groups * blocking.query_blocks * splits),
-            .group = of_a_batch / (splits * blocking.query_blocks),
-            .query_block = of_a_batch / splits % blocking.query_blocks,
-            .split = of_a_batch % splits};
+    const int64_t of_a_batch = groups * blocking.query_blocks * splits;
+    const int64_t place = number / (batches * of_a_batch) * batches, together = smaller_of(batches, s_.size.B - place);
+    const int64_t rest = number - place * of_a_batch, part = rest / together;
+    return {.b = s_.mask_batch.at_place(place + rest % together, s_.size.B),
+            .group = part / (splits * blocking.query_blocks),
+            .query_block = part / splits % blocking.query_blocks,
+            .split = part % splits};
   }
   // Where M's tile of one of a group's heads and a key block lies.
   int64_t mask_tile(int64_t head, int64_t key_block) const {
-    return keeps_masks ? (s_.mask_size[1] > 1 ? head : 0) * blocking.key_blocks + key_block : 0;
+    return mask_tiles == 1 ? 0 : (s_.mask_size[1] > 1 ? head : 0) * blocking.key_blocks + key_block;
   }
 
   int64_t part_size(const Sizes& n) const { return ForwardPart<E>::size(n, blocking.queries); }

@@ -21,6 +21,7 @@ SHAPES = {
     "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
     "more queries than keys": dict(B=2, H=4, Nq=300, Nk=70, D=16, Hkv=2),
     "a mask for each head": dict(B=2, H=3, Nq=20, Nk=150, D=8, mask_shape=(1, 3, 20, 150)),
+    "a mask for each head that batches share": dict(B=18, H=5, Nq=70, Nk=300, D=8, mask_shape=(1, 5, 70, 300), padded=0.002),
     "a mask of keys": dict(B=2, H=4, Nq=40, Nk=260, D=8, Hkv=2, mask_shape=(1, 1, 260)),
     "no mask": dict(B=1, H=2, Nq=65, Nk=129, D=33, mask=None),
     "every option": dict(B=3, H=4, Nq=17, Nk=300, D=16, Hkv=2, with_lse=True, dropout_p=0.3, padded=0.3),

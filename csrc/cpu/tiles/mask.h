@@ -25,6 +25,11 @@ inline Tensor4 mask_at(const Scores& s, int64_t mask) {
   return own;
 }
 
+// Which of the masks a tile of M is of: a batch element that selects padded keys out has its own.
+inline int64_t mask_in_tile(const Scores& s, int64_t b, const KeyBlock& k) {
+  return k.attended == k.count ? s.mask_batch.mask_of(b) : s.size.B + b;
+}
+
 // M of a query and a key block; padded keys are 0. rows: [kLanes][keys up to whole vectors], overwritten.
 template <class T>
 inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
