@@ -38,6 +38,7 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
     if (!plan.wants_parts) continue;
     parallel_for(threads, plan.part_items() / plan.round * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) store_sum(task, plan, parts, first, item);
+      drain();
     });
   }
   if (task.dalpha != nullptr) store_dalpha(task, plan, parts, dlse);

@@ -36,20 +36,24 @@ inline void store_dquery(const BackwardTask<T>& t, int64_t b, int64_t h, const Q
   write_rows<T>(dquery, stride, q.count, n.D, t.dquery, t.scores.dtype, ((b * n.H + h) * n.Nq + q.first) * n.D, n.D);
 }
 
-// dK and dV of one (batch, kv head) and key block, to their rows; a padded key's are 0, whatever NaN met it.
+// dK and dV of one (batch, kv head) and key block, to their rows, where drain() is to follow; a padded key's are 0, whatever NaN met it.
 template <class T>
 inline void store_dkv(const BackwardTask<T>& t, int64_t b, int64_t g, const KeyBlock& k, int64_t keys, T* dkv) {
   const Sizes& n = t.scores.size;
-  const int64_t stride = round_up(n.D, kLanes<T>), value_stride = round_up(n.Dv, kLanes<T>);
-  T *dkey = dkv, *dvalue = dkv + keys * stride;
-  for (int64_t j = 0; j < k.count && k.attended < k.count; ++j) {
-    if (!k.padded[j]) continue;
-    fill<T>(dkey + j * stride, stride, T(0));
-    fill<T>(dvalue + j * value_stride, value_stride, T(0));
-  }
   const int64_t row = (b * n.Hkv + g) * n.Nk + k.first;
-  if (t.dkey != nullptr) write_rows<T>(dkey, stride, k.count, n.D, t.dkey, t.scores.dtype, row * n.D, n.D);
-  if (t.dvalue != nullptr) write_rows<T>(dvalue, value_stride, k.count, n.Dv, t.dvalue, t.scores.dtype, row * n.Dv, n.Dv);
+  const auto stream_rows = [&](T* rows, int64_t size, void* to) {
+    if (to == nullptr) return;
+    const int64_t stride = round_up(size, kLanes<T>);
+    for (int64_t j = 0; k.attended < k.count && j < k.count; ++j) {
+      if (k.padded[j]) fill<T>(rows + j * stride, stride, T(0));
+    }
+    for (int64_t j = 1; j < k.count && size < stride; ++j) {  // side by side, each over what lay beyond the last
+      for (int64_t c = 0; c < stride; c += kLanes<T>) store(rows + j * size + c, load(rows + j * stride + c));
+    }
+    stream_numbers<T>(rows, k.count * size, to, t.scores.dtype, row * size);
+  };
+  stream_rows(dkv, n.D, t.dkey);
+  stream_rows(dkv + keys * round_up(n.D, kLanes<T>), n.Dv, t.dvalue);
 }
 
 // The splits' sums for one (pair, query block) or (batch, kv head, key block) of the round that begins with group `first`, added up

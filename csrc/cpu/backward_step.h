@@ -214,21 +214,31 @@ class BackwardStep {
   // some(how many, first key) for the keys, as many at a time as there are together; skip(key) for one that is padding.
   template <class Some, class Skip>
   static void each_key(const KeyBlock& k, const Some& some, const Skip& skip) {
-    int64_t j = 0;
-    for (; k.attended == k.count && j + kExpAtOnce <= k.count; j += kExpAtOnce) some(Count<kExpAtOnce>{}, j);
-    for (; j < k.count; ++j) k.padded[j] ? skip(j) : some(Count<1>{}, j);
+    for (int64_t j = 0; j < k.count;) {
+      if (k.padded[j]) {
+        skip(j++);
+        continue;
+      }
+      int64_t end = k.attended == k.count ? k.count : j + 1;
+      while (end < k.count && !k.padded[end]) ++end;
+      for (; j + kExpAtOnce <= end; j += kExpAtOnce) some(Count<kExpAtOnce>{}, j);
+      for (; j < end; ++j) some(Count<1>{}, j);
+    }
   }
   template <int N>
   struct Count {
     constexpr int operator()() const { return N; }
   };
 
-  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], times `factor`; to `final` where that is not null.
+  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], times `factor`; to `final` where that is not null, a padded key's
+  // as 0, whatever NaN its weights of 0 met.
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Prefetch& ahead,
                 bool is_new, T* sum, void* final) {
     const int64_t stride = round_up(size, kLanes<T>);
+    const bool* padded = k.attended < k.count ? k.padded : nullptr;
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
-            [sum, stride, factor, is_new, final, dtype = t_.scores.dtype]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&added)[R][N]) {
+            [sum, stride, factor, is_new, padded, final, dtype = t_.scores.dtype]<int R, int N>(int64_t j, int64_t c,
+                                                                                                const Vec<T>(&added)[R][N]) {
 #pragma GCC unroll 32
               for (int r = 0; r < R; ++r) {
                 const int64_t at = (j + r) * stride + c * kLanes<T>;
@@ -237,6 +247,7 @@ class BackwardStep {
                   x[i] = is_new ? added[r][i] * factor : fused(added[r][i], broadcast(factor), load(sum + at + i * kLanes<T>));
                 }
                 if (final != nullptr) {
+                  for (int i = 0; padded != nullptr && padded[j + r] && i < N; ++i) x[i] = Vec<T>{};
                   stream_row<E>(dtype, final, at, stride, x);
                   continue;
                 }

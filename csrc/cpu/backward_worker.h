@@ -129,8 +129,8 @@ class BackwardWorker {
 
   // Whether dK and dV are complete with this visit, of inner block i, and can be written where they belong, as they come.
   bool stored_directly(const Pair& pair, int64_t i, const KeyBlock& k) const {
-    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k.attended == k.count &&
-           can_stream<E>(t_.scores.dtype, n_.D) && can_stream<E>(t_.scores.dtype, n_.Dv) && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
+    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k.attended > 0 && can_stream<E>(t_.scores.dtype, n_.D) &&
+           can_stream<E>(t_.scores.dtype, n_.Dv) && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
   static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
   // Where queries are few their tiles are kept for the next key block, as far as a core's cache holds those of all pairs.
@@ -141,7 +141,8 @@ class BackwardWorker {
   }
   // How many rows of key or value a block may have to be copied; 0 where all are read as they lie.
   int64_t copied_rows(const Tensor4& rows, int64_t size, int64_t unit) const {
-    return t_.scores.padding == nullptr && keys_in_place<E>(rows, n_.Nk, size, unit) ? 0 : round_up(plan_.blocking.keys, kRowUnit<E>);
+    const bool in_place = t_.scores.padding == nullptr && size % unit == 0 && keys_in_place<E>(rows, n_.Nk, size);
+    return in_place ? 0 : round_up(plan_.blocking.keys, kRowUnit<E>);
   }
   bool wants_dkv() const { return t_.dkey != nullptr || t_.dvalue != nullptr; }
   T* dkv_of(int64_t split, const Pair& pair, int64_t kb) const {

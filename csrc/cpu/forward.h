@@ -99,16 +99,12 @@ class Forward {
   // One head against one key block.
   void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query, const E* dout,
               const ForwardPart<E>& part, const Prefetch& next_queries, const Prefetch& next_keys) {
-    const int64_t g = kv_head(n_, h);
-    if (!same_keys) {
-      key_ = read_keys<E>(s_.key, b, g, k, n_.D, keys_);
-      value_ = read_keys<E>(p_.value, b, g, k, n_.Dv, values_, kLanes<E>);
-    }
+    if (!same_keys) key_ = read_keys<E>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv).then(next_queries);
     if constexpr (OnePass<E>::kServes) {
       const bool tries = p_.out != nullptr && p_.dropout.p == 0 && t_.eta == nullptr;
       if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, next_keys, part)) {
-        make_value_steps(k, same_keys);
+        if (!same_keys) read_values(b, h, k);
         return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count),
                        OnePass<E>::has_few_queries(q) ? Prefetch{} : next_keys, AddTo<T>{part.out, part.stride, false});
       }
@@ -116,6 +112,7 @@ class Forward {
     T maxima[kQueries];
     copy<T>(part.row(kMaximum), q.lanes, maxima);
     weights_.scores(h, q, k, key_, query, mask, values_ahead, maxima);
+    if (!same_keys) read_values(b, h, k);
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {
       dropout_tile<T>(p_.dropout, b * n_.H + h, q, k, keep_);
@@ -126,7 +123,6 @@ class Forward {
     weights_.softmax(q, k, t_.wants_mbar() ? mask : nullptr, t_.eta != nullptr ? dmap_.get() : nullptr, maxima, part, rescale);
     if (p_.out == nullptr) return;
     if (keep != nullptr) weights_.drop(q, k, keep);
-    make_value_steps(k, same_keys);
     product(weights_.by_key(q, k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count), next_keys,
             [out = part.out, stride = part.stride, factor = &rescale[0]]<int R, int N>(int64_t i, int64_t c, const Vec<T>(&sums)[R][N]) {
 #pragma GCC unroll 32
@@ -138,8 +134,9 @@ class Forward {
   }
 
   // After the scores, when they have been fetched.
-  void make_value_steps(const KeyBlock& k, bool same_keys) {
-    if (!same_keys) value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());
+  void read_values(int64_t b, int64_t h, const KeyBlock& k) {
+    value_ = read_keys<E>(p_.value, b, kv_head(n_, h), k, n_.Dv, values_, kLanes<E>);
+    value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());
   }
 
   // dP (6), to be averaged.

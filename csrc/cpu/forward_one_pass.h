@@ -79,12 +79,6 @@ class OnePass {
 
   T* scores(int64_t first) const { return scores_ + first / kStrip % 2 * strip_size(); }
 
-  static bool all_finite(const T* x, int64_t n) {
-    bool finite = true;
-    for (int64_t i = 0; i < n; ++i) finite &= x[i] - x[i] == T(0);
-    return finite;
-  }
-
   // The maximum, of queries that have none that of the first strip.
   Vec<T> with_first(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t lane, Vec<T> maximum) const {
     Vec<T> found = broadcast(static_cast<T>(-__builtin_inf()));

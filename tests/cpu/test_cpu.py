@@ -186,6 +186,13 @@ def every_second(t):
     return longer[..., ::2]
 
 
+def in_longer_rows(t):
+    """The same values as the first of a longer last axis."""
+    longer = torch.full((*t.shape[:-1], t.shape[-1] + 6), float("nan"), dtype=t.dtype)
+    longer[..., :-6] = t
+    return longer[..., :-6]
+
+
 def turned(t):
     """The same values with the last two axes swapped in memory."""
     return t.mT.contiguous().mT if t.dim() > 1 else t
@@ -194,7 +201,9 @@ def turned(t):
 @pytest.mark.parametrize("shape", ["few queries", "many queries", "more queries than keys", "every option", "a map"])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "lay_out", [lambda t: moved(t, 1), lambda t: moved(t, 3), every_second, turned], ids=["1", "3", "every second", "turned"]
+    "lay_out",
+    [lambda t: moved(t, 1), lambda t: moved(t, 3), every_second, in_longer_rows, turned],
+    ids=["1", "3", "every second", "longer rows", "turned"],
 )
 def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
     case = make_case(**SHAPES[shape], dtype=dtype)

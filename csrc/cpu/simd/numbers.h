@@ -68,11 +68,20 @@ inline Vec<float> load_unrounded(const Half* p, const Half* remainder) {
 // Whether two vectors of T, narrowed, fill a cache line of `Storage` and can be stored past the caches.
 template <class T, class Storage>
 constexpr bool kStreamsTwo = kVectorBytes == 64 && sizeof(Storage) == 2 && kByVector<T, Storage>;
+// Whether that, or one vector of T as it is.
+template <class T, class Storage>
+constexpr bool kStreams = std::is_same_v<T, Storage> || kStreamsTwo<T, Storage>;
+inline void stream_narrowed(float* p, const float* from) { stream(p, load(from)); }
+inline void stream_narrowed(double* p, const double* from) { stream(p, load(from)); }
 #if defined(__AVX512F__)
 template <class Storage>
 inline void stream_narrowed(Storage* p, Vec<float> first, Vec<float> second) {
   const __m512i low = _mm512_castsi256_si512(narrowed(first, p));
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_mask_broadcast_i64x4(low, 0xf0, narrowed(second, p)));
+}
+template <class Storage>
+inline void stream_narrowed(Storage* p, const float* from) {
+  stream_narrowed(p, load(from), load(from + kLanes<float>));
 }
 #endif
 

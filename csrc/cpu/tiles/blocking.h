@@ -65,6 +65,7 @@ inline QueryBlock query_block(const Blocking<T>& blocking, int64_t index) {
 struct KeyBlock {
   int64_t first, count;
   int64_t attended;     // keys of it that are not padding
+  bool is_last;         // of the keys
   bool padded[kKeys];
 };
 
@@ -72,7 +73,7 @@ template <class T>
 inline KeyBlock key_block(const Scores& s, const Blocking<T>& blocking, int64_t b, int64_t index) {
   KeyBlock k;
   k.first = index * blocking.keys, k.count = smaller_of(blocking.keys, blocking.Nk - k.first);
-  k.attended = 0;
+  k.attended = 0, k.is_last = k.first + k.count == blocking.Nk;
   for (int64_t j = 0; j < k.count; ++j) {
     k.padded[j] = s.padding != nullptr && s.padding[b * s.padding_stride[0] + (k.first + j) * s.padding_stride[1]];
     k.attended += !k.padded[j];
@@ -93,6 +94,7 @@ constexpr int64_t kStripSize = larger_of<int64_t>(kStripBytes / static_cast<int6
 inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
   KeyBlock strip;
   strip.first = k.first + at, strip.count = smaller_of(keys, k.count - at);
+  strip.is_last = k.is_last && at + strip.count == k.count;
   strip.attended = strip.count;
   for (int64_t j = 0; j < strip.count; ++j) {
     strip.padded[j] = k.padded[at + j];

@@ -26,8 +26,12 @@ inline void copy_rows(const Strided& from, int64_t rows, int64_t columns, E* to)
     const auto* data = static_cast<const BFloat16*>(from.data) + from.offset;
     for (int64_t r = 0; r < rows; ++r) {
       auto* row = reinterpret_cast<char*>(to + r * stride);  // a char may alias what is read as pairs
+      const BFloat16* source = data + r * from.row_stride;
+      const int64_t together = from.column_stride == 1 ? columns : 1;
       __builtin_memset(row, 0, static_cast<std::size_t>(stride) * sizeof(E));
-      for (int64_t c = 0; c < columns; ++c) __builtin_memcpy(row + 2 * c, data + r * from.row_stride + c * from.column_stride, 2);
+      for (int64_t c = 0; c < columns; c += together) {
+        __builtin_memcpy(row + 2 * c, source + c * from.column_stride, static_cast<std::size_t>(2 * together));
+      }
     }
   }
 }
@@ -103,9 +107,12 @@ template <>
 constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
 
 // Whether rows of `size` sums can be stored past the caches in tensors of `dtype`: whole vectors of E as they are, of other 16-bit numbers two.
+// The parts of a cache line are to come one after the other: the sums of a row are made together, or are whole lines. (Of 16 bytes there is no
+// such store, and no part of a line is slow.)
 template <class E>
 inline bool can_stream(DType dtype, int64_t size) {
   constexpr int64_t kSums = kLanes<typename SumOf<E>::type>;
+  if (kVectorBytes > 16 && size > kPanel * kSums && size * bytes_of(dtype) % 64 != 0) return false;
   if (dtype == kStored<E>) return size % kSums == 0;
   return bytes_of(dtype) == 2 && kStreamsTwo<E, Half> && size % (2 * kSums) == 0;
 }

@@ -48,6 +48,11 @@ struct DTypeOf<double> {
   static constexpr DType value = DType::kFloat64;
 };
 
+template <class Storage>
+constexpr Storage kInfinity = static_cast<Storage>(__builtin_inf());
+template <>
+constexpr BFloat16 kInfinity<BFloat16> = {0x7f80};
+
 // A matrix inside a tensor: element (r, c) lies at offset + r * row_stride + c * column_stride.
 struct Strided {
   const void* data;
@@ -62,23 +67,52 @@ inline Strided rows_of(const Tensor4& t, int64_t b, int64_t h, int64_t first) {
   return {t.data, t.dtype, b * t.stride[0] + h * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[3]};
 }
 
+// vector(c) for whole vectors of n numbers, the last of which may lie over the one before. Returns how many numbers that was: n, or 0 if they are
+// fewer than a vector or do not go by vectors.
+template <class T, class Storage, class Vector>
+inline int64_t by_vectors(int64_t n, const Vector& vector) {
+  if constexpr (kByVector<T, Storage>) {
+    if (n < kLanes<T>) return 0;
+    int64_t c = 0;
+    for (; c + kLanes<T> <= n; c += kLanes<T>) vector(c);
+    if (c < n) vector(n - kLanes<T>);
+    return n;
+  }
+  return 0;
+}
+
+// Whether p[0 .. n) are finite, asked of their bits: compilers make vectors of that.
+template <class Storage>
+inline bool all_finite(const Storage* p, int64_t n) {
+  using Word = std::conditional_t<sizeof(Storage) == 2, uint16_t, std::conditional_t<sizeof(Storage) == 4, uint32_t, uint64_t>>;
+  constexpr Word kMagnitude = static_cast<Word>(~Word{0}) >> 1;
+  Word largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Word magnitude = __builtin_bit_cast(Word, p[i]) & kMagnitude;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < __builtin_bit_cast(Word, kInfinity<Storage>);
+}
+
 // to[0 .. columns) = from[0 .. columns)
 template <class T, class Storage>
 inline void read_row(const Storage* from, int64_t columns, T* to) {
-  int64_t c = 0;
-  if constexpr (kByVector<T, Storage>) {
-    for (; c + kLanes<T> <= columns; c += kLanes<T>) store(to + c, load_widened(from + c));
-  }
+  int64_t c = by_vectors<T, Storage>(columns, [=](auto at) { store(to + at, load_widened(from + at)); });
   for (; c < columns; ++c) to[c] = static_cast<T>(widen(from[c]));
 }
 
 template <class T, class Storage>
 inline void write_row(const T* from, int64_t columns, Storage* to) {
-  int64_t c = 0;
-  if constexpr (kByVector<T, Storage>) {
-    for (; c + kLanes<T> <= columns; c += kLanes<T>) store_narrowed(to + c, load(from + c));
-  }
+  int64_t c = by_vectors<T, Storage>(columns, [=](auto at) { store_narrowed(to + at, load(from + at)); });
   for (; c < columns; ++c) narrow(from[c], to[c]);
+}
+
+// row[columns .. stride) = 0, by vectors that may lie over numbers not there yet.
+template <class T>
+inline void clear_beyond(int64_t columns, int64_t stride, T* row) {
+  int64_t c = columns / kLanes<T> * kLanes<T>;
+  for (; c + kLanes<T> <= stride; c += kLanes<T>) store(row + c, Vec<T>{});
+  if (c < stride) fill<T>(row + larger_of(c, columns), stride - larger_of(c, columns), T(0));
 }
 
 // to[r][c] = the matrix's (r, c); columns up to `stride` are 0.
@@ -90,12 +124,12 @@ inline void read_rows(const Strided& from, int64_t rows, int64_t columns, T* to,
     for (int64_t r = 0; r < rows; ++r) {
       const auto* source = data + r * from.row_stride;
       T* row = to + r * stride;
+      clear_beyond(columns, stride, row);
       if (from.column_stride == 1) {
         read_row<T>(source, columns, row);
       } else {
         for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<T>(widen(source[c * from.column_stride]));
       }
-      fill<T>(row + columns, stride - columns, T(0));
     }
   });
 }
@@ -111,6 +145,23 @@ inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t colu
   });
 }
 
+// from[0 .. count) to elements from `offset` on, past the caches: by whole vectors of memory, and those around them as usual.
+template <class T>
+inline void stream_numbers(const T* from, int64_t count, void* to, DType dtype, int64_t offset) {
+  with_storage(dtype, [&](auto* type) {
+    using Storage = std::remove_pointer_t<decltype(type)>;
+    auto* numbers = static_cast<Storage*>(to) + offset;
+    int64_t c = 0;
+    if constexpr (kStreams<T, Storage>) {
+      constexpr int64_t kSize = sizeof(Storage), kWhole = kVectorBytes / kSize;
+      c = smaller_of<int64_t>(count, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(numbers) % kVectorBytes) / kSize);
+      write_row<T>(from, c, numbers);
+      for (; c + kWhole <= count; c += kWhole) stream_narrowed(numbers + c, from + c);
+    }
+    write_row<T>(from + c, count - c, numbers + c);
+  });
+}
+
 // What rounding took from `from`, after write_rows: the remainders of `rounded`, whose rows, like those of `to`, are consecutive.
 template <class T>
 inline void write_remainders(const T* from, int64_t stride, int64_t rows, int64_t columns, const void* rounded, void* to, DType dtype,
@@ -120,10 +171,7 @@ inline void write_remainders(const T* from, int64_t stride, int64_t rows, int64_
     const auto* numbers = static_cast<const Storage*>(rounded) + offset;
     auto* remainders = static_cast<RemainderOf<Storage>*>(to) + offset;
     for (int64_t r = 0; r < rows; ++r, from += stride, numbers += columns, remainders += columns) {
-      int64_t c = 0;
-      if constexpr (kByVector<T, Storage>) {
-        for (; c + kLanes<T> <= columns; c += kLanes<T>) store_remainders(remainders + c, load(from + c), numbers + c);
-      }
+      int64_t c = by_vectors<T, Storage>(columns, [=](auto at) { store_remainders(remainders + at, load(from + at), numbers + at); });
       for (; c < columns; ++c) remainders[c] = remainder_of(static_cast<float>(from[c]), numbers[c]);
     }
   });
@@ -138,12 +186,9 @@ inline void read_unrounded(const void* rounded, const void* remainder, DType dty
     const auto* numbers = static_cast<const Storage*>(rounded) + offset;
     const auto* remainders = static_cast<const RemainderOf<Storage>*>(remainder) + offset;
     for (int64_t r = 0; r < rows; ++r, to += stride, numbers += columns, remainders += columns) {
-      int64_t c = 0;
-      if constexpr (kByVector<T, Storage>) {
-        for (; c + kLanes<T> <= columns; c += kLanes<T>) store(to + c, load_unrounded(numbers + c, remainders + c));
-      }
+      clear_beyond(columns, stride, to);
+      int64_t c = by_vectors<T, Storage>(columns, [=](auto at) { store(to + at, load_unrounded(numbers + at, remainders + at)); });
       for (; c < columns; ++c) to[c] = static_cast<T>(unrounded(numbers[c], remainders[c]));
-      fill<T>(to + columns, stride - columns, T(0));
     }
   });
 }

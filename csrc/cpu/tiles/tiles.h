@@ -49,20 +49,33 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
   return rows;
 }
 
-// Whether `count` rows of key or value, `size` numbers each, are read as they lie; padded keys are not.
+// Whether `count` rows of key or value, `size` numbers each, can be read as they lie.
 template <class E>
-inline bool keys_in_place(const Tensor4& t, int64_t count, int64_t size, int64_t unit = kStepsPerElement<E>) {
-  return t.stride[3] == 1 && size % larger_of(unit, kStepsPerElement<E> * kStepUnit<E>) == 0 && count % kRowUnit<E> == 0 &&
+inline bool keys_in_place(const Tensor4& t, int64_t count, int64_t size) {
+  return t.stride[3] == 1 && size % (kStepsPerElement<E> * kStepUnit<E>) == 0 && count % kRowUnit<E> == 0 &&
          t.stride[2] % kStepsPerElement<E> == 0 && t.dtype == kStored<E>;
 }
 
+// Whether the numbers of a block's padded rows are finite, as most are: then a weight of 0 selects them out.
+template <class Storage>
+inline bool padding_is_finite(const Strided& rows, const KeyBlock& k, int64_t size) {
+  const auto* row = static_cast<const Storage*>(rows.data) + rows.offset;
+  for (int64_t j = 0; k.attended < k.count && j < k.count; ++j) {
+    if (k.padded[j] && !all_finite(row + j * rows.row_stride, size)) return false;
+  }
+  return true;
+}
+
 // A block of rows of key or value: as they lie where that can be read directly, else a copy in which padded keys are 0. A copy's rows
-// are whole vectors; so are the others' where their size is a multiple of `unit`, kLanes say.
+// are whole vectors; as they lie, `unit` numbers at a time can be read to the end of one: beyond it is what lies between it and the next.
 template <class E>
 inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBlock& k, int64_t size, E* copy,
                              int64_t unit = kStepsPerElement<E>) {
+  using Storage = std::conditional_t<kStepsPerElement<E> == 1, E, BFloat16>;
   const Strided rows = rows_of(t, b, g, k.first);
-  if (k.attended == k.count && keys_in_place<E>(t, k.count, size, unit)) {
+  const int64_t beyond = round_up(size, unit) - size;
+  const bool to_the_end = beyond == 0 || (!k.is_last && rows.row_stride >= beyond);
+  if (to_the_end && keys_in_place<E>(t, k.count, size) && padding_is_finite<Storage>(rows, k, size)) {
     return {reinterpret_cast<const E*>(static_cast<const char*>(t.data) + rows.offset * bytes_of(t.dtype)),
             rows.row_stride / kStepsPerElement<E>};
   }
