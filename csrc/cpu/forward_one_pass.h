@@ -70,11 +70,11 @@ class OnePass {
 
   struct Fetching {
     Prefetch values, keys;
-    int64_t value_lines, key_lines;
+    int64_t values_at_once, keys_at_once;
 
     Fetching(const Prefetch& values, const Prefetch& keys, int64_t times)
-        : values(values), keys(keys), value_lines(values.lines_at_each(times)), key_lines(keys.lines_at_each(times)) {}
-    void next() { values.lines(value_lines), keys.lines(key_lines); }
+        : values(values), keys(keys), values_at_once(values.times_at_each(times)), keys_at_once(keys.times_at_each(times)) {}
+    void next() { values.fetch(values_at_once), keys.fetch(keys_at_once); }
   };
 
   T* scores(int64_t first) const { return scores_ + first / kStrip % 2 * strip_size(); }

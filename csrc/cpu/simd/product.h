@@ -121,42 +121,60 @@ struct Vectors {
 // and the processor's own prefetching stops at the end of each head.
 struct Prefetch {
   const char *line = nullptr, *last = nullptr;  // null: nothing
-  int64_t advance = 64;
+  int64_t advance = 64;  // from one fetch to the next
+  bool two = false;      // lines at a fetch
   const char *next_line = nullptr, *next_last = nullptr;  // another stretch of memory, to be fetched after the first
+  int64_t next_advance = 64;
+  bool next_two = false;
 
-  Prefetch then(const Prefetch& next) const { return line == nullptr ? next : Prefetch{line, last, advance, next.line, next.last}; }
-  Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
-    const int64_t lines = line == nullptr ? 0 : (last - line) / 64 + 1;
-    const Prefetch rows{line + lines * first / of * 64, line + lines * (first + count) / of * 64, advance};
-    return first + count < of ? rows : rows.then({next_line, next_last});
+  Prefetch then(const Prefetch& next) const {
+    return line == nullptr ? next : Prefetch{line, last, advance, two, next.line, next.last, next.advance, next.two};
   }
-  // The same where there are few steps, `count` lines at each.
-  int64_t lines_at_each(int64_t steps) const { return line == nullptr ? 0 : (bytes() / 64 + steps) / steps; }
-  void lines(int64_t count) {
-    for (; count > 0 && line <= last; --count) {
+  Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
+    const int64_t times = line == nullptr ? 0 : steps_of(last - line, advance) + 1;
+    const Prefetch rows{line + times * first / of * advance, line + times * (first + count) / of * advance, advance, two};
+    return first + count < of ? rows : rows.then({next_line, next_last, next_advance, next_two});
+  }
+  // The same where there are few steps, so many times at each.
+  int64_t times_at_each(int64_t steps) const { return line == nullptr ? 0 : (times() + steps) / steps; }
+  void fetch(int64_t times) {
+    for (; times > 0 && line <= last; --times) {
       __builtin_prefetch(line);
-      line += 64;
+      if (two) __builtin_prefetch(line + 64);
+      line += advance;
       if (line > last) begin_next();
     }
   }
-  void spread_over(int64_t steps) { advance = bytes() > 64 * steps ? 128 : 64; }
+  // Takes lines that lie side by side by twos where there are more than steps.
+  void spread_over(int64_t steps) {
+    if (times() <= steps) return;
+    if (advance == 64) advance = 128, two = true;
+    if (next_advance == 64) next_advance = 128, next_two = true;
+  }
   // Goes on with the next stretch after the first. Called between tiles, because the inner loop has no register left for it.
   void begin_next() {
-    if (line >= last && next_line != nullptr) *this = {next_line, next_last, advance};
+    if (line >= last && next_line != nullptr) *this = {next_line, next_last, next_advance, next_two};
   }
   void step() {
     __builtin_prefetch(line);
-    if (advance > 64) __builtin_prefetch(line + 64);
+    if (two) __builtin_prefetch(line + 64);
     line = line < last ? line + advance : last;
+  }
+  void go_on_from(const Prefetch& one) {
+    line = one.line;
+    begin_next();
   }
 
  private:
-  int64_t bytes() const { return last - line + (next_last - next_line); }
+  int64_t times() const { return steps_of(last - line, advance) + steps_of(next_last - next_line, next_advance); }
+  static int64_t steps_of(int64_t bytes, int64_t advance) {
+    return advance == 64 ? bytes / 64 : bytes / advance;
+  }  // the usual one is a shift
 };
 
 template <class E, int R, int C, class A, class Done>
 inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, const Done& done) {
-  Prefetch ahead = to_fetch;
+  Prefetch ahead{to_fetch.line, to_fetch.last, to_fetch.advance, to_fetch.two};
   Sum<E> acc[R][C] = {};
   Reader<E, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
@@ -177,8 +195,7 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
     element.next();
     b.data += b.stride;
   }
-  ahead.begin_next();
-  to_fetch = ahead;
+  to_fetch.go_on_from(ahead);
   const Done* held = &done;
   asm("" : "+r"(held));  // Its fields are loaded here, not ahead of the loop, which needs the registers for sums.
   const Done finish = *held;  // A copy, because a store might change the original, which would then be loaded again.

@@ -13,7 +13,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 
 // The sums of R x C tiles, in tiles 0 to 3: number 2r + c.
 template <int R, int C>
-inline void sum_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int64_t steps, int64_t lines, Prefetch& ahead) {
+inline void sum_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int64_t steps, int64_t times, Prefetch& ahead) {
   constexpr int64_t kBytes = sizeof(BFloat16Pair);
   for (int64_t k = 0; k < steps; k += kTileRows) {
     const BFloat16Pair *row = a.data + k, *step = b.data + k * b.stride;
@@ -23,7 +23,7 @@ inline void sum_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int6
     if constexpr (C == 2) Tiles::load<7>(step + kLanes<BFloat16Pair>, b.stride * kBytes), Tiles::multiply_add<1, 4, 7>();
     if constexpr (R == 2) Tiles::load<5>(row + kTileRows * a.stride, a.stride * kBytes), Tiles::multiply_add<2, 5, 6>();
     if constexpr (R == 2 && C == 2) Tiles::multiply_add<3, 5, 7>();
-    ahead.lines(lines);
+    ahead.fetch(times);
   }
 }
 
@@ -82,16 +82,16 @@ inline void hand_over(int64_t row, int64_t, int64_t first, const Done& done) {
 }
 
 template <int C, class Done>
-inline void product_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int64_t rows, int64_t first, int64_t steps, int64_t lines,
+inline void product_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int64_t rows, int64_t first, int64_t steps, int64_t times,
                              Prefetch& ahead, const Done& done) {
   for (int64_t row = 0; row < rows; row += 2 * kTileRows) {
     if (rows - row > kTileRows) {
       begin_sums<2, C>(row, first, done);
-      sum_in_tiles<2, C>(a.from_row(row), b, steps, lines, ahead);
+      sum_in_tiles<2, C>(a.from_row(row), b, steps, times, ahead);
       hand_over<2, C>(row, smaller_of<int64_t>(rows - row, 2 * kTileRows), first, done);
     } else {
       begin_sums<1, C>(row, first, done);
-      sum_in_tiles<1, C>(a.from_row(row), b, steps, lines, ahead);
+      sum_in_tiles<1, C>(a.from_row(row), b, steps, times, ahead);
       hand_over<1, C>(row, rows - row, first, done);
     }
   }
@@ -100,13 +100,13 @@ inline void product_in_tiles(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, 
 template <class Done>
 inline void product(RowMajor<BFloat16Pair> a, Vectors<BFloat16Pair> b, int64_t rows, int64_t vectors, int64_t steps, Prefetch ahead,
                     const Done& done) {
-  const int64_t lines = ahead.lines_at_each(blocks_of(rows, 2 * kTileRows) * blocks_of(vectors, 2) * blocks_of(steps, kTileRows));
+  const int64_t times = ahead.times_at_each(blocks_of(rows, 2 * kTileRows) * blocks_of(vectors, 2) * blocks_of(steps, kTileRows));
   for (int64_t first = 0; first < vectors; first += 2) {
     const Vectors<BFloat16Pair> columns = {b.data + first * kLanes<BFloat16Pair>, b.stride};
     if (vectors - first > 1) {
-      product_in_tiles<2>(a, columns, rows, first, steps, lines, ahead, done);
+      product_in_tiles<2>(a, columns, rows, first, steps, times, ahead, done);
     } else {
-      product_in_tiles<1>(a, columns, rows, first, steps, lines, ahead, done);
+      product_in_tiles<1>(a, columns, rows, first, steps, times, ahead, done);
     }
   }
 }
