@@ -139,11 +139,12 @@ class Forward {
     value_steps_ = by_step(value_, k.count, n_.Dv, value_steps_memory_.get());
   }
 
-  // dP (6), to be averaged.
+  // dP (6), to be averaged; a padded key's is 0, for of a large value it may be infinite.
   void output_gradients(const QueryBlock& q, const KeyBlock& k, const E* dout, const T* keep, const Prefetch& ahead) {
     dot_products(value_, dout, q, k.count, n_.Dv, ahead, dmap_.get());
     const int64_t size = keep == nullptr ? 0 : k.count * q.lanes;
     for (int64_t at = 0; at < size; at += kLanes<T>) store(dmap_ + at, load(dmap_ + at) * load(keep + at));
+    select_attended(q, k, dmap_.get());
   }
 
   const ForwardTask<T>& t_;

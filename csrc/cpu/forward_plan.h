@@ -22,20 +22,24 @@ struct ForwardPlan {
     constexpr int64_t kGroupBytes = 256 << 10, kPartBytes = kPromisedBytes / 2, kItems = 16;
     const int64_t head_bytes = blocking.queries * (n.D + n.Dv) * static_cast<int64_t>(sizeof(T));
     group_heads = smaller_of(n.H, larger_of<int64_t>(1, kGroupBytes / larger_of<int64_t>(head_bytes, 1)));
-    mask_tile_size = round_up(blocking.keys, kLanes<T>) * blocking.queries;
-    const int64_t mask_bytes = larger_of<int64_t>(1, blocking.key_blocks * mask_tile_size * static_cast<int64_t>(sizeof(T)));
-    const bool shared = s.mask.data != nullptr && s.mask_batch.sharers(n.B) > 1, by_head = s.mask_size[1] > 1;
-    constexpr int64_t kMaskBytes = 256 << 10;  // about what a worker has besides: with more, memory would hold far fewer workers
-    const bool keeps_masks = shared && mask_bytes <= kMaskBytes;
-    if (keeps_masks && by_head) group_heads = smaller_of(group_heads, kMaskBytes / mask_bytes);
-    constexpr int64_t kBatches = 16;  // M is read seldom, and their keys and values are still near for the next query block
-    batches = keeps_masks ? kBatches : 1;
     groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
     const int64_t uncut = larger_of<int64_t>(1, n.B * groups * blocking.query_blocks);
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
     splits = smaller_of(smaller_of(blocks_of(kItems, uncut), larger_of<int64_t>(1, kPartBytes / part_bytes)),
                         larger_of<int64_t>(1, blocking.key_blocks));
-    // No result depends on how many heads an item has, so this may depend on the threads: many have fewer heads each, and read M more often.
+    // No result depends on how many heads an item has: so few that their tiles of M can be kept, and where threads are many fewer, which then read M
+    // more often.
+    mask_tile_size = round_up(blocking.keys, kLanes<T>) * blocking.queries;
+    const int64_t mask_bytes = larger_of<int64_t>(1, blocking.key_blocks * mask_tile_size * static_cast<int64_t>(sizeof(T)));
+    const bool shared = s.mask.data != nullptr && s.mask_batch.sharers(n.B) > 1, by_head = s.mask_size[1] > 1;
+    constexpr int64_t kMaskBytes = 256 << 10;  // about what a worker has besides: with more, memory would hold far fewer workers
+    const bool keeps_masks = shared && mask_bytes <= kMaskBytes;
+    if (keeps_masks && by_head) {
+      group_heads = smaller_of(group_heads, kMaskBytes / mask_bytes);
+      groups = blocks_of(n.H, larger_of<int64_t>(group_heads, 1));
+    }
+    constexpr int64_t kBatches = 16;  // M is read seldom, and their keys and values are still near for the next query block
+    batches = keeps_masks ? kBatches : 1;
     while (group_heads > 1 && items() < 2 * threads) {
       group_heads = blocks_of(group_heads, 2);
       groups = blocks_of(n.H, group_heads);

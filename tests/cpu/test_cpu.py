@@ -94,6 +94,24 @@ def test_rounded_probabilities_do_not_reach_delta(dtype, name, Nk, mask_dtype):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_an_expanded_mask_gives_the_bits_of_a_shared_one(name):
+    case = make_case(2, 4, 64, 576, 64, mask_shape=(1, 4, 64, 576))
+    expanded = replace(case, mask=case.mask.expand(2, -1, -1, -1))
+    with forced(name):
+        assert differing(run(case, "cpu", needs=[]), run(expanded, "cpu", needs=[])) == []
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_large_numbers_in_padded_rows_change_no_bit(name):
+    """Products with them overflow. No remainder of out is kept at this size: forward's kernels sum delta as P*dP."""
+    case = make_case(1, 8, 32768, 64, 32, dtype=torch.bfloat16, mask=None, padded=0.2)
+    padded = case.key_padding_mask[:, None, :, None]
+    large = replace(case, key=case.key.masked_fill(padded, 1e38), value=case.value.masked_fill(padded, 1e38))
+    with forced(name):
+        assert differing(run(case, "cpu"), run(large, "cpu")) == []
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bfloat16], ids=str)
 @HALF_WIDTH
 def test_equal_values_leave_scores_no_gradient(dtype, name, mask_dtype):

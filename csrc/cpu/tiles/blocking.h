@@ -65,7 +65,7 @@ inline QueryBlock query_block(const Blocking<T>& blocking, int64_t index) {
 struct KeyBlock {
   int64_t first, count;
   int64_t attended;     // keys of it that are not padding
-  bool is_last;         // of the keys
+  bool is_last;         // no keys come after it
   bool padded[kKeys];
 };
 
