@@ -44,9 +44,7 @@ inline void store_dkv(const BackwardTask<T>& t, int64_t b, int64_t g, const KeyB
   const auto stream_rows = [&](T* rows, int64_t size, void* to) {
     if (to == nullptr) return;
     const int64_t stride = round_up(size, kLanes<T>);
-    for (int64_t j = 0; k.attended < k.count && j < k.count; ++j) {
-      if (k.padded[j]) fill<T>(rows + j * stride, stride, T(0));
-    }
+    clear_padded(k, stride, rows);
     for (int64_t j = 1; j < k.count && size < stride; ++j) {  // side by side, each over what lay beyond the last
       for (int64_t c = 0; c < stride; c += kLanes<T>) store(rows + j * size + c, load(rows + j * stride + c));
     }

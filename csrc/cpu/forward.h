@@ -144,7 +144,7 @@ class Forward {
     dot_products(value_, dout, q, k.count, n_.Dv, ahead, dmap_.get());
     const int64_t size = keep == nullptr ? 0 : k.count * q.lanes;
     for (int64_t at = 0; at < size; at += kLanes<T>) store(dmap_ + at, load(dmap_ + at) * load(keep + at));
-    select_attended(q, k, dmap_.get());
+    clear_padded(k, q.lanes, dmap_.get());
   }
 
   const ForwardTask<T>& t_;

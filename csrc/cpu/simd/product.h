@@ -167,9 +167,8 @@ struct Prefetch {
 
  private:
   int64_t times() const { return steps_of(last - line, advance) + steps_of(next_last - next_line, next_advance); }
-  static int64_t steps_of(int64_t bytes, int64_t advance) {
-    return advance == 64 ? bytes / 64 : bytes / advance;
-  }  // the usual one is a shift
+  // A shift, where it is the usual one.
+  static int64_t steps_of(int64_t bytes, int64_t advance) { return advance == 64 ? bytes / 64 : bytes / advance; }
 };
 
 template <class E, int R, int C, class A, class Done>

@@ -40,7 +40,7 @@ inline void read_mask(const Scores& s, int64_t b, int64_t h, const QueryBlock& q
   for (int64_t at = 0; at < whole; at += kSigmoids<T>) {
     exp2_of<T>(tile + at, [](Vec<T> x) { return x * static_cast<T>(-kLog2e); }, [](Vec<T> e) { return T(1) / (T(1) + e); });
   }
-  select_attended(q, k, tile);
+  clear_padded(k, q.lanes, tile);
 }
 
 // row[j] *= M (1 - M), j < columns: dM becomes the logits' gradient. A 0 stays 0: the logits of a padded key may be NaN.

@@ -49,6 +49,15 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
   return rows;
 }
 
+// Padded keys' rows of a block, `stride` elements each, are 0, whatever was there.
+template <class T>
+inline void clear_padded(const KeyBlock& k, int64_t stride, T* rows) {
+  if (k.attended == k.count) return;
+  for (int64_t j = 0; j < k.count; ++j) {
+    if (k.padded[j]) fill<T>(rows + j * stride, stride, T(0));
+  }
+}
+
 // Whether `count` rows of key or value, `size` numbers each, can be read as they lie.
 template <class E>
 inline bool keys_in_place(const Tensor4& t, int64_t count, int64_t size) {
@@ -81,9 +90,7 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   }
   const int64_t stride = row_elements<E>(size);
   copy_rows<E>(rows, k.count, size, copy);
-  for (int64_t j = 0; j < k.count; ++j) {
-    if (k.padded[j]) fill<E>(copy + j * stride, stride, E(0));
-  }
+  clear_padded(k, stride, copy);
   fill<E>(copy + k.count * stride, (round_up(k.count, kRowUnit<E>) - k.count) * stride, E(0));
   return {copy, stride};
 }
@@ -99,15 +106,6 @@ inline Prefetch rows_ahead(const Tensor4& t, int64_t b, int64_t h, int64_t first
 }
 inline Prefetch keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
   return rows_ahead(t, b, kv_head(n, h), first, smaller_of(count, n.Nk - first), size);
-}
-
-// Padded keys of a tile are 0, whatever was read there.
-template <class T>
-inline void select_attended(const QueryBlock& q, const KeyBlock& k, T* tile) {
-  if (k.attended == k.count) return;
-  for (int64_t j = 0; j < k.count; ++j) {
-    if (k.padded[j]) fill<T>(tile + j * q.lanes, q.lanes, T(0));
-  }
 }
 
 // A matrix of bfloat16 as a tile, keys by the vector of pairs: pairs are turned, which is half the work, and then widened. False, and then nothing
@@ -169,7 +167,7 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   } else if (!read_pairs(matrix, q, k, tile)) {
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) turn_rows<T>(matrix, lane, q, k, rows, tile);
   }
-  select_attended(q, k, tile);
+  clear_padded(k, q.lanes, tile);
 }
 
 // Product sink that adds the result to the sums in memory, or stores it where there are none yet. Products in matrix tiles begin and end there.
