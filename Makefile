@@ -20,13 +20,15 @@ test: $(INSTALLED)  ## the fast tier
 test-all: $(INSTALLED)
 	$(PYTEST)
 
-bench-readme: $(INSTALLED)  ## every measurement that docs/measured.md shows, and both pages from them: a quarter of an hour on a quiet machine
+bench-readme: $(INSTALLED)  ## every measurement that docs/measured.md shows, and both pages from them: three quarters of an hour on a quiet machine
 	touch $(VENV)/began
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.run --dtypes bfloat16
 	! grep -qw avx2 /proc/cpuinfo || $(BIN)/python -m bench.run --device cpu --kernels avx2
 	$(BIN)/python -m bench.run --workloads windows pair384 --dtypes float32 bfloat16
 	$(BIN)/python -m bench.studies.nk_sweep
+	$(BIN)/python -m bench.studies.variants
+	$(BIN)/python -m bench.studies.variants --dtype bfloat16
 	$(BIN)/python -m bench.reporting.measured $$(find bench/results -name '*.jsonl' -newer $(VENV)/began | xargs ls -tr)
 
 bench-full: bench-readme  ## those, and every named workload

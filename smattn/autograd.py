@@ -171,40 +171,36 @@ class AttentionMap(Function):
         return _vmap_map(AttentionMap.apply, info, in_dims, *arguments)
 
 
-class _AttentionBackward(Function):
-    """ops.backward, which refuses to be differentiated."""
+class _OnlyOnce(Function):
+    """A backward, which refuses to be differentiated."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{NO_SECOND}, except with backend='reference'")
+
+
+class _AttentionBackward(_OnlyOnce):
+    """ops.backward."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return _below_autograd(ops.backward, arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"{NO_SECOND}, but by backend='reference'")
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         return fold_or_loop(_AttentionBackward.apply, info.batch_size, BackwardArguments(*arguments), BackwardArguments(*in_dims))
 
 
-class _AttentionMapBackward(Function):
-    """ops.attention_map_backward, which refuses to be differentiated."""
+class _AttentionMapBackward(_OnlyOnce):
+    """ops.attention_map_backward."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return _below_autograd(ops.attention_map_backward, arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"{NO_SECOND}, but by backend='reference'")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:

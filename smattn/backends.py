@@ -5,8 +5,8 @@ A backend is a module with these functions, as reference.py has them; it is impo
     unsupported_reasons(problem) -> list[str]
     forward(call, *, save_out, save_mbar) -> (out, Saved)
     backward(call, saved, dout, dlse, needs) -> Gradients
-    attention_map(call) -> (map, lse)
-    attention_map_backward(call, lse, dmap, needs) -> Gradients
+    attention_map(call) -> (map, Saved)
+    attention_map_backward(call, saved, dmap, needs) -> Gradients
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Backend:
         return _import(self.module)
 
     def unsupported_reasons(self, problem: Problem, operation: str) -> list[str]:
-        """Why this backend cannot run `operation` ("forward" or "attention_map") on such a call; empty when it can."""
+        """Why this backend cannot run `operation`, one of the functions above, on such a call; empty when it can."""
         if not self.runs_on(problem.device_type):
             return [f"it does not run on device type {problem.device_type!r}, only on {', '.join(self.device_types or ())}"]
         try:

@@ -74,7 +74,7 @@ class Recording(TorchDispatchMode):
             self._is_hidden = False
 
     def place_of(self, tensor: Tensor, whole: bool = False) -> int:
-        """Which of the call's tensors lies at this one's address, whole: in its form too. Where none does, the call cannot be repeated."""
+        """The place of the call's tensor at this address; `whole`: and of its form. Where there is none, the call cannot be repeated."""
         address = tensor.data_ptr()
         found = next((place for place, other in enumerate(self.tensors) if other.data_ptr() == address and other.numel() > 0), -1)
         self.is_complete &= found >= 0 and not (whole and _form(self.tensors[found]) != _form(tensor))

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu.run import NOT_HERE
 from smattn import cpu
 from smattn.testing import errors, make_case, run
-
-NONE = 77
 
 
 def try_out(library: Path) -> str:
@@ -41,7 +40,7 @@ def main(paths: list[str]) -> int:
     libraries = [Path(path) for path in paths] or [path for path in dict.fromkeys((cpu.LIBRARY.path.resolve(), source)) if path.exists()]
     if not libraries:
         print("\n".join(cpu.reasons()))
-        return NONE
+        return NOT_HERE
     return max(subprocess.run([sys.executable, "-m", __spec__.name, str(library)]).returncode for library in libraries)
 
 

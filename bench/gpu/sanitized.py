@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.run import NOT_HERE
 from bench.measuring.worker import Worker
 from smattn.backends import TABLE
 from smattn.testing import make_case, run
@@ -26,7 +27,6 @@ from smattn.testing import make_case, run
 DTYPES = (torch.float16, torch.float32)
 QUERIES, KEYS = (13, 150), 203  # few and many, and no multiple of a tile
 PROCESSES = 16
-NOT_HERE = 77
 TRIAL = "import torch; torch.ones(1, device='cuda').sum().item()"
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"B": 1},

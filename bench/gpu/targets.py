@@ -16,6 +16,7 @@ from typing import NamedTuple
 from bench.measuring.ceilings import rate
 from bench.reporting.rows import BOTH, COLD, COPY, FORWARD, GRAPH, WARM, Row, read, result_file
 from bench.reporting.tables import markdown
+from smattn.memory import PROMISED_BYTES, PROMISED_SHARE
 from smattn.testing import WORKLOADS
 
 DTYPE = "bfloat16"
@@ -24,7 +25,6 @@ SPEEDUP = 3.0
 BANDWIDTH, BOUND_BY_MEMORY = 0.7, ("video64k", "queries100")
 LATENCY, BOUND_BY_LAUNCHES = {FORWARD: 15.0, "backward": 30.0}, ("hodor_train", "hodor_infer")  # microseconds
 OPERATIONS, BOUND_BY_PRODUCTS = {FORWARD: 450.0, "backward": 200.0}, "self4k_d128"  # TFLOP/s, where backward counts as 5 products
-ALLOWED_SHARE, ALLOWED_BYTES = 0.25, 16 * 2**20
 
 
 class Target(NamedTuple):
@@ -139,7 +139,7 @@ def of(
 
 def share(row: Row) -> float | None:
     """The extra memory as a percentage of what is allowed."""
-    return None if row.extra_bytes is None else 100 * max(0, row.extra_bytes) / (ALLOWED_SHARE * row.io_bytes + ALLOWED_BYTES)
+    return None if row.extra_bytes is None else 100 * max(0, row.extra_bytes) / (row.io_bytes / PROMISED_SHARE + PROMISED_BYTES)
 
 
 def table(rows: list[Row]) -> str:

@@ -22,7 +22,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ import smattn
 from bench.gpu.cells import BACKWARD, FORWARD, VARIANTS, Cell
 from bench.gpu.notes import Notes
 from bench.measuring.clock import cache_flush, time_interleaved, timing, warm_up
+from bench.measuring.machine import ROOT
 from bench.measuring.worker import Lost, Worker, at, in_a_line, still_usable
 from smattn import prepared
 from smattn.kernels import tiles as table
@@ -40,13 +40,14 @@ from smattn.kernels.tools import aot
 from smattn.kernels.tools.sources import sources
 from smattn.testing import Case, errors, run
 
-ROOT = Path(__file__).resolve().parents[2]
 CSV, NOTES = ROOT / "kernels" / "tiles.csv", ROOT / "build" / "tune.jsonl"
 Call = Callable[..., Any]  # takes a function and its arguments, and calls it in whatever process
 MARGIN = 1.03
 COMPILING = 60.0  # seconds that the compiler has for all tiles of a cell
 SIZES, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4)
 FEWER = 4  # A check against float64 divides the keys, and many queries, by this.
+
+
 def cells(arch: int, kernels: Sequence[str] = (), heads: Sequence[int] = HEAD_SIZES) -> Iterator[Cell]:
     """A cell for each line that this chip reads or whose place it could take, 16-bit elements first."""
     read = [key for key in table.TABLE if key.chip in table.CHIPS[generation(arch)] and key.call in VARIANTS]

@@ -18,11 +18,10 @@ from bench.measuring.machine import ROOT, published
 from bench.reporting.readme_figures import kernels_are_forced, with_readme_figures
 from bench.reporting.rows import BOTH, CEILINGS, COPY, FORWARD, MATMUL, Row, read, result_file
 from bench.reporting.tables import DISTURBED, Duel, between, disturbed, duels, markdown, mib, ms, times
-from bench.studies import token_maps
+from bench.studies import token_maps, variants
 
 PAGE = ROOT / "docs" / "measured.md"
 DATE = len("YYYY-MM-DD")
-SWEEP = "-nk-sweep"  # in the name of what nk_sweep.py writes; any other file is bench.run's
 CPU, GPU = between("figures"), between("gpu figures")
 NO_GPU = "No run on a GPU has been made yet; `make gpu` makes one.\n"
 INTRODUCTION = """Medians in ms of the backend that smattn takes, beside the fastest of its peers in the same run: plain PyTorch eager and
@@ -61,14 +60,16 @@ def with_figures(page: str, files: list[str]) -> str:
     parts = [INTRODUCTION]
     for name in dict.fromkeys(map(machine, files)):
         own = [file for file in files if machine(file) == name]
-        runs, sweeps = ([file for file in own if (SWEEP in file) is swept] for swept in (False, True))
-        parts += [f"### {name}\n", *(section(file, with_plot=file == runs[0]) for file in runs), *map(sweep_section, sweeps)]
+        runs = list(filter(is_a_run, own))
+        parts += [f"### {name}\n", *(section(file, with_plot=file == runs[0]) for file in runs)]
+        parts += [of_study(file) for study, of_study in STUDIES.items() for file in own if study in file]
     return CPU.sub(lambda _: "\n".join(parts if files else []), page)
 
 
 def with_gpu_figures(page: str, files: list[str]) -> str:
     """The page with the figures of runs on GPUs."""
-    parts = [INTRODUCTION, *(f"### {machine(file)}\n\n{(sweep_section if SWEEP in file else gpu_section)(file)}" for file in files)]
+    sections = [next((of for study, of in STUDIES.items() if study in file), gpu_section)(file) for file in files]
+    parts = [INTRODUCTION, *(f"### {machine(file)}\n\n{text}" for file, text in zip(files, sections, strict=True))]
     return GPU.sub(lambda _: "\n".join(parts) if files else NO_GPU, page)
 
 
@@ -76,6 +77,11 @@ def gpu_section(file: str) -> str:
     """One run on a GPU: its section, and what became of the targets."""
     what = " ".join((targets.__doc__ or "").splitlines()[2:])
     return f"{section(file, with_plot=True)}\n**Targets on an H200, and this run.** {what}\n\n{targets.table(read(ROOT / file))}\n"
+
+
+def is_a_run(file: str) -> bool:
+    """Whether bench.run wrote it, and no study."""
+    return not any(study in file for study in STUDIES)
 
 
 def is_on_a_gpu(file: str) -> bool:
@@ -124,6 +130,20 @@ def sweep_section(file: str) -> str:
 """
 
 
+def variants_section(file: str) -> str:
+    """The call in its variants: the table, and where it comes from."""
+    rows = read(ROOT / file)
+    return f"""**Variants**, {rows[0].dtype}: what else a call may be, beside plain PyTorch that does the same.
+
+{variants.table(rows)}
+
+{source(rows[0], file)}
+"""
+
+
+STUDIES = {"-nk-sweep": sweep_section, "-variants": variants_section}  # by what the name of a study's file has in it
+
+
 def source(about: Row, file: str) -> str:
     report = Path(file).with_suffix(".md")
     return f"By `{about.command}` at commit {about.commit}; [report](../{report}); rows: [{Path(file).name}](../{file})."
@@ -142,7 +162,7 @@ def main(given: list[str]) -> None:
     on_cpus, on_gpus = ([file for file in given if is_on_a_gpu(file) is gpu] for gpu in (False, True))
     cpu_files, gpu_files = to_show(files_shown(page), on_cpus), to_show(files_shown(page, GPU), on_gpus)
     PAGE.write_text(with_gpu_figures(with_figures(page, cpu_files), gpu_files))
-    runs = [file for file in gpu_files or cpu_files if SWEEP not in file]
+    runs = list(filter(is_a_run, gpu_files or cpu_files))
     readme.write_text(with_readme_figures(readme.read_text(), of_the_newest(runs)))
     examples = ROOT / "examples" / "wsss" / "README.md"
     maps = max(published("*-token-maps.jsonl"))

@@ -19,12 +19,13 @@ from smattn.testing import WORKLOADS
 def summary(rows: list[Row]) -> str:
     """A line for each cell, for the terminal."""
     lines = [f"{'':60}{'smattn ms':>10}{'best peer ms':>22}{'ratio':>8}{'extra MiB':>11}{'least peer MiB':>22}"]
+    busy = disturbed(rows)
     for key, duel in duels(rows).items():
         peer, small = duel.fastest, duel.smallest
         lines.append(
             f"{label(key):60}{ms(duel.ours.median_ms):>10}{f'{ms(peer.median_ms)} {peer.backend}' if peer else '–':>22}"
             f"{f'{duel.speedup:.2f}x' if duel.speedup else '–':>8}{mib(duel.ours.extra_bytes):>11}"
-            f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}{'   disturbed' if key in disturbed(rows) else ''}"
+            f"{f'{mib(small.extra_bytes)} {small.backend}' if small else '–':>22}{'   disturbed' if key in busy else ''}"
         )
     return "\n".join(lines)
 
@@ -112,11 +113,11 @@ def label(key: Key) -> str:
 
 
 def time_body(rows: list[Row], names: list[str]) -> list[list[str]]:
-    body, speedups = [], {key: duel.speedup for key, duel in duels(rows).items()}
+    body, speedups, busy = [], {key: duel.speedup for key, duel in duels(rows).items()}, disturbed(rows)
     for key, group in cells(rows).items():
         by_name = {row.backend: row for row in group}
         speedup = speedups.get(key)
-        mark = " †" if key in disturbed(rows) else ""
+        mark = " †" if key in busy else ""
         body.append([label(key) + mark, *(_time(by_name.get(name)) for name in names), f"{speedup:.2f}" if speedup else "–"])
     return body
 

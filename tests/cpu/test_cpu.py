@@ -1,9 +1,8 @@
-"""backend="cpu": every set of kernels that this processor runs, with any threads and strides, for callers with threads and forks."""
+"""backend="cpu": every set of kernels that this processor runs, with any strides."""
 
 import platform
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,29 +11,10 @@ import torch
 
 from smattn import soft_masked_attention
 from smattn.testing import assert_within_budget, make_case, run
-from tests.support.cpu_kernels import KERNELS, forced, threads
+from tests.support.cpu_kernels import ALL_DTYPES, KERNELS, SHAPES, differing, forced
 
 pytestmark = pytest.mark.promise("CPU kernels")
-# Sizes decide how a call is cut into items: few queries split the keys, many do not, and Nq > Nk turns backward inside out.
-SHAPES = {
-    "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),
-    "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
-    "more queries than keys": dict(B=2, H=4, Nq=300, Nk=70, D=16, Hkv=2),
-    "a mask for each head": dict(B=2, H=3, Nq=20, Nk=150, D=8, mask_shape=(1, 3, 20, 150)),
-    "a mask for each head that batches share": dict(B=18, H=5, Nq=70, Nk=300, D=8, mask_shape=(1, 5, 70, 300), padded=0.002),
-    "a mask of keys": dict(B=2, H=4, Nq=40, Nk=260, D=8, Hkv=2, mask_shape=(1, 1, 260)),
-    "no mask": dict(B=1, H=2, Nq=65, Nk=129, D=33, mask=None),
-    "every option": dict(B=3, H=4, Nq=17, Nk=300, D=16, Hkv=2, with_lse=True, dropout_p=0.3, padded=0.3),
-    "a map": dict(B=2, H=4, Nq=21, Nk=300, D=32, Hkv=2, as_map=True, padded=0.2),
-    "a map of few queries": dict(B=1, H=2, Nq=3, Nk=3001, D=32, as_map=True),
-}
-ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALF_WIDTH = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-
-
-def differing(a, b):
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 # Vendor, family and model of processors whose bfloat16 dot product is slower than float products (csrc/cpu/isa/processor.cpp).
@@ -168,29 +148,6 @@ def test_a_forced_set_is_the_one_that_runs():
     assert differing(results, run(case, "cpu")) == []
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_same_bits_on_any_number_of_threads(shape, dtype):
-    case = make_case(**SHAPES[shape], dtype=dtype)
-    with threads(1):
-        alone = run(case, "cpu")
-    for n in (2, 3, 40):
-        with threads(n):
-            assert torch.get_num_threads() == n
-            assert differing(alone, run(case, "cpu")) == []
-
-
-@pytest.mark.parametrize("B, H, Nq, Nk", [(1, 64, 520, 520), (1, 384, 130, 146), (2, 512, 130, 146)], ids=["rows", "heads", "heads of two"])
-def test_what_takes_turns_gives_the_same_bits_on_any_number_of_threads(B, H, Nq, Nk):
-    """So many heads share a mask that backward's memory holds few rows of runs (csrc/cpu/runs.h) at a time, or not the sums of all."""
-    case = make_case(B, H, Nq, Nk, 64, dtype=torch.bfloat16)
-    with threads(1):
-        alone = run(case, "cpu")
-    assert_within_budget(alone, case)
-    with threads(7):
-        assert differing(alone, run(case, "cpu")) == []
-
-
 def moved(t, offset):
     """The same values, `offset` elements into a longer storage."""
     storage = torch.full((t.numel() + offset,), float("nan"), dtype=t.dtype)
@@ -235,43 +192,6 @@ def test_where_and_how_tensors_lie_changes_no_bit(lay_out, dtype, shape):
     assert differing(run(case, "cpu"), run(other, "cpu")) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_python_threads_at_once(dtype):
-    shapes = [shape for shape in SHAPES.values() if "dropout_p" not in shape]  # all threads share torch's generator
-    cases = [make_case(**shape, dtype=dtype) for shape in shapes]
-    alone = [run(case, "cpu") for case in cases]
-    start, wrong = threading.Barrier(len(cases)), []
-
-    def repeat(case, expected):
-        start.wait(timeout=60)
-        for _ in range(5):
-            wrong.extend(differing(expected, run(case, "cpu")))
-        wrong.remove("has not finished")
-
-    wrong += ["has not finished"] * len(cases)
-    workers = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, alone, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-    assert wrong == []
-
-
-FORK = """
-import os, sys, torch
-from smattn.testing import make_case, run
-torch.set_num_threads(2)
-case = make_case(1, 4, 13, 3001, 32, dtype=torch.{dtype}, with_lse=True, padded=0.2)
-before = run(case, "cpu")  # torch's threads now exist, and will not in the child
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)
-    after = run(case, "cpu")
-    os._exit(0 if all(torch.equal(before[name], after[name]) for name in before) else 7)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
 FAULTS = """
 import resource, torch
 from smattn.testing import make_case, run
@@ -294,12 +214,6 @@ def test_a_large_gradient_is_faulted_in_by_huge_pages():
     assert result.returncode == 0, result.stderr
     faults, size = map(int, result.stdout.split())
     assert faults < size / 4096 / 4
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_forked_child_with_one_thread(dtype):
-    result = subprocess.run([sys.executable, "-c", FORK.replace("{dtype}", dtype)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
 
 
 # Backward's scratch memory cannot hold these at once: groups of batches and heads take turns, and so do batches that share a mask.
