@@ -156,7 +156,7 @@ class BackwardStep {
       ScoreGradients g{.p = probability(s) + lane,
                        .dp = dp_ + lane,
                        .keep = beside(keep(), lane),
-                       .mask = beside(mask, s.at + lane),
+                       .mask = sums.dalpha == nullptr ? nullptr : beside(mask, s.at + lane),
                        .ds = ds_.get(),
                        .dmask = beside(sums.dmask, s.at + lane),
                        .dmask_is_new = sums.dmask_is_new,

@@ -78,11 +78,11 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   const Sizes& n = p.scores.size;
   const int64_t rows = n.B * n.H * n.Nq;
   const auto* weights = static_cast<const T*>(p.head_weights);
-  const Buffer<T> eta(rows), mbar(rows);
-  ForwardTask<T> means{.params = {}, .dmap = p.dmap, .eta = eta};  // of a value without columns: eta and mbar alone
+  const Buffer<T> eta(rows), mbar(p.dalpha != nullptr ? rows : 0);
+  ForwardTask<T> means{.params = {}, .dmap = p.dmap, .eta = eta};  // of a value without columns: eta, and mbar for dalpha
   means.params.scores = p.scores;
   means.params.scores.size.Dv = 0;
-  means.params.mbar = mbar.get();
+  means.params.mbar = p.dalpha != nullptr ? mbar.get() : nullptr;
   forward_pass<T>(means, threads);
   if (p.dhead_weights != nullptr) {
     for (int64_t h = 0; h < n.H; ++h) {
@@ -101,7 +101,7 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   task.head_weights = weights;
   task.lse = static_cast<const T*>(p.lse), task.normalizer = static_cast<const T*>(p.normalizer);
   task.delta = eta;
-  task.mbar = mbar;
+  task.mbar = static_cast<const T*>(means.params.mbar);
   task.dquery = p.dquery, task.dkey = p.dkey, task.dmask = p.dmask;
   task.dalpha = static_cast<T*>(p.dalpha);
   if (task.wants_ds()) backward_pass<T>(task, static_cast<const T*>(nullptr), threads);
