@@ -164,7 +164,9 @@ class BackwardWorker {
     const bool tile = plan_.tile_dmask, direct = stored_directly(pair, i, k_);
     const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
     const int64_t bytes = bytes_of(t_.scores.dtype);
-    const auto place = [&](void* gradient, int64_t size) { return direct ? static_cast<char*>(gradient) + row * size * bytes : nullptr; };
+    const auto place = [&](void* gradient, int64_t size) {
+      return direct && gradient != nullptr ? static_cast<char*>(gradient) + row * size * bytes : nullptr;
+    };
     T* dmask = t_.dmask == nullptr ? nullptr : dmask_ + (tile && !plan_.pairs_innermost ? i * tile_size_ : 0);
     if (tile && pair.first_of_mask && !begins_dmask_) {
       const QueryBlock q = query_block(plan_.blocking, qb);

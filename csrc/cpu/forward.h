@@ -31,7 +31,8 @@ class Forward {
                     value_steps_memory_);
   }
 
-  // One item; the result goes to `parts` ([head][part] of this item's query block and split), or where there is one split to the outputs.
+  // One item. The result goes to `parts` ([head][part] of this item's query block and split), or to the outputs where there is one split and
+  // `parts` is null.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first);
@@ -185,7 +186,8 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
   const int64_t spare = kSpareBytes - parts.bytes();
   for_each_item(threads, plan.items(), spare, make, [&](Forward<E>& forward, int64_t number) {
     const auto [b, group, qb, split] = plan.item(number);
-    forward.run(b, group, qb, split, parts + split * per_split + (b * query_blocks + qb) * per_query_block);
+    T* const to = plan.splits == 1 ? nullptr : parts + split * per_split + (b * query_blocks + qb) * per_query_block;
+    forward.run(b, group, qb, split, to);
   });
   if (plan.splits == 1) return;
   for_each_item(threads, n.B * query_blocks * n.H, spare, make, [&](Forward<E>& forward, int64_t item) {
