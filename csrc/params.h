@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "host_device.h"
 
 namespace smattn {
 
@@ -34,26 +35,26 @@ struct MaskBatch {
   int64_t size[2] = {1, 1};   // the mask's own sizes on the two, outer|1 and inner|1; masks = size[0] * size[1]
   int64_t stride[2] = {0, 0};  // the mask's strides on them, 0 on an axis of size 1, in place of Tensor4's first
 
-  constexpr int64_t masks() const { return size[0] * size[1]; }
+  SMATTN_HOST_DEVICE constexpr int64_t masks() const { return size[0] * size[1]; }
   // The number, in [0, masks), of the mask that batch element b reads.
   template <class Int>
-  constexpr Int mask_of(Int b) const {
+  SMATTN_HOST_DEVICE constexpr Int mask_of(Int b) const {
     const Int length = static_cast<Int>(inner), outer = size[0] > 1 ? b / length : 0;
     return size[1] > 1 ? outer * static_cast<Int>(size[1]) + b % length : outer;
   }
-  constexpr int64_t offset_of(int64_t mask) const { return mask / size[1] * stride[0] + mask % size[1] * stride[1]; }
+  SMATTN_HOST_DEVICE constexpr int64_t offset_of(int64_t mask) const { return mask / size[1] * stride[0] + mask % size[1] * stride[1]; }
   // offset_of(mask_of(b)), by one division
   template <class Int>
-  constexpr int64_t offset_at(Int b) const {
+  SMATTN_HOST_DEVICE constexpr int64_t offset_at(Int b) const {
     const Int length = static_cast<Int>(inner), outer = b / length;
     return outer * stride[0] + (b - outer * length) * stride[1];
   }
   // The batch elements in an order in which those that share a mask are neighbours, share_step() apart; the first ones of
   // neighbouring masks are own_step() apart.
-  constexpr int64_t sharers(int64_t batch) const { return masks() == 0 ? 0 : batch / masks(); }
-  constexpr int64_t own_step(int64_t batch) const { return size[1] == 1 ? sharers(batch) : 1; }
-  constexpr int64_t share_step() const { return size[1] == 1 ? 1 : masks(); }
-  constexpr int64_t at_place(int64_t place, int64_t batch) const {
+  SMATTN_HOST_DEVICE constexpr int64_t sharers(int64_t batch) const { return masks() == 0 ? 0 : batch / masks(); }
+  SMATTN_HOST_DEVICE constexpr int64_t own_step(int64_t batch) const { return size[1] == 1 ? sharers(batch) : 1; }
+  SMATTN_HOST_DEVICE constexpr int64_t share_step() const { return size[1] == 1 ? 1 : masks(); }
+  SMATTN_HOST_DEVICE constexpr int64_t at_place(int64_t place, int64_t batch) const {
     return place / sharers(batch) * own_step(batch) + place % sharers(batch) * share_step();
   }
 };
@@ -106,7 +107,7 @@ struct BackwardParams {
   void* dquery;               // [B, H, Nq, D] dtype, contiguous
   void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
   void* dvalue;               // [B, Hkv, Nk, Dv] dtype, contiguous
-  void* dmask;                // [B|1, H|1, Nq|1, Nk] mask's dtype, contiguous
+  void* dmask;                // [masks, H|1, Nq|1, Nk] mask's dtype, contiguous
   void* dalpha;               // [H] acc, contiguous
 };
 
@@ -126,7 +127,7 @@ struct MapBackwardParams {
   const void* normalizer;     // [B, H, Nq, 2] acc, contiguous; or null
   void* dquery;               // [B, H, Nq, D] dtype, contiguous
   void* dkey;                 // [B, Hkv, Nk, D] dtype, contiguous
-  void* dmask;                // [B|1, H|1, Nq|1, Nk] mask's dtype, contiguous
+  void* dmask;                // [masks, H|1, Nq|1, Nk] mask's dtype, contiguous
   void* dalpha;               // [H] acc, contiguous
   void* dhead_weights;        // [H] acc, contiguous
 };

@@ -94,7 +94,7 @@ struct BackwardPlan {
   bool in_runs;
   int64_t row_slots;  // then: rows that have memory at a time
 
-  explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size) {
+  explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size), mask_batch_(t.scores.mask_batch) {
     const Scores& s = t.scores;
     const bool full_mask = s.mask.data != nullptr && s.mask_size[2] != 1;
     tile_dmask = t.dmask != nullptr && full_mask;
@@ -107,7 +107,6 @@ struct BackwardPlan {
     outer_keys = n.Nk >= n.Nq;
     if (part_bytes(outer_keys) > bytes && part_bytes(!outer_keys) < part_bytes(outer_keys)) outer_keys = !outer_keys;
     wants_parts = part_bytes(outer_keys) > 0;
-    mask_batch_ = s.mask_batch;
     sharers = mask_batch_.sharers(n.B);
     batch_inside = tile_dmask && sharers > 1;
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;

@@ -1,8 +1,6 @@
 // What backward's products read, laid out for them.
 #pragma once
 
-#include <array>
-
 #include "cpu/backward_plan.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -22,7 +20,7 @@ struct QueryTiles {
 
   static int64_t size(const BackwardTask<T>& t, int64_t lanes) {
     int64_t size = 0;
-    for (const int64_t part : sizes(t, lanes)) size += part;
+    for (const int64_t part : sizes(t, lanes).of) size += part;
     return size;
   }
 
@@ -30,8 +28,8 @@ struct QueryTiles {
   void place(const BackwardTask<T>& t, int64_t lanes, E* memory) {
     E* row_memory;
     E** const parts[kParts] = {&query, &dout, &query_rows, &dout_rows, &query_step_memory, &dout_step_memory, &row_memory};
-    const auto part_sizes = sizes(t, lanes);
-    for (int i = 0; i < kParts; ++i) *parts[i] = memory, memory += part_sizes[i];
+    const PartSizes part_sizes = sizes(t, lanes);
+    for (int i = 0; i < kParts; ++i) *parts[i] = memory, memory += part_sizes.of[i];
     T* rows = reinterpret_cast<T*>(row_memory);
     exponents = RowExponents<T>::on(rows, lanes);
     delta = rows + RowExponents<T>::kRows * lanes, mbar = delta + lanes;
@@ -59,15 +57,14 @@ struct QueryTiles {
 
  private:
   static constexpr int kParts = 7;
-  static std::array<int64_t, kParts> sizes(const BackwardTask<T>& t, int64_t lanes) {  // of the parts, in the order in which they lie
+  struct PartSizes {
+    int64_t of[kParts];  // the parts, in the order in which they lie
+  };
+  static PartSizes sizes(const BackwardTask<T>& t, int64_t lanes) {
     const Sizes& n = t.scores.size;
-    return {lanes * row_elements<E>(n.D),
-            lanes * row_elements<E>(n.Dv),
-            copies(t.scores.query, n, n.D, lanes),
-            copies(t.dout, n, n.Dv, lanes),
-            steps_size<E>(lanes, n.D),
-            steps_size<E>(lanes, n.Dv),
-            (RowExponents<T>::kRows + 2) * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E))};
+    return {{lanes * row_elements<E>(n.D), lanes * row_elements<E>(n.Dv), copies(t.scores.query, n, n.D, lanes),
+             copies(t.dout, n, n.Dv, lanes), steps_size<E>(lanes, n.D), steps_size<E>(lanes, n.Dv),
+             (RowExponents<T>::kRows + 2) * lanes * static_cast<int64_t>(sizeof(T) / sizeof(E))}};
   }
   static int64_t copies(const Tensor4& rows, const Sizes& n, int64_t size, int64_t lanes) {
     return n.Nq % kLanes<T> == 0 && queries_in_place<E>(rows, size) ? 0 : lanes * row_elements<E>(size);

@@ -1,8 +1,6 @@
 // What one split of the keys leaves of one head and query block: its parts are merged in their order, divided and stored.
 #pragma once
 
-#include <limits>
-
 #include "cpu/simd/exp2.h"
 #include "cpu/tiles/tiles.h"
 
@@ -109,7 +107,7 @@ inline void logsumexp(const T* maxima, const T* sums, int64_t lanes, T* lse) {
 // Stores the maximum score of a row, in base 2, and 1/l, from which backward rebuilds P: of a dead row +inf and 0.
 template <class T>
 inline void store_normalizer(T* to, bool alive, T maximum, T sum) {
-  to[0] = alive ? maximum : std::numeric_limits<T>::infinity();
+  to[0] = alive ? maximum : static_cast<T>(__builtin_inf());
   // NaN where the sum is infinite
   to[1] = alive ? 1 / sum + (sum - sum) : T(0);
 }
@@ -135,7 +133,7 @@ inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t
     inverse[i] = alive ? kept / divisors[i] + (sums[i] - sums[i]) : T(0);  // NaN where the sum is infinite
     if (p.mbar != nullptr) static_cast<T*>(p.mbar)[row + i] = alive ? part.row(kMbar)[i] * mean : T(0);
     if (task.eta != nullptr) task.eta[row + i] = alive ? part.row(kEta)[i] * mean : T(0);
-    if (p.lse != nullptr) static_cast<T*>(p.lse)[row + i] = alive ? lse[i] : -std::numeric_limits<T>::infinity();
+    if (p.lse != nullptr) static_cast<T*>(p.lse)[row + i] = alive ? lse[i] : static_cast<T>(-__builtin_inf());
     if (p.normalizer != nullptr) {
       store_normalizer(static_cast<T*>(p.normalizer) + 2 * (row + i), alive, part.row(kMaximum)[i], sums[i]);
     }

@@ -1,8 +1,6 @@
 // Natural logarithms outside of the kernels, exponents of 2 inside of them.
 #pragma once
 
-#include <limits>
-
 #include "cpu/simd/exp2.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -50,7 +48,7 @@ inline void store_doubles(T* to, Vec<double> x) {
 template <class T>
 inline auto dead_rows(const void* lse, const void* normalizer) {
   return [lse = static_cast<const T*>(lse), normalizer = static_cast<const T*>(normalizer)](int64_t row) {
-    return normalizer != nullptr ? normalizer[2 * row + 1] == T(0) : lse[row] == -std::numeric_limits<T>::infinity();
+    return normalizer != nullptr ? normalizer[2 * row + 1] == T(0) : lse[row] == static_cast<T>(-__builtin_inf());
   };
 }
 
