@@ -11,7 +11,7 @@ template <class T>
 struct BackwardParts {
   Buffer<T> sums;    // [split][group of a round][pair][query block][dQ] or [split][group of a round][batch, kv head][key block][dK, dV]
   Buffer<T> dmask;   // [dmask_parts][group of a round][row][Nk], of an M without the queries' extent
-  Buffer<T> dmask_total;  // where groups add up dM: [B|1, H|1, Nk] of such an M, else [share][H|1, query block, key block][key][lane]
+  Buffer<T> dmask_total;  // where groups add up dM: [masks, H|1, Nk] of such an M, else [share][H|1, query block, key block][key][lane]
   Buffer<T> dalpha;  // [outer block][B, H]
   Buffer<T> rows;    // [slot][sums and dalpha's], of a plan in runs
   int64_t sums_size, dmask_size;  // of one split

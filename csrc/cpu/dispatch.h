@@ -11,7 +11,7 @@
 namespace smattn::cpu {
 
 struct Kernels {
-  const char* name;  // "amx", "avx512bf16", "avx512", "avx2", "neon" or "baseline"
+  const char* name;  // "amx", "avx512bf16", "avx512", "avx2" or "baseline"
   void (*forward)(const ForwardParams& params, ParallelFor threads);
   void (*backward)(const BackwardParams& params, ParallelFor threads);
   void (*attention_map)(const MapParams& params, ParallelFor threads);

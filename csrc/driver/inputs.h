@@ -10,8 +10,8 @@ namespace smattn::driver {
 
 struct Inputs {
   Array query, key, value;         // [B, H|Hkv, N, D]
-  Array mask, alpha;               // [B|1, H|1, Nq|1, Nk], [1, 1, 1, H]; absent without a mask
-  Array dout, dlse;                // [B, H, Nq, Dv], [1, B, H, Nq] acc
+  Array mask, alpha;               // [masks, H|1, Nq|1, Nk], [1, 1, 1, H]; absent without a mask
+  Array dout, dlse;                // [B, H, Nq, Dv], [B, 1, H, Nq] acc
   Array head_weights, dmap;        // [1, 1, 1, H] acc, [B, 1, Nq, Nk] acc
   Guarded padding;                 // [B, Nk] bool, no data when there is none
   int64_t padding_stride[2] = {0, 0};

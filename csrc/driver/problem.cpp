@@ -136,7 +136,7 @@ Problem problem_at(int64_t index) {
 
 std::string describe(const Problem& p) {
   constexpr const char* kPadding[] = {"none", "random", "tail", "all but the last", "a dead batch"};
-  constexpr const char* kOddity[] = {"", " with NaN", " with -inf", " with -1e30", " far from zero"};
+  constexpr const char* kOddity[] = {"", " with NaN", " with -inf", " with very low scores", " far from zero"};
   std::ostringstream text;
   text << "problem " << p.index << ": " << name_of(p.dtype) << " B" << p.size.B << " H" << p.size.H << "/" << p.size.Hkv << " Nq"
        << p.size.Nq << " Nk" << p.size.Nk << " D" << p.size.D << " Dv" << p.size.Dv;

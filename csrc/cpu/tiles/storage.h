@@ -134,7 +134,7 @@ inline void read_rows(const Strided& from, int64_t rows, int64_t columns, T* to,
   });
 }
 
-// from[r][0 .. columns) to consecutive rows of `columns` elements that start at element `offset`.
+// from[r][0 .. columns) to rows `to_stride` elements apart, the first of which starts at element `offset`.
 template <class T>
 inline void write_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, void* to, DType dtype, int64_t offset,
                        int64_t to_stride) {
