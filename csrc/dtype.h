@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "host_device.h"
 
@@ -20,15 +21,7 @@ struct BFloat16 {
 
 // What stores the remainder of a number that was rounded to T.
 template <class T>
-struct RemainderType {
-  using type = T;
-};
-template <>
-struct RemainderType<BFloat16> {
-  using type = int16_t;
-};
-template <class T>
-using RemainderOf = typename RemainderType<T>::type;
+using RemainderOf = std::conditional_t<std::is_same_v<T, BFloat16>, int16_t, T>;
 
 // What rounding took from a number, in 16 bits of its own, is its remainder.
 // Of bfloat16, the upper half of a float, that is the distance of their bits: the two are the float again. Only a tie that was rounded down is

@@ -46,7 +46,7 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
 
 template <class E>
 inline void backward_of(const BackwardParams& p, ParallelFor threads) {
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
   const Sizes& n = p.scores.size;
   const auto* lse = static_cast<const T*>(p.lse);
   const auto* dlse = static_cast<const T*>(p.dlse);

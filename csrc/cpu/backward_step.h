@@ -28,7 +28,7 @@ struct StepPrefetch {
 template <class E>
 class BackwardStep {
  public:
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   BackwardStep(const BackwardTask<T>& task, const Blocking<T>& blocking)
       : t_(task), n_(task.scores.size), p_(kStripSize<T>), keep_(task.dropout.p > 0 ? kStripSize<T> : 0), dp_(kStripSize<T>),
@@ -56,8 +56,8 @@ class BackwardStep {
       probabilities(h, q, strip, s, tiles, mask);
       if (t_.wants_ds()) score_gradients(h, q, strip, s, tiles, mask, dmap, sums);
     }
-    weights_.clear_rest(0, k.count, q.lanes);
-    ds_.clear_rest(0, k.count, q.lanes);
+    weights_.clear_rest(k.count, q.lanes);
+    ds_.clear_rest(k.count, q.lanes);
   }
 
   // Adds dalpha, and the products of P and dS.
@@ -157,7 +157,7 @@ class BackwardStep {
                        .dp = dp_ + lane,
                        .keep = beside(keep(), lane),
                        .mask = sums.dalpha == nullptr ? nullptr : beside(mask, s.at + lane),
-                       .ds = ds_.get(),
+                       .ds = ds_,
                        .dmask = beside(sums.dmask, s.at + lane),
                        .dmask_is_new = sums.dmask_is_new,
                        .at = s.weights_at + lane,
@@ -175,7 +175,7 @@ class BackwardStep {
   // block's, they are at number `at`, `row` from key to key.
   struct ScoreGradients {
     const T *p, *dp, *keep, *mask;
-    E* ds;
+    WeightTile<E> ds;
     T* dmask;
     bool dmask_is_new;
     int64_t at, row, stride;
@@ -190,7 +190,7 @@ class BackwardStep {
         const int64_t key = (j + i) * stride;
         x[i] = keep == nullptr ? load(dp + key) : load(dp + key) * load(keep + key);
         x[i] = load(p + key) * (x[i] - delta);
-        WeightTile<E>::put(ds, at + (j + i) * row, x[i]);
+        ds.put(at + (j + i) * row, x[i]);
       }
       if (dmask != nullptr) {
 #pragma GCC unroll 8
@@ -204,7 +204,7 @@ class BackwardStep {
       for (int i = 0; i < N; ++i) dalpha[i] = fused(x[i], load(mask + (j + i) * stride) - mbar, dalpha[i]);
     }
     void skip(int64_t j) {
-      WeightTile<E>::put(ds, at + j * row, Vec<T>{});
+      ds.put(at + j * row, Vec<T>{});
       if (dmask != nullptr && dmask_is_new) store(dmask + j * stride, Vec<T>{});
     }
   };

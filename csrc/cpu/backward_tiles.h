@@ -8,7 +8,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 // Query-side tiles of one pair and query block, and its rows.
 template <class E>
 struct QueryTiles {
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   E* query;  // [D][lane]
   E* dout;  // [Dv][lane]

@@ -10,7 +10,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class E>
 class BackwardWorker {
  public:
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   BackwardWorker(const BackwardTask<T>& task, const BackwardPlan<T>& plan, BackwardParts<T>& parts)
       : t_(task), n_(plan.n), plan_(plan), parts_(parts), pairs_(plan.pairs), tile_slots_(tile_slots()), tiles_(tile_slots_),

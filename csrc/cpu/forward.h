@@ -13,7 +13,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class E>
 class Forward {
  public:
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   Forward(const ForwardTask<T>& task, const ForwardPlan<E>& plan)
       : t_(task), p_(task.params), s_(p_.scores), n_(s_.size), plan_(plan), query_size_(row_elements<E>(n_.D) * kQueries),
@@ -198,7 +198,7 @@ inline void forward_pass(const ForwardTask<T>& task, ParallelFor threads) {
 
 template <class E>
 inline void forward_of(const ForwardParams& params, ParallelFor threads) {
-  forward_pass<E>(ForwardTask<typename SumOf<E>::type>{.params = params}, threads);
+  forward_pass<E>(ForwardTask<SumOf<E>>{.params = params}, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

@@ -9,7 +9,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class E>
 class OnePass {
  public:
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
   static constexpr bool kServes = kStepUnit<E> > 1;  // it makes what products in tiles read
 
   OnePass() : scores_(kServes ? 2 * strip_size() : 0), weights_(kServes ? packed<E>(kKeys) * kQueries : 0) {}

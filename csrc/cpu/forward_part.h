@@ -38,7 +38,7 @@ inline bool is_dead(T maximum, T sum) {
 
 template <class E>
 struct ForwardPart {
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   T* out;          // [lane][stride], O before it is divided
   int64_t lanes;
@@ -116,9 +116,8 @@ inline void store_normalizer(T* to, bool alive, T maximum, T sum) {
 // were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all keys.
 // A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
 template <class E>
-inline void write_part(const ForwardTask<typename SumOf<E>::type>& task, int64_t b, int64_t h, const QueryBlock& q,
-                       const ForwardPart<E>& part) {
-  using T = typename SumOf<E>::type;
+inline void write_part(const ForwardTask<SumOf<E>>& task, int64_t b, int64_t h, const QueryBlock& q, const ForwardPart<E>& part) {
+  using T = SumOf<E>;
   const ForwardParams& p = task.params;
   const Sizes& n = p.scores.size;
   const int64_t row = (b * n.H + h) * n.Nq + q.first;

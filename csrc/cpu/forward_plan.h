@@ -10,7 +10,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 // of them follow each other, and the tiles of M for a query block are kept for the next one, as far as a core's cache holds them.
 template <class E>
 struct ForwardPlan {
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   Blocking<T> blocking;
   int64_t group_heads, groups, splits;

@@ -9,7 +9,7 @@ namespace smattn::cpu::SMATTN_UNIT {
 template <class E>
 class ForwardWeights {
  public:
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   explicit ForwardWeights(const ForwardTask<T>& task)
       : s_(task.params.scores), scores_(kKeys * kQueries), weights_(kStepsPerElement<E> > 1 ? packed<E>(kKeys) * kQueries : 0),

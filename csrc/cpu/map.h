@@ -23,7 +23,7 @@ class MapTile {
     for (int64_t h = 0; h < n_.H && k.attended > 0; ++h) add_head(b, h, q, k);
     const int64_t stride = round_up(k.count, kLanes<T>);
     transpose_block<T>(sum_, q.lanes, stride, q.lanes, rows_, stride);
-    write_rows<T>(rows_, stride, q.count, k.count, p_.map, DTypeOf<T>::value, (b * n_.Nq + q.first) * n_.Nk + k.first, n_.Nk);
+    write_rows<T>(rows_, stride, q.count, k.count, p_.map, kStored<T>, (b * n_.Nq + q.first) * n_.Nk + k.first, n_.Nk);
   }
 
  private:

@@ -2,6 +2,8 @@
 // b in vectors, the accumulators in registers for the whole sum over k. What becomes of a finished accumulator is the caller's.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd/vec.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -11,15 +13,9 @@ namespace smattn::cpu::SMATTN_UNIT {
 using BFloat16Pair = int32_t;
 
 template <class E>
-struct SumOf {
-  using type = E;
-};
-template <>
-struct SumOf<BFloat16Pair> {
-  using type = float;
-};
+using SumOf = std::conditional_t<std::is_same_v<E, BFloat16Pair>, float, E>;
 template <class E>
-using Sum = Vec<typename SumOf<E>::type>;
+using Sum = Vec<SumOf<E>>;
 
 template <class E>
 constexpr int64_t kStepsPerElement = 1;  // steps in an element

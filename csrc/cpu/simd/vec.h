@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -49,21 +50,7 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 // The integers as wide as a lane.
 template <class T>
-struct BitsOf;
-template <>
-struct BitsOf<float> {
-  using type = int32_t;
-};
-template <>
-struct BitsOf<double> {
-  using type = int64_t;
-};
-template <>
-struct BitsOf<int32_t> {
-  using type = int32_t;
-};
-template <class T>
-using Bits = typename BitsOf<T>::type;
+using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 template <class T>
 inline Vec<T> load(const T* p) {
@@ -172,13 +159,6 @@ inline V sum_of(const V (&v)[N]) {
 // One stage of a transpose: a and b exchange lanes so that a takes the even blocks of `Stride` lanes of both, b the odd ones.
 template <class T, int Stride>
 inline void exchange(Vec<T>& a, Vec<T>& b) {
-  typedef Bits<T> Index __attribute__((vector_size(kVectorBytes)));
-  Index even, odd;
-  for (int i = 0; i < kLanes<T>; ++i) {
-    const bool second = (i / Stride) % 2 != 0;
-    even[i] = second ? kLanes<T> + i - Stride : i;
-    odd[i] = second ? kLanes<T> + i : i + Stride;
-  }
 #if defined(__clang__)
   Vec<T> x, y;
   for (int i = 0; i < kLanes<T>; ++i) {
@@ -187,6 +167,13 @@ inline void exchange(Vec<T>& a, Vec<T>& b) {
   }
   a = x, b = y;
 #else
+  typedef Bits<T> Index __attribute__((vector_size(kVectorBytes)));
+  Index even, odd;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    const bool second = (i / Stride) % 2 != 0;
+    even[i] = second ? kLanes<T> + i - Stride : i;
+    odd[i] = second ? kLanes<T> + i : i + Stride;
+  }
   const Vec<T> x = __builtin_shuffle(a, b, even);
   b = __builtin_shuffle(a, b, odd);
   a = x;

@@ -61,10 +61,6 @@ inline Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* s
 inline Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second) {
   return pairs & ((first & 0xffff) | (second << 16));
 }
-#else  // nobody calls them
-Vec<BFloat16Pair> paired(Vec<float> first, Vec<float> second);
-Vec<BFloat16Pair> paired(const BFloat16Pair* first, const BFloat16Pair* second, int64_t column);
-Vec<BFloat16Pair> chosen(Vec<BFloat16Pair> pairs, Vec<int32_t> first, Vec<int32_t> second);
 #endif
 
 // Rows [count][columns] for a sum over the rows: as they are, or each row joined with the next, in `to`, which holds steps_size elements.
@@ -102,16 +98,16 @@ inline auto by_key(E* steps, int64_t count, int64_t lanes, [[maybe_unused]] E* t
 
 // The dtype of tensors of elements E as they are.
 template <class E>
-constexpr DType kStored = DTypeOf<E>::value;
-template <>
-constexpr DType kStored<BFloat16Pair> = DType::kBFloat16;
+constexpr DType kStored = std::is_same_v<E, BFloat16Pair> ? DType::kBFloat16
+                          : std::is_same_v<E, double>     ? DType::kFloat64
+                                                          : DType::kFloat32;
 
 // Whether rows of `size` sums can be stored past the caches in tensors of `dtype`: whole vectors of E as they are, of other 16-bit numbers two.
 // The parts of a cache line are to come one after the other: the sums of a row are made together, or are whole lines. (Of 16 bytes there is no
 // such store, and no part of a line is slow.)
 template <class E>
 inline bool can_stream(DType dtype, int64_t size) {
-  constexpr int64_t kSums = kLanes<typename SumOf<E>::type>;
+  constexpr int64_t kSums = kLanes<SumOf<E>>;
   if (kVectorBytes > 16 && size > kPanel * kSums && size * bytes_of(dtype) % 64 != 0) return false;
   if (dtype == kStored<E>) return size % kSums == 0;
   return bytes_of(dtype) == 2 && kStreamsTwo<E, Half> && size % (2 * kSums) == 0;
@@ -153,15 +149,14 @@ class WeightTile {
   static int64_t row(int64_t lanes) { return round_up(lanes, kStepsPerElement<E> * kStepUnit<E>); }
 
   E* get() const { return tile_; }
-  void put(int64_t at, Sum<E> x) { put(tile_, at, x); }
-  static void put(E* tile, int64_t at, Sum<E> x) {
+  void put(int64_t at, Sum<E> x) const {
 #if defined(__AVX512BF16__)
     if constexpr (kStepsPerElement<E> > 1) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile) + at), rounded(x));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<BFloat16*>(tile_) + at), rounded(x));
       return;
     }
 #endif
-    if constexpr (kStepsPerElement<E> == 1) store(tile + at, x);
+    if constexpr (kStepsPerElement<E> == 1) store(tile_ + at, x);
   }
   RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(row(lanes))}; }  // for a sum over the lanes
   // For a sum over the keys. steps: memory of a tile's size for pairs of keys; turned: the same for what products read in tiles, this tile's
@@ -170,10 +165,10 @@ class WeightTile {
     const Vectors<E> by_pair = by_step(by_lane(lanes), keys, lanes, steps);
     return cpu::SMATTN_UNIT::by_key(const_cast<E*>(by_pair.data), packed<E>(keys), lanes, turned);
   }
-  // What lies beyond the lanes of a few keys is 0.
-  void clear_rest(int64_t first, int64_t keys, int64_t lanes) {
-    for (int64_t j = first; row(lanes) > lanes && j < first + keys; ++j) {
-      for (int64_t lane = lanes; lane < row(lanes); lane += kLanes<typename SumOf<E>::type>) put(j * row(lanes) + lane, Sum<E>{});
+  // What lies beyond the lanes of the first keys is 0.
+  void clear_rest(int64_t keys, int64_t lanes) const {
+    for (int64_t j = 0; row(lanes) > lanes && j < keys; ++j) {
+      for (int64_t lane = lanes; lane < row(lanes); lane += kLanes<SumOf<E>>) put(j * row(lanes) + lane, Sum<E>{});
     }
   }
 

@@ -37,17 +37,6 @@ inline void with_16_bits(DType dtype, const Body& body) {
   if (dtype == DType::kBFloat16) body(static_cast<BFloat16*>(nullptr));
 }
 
-template <class T>
-struct DTypeOf;
-template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::kFloat32;
-};
-template <>
-struct DTypeOf<double> {
-  static constexpr DType value = DType::kFloat64;
-};
-
 template <class Storage>
 constexpr Storage kInfinity = static_cast<Storage>(__builtin_inf());
 template <>

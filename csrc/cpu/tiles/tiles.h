@@ -108,32 +108,28 @@ inline Prefetch keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t 
   return rows_ahead(t, b, kv_head(n, h), first, smaller_of(count, n.Nk - first), size);
 }
 
-// A matrix of bfloat16 as a tile, keys by the vector of pairs: pairs are turned, which is half the work, and then widened. False, and then nothing
-// is read, of any other matrix.
-template <class T>
-inline bool read_pairs([[maybe_unused]] const Strided& matrix, [[maybe_unused]] const QueryBlock& q, [[maybe_unused]] const KeyBlock& k,
-                       [[maybe_unused]] T* tile) {
-  if constexpr (sizeof(T) == 2 * sizeof(BFloat16)) {
-    constexpr int W = kLanes<T>;
-    if (matrix.dtype != DType::kBFloat16 || matrix.column_stride != 1 || k.count % (2 * W) != 0) return false;
-    typedef Bits<T> Pairs __attribute__((vector_size(kVectorBytes)));
-    const auto* row = static_cast<const BFloat16*>(matrix.data) + matrix.offset;
-    for (int64_t lane = 0; lane < q.lanes; lane += W, row += W * matrix.row_stride) {
-      for (int64_t j = 0; j < k.count; j += 2 * W) {
-        Vec<T> v[W];
-        for (int i = 0; i < W; ++i)
-          v[i] = lane + i < q.count ? load(reinterpret_cast<const T*>(row + i * matrix.row_stride + j)) : Vec<T>{};
-        transpose<T>(v);
-        for (int i = 0; i < W; ++i) {
-          T* to = tile + (j + 2 * i) * q.lanes + lane;
-          store(to, (Vec<T>)((Pairs)v[i] << 16)), store(to + q.lanes, (Vec<T>)((Pairs)v[i] & -0x10000));
-        }
+// A matrix of bfloat16 as a tile, keys by the vector of pairs: pairs are turned, which is half the work, and then widened. False, and then
+// nothing is read, of any other matrix, or for a tile of double.
+inline bool read_pairs(const Strided& matrix, const QueryBlock& q, const KeyBlock& k, float* tile) {
+  constexpr int W = kLanes<float>;
+  if (matrix.dtype != DType::kBFloat16 || matrix.column_stride != 1 || k.count % (2 * W) != 0) return false;
+  const auto* row = static_cast<const BFloat16*>(matrix.data) + matrix.offset;
+  for (int64_t lane = 0; lane < q.lanes; lane += W, row += W * matrix.row_stride) {
+    for (int64_t j = 0; j < k.count; j += 2 * W) {
+      Vec<float> v[W];
+      for (int i = 0; i < W; ++i) {
+        v[i] = lane + i < q.count ? load(reinterpret_cast<const float*>(row + i * matrix.row_stride + j)) : Vec<float>{};
+      }
+      transpose<float>(v);
+      for (int i = 0; i < W; ++i) {
+        float* to = tile + (j + 2 * i) * q.lanes + lane;
+        store(to, (Vec<float>)((Vec<int32_t>)v[i] << 16)), store(to + q.lanes, (Vec<float>)((Vec<int32_t>)v[i] & -0x10000));
       }
     }
-    return true;
   }
-  return false;
+  return true;
 }
+inline bool read_pairs(const Strided&, const QueryBlock&, const KeyBlock&, double*) { return false; }
 
 // Rows [lane, lane + kLanes) of a matrix as columns of a tile. Blocks of kLanes rows and columns that hold T side by side are read as they
 // lie, the rest by way of `rows`.
@@ -141,7 +137,7 @@ template <class T>
 inline void turn_rows(Strided matrix, int64_t lane, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   constexpr int64_t W = kLanes<T>;
   matrix.offset += lane * matrix.row_stride;
-  const bool as_they_lie = matrix.dtype == DTypeOf<T>::value && matrix.column_stride == 1 && lane + W <= q.count;
+  const bool as_they_lie = matrix.dtype == kStored<T> && matrix.column_stride == 1 && lane + W <= q.count;
   const int64_t whole = as_they_lie ? k.count / W * W : 0, rest = k.count - whole, stride = round_up(rest, W);
   if (whole > 0) {
     transpose_block<T>(static_cast<const T*>(matrix.data) + matrix.offset, matrix.row_stride, W, whole, tile + lane, q.lanes);
@@ -199,7 +195,7 @@ inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q
 // its roundings where large terms cancel.
 template <class E>
 struct Exponents {
-  using T = typename SumOf<E>::type;
+  using T = SumOf<E>;
 
   T factor, alpha;
   const T* mask;  // a tile, null where there is none
