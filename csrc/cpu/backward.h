@@ -17,10 +17,10 @@ inline void in_runs(const BackwardPlan<T>& plan, int64_t first, int64_t groups, 
 
 // (6)-(8), once delta is there.
 template <class E, class T>
-inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFor threads) {
+inline void backward_pass(const BackwardTask<T>& task, ParallelFor threads) {
   if (task.scores.size.B == 0 || task.scores.size.Nq == 0 || task.scores.size.Nk == 0) return store_zeros(task);
   const BackwardPlan<T> plan(task);
-  BackwardParts<T> parts(task, plan);
+  BackwardParts<T> parts(plan);
   const auto make = [&] { return BackwardWorker<E>(task, plan, parts); };
   const int64_t spare = plan.memory.for_workers(parts.bytes());
   for (int64_t first = 0; first < plan.groups; first += plan.round) {
@@ -41,15 +41,13 @@ inline void backward_pass(const BackwardTask<T>& task, const T* dlse, ParallelFo
       drain();
     });
   }
-  if (task.dalpha != nullptr) store_dalpha(task, plan, parts, dlse);
+  if (task.dalpha != nullptr) store_dalpha(task, plan, parts);
 }
 
 template <class E>
 inline void backward_of(const BackwardParams& p, ParallelFor threads) {
   using T = SumOf<E>;
   const Sizes& n = p.scores.size;
-  const auto* lse = static_cast<const T*>(p.lse);
-  const auto* dlse = static_cast<const T*>(p.dlse);
   const Buffer<T> delta(n.B * n.H * n.Nq);
   const BackwardTask<T> task{.scores = p.scores,
                              .value = p.value,
@@ -57,10 +55,11 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dropout = p.dropout,
                              .dmap = {},
                              .head_weights = nullptr,
-                             .lse = lse,
+                             .lse = static_cast<const T*>(p.lse),
                              .normalizer = static_cast<const T*>(p.normalizer),
                              .delta = delta,
                              .mbar = static_cast<const T*>(p.mbar),
+                             .dlse = static_cast<const T*>(p.dlse),
                              .dquery = p.dquery,
                              .dkey = p.dkey,
                              .dvalue = p.dvalue,
@@ -72,7 +71,7 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
   } else {
     fill<T>(delta, n.B * n.H * n.Nq, T(0));
   }
-  backward_pass<E>(task, dlse, threads);
+  backward_pass<E>(task, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

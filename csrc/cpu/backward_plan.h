@@ -32,6 +32,7 @@ struct BackwardTask {
   const T* normalizer;  // [B, H, Nq, 2], null where there is none
   const T* delta;  // [B, H, Nq], (5)
   const T* mbar;  // [B, H, Nq]
+  const T* dlse;  // [B, H, Nq], null where lse was not used
   void *dquery, *dkey, *dvalue, *dmask;
   T* dalpha;  // [H]
   bool has_remainder;  // what rounding took from out is held in memory too
@@ -110,7 +111,7 @@ struct BackwardPlan {
     sharers = mask_batch_.sharers(n.B);
     batch_inside = tile_dmask && sharers > 1;
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
-    const int64_t dmask_bytes = dmask_tiles_size(s.mask_size) * static_cast<int64_t>(sizeof(T));
+    const int64_t dmask_bytes = dmask_tiles_size() * static_cast<int64_t>(sizeof(T));
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     const int64_t kv_bytes = larger_of<int64_t>(1, part_bytes(outer_keys) / (n.B * n.Hkv));  // of a kv head's sums
     const bool small_dmask = dmask_bytes <= bytes / 4;
@@ -157,12 +158,13 @@ struct BackwardPlan {
     const int64_t head = mask_by_head_ ? h : 0, qb = q.first / blocking.queries, kb = k.first / blocking.keys;
     return ((head * blocking.query_blocks + qb) * blocking.key_blocks + kb) * blocking.keys * blocking.queries;
   }
-  int64_t dmask_tiles_size(const int64_t* mask_size) const {  // of one M
-    return mask_size[1] * blocking.query_blocks * blocking.key_blocks * blocking.keys * blocking.queries;
+  int64_t mask_heads() const { return mask_by_head_ ? n.H : 1; }
+  int64_t dmask_tiles_size() const {  // of one M
+    return mask_heads() * blocking.query_blocks * blocking.key_blocks * blocking.keys * blocking.queries;
   }
-  int64_t dmask_total_size(const int64_t* mask_size) const {
-    if (adds_up_dmask()) return shares * dmask_tiles_size(mask_size);
-    return dmask_rows > 0 && round < groups ? mask_size[0] * mask_size[1] * n.Nk : 0;
+  int64_t dmask_total_size() const {
+    if (adds_up_dmask()) return shares * dmask_tiles_size();
+    return dmask_rows > 0 && round < groups ? mask_batch_.masks() * mask_heads() * n.Nk : 0;
   }
   int64_t outer_blocks() const { return outer_keys ? blocking.key_blocks : blocking.query_blocks; }
   int64_t inner_blocks() const { return outer_keys ? blocking.query_blocks : blocking.key_blocks; }

@@ -17,9 +17,9 @@ struct BackwardParts {
   int64_t sums_size, dmask_size;  // of one split
   int64_t dalpha_size;            // of one outer block
 
-  BackwardParts(const BackwardTask<T>& t, const BackwardPlan<T>& plan)
+  explicit BackwardParts(const BackwardPlan<T>& plan)
       : sums(plan.splits * plan.part_size()), dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
-        dmask_total(plan.dmask_total_size(t.scores.mask_size)), dalpha(plan.outer_blocks() * plan.n.B * plan.n.H),
+        dmask_total(plan.dmask_total_size()), dalpha(plan.outer_blocks() * plan.n.B * plan.n.H),
         rows(plan.in_runs ? plan.row_slots * plan.row_size() : 0), sums_size(plan.part_size()),
         dmask_size(plan.round * plan.dmask_rows * plan.n.Nk), dalpha_size(plan.n.B * plan.n.H) {}
 
@@ -83,12 +83,12 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
   const Sizes& n = plan.n;
   const int64_t* size = t.scores.mask_size;
   constexpr int64_t kChunk = 1024;
-  const int64_t chunks = blocks_of(n.Nk, kChunk), per_kv = n.H / n.Hkv;
+  const int64_t chunks = blocks_of(n.Nk, kChunk);
   parallel_for(threads, size[0] * size[1] * chunks, 1, [&](int64_t begin, int64_t end) {
     T sum[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t at = item % chunks * kChunk, count = smaller_of(kChunk, n.Nk - at), row = item / chunks;
-      const int64_t mask = row / size[1], h = row % size[1], g = kv_head(n, h);
+      const int64_t mask = row / size[1], h = row % size[1], g = kv_head(n, h), own = h % plan.dmask_rows;
       const int64_t first_place = mask * plan.sharers, last_place = first_place + plan.sharers - 1;
       const int64_t first_g = size[1] == 1 ? 0 : g, last_g = size[1] == 1 ? n.Hkv - 1 : g;
       const int64_t from_group = first_place * n.Hkv + first_g, last_group = last_place * n.Hkv + last_g;
@@ -100,11 +100,8 @@ inline void store_key_dmask(const BackwardTask<T>& t, const BackwardPlan<T>& pla
           for (int64_t gi = first_g; gi <= last_g; ++gi) {
             const int64_t slot = place * n.Hkv + gi - first;
             if (slot < 0 || slot >= groups) continue;
-            for (int64_t r = 0; r < plan.dmask_rows; ++r) {
-              if (size[1] > 1 && r != h % per_kv) continue;
-              const T* from = parts.dmask + split * parts.dmask_size + (slot * plan.dmask_rows + r) * n.Nk + at;
-              for (int64_t j = 0; j < count; ++j) sum[j] += from[j];
-            }
+            const T* from = parts.dmask + split * parts.dmask_size + (slot * plan.dmask_rows + own) * n.Nk + at;
+            for (int64_t j = 0; j < count; ++j) sum[j] += from[j];
           }
         }
       }
@@ -130,7 +127,7 @@ inline void store_dmask_tile(const BackwardTask<T>& t, int64_t mask, int64_t h, 
 template <class T>
 inline void store_shares(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, int64_t mask,
                          ParallelFor threads) {
-  const int64_t blocks = plan.blocking.query_blocks * plan.blocking.key_blocks, share_size = plan.dmask_tiles_size(t.scores.mask_size);
+  const int64_t blocks = plan.blocking.query_blocks * plan.blocking.key_blocks, share_size = plan.dmask_tiles_size();
   parallel_for(threads, t.scores.mask_size[1] * blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer<T> tile(kKeys * kQueries), rows(kKeys * kQueries);
     for (int64_t item = begin; item < end; ++item) {
@@ -149,16 +146,16 @@ inline void store_shares(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
 
 // dalpha, from the outer blocks' sums of dS * (M - mbar) and the rows' mbar * dL.
 template <class T>
-inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts, const T* dlse) {
+inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, const BackwardParts<T>& parts) {
   const Sizes& n = plan.n;
   const auto is_dead = dead_rows<T>(t.lse, t.normalizer);
   for (int64_t h = 0; h < n.H; ++h) {
     T sum = 0;
     for (int64_t b = 0; b < n.B; ++b) {
       for (int64_t o = 0; o < plan.outer_blocks(); ++o) sum += parts.dalpha[o * parts.dalpha_size + b * n.H + h];
-      if (dlse == nullptr) continue;
+      if (t.dlse == nullptr) continue;
       for (int64_t row = (b * n.H + h) * n.Nq; row < (b * n.H + h + 1) * n.Nq; ++row) {
-        if (!is_dead(row)) sum += t.mbar[row] * dlse[row];
+        if (!is_dead(row)) sum += t.mbar[row] * t.dlse[row];
       }
     }
     t.dalpha[h] = sum;

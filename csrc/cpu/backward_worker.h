@@ -36,7 +36,8 @@ class BackwardWorker {
     for (int64_t o = plan_.first_outer(split); o < plan_.first_outer(split + 1); ++o) {
       const int64_t inner = plan_.inner_blocks(), visits = inner * plan_.pairs;
       for (int64_t v = 0; v < visits; ++v) {
-        plan_.pairs_innermost ? visit(split, o, v / plan_.pairs, v % plan_.pairs, [] {}) : visit(split, o, v % inner, v / inner, [] {});
+        const int64_t i = plan_.pairs_innermost ? v / plan_.pairs : v % inner, pair = plan_.pairs_innermost ? v % plan_.pairs : v / inner;
+        visit(split, o, i, pair, [] {});
       }
     }
     drain();
@@ -60,7 +61,7 @@ class BackwardWorker {
     slot_ = slot;
     begins_dmask_ = !plan_.adds_up_dmask() || plan_.turn(group) == 0;
     ends_dmask_ = !plan_.adds_up_dmask() || (plan_.shares == 1 && plan_.turn(group) == plan_.turns - 1);
-    dmask_total_ = parts_.dmask_total + plan_.share(group) * plan_.dmask_tiles_size(t_.scores.mask_size);
+    dmask_total_ = parts_.dmask_total + plan_.share(group) * plan_.dmask_tiles_size();
   }
 
   // wait() returns when no other worker uses the sums that this visit adds to.
@@ -92,7 +93,7 @@ class BackwardWorker {
     }
     if (sums.dmask != nullptr) finish_dmask(split, pair_index, q, k, sums.dmask);
     const bool last_inner = i == plan_.inner_blocks() - 1;
-    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, i, k)) {
+    if (plan_.outer_keys && last_inner && pair.last_of_kv && wants_dkv() && !stored_directly(pair, i)) {
       store_dkv<T>(t_, pair.b, g, k, plan_.blocking.keys, dkv);
     }
     const bool has_dquery = plan_.outer_keys ? plan_.dquery_at_once() : last_inner;
@@ -128,9 +129,9 @@ class BackwardWorker {
   }
 
   // Whether dK and dV are complete with this visit, of inner block i, and can be written where they belong, as they come.
-  bool stored_directly(const Pair& pair, int64_t i, const KeyBlock& k) const {
-    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k.attended > 0 && can_stream<E>(t_.scores.dtype, n_.D) &&
-           can_stream<E>(t_.scores.dtype, n_.Dv) && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
+  bool stored_directly(const Pair& pair, int64_t i) const {
+    return plan_.outer_keys && i == plan_.inner_blocks() - 1 && pair.last_of_kv && k_.attended > 0 &&
+           can_stream<E>(t_.scores.dtype, n_.D) && can_stream<E>(t_.scores.dtype, n_.Dv) && is_aligned(t_.dkey) && is_aligned(t_.dvalue);
   }
   static bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
   // Where queries are few their tiles are kept for the next key block, as far as a core's cache holds those of all pairs.
@@ -161,7 +162,7 @@ class BackwardWorker {
     const int64_t g = kv_head(n_, pair.h);
     T* dquery = dquery_of(split, pair_index, qb);
     T* dalpha = row_ + plan_.sums_size() + pair_index * plan_.blocking.queries;
-    const bool tile = plan_.tile_dmask, direct = stored_directly(pair, i, k_);
+    const bool tile = plan_.tile_dmask, direct = stored_directly(pair, i);
     const int64_t row = (pair.b * n_.Hkv + g) * n_.Nk + k_.first;
     const int64_t bytes = bytes_of(t_.scores.dtype);
     const auto place = [&](void* gradient, int64_t size) {
@@ -210,7 +211,7 @@ class BackwardWorker {
     if (!plan_.tile_dmask) {
       const int64_t own = plan_.dmask_rows > 1 ? pair_index : 0;
       T* row = parts_.dmask + (plan_.outer_keys ? 0 : split) * parts_.dmask_size + (slot_ * plan_.dmask_rows + own) * n_.Nk + k.first;
-      const int64_t first_block = plan_.outer_keys ? 0 : plan_.outer_blocks() * split / plan_.splits;
+      const int64_t first_block = plan_.outer_keys ? 0 : plan_.first_outer(split);
       const bool first = q.first == query_block(plan_.blocking, first_block).first && own == pair_index;
       for (int64_t j = 0; j < k.count; ++j) {
         Vec<T> sum{};

@@ -104,7 +104,7 @@ inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor th
   task.mbar = static_cast<const T*>(means.params.mbar);
   task.dquery = p.dquery, task.dkey = p.dkey, task.dmask = p.dmask;
   task.dalpha = static_cast<T*>(p.dalpha);
-  if (task.wants_ds()) backward_pass<T>(task, static_cast<const T*>(nullptr), threads);
+  if (task.wants_ds()) backward_pass<T>(task, threads);
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT
