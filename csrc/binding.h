@@ -11,7 +11,7 @@
 #include <initializer_list>
 #include <optional>
 
-#include "memory.h"
+#include "huge_pages.h"
 #include "params.h"
 
 // `where`: arguments of one library alone, each with its comma.

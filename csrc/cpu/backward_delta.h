@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/forward.h"
+#include "cpu/tiles/rows.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 

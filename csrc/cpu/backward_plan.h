@@ -15,6 +15,7 @@
 // pairs, pair by pair. The runs of a row add to the same dK and dV, and those of a group to its dQ, each after the one before it.
 #pragma once
 
+#include "cpu/tiles/rows.h"
 #include "cpu/tiles/tiles.h"
 #include "cpu/workers.h"
 
