@@ -5,6 +5,7 @@
 #include "cpu/forward_one_pass.h"
 #include "cpu/forward_plan.h"
 #include "cpu/forward_weights.h"
+#include "cpu/tiles/dropout.h"
 #include "cpu/tiles/mask.h"
 #include "cpu/workers.h"
 
@@ -19,10 +20,10 @@ class Forward {
       : t_(task), p_(task.params), s_(p_.scores), n_(s_.size), plan_(plan), query_size_(row_elements<E>(n_.D) * kQueries),
         dout_size_(task.dout.data != nullptr ? row_elements<E>(n_.Dv) * kQueries : 0), queries_(plan.group_heads * query_size_),
         douts_(plan.group_heads * dout_size_), query_rows_(larger_of(query_size_, dout_size_)), part_size_(plan.part_size(n_)),
-        parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), masks_(plan.mask_tiles * plan.mask_tile_size),
-        masks_read_(plan.mask_tiles), dmap_(task.eta != nullptr ? kKeys * kQueries : 0), keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0),
-        rows_(kLanes<T> * kKeys), keys_(kKeys * row_elements<E>(n_.D)), values_(kKeys * row_elements<E>(n_.Dv)),
-        value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {
+        parts_((plan.splits == 1 ? plan.group_heads : 1) * part_size_), weights_(task), one_pass_(task),
+        masks_(plan.mask_tiles * plan.mask_tile_size), masks_read_(plan.mask_tiles), dmap_(task.eta != nullptr ? kKeys * kQueries : 0),
+        keep_(p_.dropout.p > 0 ? kKeys * kQueries : 0), rows_(kLanes<T> * kKeys), keys_(kKeys * row_elements<E>(n_.D)),
+        values_(kKeys * row_elements<E>(n_.Dv)), value_steps_memory_(steps_size<E>(kKeys, n_.Dv)) {
     fill<Held>(masks_read_, plan.mask_tiles, Held{});
   }
 
@@ -39,7 +40,7 @@ class Forward {
     T* const memory = plan_.splits == 1 ? parts_.get() : parts + first * part_size_;
     const auto part = [&](int64_t h) { return ForwardPart<E>(memory + h * part_size_, q.lanes, n_.Dv); };
     if (queries_read_.differs(b, group, query_index, 0)) heads_read_ = 0;  // else they are those of the last split
-    for (int64_t h = 0; h < heads; ++h) part(h).clear(part_size_);
+    for (int64_t h = 0; h < heads; ++h) part(h).clear();
     const int64_t blocks = plan_.blocking.key_blocks, end = blocks * (split + 1) / plan_.splits;
     for (int64_t kb = blocks * split / plan_.splits; kb < end; ++kb) {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
@@ -55,7 +56,7 @@ class Forward {
             keys_ahead(s_.key, n_, b, last ? first : first + h + 1, last ? k.first + k.count : k.first, plan_.blocking.keys, n_.D);
         const Prefetch queries = reads_queries && !last ? rows_ahead(s_.query, b, first + h + 1, q.first, q.count, n_.D) : Prefetch{};
         const Prefetch outs = kb == end - 1 && plan_.splits == 1 ? outs_ahead(b, first + h, q) : Prefetch{};
-        attend(b, first + h, q, k, mask, same_keys, query(h), dout(h), part(h), queries, keys.then(outs));
+        attend({b, first + h, same_keys, mask, query(h), dout(h), part(h)}, q, k, queries, keys.then(outs));
       }
     }
     for (int64_t h = 0; plan_.splits == 1 && h < heads; ++h) write_part<E>(t_, b, first + h, q, part(h));
@@ -65,7 +66,7 @@ class Forward {
   void merge(int64_t b, int64_t h, int64_t query_index, T* parts, int64_t distance) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     const ForwardPart<E> to(parts_, q.lanes, n_.Dv);
-    to.clear(part_size_);
+    to.clear();
     merge_parts<E>(p_, q, parts, plan_.splits, distance, to);
     write_part<E>(t_, b, h, q, to);
   }
@@ -97,14 +98,23 @@ class Forward {
     return tile;
   }
 
+  // One head, and what it brings to a key block.
+  struct Head {
+    int64_t b, h;
+    bool same_keys;  // the head before read the same keys and values
+    const T* mask;  // the tile of M, null where there is none
+    const E *query, *dout;
+    ForwardPart<E> part;
+  };
+
   // One head against one key block.
-  void attend(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, const T* mask, bool same_keys, const E* query, const E* dout,
-              const ForwardPart<E>& part, const Prefetch& next_queries, const Prefetch& next_keys) {
+  void attend(const Head& head, const QueryBlock& q, const KeyBlock& k, const Prefetch& next_queries, const Prefetch& next_keys) {
+    const auto& [b, h, same_keys, mask, query, dout, part] = head;
     if (!same_keys) key_ = read_keys<E>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     const Prefetch values_ahead = keys_ahead(p_.value, n_, b, h, k.first, k.count, n_.Dv).then(next_queries);
     if constexpr (OnePass<E>::kServes) {
       const bool tries = p_.out != nullptr && p_.dropout.p == 0 && t_.eta == nullptr;
-      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, n_.D, t_.wants_mbar(), values_ahead, next_keys, part)) {
+      if (tries && one_pass_.run({s_, h, mask}, q, k, key_, query, values_ahead, next_keys, part)) {
         if (!same_keys) read_values(b, h, k);
         return product(one_pass_.weights(k), value_steps_, q.count, part.stride / kLanes<T>, packed<E>(k.count),
                        OnePass<E>::has_few_queries(q) ? Prefetch{} : next_keys, AddTo<T>{part.out, part.stride, false});

@@ -12,7 +12,9 @@ class OnePass {
   using T = SumOf<E>;
   static constexpr bool kServes = kStepUnit<E> > 1;  // it makes what products in tiles read
 
-  OnePass() : scores_(kServes ? 2 * strip_size() : 0), weights_(kServes ? packed<E>(kKeys) * kQueries : 0) {}
+  explicit OnePass(const ForwardTask<T>& task)
+      : D_(task.params.scores.size.D), wants_mbar_(task.wants_mbar()), scores_(kServes ? 2 * strip_size() : 0),
+        weights_(kServes ? packed<E>(kKeys) * kQueries : 0) {}
 
   int64_t bytes() const { return bytes_in(scores_, weights_); }
 
@@ -21,8 +23,8 @@ class OnePass {
 
   // Makes the block's weights and adds to the part's rows. False, and then nothing has changed, where it takes two passes: there are keys that
   // are padding or do not fill a strip, a query has no finite maximum, or the weights have grown too large.
-  bool run(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, int64_t D,
-           bool wants_mbar, const Prefetch& values_ahead, const Prefetch& keys_ahead, const ForwardPart<E>& part) {
+  bool run(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query,
+           const Prefetch& values_ahead, const Prefetch& keys_ahead, const ForwardPart<E>& part) {
     if (k.attended < k.count || k.count % kStrip != 0) return false;
     T maxima[kQueries], sums[kSums][kQueries] = {};
     copy<T>(part.row(kMaximum), q.lanes, maxima);
@@ -33,7 +35,7 @@ class OnePass {
       const int64_t lanes = smaller_of(kGroup, q.lanes - lane);
       const auto products = [&](int64_t first) {
         if (first >= k.count) return;
-        product(key.from_row(first), Vectors<E>{query + lane, q.lanes}, kStrip, lanes / kLanes<T>, packed<E>(D),
+        product(key.from_row(first), Vectors<E>{query + lane, q.lanes}, kStrip, lanes / kLanes<T>, packed<E>(D_),
                 !few && lane == 0 ? values_ahead.part(first, kStrip, k.count) : Prefetch{}, AddTo<T>{scores(first), kGroup, true});
       };
       products(0);
@@ -45,7 +47,7 @@ class OnePass {
             store(maximum, with_first(exponent, scores(0) + l, q, lane + l, load(maximum)));
             if (!all_finite(maximum, kLanes<T>)) return false;
           }
-          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(maximum), wants_mbar, fetching, sums);
+          weigh(exponent, scores(first) + l, q, first, lane + l, k.count, load(maximum), fetching, sums);
         }
       }
     }
@@ -88,8 +90,8 @@ class OnePass {
 
   // A strip's weights of one vector of queries, turned.
   void weigh(const Exponents<E>& exponent, const T* score, const QueryBlock& q, int64_t first, int64_t lane, int64_t keys,
-             Vec<T> subtracted, bool wants_mbar, Fetching& fetching, T (&sums)[3][kQueries]) {
-    const T* mask = wants_mbar ? exponent.mask + first * q.lanes + lane : nullptr;
+             Vec<T> subtracted, Fetching& fetching, T (&sums)[kSums][kQueries]) {
+    const T* mask = wants_mbar_ ? exponent.mask + first * q.lanes + lane : nullptr;
     Vec<T> sum = load(sums[0] + lane), rounded = load(sums[1] + lane), mbar = load(sums[2] + lane);
     Vec<E> pairs[kStrip / 2];
     for (int64_t j = 0; j < kStrip; j += kExpAtOnce) {
@@ -114,6 +116,8 @@ class OnePass {
     store(sums[0] + lane, sum), store(sums[1] + lane, rounded), store(sums[2] + lane, mbar);
   }
 
+  const int64_t D_;
+  const bool wants_mbar_;
   Buffer<T> scores_;  // [key][kGroup] of two strips
   Buffer<E> weights_;
 };

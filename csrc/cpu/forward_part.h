@@ -50,8 +50,8 @@ struct ForwardPart {
 
   T* row(Row which) const { return out + lanes * stride + which * lanes; }
 
-  void clear(int64_t size) const {
-    fill<T>(out, size, T(0));
+  void clear() const {
+    fill<T>(out, (stride + kRows) * lanes, T(0));
     fill<T>(row(kMaximum), lanes, static_cast<T>(-__builtin_inf()));
   }
 };

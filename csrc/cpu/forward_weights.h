@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/forward_part.h"
-#include "cpu/tiles/dropout.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
