@@ -235,10 +235,9 @@ class BackwardStep {
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Prefetch& ahead,
                 bool is_new, T* sum, void* final) {
     const int64_t stride = round_up(size, kLanes<T>);
-    const bool* padded = k.attended < k.count ? k.padded : nullptr;
     product(weights, rows, k.count, stride / kLanes<T>, packed<E>(q.count), ahead,
-            [sum, stride, factor, is_new, padded, final, dtype = t_.scores.dtype]<int R, int N>(int64_t j, int64_t c,
-                                                                                                const Vec<T>(&added)[R][N]) {
+            [sum, stride, factor, is_new, padded = &k.padded[0], final, dtype = t_.scores.dtype]<int R, int N>(int64_t j, int64_t c,
+                                                                                                               const Vec<T>(&added)[R][N]) {
 #pragma GCC unroll 32
               for (int r = 0; r < R; ++r) {
                 const int64_t at = (j + r) * stride + c * kLanes<T>;
@@ -247,7 +246,7 @@ class BackwardStep {
                   x[i] = is_new ? added[r][i] * factor : fused(added[r][i], broadcast(factor), load(sum + at + i * kLanes<T>));
                 }
                 if (final != nullptr) {
-                  for (int i = 0; padded != nullptr && padded[j + r] && i < N; ++i) x[i] = Vec<T>{};
+                  for (int i = 0; padded[j + r] && i < N; ++i) x[i] = Vec<T>{};
                   stream_row<E>(dtype, final, at, stride, x);
                   continue;
                 }

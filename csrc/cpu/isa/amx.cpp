@@ -21,7 +21,6 @@ void multiply_in(const uint16_t* a, const uint16_t* b, float* sum) {
   AnyTiles::release();
 }
 
-void multiply_tile(bool in_software, const uint16_t* a, const uint16_t* b, float* sum);
 void multiply_tile(bool in_software, const uint16_t* a, const uint16_t* b, float* sum) {
   in_software ? multiply_in<SoftwareTiles>(a, b, sum) : multiply_in<HardwareTiles>(a, b, sum);
 }

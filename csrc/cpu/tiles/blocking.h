@@ -94,7 +94,6 @@ constexpr int64_t kStripSize = larger_of<int64_t>(kStripBytes / static_cast<int6
 inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
   KeyBlock strip;
   strip.first = k.first + at, strip.count = smaller_of(keys, k.count - at);
-  strip.is_last = k.is_last && at + strip.count == k.count;
   strip.attended = strip.count;
   for (int64_t j = 0; j < strip.count; ++j) {
     strip.padded[j] = k.padded[at + j];
