@@ -6,9 +6,10 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// The groups of a round by a plan in runs: a chain each.
+// The groups of a round, by a plan in runs: each is a chain.
 template <class T, class Make>
-inline void in_runs(const BackwardPlan<T>& plan, int64_t first, int64_t groups, ParallelFor threads, int64_t bytes, const Make& make) {
+inline void share_out_runs(const BackwardPlan<T>& plan, int64_t first, int64_t groups, ParallelFor threads, int64_t bytes,
+                           const Make& make) {
   Runs runs(groups, groups * plan.outer_blocks(), plan.inner_blocks(), plan.row_slots);
   share_out<Run>(
       threads, runs.count(), bytes - runs.bytes(), [&](Run& run) { return runs.take(run); }, make,
@@ -26,7 +27,7 @@ inline void backward_pass(const BackwardTask<T>& task, ParallelFor threads) {
   for (int64_t first = 0; first < plan.groups; first += plan.round) {
     const int64_t groups = smaller_of(plan.round, plan.groups - first);
     if (plan.in_runs) {
-      in_runs(plan, first, groups, threads, spare, make);
+      share_out_runs(plan, first, groups, threads, spare, make);
     } else {
       for_each_item(threads, groups * plan.splits, spare, make, [&](BackwardWorker<E>& worker, int64_t item) {
         worker.run(first + item / plan.splits, item / plan.splits, item % plan.splits);

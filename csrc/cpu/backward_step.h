@@ -107,7 +107,7 @@ class BackwardStep {
   void probabilities(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask) {
     T* p = probability(s);
     dot_products(s.key, tiles.query, q, k.count, n_.D, s.values_ahead, p);
-    const Exponents<E> exponent(t_.scores, h, beside(mask, s.at));
+    const Exponents<E> exponent(t_.scores, h, at_or_null(mask, s.at));
     const int64_t row = WeightTile<E>::row(q.lanes);
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       each_key(
@@ -155,10 +155,10 @@ class BackwardStep {
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       ScoreGradients g{.p = probability(s) + lane,
                        .dp = dp_ + lane,
-                       .keep = beside(keep(), lane),
-                       .mask = sums.dalpha == nullptr ? nullptr : beside(mask, s.at + lane),
+                       .keep = at_or_null(keep(), lane),
+                       .mask = sums.dalpha == nullptr ? nullptr : at_or_null(mask, s.at + lane),
                        .ds = ds_,
-                       .dmask = beside(sums.dmask, s.at + lane),
+                       .dmask = at_or_null(sums.dmask, s.at + lane),
                        .dmask_is_new = sums.dmask_is_new,
                        .at = s.weights_at + lane,
                        .row = WeightTile<E>::row(q.lanes),
@@ -209,7 +209,8 @@ class BackwardStep {
     }
   };
 
-  static auto* beside(auto* p, int64_t lane) { return p == nullptr ? nullptr : p + lane; }
+  // p + at, or null where p is null.
+  static auto* at_or_null(auto* p, int64_t at) { return p == nullptr ? nullptr : p + at; }
 
   // some(how many, first key) for the keys, as many at a time as there are together; skip(key) for one that is padding.
   template <class Some, class Skip>

@@ -33,41 +33,41 @@ constexpr bool kTilesAreEmulated = true;
 constexpr bool kTilesAreEmulated = false;
 #endif
 
-struct Levels {
-  std::vector<const Kernels*> sets;  // the fastest first
-  std::string why;
+struct Sets {
+  std::vector<const Kernels*> fastest_first;
+  std::string why_first;
 };
 
-Levels levels() {
-  Levels found;
+Sets find_sets() {
+  Sets found;
   std::string why = "the widest vectors that this processor has";
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_conversions();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl")) {
-    found.sets.push_back(&avx512::kKernels);
+    found.fastest_first.push_back(&avx512::kKernels);
     if (__builtin_cpu_supports("avx512bf16")) {
       const bool slow = has_slow_bfloat16_dot(processor());
-      found.sets.insert(slow ? found.sets.end() : found.sets.begin(), &avx512bf16::kKernels);
+      found.fastest_first.insert(slow ? found.fastest_first.end() : found.fastest_first.begin(), &avx512bf16::kKernels);
       std::string refusal;
       why = slow ? "on this processor float products are faster than avx512bf16's" : "the processor multiplies pairs of bfloat16";
       if (kTilesAreEmulated || (has_tiles() && may_use_tiles(refusal))) {
-        found.sets.insert(found.sets.begin(), &amx::kKernels);
+        found.fastest_first.insert(found.fastest_first.begin(), &amx::kKernels);
         why = kTilesAreEmulated ? "matrix tiles in software, to be tested" : "the processor multiplies matrix tiles of bfloat16";
       }
       if (!refusal.empty()) why += "; " + refusal;
     }
   }
-  if (avx2) found.sets.push_back(&avx2::kKernels);
+  if (avx2) found.fastest_first.push_back(&avx2::kKernels);
 #endif
-  found.sets.push_back(&baseline::kKernels);
-  found.why = std::string(found.sets.front()->name) + ": " + why;
+  found.fastest_first.push_back(&baseline::kKernels);
+  found.why_first = std::string(found.fastest_first.front()->name) + ": " + why;
   return found;
 }
 
-const Levels& known() {
-  static const Levels found = levels();
+const Sets& sets() {
+  static const Sets found = find_sets();
   return found;
 }
 
@@ -78,8 +78,8 @@ const Kernels*& current() {
 
 }  // namespace
 
-const std::vector<const Kernels*>& available() { return known().sets; }
-const std::string& why_first() { return known().why; }
+const std::vector<const Kernels*>& available() { return sets().fastest_first; }
+const std::string& why_first() { return sets().why_first; }
 
 const Kernels& selected() { return *current(); }
 

@@ -16,9 +16,7 @@ class ForwardWeights {
 
   int64_t bytes() const { return bytes_in(scores_, weights_, turned_); }
 
-  auto by_key(const QueryBlock& q, const KeyBlock& k) {
-    return cpu::SMATTN_UNIT::by_key(weights(), packed<E>(k.count), q.lanes, turned_.get());
-  }
+  auto by_key(const QueryBlock& q, const KeyBlock& k) { return weights_by_key(weights(), packed<E>(k.count), q.lanes, turned_.get()); }
 
   // The exponents of one head's scores, a padded key's -inf; raises each query's maximum to theirs.
   void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, const T* mask, const Prefetch& ahead,

@@ -46,19 +46,19 @@ struct Tally {
   std::map<std::string, double> share;  // by output, the worst of all problems
 };
 
-bool report(const char* level, const char* threads, const std::string& what) {
-  std::printf("  FAILED on %s, %s: %s\n", level, threads, what.c_str());
+bool report(const char* set, const char* threads, const std::string& what) {
+  std::printf("  FAILED on %s, %s: %s\n", set, threads, what.c_str());
   return false;
 }
 
-bool check(const std::vector<Output>& outputs, const char* level, const char* threads, Tally& tally) {
+bool check(const std::vector<Output>& outputs, const char* set, const char* threads, Tally& tally) {
   bool good = true;
   for (const Output& output : outputs) {
     const Comparison worst = compare(output);
     double& share = tally.share[output.name];
     share = std::max(share, worst.share);
-    if (worst.share > 1.0) good = report(level, threads, worst.where + ", error / allowed " + std::to_string(worst.share));
-    if (!output.array.front_intact()) good = report(level, threads, output.name + ": written before its first byte");
+    if (worst.share > 1.0) good = report(set, threads, worst.where + ", error / allowed " + std::to_string(worst.share));
+    if (!output.array.front_intact()) good = report(set, threads, output.name + ": written before its first byte");
   }
   return good;
 }
@@ -81,7 +81,7 @@ void run_problem(const Problem& problem, bool many, Tally& tally) {
   }
 }
 
-// Backward takes it in runs (csrc/cpu/runs.h).
+// A problem of one batch, which backward cuts into runs (csrc/cpu/runs.h).
 Problem of_one_batch(int64_t heads, int64_t queries, int64_t keys, int64_t size, DType dtype) {
   Problem problem;
   problem.size = {.B = 1, .H = heads, .Hkv = heads, .Nq = queries, .Nk = keys, .D = size, .Dv = size};

@@ -9,10 +9,10 @@
 namespace smattn::driver {
 namespace {
 
-// The outputs of one problem, made when a kernel is to write them.
+// The outputs of one problem, each added when a kernel is to write it.
 class Outputs {
  public:
-  void* make(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected, const Allowance& allowance) {
+  void* add(bool asked, const char* name, DType dtype, const Shape& size, const Expected& expected, const Allowance& allowance) {
     outputs_.push_back({name, asked ? Array(dtype, size) : Array(), &expected, allowance});
     return outputs_.back().array.data();
   }
@@ -64,7 +64,8 @@ Array normalizer_of(const Problem& p) {
   return accumulator_of(p.dtype) == p.dtype ? Array(p.dtype, {p.size.B, p.size.H, p.size.Nq, 2}) : Array();
 }
 
-void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
+void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads,
+                   Outputs& outputs) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
   ForwardParams f{};
@@ -74,11 +75,11 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   const Shape out_size{B, H, Nq, Dv}, row_size{B, H, Nq, 1};
   const bool rounded = acc != p.dtype;
   const Allowances allowed(p, a.band, std::string(kernels.name) == "avx512bf16" || std::string(kernels.name) == "amx");
-  f.out = make.make(true, "out", p.dtype, out_size, a.out, allowed.product);
-  f.lse = make.make(true, "lse", acc, row_size, a.lse, allowed.sum);
+  f.out = outputs.add(true, "out", p.dtype, out_size, a.out, allowed.product);
+  f.lse = outputs.add(true, "lse", acc, row_size, a.lse, allowed.sum);
   const Array remainder = p.out_saved && rounded ? Array(p.dtype, out_size) : Array();  // RemainderOf it has as many bytes
   f.remainder = remainder.data();
-  f.mbar = make.make(p.needs.alpha, "mbar", acc, row_size, a.mbar, allowed.sum);
+  f.mbar = outputs.add(p.needs.alpha, "mbar", acc, row_size, a.mbar, allowed.sum);
   const Array normalizer = normalizer_of(p);
   f.normalizer = normalizer.data();
   kernels.forward(f, threads);
@@ -88,23 +89,23 @@ void run_attention(const cpu::Kernels& kernels, const Problem& p, const Inputs& 
   g.dout = in.dout.tensor();
   if (p.out_saved) g.out = f.out, g.remainder = f.remainder;
   g.lse = f.lse, g.dlse = in.dlse.data(), g.mbar = f.mbar, g.normalizer = f.normalizer;
-  g.dquery = make.make(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, allowed.product_through_delta);
-  g.dkey = make.make(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, allowed.product_through_delta);
-  g.dvalue = make.make(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue, allowed.product);
-  g.dmask = make.make(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask, allowed.through_delta);
-  g.dalpha = make.make(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha, allowed.through_delta);
+  g.dquery = outputs.add(p.needs.query, "dquery", p.dtype, {B, H, Nq, D}, a.dquery, allowed.product_through_delta);
+  g.dkey = outputs.add(p.needs.key, "dkey", p.dtype, {B, Hkv, Nk, D}, a.dkey, allowed.product_through_delta);
+  g.dvalue = outputs.add(p.needs.value, "dvalue", p.dtype, {B, Hkv, Nk, Dv}, a.dvalue, allowed.product);
+  g.dmask = outputs.add(p.needs.mask, "dmask", p.mask_dtype, mask_shape(p), a.dmask, allowed.through_delta);
+  g.dalpha = outputs.add(p.needs.alpha, "dalpha", acc, {1, H, 1, 1}, a.dalpha, allowed.through_delta);
   kernels.backward(g, threads);
 }
 
-void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& make) {
+void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, const Answers& a, ParallelFor threads, Outputs& outputs) {
   const auto& [B, H, Hkv, Nq, Nk, D, Dv] = p.size;
   const DType acc = accumulator_of(p.dtype);
   const Allowance allowed{a.band, 0.0};
   MapParams f{};
   f.scores = scores_of(p, in);
   f.head_weights = in.head_weights.data();
-  f.map = make.make(true, "map", acc, {B, 1, Nq, Nk}, a.map, allowed);
-  f.lse = make.make(true, "map's lse", acc, {B, H, Nq, 1}, a.lse, allowed);
+  f.map = outputs.add(true, "map", acc, {B, 1, Nq, Nk}, a.map, allowed);
+  f.lse = outputs.add(true, "map's lse", acc, {B, H, Nq, 1}, a.lse, allowed);
   const Array normalizer = normalizer_of(p);
   f.normalizer = normalizer.data();
   kernels.attention_map(f, threads);
@@ -112,11 +113,11 @@ void run_map(const cpu::Kernels& kernels, const Problem& p, const Inputs& in, co
   MapBackwardParams g{};
   g.scores = f.scores, g.head_weights = f.head_weights, g.lse = f.lse, g.normalizer = f.normalizer;
   g.dmap = in.dmap.tensor();
-  g.dquery = make.make(p.needs.query, "map's dquery", p.dtype, {B, H, Nq, D}, a.map_dquery, allowed);
-  g.dkey = make.make(p.needs.key, "map's dkey", p.dtype, {B, Hkv, Nk, D}, a.map_dkey, allowed);
-  g.dmask = make.make(p.needs.mask, "map's dmask", p.mask_dtype, mask_shape(p), a.map_dmask, allowed);
-  g.dalpha = make.make(p.needs.alpha, "map's dalpha", acc, {1, H, 1, 1}, a.map_dalpha, allowed);
-  g.dhead_weights = make.make(p.needs.head_weights, "dhead_weights", acc, {1, H, 1, 1}, a.map_dhead_weights, allowed);
+  g.dquery = outputs.add(p.needs.query, "map's dquery", p.dtype, {B, H, Nq, D}, a.map_dquery, allowed);
+  g.dkey = outputs.add(p.needs.key, "map's dkey", p.dtype, {B, Hkv, Nk, D}, a.map_dkey, allowed);
+  g.dmask = outputs.add(p.needs.mask, "map's dmask", p.mask_dtype, mask_shape(p), a.map_dmask, allowed);
+  g.dalpha = outputs.add(p.needs.alpha, "map's dalpha", acc, {1, H, 1, 1}, a.map_dalpha, allowed);
+  g.dhead_weights = outputs.add(p.needs.head_weights, "dhead_weights", acc, {1, H, 1, 1}, a.map_dhead_weights, allowed);
   kernels.attention_map_backward(g, threads);
 }
 

@@ -80,14 +80,14 @@ struct ColumnMajor {
 
 // R elements of one step of either, and the way to the next step. Few pointers: row 4g + i is reached from that of row 4g.
 template <class E, int R, class A>
-struct Reader;
+struct StepReader;
 
 template <class E, int R>
-struct Reader<E, R, RowMajor<E>> {
+struct StepReader<E, R, RowMajor<E>> {
   const E* group[(R + 3) / 4];
   int64_t stride;
 
-  explicit Reader(RowMajor<E> a) : stride(a.stride) {
+  explicit StepReader(RowMajor<E> a) : stride(a.stride) {
     for (int g = 0; g < (R + 3) / 4; ++g) group[g] = a.data + 4 * g * a.stride;
   }
   const E* operator()(int r) const { return group[r / 4] + (r % 4) * stride; }
@@ -97,11 +97,11 @@ struct Reader<E, R, RowMajor<E>> {
 };
 
 template <class E, int R>
-struct Reader<E, R, ColumnMajor<E>> {
+struct StepReader<E, R, ColumnMajor<E>> {
   const E* step;
   int64_t stride;
 
-  explicit Reader(ColumnMajor<E> a) : step(a.data), stride(a.stride) {}
+  explicit StepReader(ColumnMajor<E> a) : step(a.data), stride(a.stride) {}
   const E* operator()(int r) const { return step + r; }
   void next() { step += stride; }
 };
@@ -171,7 +171,7 @@ template <class E, int R, int C, class A, class Done>
 inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, const Done& done) {
   Prefetch ahead{to_fetch.line, to_fetch.last, to_fetch.advance, to_fetch.two};
   Sum<E> acc[R][C] = {};
-  Reader<E, R, A> element(a);
+  StepReader<E, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
     Vec<E> row[C];
 #pragma GCC unroll 8

@@ -85,7 +85,7 @@ inline Vectors<E> by_step(RowMajor<E> rows, int64_t count, int64_t columns, E* t
 
 // The weights of a sum over the keys, given as elements [step][lane]: as they lie, or where products read tiles of them, turned in `to`.
 template <class E>
-inline auto by_key(E* steps, int64_t count, int64_t lanes, [[maybe_unused]] E* to) {
+inline auto weights_by_key(E* steps, int64_t count, int64_t lanes, [[maybe_unused]] E* to) {
   if constexpr (kStepUnit<E> == 1) {
     return ColumnMajor<E>{steps, lanes};
   } else {
@@ -163,7 +163,7 @@ class WeightTile {
   // own too, which is read before.
   auto by_key(int64_t keys, int64_t lanes, E* steps, E* turned) const {
     const Vectors<E> by_pair = by_step(by_lane(lanes), keys, lanes, steps);
-    return cpu::SMATTN_UNIT::by_key(const_cast<E*>(by_pair.data), packed<E>(keys), lanes, turned);
+    return weights_by_key(const_cast<E*>(by_pair.data), packed<E>(keys), lanes, turned);
   }
   // What lies beyond the lanes of the first keys is 0.
   void clear_rest(int64_t keys, int64_t lanes) const {
