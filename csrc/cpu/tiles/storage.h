@@ -96,12 +96,12 @@ inline void write_row(const T* from, int64_t columns, Storage* to) {
   for (; c < columns; ++c) narrow(from[c], to[c]);
 }
 
-// row[columns .. stride) = 0, by vectors that may lie over numbers not there yet.
+// Clears row[columns .. stride) before the row is filled: the first vector may begin before `columns`.
 template <class T>
 inline void clear_beyond(int64_t columns, int64_t stride, T* row) {
   int64_t c = columns / kLanes<T> * kLanes<T>;
   for (; c + kLanes<T> <= stride; c += kLanes<T>) store(row + c, Vec<T>{});
-  if (c < stride) fill<T>(row + larger_of(c, columns), stride - larger_of(c, columns), T(0));
+  fill<T>(row + c, stride - c, T(0));
 }
 
 // to[r][c] = the matrix's (r, c); columns up to `stride` are 0.
@@ -166,7 +166,7 @@ inline void write_remainders(const T* from, int64_t stride, int64_t rows, int64_
   });
 }
 
-// to[r] = row r of what was written so, before it was rounded; columns up to `stride` are 0.
+// The rows that write_rows and write_remainders have stored, as they were before rounding; columns up to `stride` are 0.
 template <class T>
 inline void read_unrounded(const void* rounded, const void* remainder, DType dtype, int64_t offset, int64_t rows, int64_t columns, T* to,
                            int64_t stride) {
