@@ -9,8 +9,9 @@
 //   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to, unless there
 //             is one key block.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
-// The items' own sums are added in order afterwards. How many items there are depends on the shape alone. Where memory does not hold the
-// sums of all groups, groups take turns, and where that choice of outer blocks asks too much and the other less, it is the other.
+// The items' own sums are added in order afterwards. How many items there are depends on the call's shape, its dtype and the gradients wanted,
+// never on the threads. Where memory does not hold the sums of all groups, groups take turns, and where that choice of outer blocks asks too
+// much and the other less, it is the other.
 // Where that makes too few items, groups are cut into runs instead (runs.h): a row is an outer block, and a run one inner block of it with all
 // pairs, pair by pair. The runs of a row add to the same dK and dV, and those of a group to its dQ, each after the one before it.
 #pragma once

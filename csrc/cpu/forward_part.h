@@ -1,4 +1,4 @@
-// What one split of the keys leaves of one head and query block: its parts are merged in their order, divided and stored.
+// What forward works on, and what one split of the keys leaves of one head and query block: parts to be merged, divided and stored.
 #pragma once
 
 #include "cpu/simd/exp2.h"

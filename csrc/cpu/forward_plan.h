@@ -1,4 +1,4 @@
-// What forward computes, and how it is cut into items that run in parallel.
+// How forward's work is planned.
 #pragma once
 
 #include "cpu/forward_part.h"

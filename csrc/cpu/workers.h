@@ -24,8 +24,8 @@ inline void share_out(ParallelFor threads, int64_t items, int64_t bytes, const T
     do work(worker, item);
     while (take(item));
   };
-  // A worker to a grain, and a grain large enough to cut: torch deals out n grains of 1 to fewer threads in pieces of whole grains, to half of
-  // them if n is a little more.
+  // A worker counts as kGrain items. torch gives each thread ceil(items / threads) of them; with one item a worker and a few more workers than
+  // threads, that would be two for each, and half of the threads would get none.
   constexpr int64_t kGrain = 1024;
   parallel_for(threads, smaller_of(items, workers) * kGrain, kGrain, [&](int64_t, int64_t) {
     Item item{};

@@ -103,7 +103,7 @@ class SoftwareTiles {
 using Tiles = SMATTN_TILES;  // what the unit's products use
 #endif
 
-// While a thread's products may use them.
+// Configures the calling thread's tiles, and releases them at the end of the scope.
 struct TilesInUse {
 #if defined(SMATTN_TILES)
   TilesInUse() { Tiles::configure(); }

@@ -88,7 +88,7 @@ inline int64_t strip_keys(int64_t lanes) {
   const int64_t keys = smaller_of(kKeys, kStripBytes / static_cast<int64_t>(sizeof(T)) / lanes);
   return larger_of(kStripUnit, keys / kStripUnit * kStripUnit);
 }
-// At most so many numbers, and a key more for what goes two keys at a time.
+// The largest strip in numbers, with room for one more key: dropout makes the bits of two keys at a time.
 template <class T>
 constexpr int64_t kStripSize = larger_of<int64_t>(kStripBytes / static_cast<int64_t>(sizeof(T)), kStripUnit* kQueries) + kQueries;
 inline KeyBlock strip_of(const KeyBlock& k, int64_t at, int64_t keys) {
