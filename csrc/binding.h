@@ -100,8 +100,8 @@ class Reader {
     return read_like_query(value, "value", {scores.size.B, scores.size.Hkv, scores.size.Nk, scores.size.Dv});
   }
 
-  // A strided tensor to read. An axis of size 1 has stride 0, so that a mask is broadcast over it; but the last one is never 0, so that rows
-  // of one element count as contiguous.
+  // A strided tensor to read. An axis of size 1 has stride 0, so that a mask is broadcast over it; but the last one is never 0, so that
+  // rows of one element count as contiguous.
   Tensor4 read(const Tensor& t, const char* name, Shape sizes) const {
     check_sizes(t, name, sizes);
     return strided(t, name, 0);

@@ -24,8 +24,8 @@ template <class T>
 using RemainderOf = std::conditional_t<std::is_same_v<T, BFloat16>, int16_t, T>;
 
 // What rounding took from a number, in 16 bits of its own, is its remainder.
-// Of bfloat16, the upper half of a float, that is the distance of their bits: the two are the float again. Only a tie that was rounded down is
-// one more than 16 bits hold. NaN stays NaN, whatever its bits.
+// Of bfloat16, the upper half of a float, that is the distance of their bits: the two are the float again. Only a tie that was rounded down
+// is one more than 16 bits hold. NaN stays NaN, whatever its bits.
 SMATTN_HOST_DEVICE constexpr int16_t remainder_of_bits(uint32_t unrounded, BFloat16 rounded) {
   const int32_t distance = static_cast<int32_t>(unrounded - (static_cast<uint32_t>(rounded.bits) << 16));
   return static_cast<int16_t>(distance < -0x8000 ? -0x8000 : distance > 0x7fff ? 0x7fff : distance);

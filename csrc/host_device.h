@@ -4,6 +4,6 @@
 #ifdef __CUDACC__
 #define SMATTN_HOST_DEVICE __host__ __device__
 #else
-// Units of several instruction sets include it, and the linker must not take one unit's code for another's: nothing is left for it to merge.
+// Units of several instruction sets include it, and the linker must not take one unit's code for another's: it finds nothing to merge.
 #define SMATTN_HOST_DEVICE __attribute__((always_inline)) inline
 #endif

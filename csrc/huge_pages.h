@@ -9,8 +9,8 @@
 
 namespace smattn {
 
-// A result is fresh memory more often than not, for the allocator gave the last one back. To fault it in page by page can take longer than to
-// compute it (1.5 microseconds for 4 KiB on a virtual machine); by huge pages that is nothing.
+// A result is fresh memory more often than not, for the allocator gave the last one back. To fault it in page by page can take longer than
+// to compute it (1.5 microseconds for 4 KiB on a virtual machine); by huge pages that is nothing.
 //
 // Asks the system for huge pages under what is not yet touched of memory, those that it shares with its neighbours included: results
 // that are made together lie side by side.

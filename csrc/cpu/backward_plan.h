@@ -6,14 +6,14 @@
 // batches that share M are cut into shares, which have a dM each and go side by side; the shares' dM are added up in order. Batch elements
 // are taken in the order of MaskBatch, in which those that share M are neighbours; a `place` is one's number in that order. An item is a
 // group and a part of its outer blocks:
-//   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to, unless there
-//             is one key block.
+//   Nk >= Nq: outer blocks are key blocks. dK and dV are summed in scratch and stored once; every item has its own dQ to add to, unless
+//             there is one key block.
 //   Nk <  Nq: outer blocks are query blocks. dQ is summed in scratch and stored once; every item has its own dK and dV to add to.
-// The items' own sums are added in order afterwards. How many items there are depends on the call's shape, its dtype and the gradients wanted,
-// never on the threads. Where memory does not hold the sums of all groups, groups take turns, and where that choice of outer blocks asks too
-// much and the other less, it is the other.
-// Where that makes too few items, groups are cut into runs instead (runs.h): a row is an outer block, and a run one inner block of it with all
-// pairs, pair by pair. The runs of a row add to the same dK and dV, and those of a group to its dQ, each after the one before it.
+// The items' own sums are added in order afterwards. How many items there are depends on the call's shape, its dtype and the gradients
+// wanted, never on the threads. Where memory does not hold the sums of all groups, groups take turns, and where that choice of outer blocks
+// asks too much and the other less, it is the other.
+// Where that makes too few items, groups are cut into runs instead (runs.h): a row is an outer block, and a run one inner block of it with
+// all pairs, pair by pair. The runs of a row add to the same dK and dV, and those of a group to its dQ, each after the one before it.
 #pragma once
 
 #include "cpu/tiles/rows.h"

@@ -1,5 +1,5 @@
 // One (batch, head) pair, query block and key block of backward: the five products of (6) and (7), and dM's and dalpha's share (8).
-// P and dS are made strip by strip, so that the passes over them stay in the first-level cache; what others add to as well comes after them.
+// P and dS are made strip by strip, so that the passes over them stay in the first-level cache; the sums that others add to come after.
 #pragma once
 
 #include "cpu/backward_tiles.h"
@@ -39,7 +39,8 @@ class BackwardStep {
   // Room for a block's tile, keys rounded up to whole vectors; free but from scores() to add().
   T* scratch() const { return reinterpret_cast<T*>(tiles_.get()); }
 
-  // P and dS of the block, and what nobody else adds to: dM, and dalpha for now in memory of its own. mask, dmap: tiles, null where there is none.
+  // P and dS of the block, and what nobody else adds to: dM, and dalpha for now in memory of its own. mask, dmap: tiles, null where there
+  // is none.
   void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
               const T* dmap, const StepPrefetch& ahead, const Sums<T>& sums) {
     const int64_t most = strip_keys<T>(q.lanes);
@@ -231,8 +232,8 @@ class BackwardStep {
     constexpr int operator()() const { return N; }
   };
 
-  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], times `factor`; to `final` where that is not null, a padded key's
-  // as 0, whatever NaN its weights of 0 met.
+  // sum[key][.] += sum over the queries of weight[key][query] * rows[query][.], times `factor`; to `final` where that is not null, a padded
+  // key's as 0, whatever NaN its weights of 0 met.
   void add_rows(RowMajor<E> weights, const QueryBlock& q, const KeyBlock& k, Vectors<E> rows, int64_t size, T factor, const Prefetch& ahead,
                 bool is_new, T* sum, void* final) {
     const int64_t stride = round_up(size, kLanes<T>);

@@ -1,4 +1,5 @@
-// One worker of backward: it visits the (batch, head) pairs, query blocks and key blocks of an item in order; see backward_plan.h for who sums what.
+// One worker of backward: it visits the (batch, head) pairs, query blocks and key blocks of an item in order; see backward_plan.h for who
+// sums what.
 #pragma once
 
 #include "cpu/backward_reduce.h"

@@ -92,8 +92,8 @@ void exp2_of(const Tensor& x, const Tensor& y) {
   }
 }
 
-// tile_product: float32 (16, 16) sum += bfloat16 (16, 32) a times b, given as (16, 16, 2), by a matrix tile or its double in software; False where
-// this machine cannot.
+// tile_product: float32 (16, 16) sum += bfloat16 (16, 32) a times b, given as (16, 16, 2), by a matrix tile or its double in software;
+// False where this machine cannot.
 bool tile_product(const Tensor& a, const Tensor& b, const Tensor& sum, bool in_software) {
   STD_TORCH_CHECK(dtype_of(a, "a") == DType::kBFloat16 && dtype_of(b, "b") == DType::kBFloat16, "a, b: expected bfloat16");
   STD_TORCH_CHECK(dtype_of(sum, "sum") == DType::kFloat32, "sum: expected float32");

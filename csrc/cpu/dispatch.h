@@ -25,8 +25,8 @@ const std::string& why_first();                // the first one's name, and why 
 const Kernels& selected();                     // the first of them, unless select() chose another
 bool select(const char* name);                 // for tests and measurements, whole process; false where no such set is available
 
-// For tests: sum[m][n] += the sum over k of a[m][k] * b[k / 2][n][k % 2] for 16 x 16 floats and 32 bfloat16, by a matrix tile or by its double in
-// software. False where this machine cannot.
+// For tests: sum[m][n] += the sum over k of a[m][k] * b[k / 2][n][k % 2] for 16 x 16 floats and 32 bfloat16, by a matrix tile or by its
+// double in software. False where this machine cannot.
 bool multiply_tile(bool in_software, const uint16_t* a, const uint16_t* b, float* sum);
 
 }  // namespace smattn::cpu

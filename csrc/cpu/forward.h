@@ -32,8 +32,8 @@ class Forward {
                     value_steps_memory_);
   }
 
-  // One item. The result goes to `parts` ([head][part] of this item's query block and split), or to the outputs where there is one split and
-  // `parts` is null.
+  // One item. The result goes to `parts` ([head][part] of this item's query block and split), or to the outputs where there is one split
+  // and `parts` is null.
   void run(int64_t b, int64_t group, int64_t query_index, int64_t split, T* parts) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     const int64_t first = group * plan_.group_heads, heads = smaller_of(plan_.group_heads, n_.H - first);

@@ -1,5 +1,6 @@
-// Scores to weights in one pass, for matrix tiles: the exponents are taken relative to the maximum of the keys before, or of the first few. A weight
-// may then be above 1, which costs no precision, as long as no sum leaves the range of floats: then the block is done again in two passes.
+// Scores to weights in one pass, for matrix tiles: the exponents are taken relative to the maximum of the keys before, or of the first few.
+// A weight may then be above 1, which costs no precision, as long as no sum leaves the range of floats: then the block is done again in two
+// passes.
 #pragma once
 
 #include "cpu/forward_part.h"
@@ -21,8 +22,8 @@ class OnePass {
   // Then products are too short for all that is to be fetched meanwhile, and would wait for it: it is fetched while the weights are made.
   static bool has_few_queries(const QueryBlock& q) { return q.lanes == kLanes<T>; }
 
-  // Makes the block's weights and adds to the part's rows. False, and then nothing has changed, where it takes two passes: there are keys that
-  // are padding or do not fill a strip, a query has no finite maximum, or the weights have grown too large.
+  // Makes the block's weights and adds to the part's rows. False, and then nothing has changed, where it takes two passes: there are keys
+  // that are padding or do not fill a strip, a query has no finite maximum, or the weights have grown too large.
   bool run(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query,
            const Prefetch& values_ahead, const Prefetch& keys_ahead, const ForwardPart<E>& part) {
     if (k.attended < k.count || k.count % kStrip != 0) return false;

@@ -18,8 +18,8 @@ struct ForwardTask {
   bool wants_mbar() const { return params.mbar != nullptr && params.scores.mask.data != nullptr; }
 };
 
-// The rows that go with O: the maximum score, the sum of the probabilities relative to it, their sum as rounded to pairs, and the sums of their
-// products with M and with what eta is the mean of.
+// The rows that go with O: the maximum score, the sum of the probabilities relative to it, their sum as rounded to pairs, and the sums of
+// their products with M and with what eta is the mean of.
 enum Row { kMaximum, kSum, kRounded, kMbar, kEta, kRows };
 
 // What to subtract from scores: an infinite maximum less itself would be NaN. A row whose maximum is +inf has an infinite sum or NaN, and
@@ -29,8 +29,8 @@ inline Vec<T> finite_maximum(Vec<T> m) {
   return m - m == T(0) ? m : Vec<T>{};
 }
 
-// Whether a row has no key to attend to, from its greatest score in base 2: one below -2.3e38 counts as -inf, in every dtype. A maximum does
-// not see NaN, but the sum does.
+// Whether a row has no key to attend to, from its greatest score in base 2: one below -2.3e38 counts as -inf, in every dtype. A maximum
+// does not see NaN, but the sum does.
 template <class T>
 inline bool is_dead(T maximum, T sum) {
   return static_cast<double>(maximum) < -2.3e38 * kLog2e && sum == sum;
@@ -112,9 +112,9 @@ inline void store_normalizer(T* to, bool alive, T maximum, T sum) {
   to[1] = alive ? 1 / sum + (sum - sum) : T(0);
 }
 
-// Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where they
-// were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all keys.
-// A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
+// Divides by the row sums and stores what was asked for. O is divided by the sum of the weights as V was multiplied by them, rounded where
+// they were: then O is a mean of V to the last bit of float32, and delta (5), which is made of it, cancels a dP that is the same for all
+// keys. A dead row, which has no key or none whose score counts, has 0 for out and -inf for lse.
 template <class E>
 inline void write_part(const ForwardTask<SumOf<E>>& task, int64_t b, int64_t h, const QueryBlock& q, const ForwardPart<E>& part) {
   using T = SumOf<E>;

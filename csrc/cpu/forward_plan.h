@@ -6,8 +6,8 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys). Where batch elements share M, a few
-// of them follow each other, and the tiles of M for a query block are kept for the next one, as far as a core's cache holds them.
+// How forward is cut into items that run in parallel: (batch, group of heads, query block, split of the keys). Where batch elements share
+// M, a few of them follow each other, and the tiles of M for a query block are kept for the next one, as far as a core's cache holds them.
 template <class E>
 struct ForwardPlan {
   using T = SumOf<E>;
@@ -27,8 +27,8 @@ struct ForwardPlan {
     const int64_t part_bytes = larger_of<int64_t>(1, n.B * n.H * blocking.query_blocks * part_size(n) * static_cast<int64_t>(sizeof(T)));
     splits = smaller_of(smaller_of(blocks_of(kItems, uncut), larger_of<int64_t>(1, kPartBytes / part_bytes)),
                         larger_of<int64_t>(1, blocking.key_blocks));
-    // No result depends on how many heads an item has: so few that their tiles of M can be kept, and where threads are many fewer, which then read M
-    // more often.
+    // No result depends on how many heads an item has: so few that their tiles of M can be kept, and where threads are many fewer, which
+    // then read M more often.
     mask_tile_size = round_up(blocking.keys, kLanes<T>) * blocking.queries;
     const int64_t mask_bytes = larger_of<int64_t>(1, blocking.key_blocks * mask_tile_size * static_cast<int64_t>(sizeof(T)));
     const bool shared = s.mask.data != nullptr && s.mask_batch.sharers(n.B) > 1, by_head = s.mask_size[1] > 1;

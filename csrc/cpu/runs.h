@@ -1,8 +1,8 @@
-// Backward's work as rows of runs. A row is an outer block, and a run is one inner block of it. A run takes its steps in order. Each step first
-// makes something of its own, then adds to two sums: its row's, after the run before it in the row, and its place's, after the run at the same
-// place in the row before. So every sum has one order, and runs work at the same time, each a step or a few behind those two. Rows form chains,
-// and only rows of one chain share sums. A row's sums lie in one of a few slots. A step may use its part of a slot once the last run of the
-// slot's previous row is done with that part.
+// Backward's work as rows of runs. A row is an outer block, and a run is one inner block of it. A run takes its steps in order. Each step
+// first makes something of its own, then adds to two sums: its row's, after the run before it in the row, and its place's, after the run at
+// the same place in the row before. So every sum has one order, and runs work at the same time, each a step or a few behind those two. Rows
+// form chains, and only rows of one chain share sums. A row's sums lie in one of a few slots. A step may use its part of a slot once the
+// last run of the slot's previous row is done with that part.
 #pragma once
 
 #include <sched.h>

@@ -12,8 +12,8 @@ namespace smattn::cpu::SMATTN_UNIT {
 // What kernels may take of kPromisedBytes: the rest goes to the threads' stacks and to the allocator.
 constexpr int64_t kSpareBytes = kPromisedBytes - (4 << 20);
 
-// work(worker, item) for every item, by workers that make() makes; at most `bytes` at a time, but one worker always. take(item) puts the next
-// item in the place of a worker's last, false where there is none; a worker's first comes after Item{}.
+// work(worker, item) for every item, by workers that make() makes; at most `bytes` at a time, but one worker always. take(item) puts the
+// next item in the place of a worker's last, false where there is none; a worker's first comes after Item{}.
 template <class Item, class Take, class Make, class Work>
 inline void share_out(ParallelFor threads, int64_t items, int64_t bytes, const Take& take, const Make& make, const Work& work) {
   auto first = make();
@@ -24,8 +24,8 @@ inline void share_out(ParallelFor threads, int64_t items, int64_t bytes, const T
     do work(worker, item);
     while (take(item));
   };
-  // A worker counts as kGrain items. torch gives each thread ceil(items / threads) of them; with one item a worker and a few more workers than
-  // threads, that would be two for each, and half of the threads would get none.
+  // A worker counts as kGrain items. torch gives each thread ceil(items / threads) of them; with one item a worker and a few more workers
+  // than threads, that would be two for each, and half of the threads would get none.
   constexpr int64_t kGrain = 1024;
   parallel_for(threads, smaller_of(items, workers) * kGrain, kGrain, [&](int64_t, int64_t) {
     Item item{};

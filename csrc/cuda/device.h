@@ -91,7 +91,7 @@ SMATTN_DEVICE uint32_t to_tf32(float x) {
   return y;
 }
 
-// SIZE bytes, 8 or 16, from global to shared memory, of which the first `bytes` are read and the rest become 0; both addresses aligned to SIZE.
+// SIZE bytes, 8 or 16, from global to shared memory, of which the first `bytes` are read and the rest become 0; both are aligned to SIZE.
 template <int SIZE = 16>
 SMATTN_DEVICE void copy_async(void* to, const void* from, int bytes) {
   if constexpr (SIZE == 16) {

@@ -71,15 +71,15 @@ struct Softmax {
     out.scale_rows(rescale);
   }
 
-  // Before V is multiplied by p. Weights of float16 are scaled first, for many small ones would be rounded to 0; `settle` takes the scale out.
+  // Before V is multiplied by p. Weights of float16 are scaled first, or many small ones would be rounded to 0; `settle` undoes it.
   template <class T, int COLS>
   SMATTN_DEVICE void add_weights(Tile<COLS>& p) {
     if constexpr (std::is_same_v<T, Half>) p.for_each([](float& x, int, int) { x *= 0x1p15f; });
     if constexpr (sizeof(T) == 2) p.for_each([&](float& x, int half, int) { rounded[half] += to_float(smattn::cuda::rounded<T>(x)); });
   }
 
-  // After the last key. Of 16 bits, out is a mean of V, weighted by the rounded weights, times l. So it is a mean wherever l divides it, and
-  // delta (5), made of it, cancels a dP that is the same for all keys.
+  // After the last key. Of 16 bits, out is a mean of V, weighted by the rounded weights, times l. So it is a mean wherever l divides it,
+  // and delta (5), made of it, cancels a dP that is the same for all keys.
   template <class T>
   SMATTN_DEVICE void settle() {
     if constexpr (sizeof(T) == 2) {

@@ -12,8 +12,8 @@ struct Processor {
 
 Processor processor();  // empty where there is no cpuid
 
-// Whether its bfloat16 dot product is slower than the float multiplications that it replaces. It is a table and not a measurement, because the
-// ranks of one job must choose alike and bits must repeat.
+// Whether its bfloat16 dot product is slower than the float multiplications that it replaces. It is a table and not a measurement, because
+// the ranks of one job must choose alike and bits must repeat.
 bool has_slow_bfloat16_dot(const Processor& p);
 
 // Whether it converts float16 (F16C), which __builtin_cpu_supports cannot be asked by every compiler that builds this.

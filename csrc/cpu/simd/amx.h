@@ -1,5 +1,5 @@
-// The matrix tiles of AMX: eight of 16 rows of 64 bytes, a product of two of them added to a third, and the same in software, bit for bit, so
-// that what is built on them is tried out where there are none.
+// The matrix tiles of AMX: eight of 16 rows of 64 bytes, a product of two of them added to a third, and the same in software, bit for bit,
+// so that what is built on them is tried out where there are none.
 //
 // The hardware's are written as assembly: gcc 12's _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads, and its
 // _tile_loadd does not tell that it reads memory.
@@ -38,7 +38,7 @@ struct HardwareTiles {
   static void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
   }
-  // sum[m][n] += the sum over k of a[m][k] * b[k][n], floats of pairs of bfloat16: a's pairs are side by side in its rows, b's in its columns.
+  // sum[m][n] += the sum over k of a[m][k] * b[k][n], floats of pairs of bfloat16: a's pairs lie side by side in its rows, b's in columns.
   template <int kSum, int kA, int kB>
   static void multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));

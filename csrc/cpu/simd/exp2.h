@@ -2,8 +2,8 @@
 // The polynomials interpolate (2^f - 1) / f at the Chebyshev nodes; they are off by 1e-8 (float) and 2e-17 (double) of the result,
 // so that rounding decides: within 1.1 units in the last place, 1.3 where multiplication and addition are not fused (SSE2); measured, and
 // the bound derived, in tests/cpu/test_cpu_exp2.py.
-// Results below 2^lowest, which is at least the smallest normal number, are 0; those above 2^highest are that, which by default is +inf; NaN gives
-// NaN, -inf gives 0.
+// Results below 2^lowest, which is at least the smallest normal number, are 0; those above 2^highest are that, which by default is +inf;
+// NaN gives NaN, -inf gives 0.
 #pragma once
 
 #include <type_traits>
@@ -39,7 +39,7 @@ struct Exp2<double> {
 constexpr int kExpAtOnce = kRegisters / 8;
 
 #if defined(__AVX512F__)
-// vreduceps would make x - n in one step and slows the loop sixfold on a Zen 5; the maskz forms, because gcc 12 warns inside the plain ones.
+// vreduceps would make x - n in one step and slows the loop sixfold on a Zen 5; maskz, because gcc 12 warns inside the plain forms.
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 inline Vec<float> nearest_whole(Vec<float> x) { return _mm512_maskz_roundscale_ps(0xffff, x, kNearest); }
 inline Vec<double> nearest_whole(Vec<double> x) { return _mm512_maskz_roundscale_pd(0xff, x, kNearest); }

@@ -9,9 +9,9 @@ constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417, kLn2Rest = 2.319046813846299558e-17;
 constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // n * kLn2High is exact up to 2^20
 
-// Natural logarithms of a vector of positive normal numbers, within a unit in the last place; infinity and NaN stay what they are. The method and
-// the coefficients are those of FreeBSD's msun (e_log.c): x = 2^n * (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and log(1 + f) as a series in
-// s = f / (2 + f).
+// Natural logarithms of a vector of positive normal numbers, within a unit in the last place; infinity and NaN stay what they are. The
+// method and the coefficients are those of FreeBSD's msun (e_log.c): x = 2^n * (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and
+// log(1 + f) as a series in s = f / (2 + f).
 inline Vec<double> natural_log(Vec<double> x) {
   constexpr double kCoefficients[] = {1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01,
                                       2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,

@@ -1,4 +1,4 @@
-// Numbers that lie side by side in a tensor, a vector of them at a time: the conversions of dtype.h, bit for bit but for the payload of a NaN.
+// Numbers that lie side by side in a tensor, a vector of them at a time: the conversions of dtype.h, bit for bit but for a NaN's payload.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,8 @@
 namespace smattn::cpu::SMATTN_UNIT {
 
 // Whether numbers stored as `Storage` become T, and back, a vector at a time. A compiler left to vectorise such a loop first tests what may
-// overlap, which takes as long as a short row. bfloat16 with AVX-512 alone: two vectors of AVX2 at a time, as compilers do it, are faster than one.
+// overlap, which takes as long as a short row. bfloat16 with AVX-512 alone: two vectors of AVX2 at a time, as compilers do it, are faster
+// than one.
 template <class T, class Storage>
 constexpr bool kByVector = std::is_same_v<T, Storage>;
 inline Vec<float> load_widened(const float* p) { return load(p); }

@@ -199,8 +199,8 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
 
 constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors side by side in a tile, at most
 
-// Most rows of a tile `width` vectors wide: the accumulators, one row of b and one broadcast element must fit the registers. One vector wide,
-// half of the registers keep the multipliers busy.
+// Most rows of a tile `width` vectors wide: the accumulators, one row of b and one broadcast element must fit the registers. One vector
+// wide, half of the registers keep the multipliers busy.
 constexpr int most_rows(int width) { return width == 1 ? kRegisters / 2 : (kRegisters - width - 1) / width; }
 
 // A tile of `height` <= R rows.

@@ -85,8 +85,8 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x in every lane, -0 and NaN included
 }
 
-// The larger and the smaller of two; b where either is NaN (so put the running maximum first, or a NaN that came later is lost). By name, for
-// gcc 12 would make a comparison and a blend of a > b ? a : b; maskz, for it warns inside the plain form.
+// The larger and the smaller of two; b where either is NaN (so put the running maximum first, or a NaN that came later is lost). By name,
+// for gcc 12 would make a comparison and a blend of a > b ? a : b; maskz, for it warns inside the plain form.
 #if defined(__AVX512F__)
 inline Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 inline Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm512_maskz_max_pd(0xff, a, b); }
@@ -113,8 +113,8 @@ inline V smaller(V a, V b) {
 }
 #endif
 
-// a * b + c, in one rounding where this unit's instruction set has that. The compiler fuses nothing of its own accord (-ffp-contract=off): it
-// would do so in one place and not in another, and backward is to round the scores as forward did.
+// a * b + c, in one rounding where this unit's instruction set has that. The compiler fuses nothing of its own accord (-ffp-contract=off):
+// it would do so in one place and not in another, and backward is to round the scores as forward did.
 #if defined(__AVX512F__)
 inline Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }

@@ -31,8 +31,8 @@ struct Blocking {
   }
 
  private:
-  // One vector of queries uses a row of key or value once: the rows of a block, which are fetched ahead, and its tiles stay in the first-level
-  // cache together.
+  // One vector of queries uses a row of key or value once: the rows of a block, which are fetched ahead, and its tiles stay in the
+  // first-level cache together.
   int64_t most_keys(const Sizes& n) const {
     constexpr int64_t kCacheBytes = 36 << 10, kFewest = 48;
     if (kStripUnit > 1 || queries > kLanes<T>) return kKeys;

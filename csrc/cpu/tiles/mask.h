@@ -62,7 +62,8 @@ inline void through_sigmoid(const Strided& logits, int64_t columns, T* row) {
   }
 }
 
-// dM of the queries from q on and the keys from k on, [queries][keys] in rows of `stride`, to its place; mask is its number, and h that of M's axis.
+// dM of the queries from q on and the keys from k on, [queries][keys] in rows of `stride`, to its place; mask is its number, and h that of
+// M's axis.
 template <class T>
 inline void write_dmask(const Scores& s, int64_t mask, int64_t h, int64_t q, int64_t k, T* rows, int64_t stride, int64_t queries,
                         int64_t keys, void* dmask) {

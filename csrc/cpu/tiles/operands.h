@@ -102,9 +102,9 @@ constexpr DType kStored = std::is_same_v<E, BFloat16Pair> ? DType::kBFloat16
                           : std::is_same_v<E, double>     ? DType::kFloat64
                                                           : DType::kFloat32;
 
-// Whether rows of `size` sums can be stored past the caches in tensors of `dtype`: whole vectors of E as they are, of other 16-bit numbers two.
-// The parts of a cache line are to come one after the other: the sums of a row are made together, or are whole lines. (Of 16 bytes there is no
-// such store, and no part of a line is slow.)
+// Whether rows of `size` sums can be stored past the caches in tensors of `dtype`: whole vectors of E as they are, of other 16-bit numbers
+// two. The parts of a cache line are to come one after the other: the sums of a row are made together, or are whole lines. (Of 16 bytes
+// there is no such store, and no part of a line is slow.)
 template <class E>
 inline bool can_stream(DType dtype, int64_t size) {
   constexpr int64_t kSums = kLanes<SumOf<E>>;
@@ -159,8 +159,8 @@ class WeightTile {
     if constexpr (kStepsPerElement<E> == 1) store(tile_ + at, x);
   }
   RowMajor<E> by_lane(int64_t lanes) const { return {tile_, packed<E>(row(lanes))}; }  // for a sum over the lanes
-  // For a sum over the keys. steps: memory of a tile's size for pairs of keys; turned: the same for what products read in tiles, this tile's
-  // own too, which is read before.
+  // For a sum over the keys. steps: memory of a tile's size for pairs of keys; turned: the same for what products read in tiles, this
+  // tile's own too, which is read before.
   auto by_key(int64_t keys, int64_t lanes, E* steps, E* turned) const {
     const Vectors<E> by_pair = by_step(by_lane(lanes), keys, lanes, steps);
     return weights_by_key(const_cast<E*>(by_pair.data), packed<E>(keys), lanes, turned);

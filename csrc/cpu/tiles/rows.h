@@ -13,11 +13,11 @@ inline auto dead_rows(const void* lse, const void* normalizer) {
   };
 }
 
-// P of a row is factor * 2^(exponent - rest). Where there is a normalizer, rest is the row's largest score and factor is 1/l. From lse alone, of
-// 16 bits, factor is 2^-whole, and whole + rest is lse in base 2. If all of lse were subtracted, the exponent would be rounded to lse's last
-// place, and over many keys lse can be far larger than the scores. It is above the largest of them by log2(Nk) at most, and so much of it at
-// most is whole. Where lse is so large that rounding it and the scores could make P more than 2, it is raised by what is beyond that; rounding
-// may do four units in the last place.
+// P of a row is factor * 2^(exponent - rest). Where there is a normalizer, rest is the row's largest score and factor is 1/l. From lse
+// alone, of 16 bits, factor is 2^-whole, and whole + rest is lse in base 2. If all of lse were subtracted, the exponent would be rounded to
+// lse's last place, and over many keys lse can be far larger than the scores. It is above the largest of them by log2(Nk) at most, and so
+// much of it at most is whole. Where lse is so large that rounding it and the scores could make P more than 2, it is raised by what is
+// beyond that; rounding may do four units in the last place.
 template <class T>
 struct RowExponents {
   T *rest, *factor;  // [lane]

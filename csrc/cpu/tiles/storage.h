@@ -56,8 +56,8 @@ inline Strided rows_of(const Tensor4& t, int64_t b, int64_t h, int64_t first) {
   return {t.data, t.dtype, b * t.stride[0] + h * t.stride[1] + first * t.stride[2], t.stride[2], t.stride[3]};
 }
 
-// vector(c) for whole vectors of n numbers, the last of which may lie over the one before. Returns how many numbers that was: n, or 0 if they are
-// fewer than a vector or do not go by vectors.
+// vector(c) for whole vectors of n numbers, the last of which may lie over the one before. Returns how many numbers that was: n, or 0 if
+// they are fewer than a vector or do not go by vectors.
 template <class T, class Storage, class Vector>
 inline int64_t by_vectors(int64_t n, const Vector& vector) {
   if constexpr (kByVector<T, Storage>) {

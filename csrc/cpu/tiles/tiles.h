@@ -95,8 +95,8 @@ inline RowMajor<E> read_keys(const Tensor4& t, int64_t b, int64_t g, const KeyBl
   return {copy, stride};
 }
 
-// `count` rows from `first` on, to be fetched ahead of their use; nothing where their numbers are not side by side. Of long rows that lie apart two
-// lines each: the processor goes on by itself.
+// `count` rows from `first` on, to be fetched ahead of their use; nothing where their numbers are not side by side. Of long rows that lie
+// apart two lines each: the processor goes on by itself.
 inline Prefetch rows_ahead(const Tensor4& t, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
   if (t.stride[3] != 1 || count <= 0) return {};
   const int64_t bytes = bytes_of(t.dtype), stride = t.stride[2] * bytes;
@@ -150,7 +150,8 @@ inline void turn_rows(Strided matrix, int64_t lane, const QueryBlock& q, const K
   transpose_block<T>(rows, stride, W, rest, tile + whole * q.lanes + lane, q.lanes);
 }
 
-// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kLanes][keys up to whole vectors], overwritten.
+// A [query, key] matrix (M, or the attention map's gradient) as a tile; padded keys are 0. rows: [kLanes][keys up to whole vectors],
+// overwritten.
 template <class T>
 inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, T* rows, T* tile) {
   Strided matrix = rows_of(t, b, h, q.first);
@@ -166,7 +167,7 @@ inline void read_tile(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& 
   clear_padded(k, q.lanes, tile);
 }
 
-// Product sink that adds the result to the sums in memory, or stores it where there are none yet. Products in matrix tiles begin and end there.
+// Product sink that adds the result to the sums in memory, or stores it where there are none yet. Matrix tiles begin and end there.
 template <class T>
 struct AddTo {
   T* sums;
@@ -191,8 +192,8 @@ inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, AddTo<T>{tile, q.lanes, true});
 }
 
-// From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). The product is scaled, not q: a q that is rounded once more would leave
-// its roundings where large terms cancel.
+// From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). The product is scaled, not q: a q that is rounded once more would
+// leave its roundings where large terms cancel.
 template <class E>
 struct Exponents {
   using T = SumOf<E>;
