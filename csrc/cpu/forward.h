@@ -122,7 +122,7 @@ class Forward {
     }
     T maxima[kQueries];
     copy<T>(part.row(kMaximum), q.lanes, maxima);
-    weights_.scores(h, q, k, key_, query, mask, values_ahead, maxima);
+    weights_.scores({s_, h, mask}, q, k, key_, query, values_ahead, maxima);
     if (!same_keys) read_values(b, h, k);
     const T* keep = nullptr;
     if (p_.dropout.p > 0) {

@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/map_rows.h"
 #include "cpu/workers.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
@@ -58,6 +59,8 @@ class MapTile {
 template <class T>
 inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   const Sizes& n = p.scores.size;
+  const MapPlan<T> plan(n);
+  if (plan.serves()) return map_by_rows<T>(p, plan, threads);
   ForwardParams softmax{};  // of a value without columns: the rows alone
   softmax.scores = p.scores;
   softmax.scores.size.Dv = 0;
