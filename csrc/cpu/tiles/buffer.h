@@ -13,7 +13,7 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : bytes_(size * static_cast<int64_t>(sizeof(T)) + 64),
+      : bytes_(size * static_cast<int64_t>(sizeof(T))),
         data_(static_cast<T*>(::operator new(static_cast<std::size_t>(bytes_), kAlignment))) {}
   ~Buffer() { ::operator delete(data_, kAlignment); }
   Buffer(const Buffer&) = delete;
