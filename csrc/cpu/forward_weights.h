@@ -53,8 +53,8 @@ class ForwardWeights {
     return weights_;
   }
 
-  [[gnu::noinline]] void softmax_of(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* dmap, Vec<T> m,
-                                    const ForwardPart<E>& part, T* rescale) {
+  void softmax_of(const QueryBlock& q, const KeyBlock& k, int64_t lane, const T* mask, const T* dmap, Vec<T> m, const ForwardPart<E>& part,
+                  T* rescale) {
     const auto row_of = [&](Row row) { return part.row(row) + lane; };
     const Vec<T> before = load(row_of(kMaximum)), subtracted = finite_maximum<T>(m);
     Weighing<E> w{.scores = scores_ + lane,
