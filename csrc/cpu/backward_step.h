@@ -73,7 +73,7 @@ class BackwardStep {
     if (sums.dkey != nullptr) {
       const char* dquery = reinterpret_cast<const char*>(sums.dquery);
       const Prefetch sums_ahead =
-          dquery == nullptr ? Prefetch{} : Prefetch{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1};
+          dquery == nullptr ? Prefetch{} : Prefetch{{dquery, dquery + q.count * stride * static_cast<int64_t>(sizeof(T)) - 1}, {}};
       const T scale = static_cast<T>(t_.scores.scale);
       add_rows(ds_.by_lane(q.lanes), q, k, tiles.query_steps, n_.D, scale, sums_ahead, sums.dkv_is_new, sums.dkey, sums.final_dkey);
     }

@@ -87,7 +87,7 @@ class Forward {
     if (p_.out == nullptr) return {};
     const int64_t bytes = bytes_of(s_.dtype) * n_.Dv;
     const char* to = static_cast<const char*>(p_.out) + ((b * n_.H + h) * n_.Nq + q.first) * bytes;
-    return {to, to + q.count * bytes - 1};
+    return {{to, to + q.count * bytes - 1}, {}};
   }
 
   // M's tile, if it is not there from an earlier item.

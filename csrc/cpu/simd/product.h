@@ -113,63 +113,67 @@ struct Vectors {
   int64_t stride;
 };
 
-// Memory that the next product reads, fetched into cache a line or two a step while this one computes: keys and values come from far,
-// and the processor's own prefetching stops at the end of each head.
-struct Prefetch {
+// A stretch of memory, fetched into cache a line or two at a time.
+struct Stretch {
   const char *line = nullptr, *last = nullptr;  // null: nothing
   int64_t advance = 64;  // from one fetch to the next
   bool two = false;      // lines at a fetch
-  const char *next_line = nullptr, *next_last = nullptr;  // another stretch of memory, to be fetched after the first
-  int64_t next_advance = 64;
-  bool next_two = false;
 
-  Prefetch then(const Prefetch& next) const {
-    return line == nullptr ? next : Prefetch{line, last, advance, two, next.line, next.last, next.advance, next.two};
-  }
-  Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
-    const int64_t times = line == nullptr ? 0 : steps_of(last - line, advance) + 1;
-    const Prefetch rows{line + times * first / of * advance, line + times * (first + count) / of * advance, advance, two};
-    return first + count < of ? rows : rows.then({next_line, next_last, next_advance, next_two});
-  }
-  // The same where there are few steps, so many times at each.
-  int64_t times_at_each(int64_t steps) const { return line == nullptr ? 0 : (times() + steps) / steps; }
-  void fetch(int64_t times) {
-    for (; times > 0 && line <= last; --times) {
-      __builtin_prefetch(line);
-      if (two) __builtin_prefetch(line + 64);
-      line += advance;
-      if (line > last) begin_next();
-    }
-  }
-  // Takes lines that lie side by side by twos where there are more than steps.
-  void spread_over(int64_t steps) {
-    if (times() <= steps) return;
-    if (advance == 64) advance = 128, two = true;
-    if (next_advance == 64) next_advance = 128, next_two = true;
-  }
-  // Goes on with the next stretch after the first. Called between tiles, because the inner loop has no register left for it.
-  void begin_next() {
-    if (line >= last && next_line != nullptr) *this = {next_line, next_last, next_advance, next_two};
-  }
+  // The same fetch again at the end of the stretch.
   void step() {
     __builtin_prefetch(line);
     if (two) __builtin_prefetch(line + 64);
     line = line < last ? line + advance : last;
   }
-  void go_on_from(const Prefetch& one) {
-    line = one.line;
+  // Takes lines that lie side by side by twos.
+  void by_twos() {
+    if (advance == 64) advance = 128, two = true;
+  }
+  // How many fetches come before the last. A shift, where the advance is the usual one.
+  int64_t steps() const { return advance == 64 ? (last - line) / 64 : (last - line) / advance; }
+};
+
+// Memory that the next product reads, fetched while this one computes: keys and values come from far, and the processor's own prefetching
+// stops at the end of each head.
+struct Prefetch {
+  Stretch now, next;  // the next is fetched after the first
+
+  Prefetch then(const Prefetch& after) const { return now.line == nullptr ? after : Prefetch{now, after.now}; }
+  Prefetch part(int64_t first, int64_t count, int64_t of) const {  // rows of it, where a product goes a few rows at a time
+    const int64_t times = now.line == nullptr ? 0 : now.steps() + 1;
+    const char *begin = now.line + times * first / of * now.advance, *end = now.line + times * (first + count) / of * now.advance;
+    const Prefetch rows{{begin, end, now.advance, now.two}, {}};
+    return first + count < of ? rows : rows.then({next, {}});
+  }
+  // The same where there are few steps, so many times at each.
+  int64_t times_at_each(int64_t steps) const { return now.line == nullptr ? 0 : (times() + steps) / steps; }
+  void fetch(int64_t times) {
+    for (; times > 0 && now.line <= now.last; --times) {
+      __builtin_prefetch(now.line);
+      if (now.two) __builtin_prefetch(now.line + 64);
+      now.line += now.advance;
+      if (now.line > now.last) begin_next();
+    }
+  }
+  void spread_over(int64_t steps) {  // where there are more lines than steps
+    if (times() > steps) now.by_twos(), next.by_twos();
+  }
+  // Goes on with the next stretch after the first. Called between tiles, because the inner loop has no register left for it.
+  void go_on_from(const char* line) {
+    now.line = line;
     begin_next();
   }
 
  private:
-  int64_t times() const { return steps_of(last - line, advance) + steps_of(next_last - next_line, next_advance); }
-  // A shift, where it is the usual one.
-  static int64_t steps_of(int64_t bytes, int64_t advance) { return advance == 64 ? bytes / 64 : bytes / advance; }
+  void begin_next() {
+    if (now.line >= now.last && next.line != nullptr) now = next, next = {};
+  }
+  int64_t times() const { return now.steps() + next.steps(); }
 };
 
 template <class E, int R, int C, class A, class Done>
 inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, const Done& done) {
-  Prefetch ahead{to_fetch.line, to_fetch.last, to_fetch.advance, to_fetch.two};
+  Stretch ahead{to_fetch.now.line, to_fetch.now.last, to_fetch.now.advance, to_fetch.now.two};  // field by field, for registers
   Sum<E> acc[R][C] = {};
   StepReader<E, R, A> element(a);
   for (int64_t k = 0; k < steps; ++k) {
@@ -190,7 +194,7 @@ inline void product_tile(A a, Vectors<E> b, int64_t steps, Prefetch& to_fetch, c
     element.next();
     b.data += b.stride;
   }
-  to_fetch.go_on_from(ahead);
+  to_fetch.go_on_from(ahead.line);
   const Done* held = &done;
   asm("" : "+r"(held));  // Its fields are loaded here, not ahead of the loop, which needs the registers for sums.
   const Done finish = *held;  // A copy, because a store might change the original, which would then be loaded again.

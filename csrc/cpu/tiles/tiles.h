@@ -101,8 +101,8 @@ inline Prefetch rows_ahead(const Tensor4& t, int64_t b, int64_t h, int64_t first
   if (t.stride[3] != 1 || count <= 0) return {};
   const int64_t bytes = bytes_of(t.dtype), stride = t.stride[2] * bytes;
   const char *start = static_cast<const char*>(t.data) + rows_of(t, b, h, first).offset * bytes, *last_row = start + (count - 1) * stride;
-  if (t.stride[2] > size && stride > 64) return {start, last_row, stride, size * bytes > 64};
-  return {start, last_row + (size - 1) * bytes};
+  if (t.stride[2] > size && stride > 64) return {{start, last_row, stride, size * bytes > 64}, {}};
+  return {{start, last_row + (size - 1) * bytes}, {}};
 }
 inline Prefetch keys_ahead(const Tensor4& t, const Sizes& n, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size) {
   return rows_ahead(t, b, kv_head(n, h), first, smaller_of(count, n.Nk - first), size);
