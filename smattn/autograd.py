@@ -29,6 +29,10 @@ from .ops import BackwardArguments, ForwardArguments, MapArguments, MapBackwardA
 from .vmap import fold_or_loop
 
 NO_SECOND = "smattn: second derivatives of soft-masked attention are not implemented"
+NO_FORWARD_MODE = (
+    "smattn: forward-mode derivatives of soft-masked attention are not implemented; "
+    "for second derivatives take jacrev of jacrev with backend='reference'"
+)
 
 
 def outputs_to_save(
@@ -91,7 +95,15 @@ def keep_dynamo_out() -> None:
 keep_dynamo_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class SoftMaskedAttention(Function):
+class _ReverseMode(Function):
+    """A Function that refuses forward mode. Dynamo does not trace a Function that has a jvp, but it is kept out of these anyway."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+class SoftMaskedAttention(_ReverseMode):
     """(out, lse, remainder, mbar, normalizer) of ops.forward, the first two differentiable."""
 
     @staticmethod
@@ -133,7 +145,7 @@ class SoftMaskedAttention(Function):
         return _vmap_forward(SoftMaskedAttention.apply, info, in_dims, *arguments)
 
 
-class AttentionMap(Function):
+class AttentionMap(_ReverseMode):
     """(map, lse, normalizer) of ops.attention_map, the first differentiable."""
 
     @staticmethod
@@ -171,7 +183,7 @@ class AttentionMap(Function):
         return _vmap_map(AttentionMap.apply, info, in_dims, *arguments)
 
 
-class _OnlyOnce(Function):
+class _OnlyOnce(_ReverseMode):
     """A backward, which refuses to be differentiated."""
 
     @staticmethod

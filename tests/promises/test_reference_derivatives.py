@@ -1,4 +1,4 @@
-"""backend="reference" has derivatives of any order, which agree with finite differences, on every route."""
+"""backend="reference" has derivatives of any order by reverse mode, which agree with finite differences, on every route."""
 
 import pytest
 import torch
