@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import Any
 
+import torch
 from torch import Tensor
 
 SWAPPED = " (query and key look like (B, N, H, D): transpose axes 1 and 2)"
@@ -15,6 +18,30 @@ def of_picture(name: str, mask: Tensor, keys: int) -> str:
     if mask.dim() < 3 or height * width != keys:
         return ""
     return f" (its last two axes hold {keys} keys: flatten them, by {name}.flatten(-2))"
+
+
+def of_boolean_mask(name: str, mask: Tensor) -> str:
+    """For a boolean mask, by the convention of scaled_dot_product_attention, whose True means that a key is attended."""
+    if name != "mask" or mask.dtype != torch.bool:
+        return ""
+    bias = "torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)"
+    return f" (where True is to be attended: {bias} with alpha=1; as a soft mask: mask.float())"
+
+
+def of_missing_axes(name: str, mask: Tensor, query: Tensor, keys: int) -> str:
+    """For a mask without the batch axes of query, or with the batch and the heads on one axis."""
+    *batch, heads, rows, _ = query.shape
+    *first, mask_rows, mask_keys = (1, 1, *mask.shape)[-3:]
+    if mask.dim() not in (2, 3) or mask_rows not in (1, rows) or mask_keys != keys:
+        return ""
+    if mask.dim() == 2 or first == [heads]:
+        return f" (to share it along the batch: {name}[{', '.join(['None'] * len(batch))}])"
+    return f" (its first axis holds batch and heads: {name}.unflatten(0, {(*batch, heads)}))" if first == [prod(batch) * heads] else ""
+
+
+def of_numbers(alpha: Any, heads: int) -> str:
+    """For an alpha that is a list of numbers."""
+    return f" (for a number a head: torch.tensor(alpha), of shape ({heads},))" if isinstance(alpha, (list, tuple)) else ""
 
 
 def of_swapped_heads(query: Tensor, key: Tensor) -> str:

@@ -100,7 +100,7 @@ def _check_mask(name: str, mask: Tensor | None, alpha: float | Tensor | None, qu
     _check_floating(name, mask, query)
     sizes = (*batch, Nq) if mask.dim() == len(batch) + 2 else (*batch, H, Nq)
     if mask.dim() != len(sizes) + 1 or mask.shape[-1] != Nk or not all(m == 1 or m == n for m, n in zip(mask.shape, sizes)):  # noqa: B905
-        hint = hints.of_picture(name, mask, Nk) or hints.of_swapped_mask(mask, query, key)
+        hint = hints.of_missing_axes(name, mask, query, Nk) or hints.of_picture(name, mask, Nk) or hints.of_swapped_mask(mask, query, key)
         wanted = "(B|1, Nq|1, Nk), shared by all heads, or (B|1, H|1, Nq|1, Nk)"
         _refuse(name, f"shape {wanted} with B = {_sizes(batch)}, H = {H}, Nq = {Nq}, Nk = {Nk}", f"{_shape(mask)}{hint}")
     if len(batch) > 1 and two_batch_axes(mask if len(sizes) > len(batch) + 1 else mask.unsqueeze(-3), batch) is None:
@@ -118,7 +118,7 @@ def _check_alpha(alpha: float | Tensor | None, query: Tensor) -> None:
         if alpha.dim() > 1 or (alpha.dim() == 1 and alpha.shape[0] != H):
             _refuse("alpha", f"shape () or (H,) = ({H},)", _shape(alpha))
     else:
-        _check_number("alpha", "a float or a tensor", alpha)
+        _check_number("alpha", "a float or a tensor", alpha, hints.of_numbers(alpha, H))
         _check_range("alpha", alpha, query)
 
 
@@ -139,7 +139,7 @@ def _check_padding(key_padding_mask: Tensor, query: Tensor, key: Tensor) -> None
         _refuse("key_padding_mask", f"shape (B, Nk) = ({_sizes(batch)}, {Nk})", f"{_shape(key_padding_mask)}{hint}")
 
 
-def _check_number(name: str, expected: str, number: Any) -> None:
+def _check_number(name: str, expected: str, number: Any, hint: str = "") -> None:
     """A number is Python's, numpy's, or a tensor () that can be read without waiting for a device and has no gradient to lose."""
     if isinstance(number, Tensor):
         if number.dim() != 0 or number.dtype == torch.bool or number.is_complex():
@@ -147,7 +147,7 @@ def _check_number(name: str, expected: str, number: Any) -> None:
         if number.requires_grad or number.device.type != "cpu":
             _refuse(name, f"{expected}: a tensor only on the CPU and without requires_grad", f"one on {number.device}")
     elif isinstance(number, bool) or not isinstance(number, (int, float, torch.SymFloat, torch.SymInt, Real)):
-        _wrong_type(name, expected, number)
+        _wrong_type(name, expected, number, hint)
 
 
 def _check_range(name: str, number: float, query: Tensor) -> None:
@@ -171,7 +171,8 @@ def _check_tensor(name: str, tensor: Any, query: Tensor) -> Tensor:
 def _check_floating(name: str, tensor: Any, query: Tensor) -> None:
     _check_tensor(name, tensor, query)
     if tensor.dtype not in DTYPES:
-        _refuse(name, "dtype float16, bfloat16, float32 or float64", str(tensor.dtype))
+        hint = hints.of_boolean_mask(name, tensor)
+        _refuse(name, "dtype float16, bfloat16, float32 or float64", f"{tensor.dtype}{hint}")
 
 
 def fits(shape: Sequence[int], sizes: Sequence[int]) -> bool:
@@ -192,5 +193,5 @@ def _refuse(argument: str, expected: str, got: str) -> NoReturn:
     raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def _wrong_type(argument: str, expected: str, got: Any) -> NoReturn:
-    raise TypeError(f"{argument}: expected {expected}, got {type(got).__name__}")
+def _wrong_type(argument: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+    raise TypeError(f"{argument}: expected {expected}, got {type(got).__name__}{hint}")

@@ -1,5 +1,7 @@
 """Refuses well: where a wrong call is a likely mistake, its error says which; and modules refuse in the words of their own arguments."""
 
+import math
+import re
 import warnings
 
 import pytest
@@ -69,6 +71,56 @@ def test_fewer_heads_in_key_than_in_query_are_no_swapped_axes(call):
     with pytest.raises(ValueError) as error:
         call(z(B, H, NQ, D), *z(2, B, 2, NQ, D))
     assert str(error.value) == "key: expected as many heads as query, 4 (fewer need enable_gqa=True), got 2"
+
+
+@both
+def test_a_boolean_mask_is_told_how_to_become_a_bias_or_a_soft_mask(call):
+    with pytest.raises(ValueError, match=r"^mask: expected dtype .*, got torch.bool \(where True is to be attended: torch") as error:
+        call(z(B, H, NQ, D), *z(2, B, H, NK, D), z(B, NQ, NK).bool())
+    torch.manual_seed(0)
+    q, k, v, mask = torch.randn(B, H, NQ, D), *torch.randn(2, B, H, NK, D), torch.rand(B, NQ, NK) > 0.5
+    bias = re.search(r"torch.zeros_like\(.*-torch.inf\)", str(error.value))[0]
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    torch.testing.assert_close(soft_masked_attention(q, k, v, eval(bias)), expected)
+
+
+@both
+def test_numbers_for_alpha_are_to_be_a_tensor(call):
+    q, k, v, mask = z(B, H, NQ, D), *z(2, B, H, NK, D), z(B, NQ, NK)
+    arguments = (q, k, v, mask) if call is attend else (q, k, mask)
+    for numbers in ([8.0] * H, (8.0,) * H):
+        hint = r"\(for a number a head: torch.tensor\(alpha\), of shape \(4,\)\)"
+        with pytest.raises(TypeError, match=f"^alpha: expected a float or a tensor, got {type(numbers).__name__} {hint}"):
+            (soft_masked_attention if call is attend else attention_map)(*arguments, numbers)
+
+
+@both
+@pytest.mark.parametrize("name", ["mask", "mask_logits"])
+@pytest.mark.parametrize("batch", [(B,), (2, 3)], ids=str)
+@pytest.mark.parametrize("mask", [(NQ, NK), (1, NK), (H, NQ, NK), (H, 1, NK)], ids=str)
+def test_a_mask_without_batch_axes_is_told_how_to_get_them(call, name, batch, mask):
+    nones = ", ".join(["None"] * len(batch))
+    q, k, v, given = z(*batch, H, NQ, D), *z(2, *batch, H, NK, D), z(*mask)
+    with pytest.raises(ValueError, match=rf"^{name}: expected shape .* \(to share it along the batch: {name}\[{nones}\]\)$"):
+        call(q, k, v, **{name: given})
+    call(q, k, v, **{name: eval(f"given[{nones}]")})
+
+
+@both
+@pytest.mark.parametrize("batch", [(B,), (2, 3)], ids=str)
+@pytest.mark.parametrize("rows", [1, NQ])
+def test_a_mask_whose_heads_lie_in_the_batch_is_to_be_unflattened(call, batch, rows):
+    q, k, v, mask = z(*batch, H, NQ, D), *z(2, *batch, H, NK, D), z(math.prod(batch) * H, rows, NK)
+    sizes = str((*batch, H)).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=rf"\(its first axis holds batch and heads: mask.unflatten\(0, {sizes}\)\)$"):
+        call(q, k, v, mask)
+    call(q, k, v, mask.unflatten(0, (*batch, H)))
+
+
+def test_no_hint_that_does_not_fit():
+    for mask in ((NQ + 1, NK), (NQ, NK - 1), (3, NQ, NK), (B * H, NQ + 1, NK), (NK,)):
+        with pytest.raises(ValueError, match=r"^mask: expected shape .*, got [^[a-z]*$"):
+            attend(z(B, H, NQ, D), *z(2, B, H, NK, D), z(*mask))
 
 
 MODULES = [
