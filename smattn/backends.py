@@ -12,6 +12,7 @@ A backend is a module with these functions, as reference.py has them; it is impo
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -114,4 +115,12 @@ def _probe(device_type: str) -> Problem:
 
 @lru_cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    warnings.warn(message, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """The stacklevel at which a warning of the function that asks points at the first line outside of smattn and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("smattn", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -11,6 +11,7 @@ import torch
 
 from smattn import attention_map, soft_masked_attention, validate
 from smattn.call import Problem
+from smattn.nn import SoftMaskedAttention
 from tests.support.expected import BACKENDS, DEVICE
 
 pytestmark = pytest.mark.promise("refuses well")
@@ -265,6 +266,20 @@ def test_none_warns_once_when_only_the_reference_can(only_the_reference):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(attention(), first)
+
+
+@pytest.mark.parametrize("kind", ["function", "module", "checkpoint"])
+def test_the_warning_points_at_the_line_that_called(only_the_reference, kind):
+    x, mask = torch.zeros(1, 5, 8), torch.zeros(1, 5, 5)
+    module = SoftMaskedAttention(8, 2)
+    with pytest.warns(UserWarning, match="smattn runs on the reference") as caught:
+        if kind == "function":
+            attention()
+        elif kind == "module":
+            module(x, x, x, mask)
+        else:
+            torch.utils.checkpoint.checkpoint(module, x, x, x, mask, use_reentrant=False)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_the_reference_asked_for_by_name_does_not_warn(only_the_reference):
