@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import torch
 
@@ -36,6 +39,9 @@ def why_not_loaded(library: Library) -> tuple[str, ...]:
     """Why the library's ops cannot be used here, one sentence each; empty once they are loaded."""
     if not library.path.exists():
         source = library.path.parents[1]
+        if _is_installed_in_place(source):
+            how = f"install it again there: {library.options}{IN_PLACE}"
+            return (f"{library.path} was not built when smattn was installed in place from {source}; {how}", *_missing_tools(library))
         if (source / "setup.py").exists():  # Python was started there, and what is installed may well be built
             how = f"start Python elsewhere, or install it in place: {library.options}{IN_PLACE}"
             return (f"{library.path} was not built, for {source} is the source folder; {how}", *_missing_tools(library))
@@ -46,6 +52,15 @@ def why_not_loaded(library: Library) -> tuple[str, ...]:
     except OSError as error:
         return (f"{library.path} does not load with torch {torch.__version__}: {error}",)
     return ()
+
+
+def _is_installed_in_place(source: Path) -> bool:
+    """Whether pip has installed smattn as an editable package that lies in this folder."""
+    for distribution in distributions(name="smattn"):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable") and Path(unquote(urlsplit(origin["url"]).path)).resolve() == source.resolve():
+            return True
+    return False
 
 
 def _missing_tools(library: Library) -> Iterator[str]:

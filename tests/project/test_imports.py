@@ -1,5 +1,6 @@
 """A fresh process can import and run smattn without Triton and without the compiled extension."""
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,18 @@ def test_a_source_folder_that_is_not_built_says_what_it_is(tmp_path):
     (tmp_path / "setup.py").touch()
     said = why_not_loaded(CPU._replace(path=tmp_path / "smattn" / "_cpu.so"))[0]
     assert f"{tmp_path} is the source folder" in said and "start Python elsewhere" in said and said.endswith("--no-build-isolation -e .")
+
+
+def test_a_folder_installed_in_place_is_to_be_installed_again(tmp_path, monkeypatch):
+    """Python finds that folder wherever it is started, so to start it elsewhere would change nothing."""
+    source, installed = tmp_path / "a clone", tmp_path / "smattn-0.1.0.dist-info"
+    source.mkdir(), installed.mkdir()
+    (source / "setup.py").touch()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: smattn\nVersion: 0.1.0\n")
+    (installed / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {"editable": True}}))  # as pip writes it
+    monkeypatch.syspath_prepend(tmp_path)
+    said = why_not_loaded(CPU._replace(path=source / "smattn" / "_cpu.so"))[0]
+    assert "elsewhere" not in said and f"in place from {source}" in said and said.endswith("--no-build-isolation -e .")
 
 
 def test_without_either_the_reference_runs_and_warns():
