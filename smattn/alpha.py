@@ -18,10 +18,20 @@ class HoldsAlpha(nn.Module):
 
     scaling_factors: Tensor
 
-    def _hold_alpha(self, alpha_init: float | Sequence[float] | None, num_heads: int, learnable: bool, device: Any = None) -> None:
-        """Make alpha, on torch's default device unless one is given. Raises ValueError where alpha_init does not fit num_heads."""
+    def _hold_alpha(
+        self,
+        alpha_init: float | Sequence[float] | None,
+        num_heads: int,
+        learnable: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make alpha, on torch's default device unless one is given, in float64 if dtype is that, else in float32.
+
+        Raises TypeError or ValueError where alpha_init is no number or does not fit num_heads.
+        """
         self.alpha_start = initial_alpha(alpha_init, num_heads)
-        alpha = torch.tensor(self.alpha_start, dtype=torch.float32, device=device)
+        alpha = torch.tensor(self.alpha_start, dtype=dtype if dtype == torch.float64 else torch.float32, device=device)
         if learnable:
             self.scaling_factors = nn.Parameter(alpha)
         else:
@@ -54,15 +64,35 @@ def is_alpha(name: str) -> bool:
     return NAME in name.split(".")
 
 
+def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: everything else, by its defaults, and every learnable alpha at alpha_lr without weight decay.
+
+    Alpha is of the size of a logit and decay would pull it to 0, which is no mask; the rate that suits weights hardly moves it.
+
+        optimizer = torch.optim.AdamW(smattn.nn.parameter_groups(model, alpha_lr=1e-2), lr=1e-4, weight_decay=0.05)
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    others = [p for name, p in named if not is_alpha(name)]
+    learnable = [p for name, p in named if is_alpha(name)]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": learnable, "lr": alpha_lr, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 def initial_alpha(alpha_init: float | Sequence[float] | None, num_heads: int) -> tuple[float, ...]:
     """alpha_init as one number a head; None spreads HODOR's pattern over the heads."""
     if alpha_init is None:
         # head h lies (h + 1/2) / H of the way through the pattern
         return tuple(HODOR_ALPHA[(2 * h + 1) * len(HODOR_ALPHA) // (2 * num_heads)] for h in range(num_heads))
-    # The device is named, because within `torch.device("meta")` there would be no numbers to read.
-    alpha = torch.as_tensor(alpha_init, dtype=torch.float32, device="cpu")
+    expected = f"alpha_init: expected a number or {num_heads} of them, one a head, got"
+    try:
+        # The device is named, because within `torch.device("meta")` there would be no numbers to read.
+        alpha = torch.as_tensor(alpha_init, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{expected} {alpha_init!r}") from None
+    if isinstance(alpha_init, bool):
+        raise TypeError(f"{expected} {alpha_init!r}")
     if alpha.dim() > 1 or (alpha.dim() == 1 and len(alpha) != num_heads):
-        raise ValueError(f"alpha_init: expected a number or {num_heads} of them, one a head, got shape {tuple(alpha.shape)}")
+        raise ValueError(f"{expected} shape {tuple(alpha.shape)}")
     return tuple(alpha.expand(num_heads).tolist())
 
 

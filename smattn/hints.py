@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SWAPPED = " (query and key look like (B, N, H, D): transpose axes 1 and 2)"
+SHARED = " (to share it along the batch: {})"
 
 
 def of_picture(name: str, mask: Tensor, keys: int) -> str:
@@ -18,6 +19,11 @@ def of_picture(name: str, mask: Tensor, keys: int) -> str:
     if mask.dim() < 3 or height * width != keys:
         return ""
     return f" (its last two axes hold {keys} keys: flatten them, by {name}.flatten(-2))"
+
+
+def of_module_mask(mask: Tensor, keys: int) -> str:
+    """For a module's mask without the batch axis, or with the keys as a picture."""
+    return SHARED.format("mask[None]") if mask.dim() == 2 and mask.shape[-1] == keys else of_picture("mask", mask, keys)
 
 
 def of_boolean_mask(name: str, mask: Tensor) -> str:
@@ -35,7 +41,7 @@ def of_missing_axes(name: str, mask: Tensor, query: Tensor, keys: int) -> str:
     if mask.dim() not in (2, 3) or mask_rows not in (1, rows) or mask_keys != keys:
         return ""
     if mask.dim() == 2 or first == [heads]:
-        return f" (to share it along the batch: {name}[{', '.join(['None'] * len(batch))}])"
+        return SHARED.format(f"{name}[{', '.join(['None'] * len(batch))}]")
     return f" (its first axis holds batch and heads: {name}.unflatten(0, {(*batch, heads)}))" if first == [prod(batch) * heads] else ""
 
 

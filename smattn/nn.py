@@ -6,14 +6,15 @@ The architecture is that of arXiv 2206.00182 on arXiv 2112.09131 (HODOR); the st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .alpha import HoldsAlpha, is_alpha
+from .alpha import HoldsAlpha, parameter_groups
 from .attention import soft_masked_attention
-from .hints import of_picture
+from .hints import of_module_mask
 from .validate import fits
 
 Masking = Literal["soft", "detached", "hard", "none"]
@@ -24,18 +25,33 @@ __all__ = ["HardMaskedAttention", "Masking", "SoftMaskedAttention", "SoftMaskedT
 class _ProjectedAttention(nn.Module):
     """The projections around attention, batch first; by itself attention without a mask."""
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
+        number: Any
+        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if not isinstance(number, Integral):
+                raise TypeError(f"{name}: expected an int, got {number!r}")
+            if number < 1:
+                raise ValueError(f"{name}: expected a positive int, got {number}")
+        if embed_dim % num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads, got {embed_dim} and {num_heads} heads")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.head_dim = embed_dim // num_heads
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.k_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, True, device, dtype)
         _ProjectedAttention.reset_parameters(self)  # of this class: a subclass's needs what is not there yet
 
     def reset_parameters(self) -> None:
@@ -52,8 +68,7 @@ class _ProjectedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, alpha: float | Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor:
         for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3:
-                raise ValueError(f"{name}: expected shape (B, N, embed_dim), got {tuple(x.shape)}")
+            _check_rows(name, x, self.embed_dim)
         q, k, v = (
             # (B, H, N, D), never copied. A tensor-parallel projection has some of the heads, each of the same size.
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -78,6 +93,7 @@ class SoftMaskedAttention(HoldsAlpha, _ProjectedAttention):
         alpha_init: a number for all heads or H of them, in logits; None spreads HODOR's [32, 32, 16, 16, 8, 8, 4, 4] over the heads,
             from nearly a hard mask to one that sees its context and carries a gradient that is not saturated.
         learnable_alpha: alpha is a parameter, else a buffer. Give it its own learning rate by parameter_groups.
+        device, dtype: as in torch's modules. alpha stays in float32 where dtype has 16 bits.
 
     Its state dict has HODOR's names: q_proj, k_proj, v_proj, out_proj and scaling_factors (H,), which is alpha. A cast of the module to
     16 bits leaves alpha in float32. Where tensor parallelism splits the projections over heads, alpha must be given the same heads.
@@ -95,9 +111,12 @@ class SoftMaskedAttention(HoldsAlpha, _ProjectedAttention):
         bias: bool = True,
         alpha_init: float | Sequence[float] | None = None,
         learnable_alpha: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(embed_dim, num_heads, dropout, bias)
-        self._hold_alpha(alpha_init, num_heads, learnable_alpha)
+        super().__init__(embed_dim, num_heads, dropout, bias, device=device, dtype=dtype)
+        self._hold_alpha(alpha_init, num_heads, learnable_alpha, device, dtype)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -153,7 +172,8 @@ class SoftMaskedTransformerLayer(nn.Module):
     It can be captured in a CUDA graph as SoftMaskedAttention can.
 
     Args:
-        embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha: as SoftMaskedAttention; dropout also follows each of the three.
+        embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha, device, dtype: as SoftMaskedAttention. Dropout also follows each
+            of the three.
         dim_feedforward: hidden width of the feed-forward network; 4 * embed_dim unless given.
         masking: "soft"; "detached", the same without the mask's gradient; "hard", HardMaskedAttention; "none", the mask is not used.
         norm_first: layer norms before each step instead of after its residual, as the papers have them.
@@ -170,21 +190,26 @@ class SoftMaskedTransformerLayer(nn.Module):
         learnable_alpha: bool = True,
         masking: Masking = "soft",
         norm_first: bool = False,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if masking not in get_args(Masking):
             raise ValueError(f"masking: expected one of {', '.join(get_args(Masking))}, got {masking!r}")
         self.masking, self.norm_first = masking, norm_first
-        self.self_attention = _ProjectedAttention(embed_dim, num_heads, dropout, bias)
+        made: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.self_attention = _ProjectedAttention(embed_dim, num_heads, dropout, bias, **made)
         self.cross_attention: nn.Module
         if masking in ("soft", "detached"):
-            self.cross_attention = SoftMaskedAttention(embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha)
+            self.cross_attention = SoftMaskedAttention(embed_dim, num_heads, dropout, bias, alpha_init, learnable_alpha, **made)
         else:
             kind = HardMaskedAttention if masking == "hard" else _ProjectedAttention
-            self.cross_attention = kind(embed_dim, num_heads, dropout, bias)
+            self.cross_attention = kind(embed_dim, num_heads, dropout, bias, **made)
         hidden = dim_feedforward or 4 * embed_dim
-        self.feed_forward = nn.Sequential(nn.Linear(embed_dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, embed_dim))
-        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(3))
+        widen, narrow = nn.Linear(embed_dim, hidden, **made), nn.Linear(hidden, embed_dim, **made)
+        self.feed_forward = nn.Sequential(widen, nn.ReLU(), nn.Dropout(dropout), narrow)
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim, **made) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
@@ -215,19 +240,21 @@ class SoftMaskedTransformerLayer(nn.Module):
         Returns:
             (B, Nq, embed_dim).
         """
+        for name, x in (("query", query), ("features", features)):
+            _check_rows(name, x, self.self_attention.embed_dim)
         if self.masking != "none":
             _check_mask(mask, features)
         if self.masking == "detached":
             mask = mask.detach()
         masks = () if self.masking == "none" else (mask,)
-        keys = _plus(features, features_pos)
+        keys = _plus(features, "features_pos", features_pos)
 
         def among(x: Tensor) -> Tensor:
-            placed = _plus(x, query_pos)
+            placed = _plus(x, "query_pos", query_pos)
             return self.self_attention(placed, placed, x, query_padding_mask)
 
         def across(x: Tensor) -> Tensor:
-            return self.cross_attention(_plus(x, query_pos), keys, features, *masks, key_padding_mask=key_padding_mask)
+            return self.cross_attention(_plus(x, "query_pos", query_pos), keys, features, *masks, key_padding_mask=key_padding_mask)
 
         steps: tuple[Callable[[Tensor], Tensor], ...] = (among, across, self.feed_forward)
         for step, norm in zip(steps, self.norms, strict=True):
@@ -235,28 +262,21 @@ class SoftMaskedTransformerLayer(nn.Module):
         return query
 
 
-def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: everything else, by its defaults, and every learnable alpha at alpha_lr without weight decay.
-
-    Alpha is of the size of a logit and decay would pull it to 0, which is no mask; the rate that suits weights hardly moves it.
-
-        optimizer = torch.optim.AdamW(smattn.nn.parameter_groups(model, alpha_lr=1e-2), lr=1e-4, weight_decay=0.05)
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    others = [p for name, p in named if not is_alpha(name)]
-    learnable = [p for name, p in named if is_alpha(name)]
-    groups: list[dict[str, Any]] = [{"params": others}, {"params": learnable, "lr": alpha_lr, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _check_rows(name: str, x: Tensor, embed_dim: int) -> None:
+    """Refuse what is not (B, N, embed_dim)."""
+    if x.dim() != 3 or x.shape[-1] != embed_dim:
+        raise ValueError(f"{name}: expected shape (B, N, embed_dim) with embed_dim = {embed_dim}, got {tuple(x.shape)}")
 
 
 def _check_mask(mask: Any, features: Tensor) -> None:
     """Refuse what is no mask over features (B, Nk, width). The function that is called later refuses the rest."""
     keys = features.shape[-2]
     if not isinstance(mask, Tensor) or mask.dim() not in (3, 4) or mask.shape[-1] != keys:
-        got = f"{tuple(mask.shape)}{of_picture('mask', mask, keys)}" if isinstance(mask, Tensor) else type(mask).__name__
+        got = f"{tuple(mask.shape)}{of_module_mask(mask, keys)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected a tensor (B|1, Nq|1, Nk) or (B|1, H|1, Nq|1, Nk) with Nk = {keys}, got {got}")
     if not mask.is_floating_point():
-        raise ValueError(f"mask: expected a floating dtype, got {mask.dtype}")
+        hint = " (as a soft mask: mask.float())" if mask.dtype == torch.bool else ""
+        raise ValueError(f"mask: expected a floating dtype, got {mask.dtype}{hint}")
 
 
 def _check_padding(key_padding_mask: Any, features: Tensor) -> None:
@@ -269,5 +289,11 @@ def _check_padding(key_padding_mask: Any, features: Tensor) -> None:
     raise ValueError(f"key_padding_mask: expected a torch.bool tensor (B, Nk) = {rows}, got {got}")
 
 
-def _plus(x: Tensor, position: Tensor | None) -> Tensor:
-    return x if position is None else x + position
+def _plus(x: Tensor, name: str, position: Tensor | None) -> Tensor:
+    """x with a position added, where one is given. Refuse one that does not broadcast to x."""
+    if position is None:
+        return x
+    sizes = x.shape[max(0, x.dim() - position.dim()) :]
+    if position.dim() > x.dim() or not all(p == 1 or p == n for p, n in zip(position.shape, sizes, strict=True)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(position.shape)}")
+    return x + position

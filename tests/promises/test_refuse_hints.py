@@ -143,11 +143,12 @@ def called(module, mask, **options):
     "mask, says",
     [
         (None, "mask: expected a tensor .*, got NoneType"),
-        (z(NQ, NK), r"mask: expected a tensor .*, got \(6, 35\)"),
+        (z(NQ, NK), r"mask: expected a tensor .*, got \(6, 35\) \(to share it along the batch: mask\[None\]\)"),
+        (z(B, NQ, NK).bool(), r"mask: expected a floating dtype, got torch.bool \(as a soft mask: mask.float\(\)\)"),
         (z(B, NQ, 5, 7), r"mask: expected .*, got \(2, 6, 5, 7\) " + FLATTEN),
         (z(B, NQ, NK - 1), r"mask: expected .*, got \(2, 6, 34\)"),
     ],
-    ids=["none", "two axes", "picture", "keys"],
+    ids=["none", "two axes", "boolean", "picture", "keys"],
 )
 def test_a_module_names_its_mask(module, padded, mask, says):
     with pytest.raises(ValueError, match=says):

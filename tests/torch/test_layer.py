@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -19,6 +20,24 @@ pytestmark = pytest.mark.promise("modules")
 def test_the_layer_refuses_an_unknown_masking():
     with pytest.raises(ValueError, match="masking: expected one of soft, detached, hard, none, got 'sofft'"):
         SoftMaskedTransformerLayer(8, 2, masking="sofft")
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        (dict(query=torch.zeros(B, NQ, 12)), "query: expected shape (B, N, embed_dim) with embed_dim = 32, got (2, 5, 12)"),
+        (dict(features=torch.zeros(B, NK, 12)), "features: expected shape (B, N, embed_dim) with embed_dim = 32, got (2, 23, 12)"),
+        (dict(features_pos=torch.zeros(22, 32)), "features_pos: expected a shape that broadcasts to (2, 23, 32), got (22, 32)"),
+        (dict(features_pos=torch.zeros(3, NK, 32)), "features_pos: expected a shape that broadcasts to (2, 23, 32), got (3, 23, 32)"),
+        (dict(query_pos=torch.zeros(1, 1, 1, 32)), "query_pos: expected a shape that broadcasts to (2, 5, 32), got (1, 1, 1, 32)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_layer_names_what_does_not_fit(changed, says, norm_first):
+    query, features, mask = tensors()
+    with pytest.raises(ValueError, match=re.escape(says)):
+        SoftMaskedTransformerLayer(WIDTH, 4, norm_first=norm_first)(**dict(query=query, features=features, mask=mask) | changed)
 
 
 def gradient_of_mask(module, *arguments):

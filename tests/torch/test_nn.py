@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import smattn
-from smattn.nn import HardMaskedAttention, SoftMaskedAttention
+from smattn.nn import HardMaskedAttention, SoftMaskedAttention, SoftMaskedTransformerLayer
 from smattn.testing import Case, assert_within_budget
 from tests.support.module_inputs import NK, NQ, WIDTH, B, tensors
 
@@ -127,7 +127,7 @@ def test_alpha_as_given():
     "arguments, says",
     [
         (dict(embed_dim=10, num_heads=4), "embed_dim: expected a multiple of num_heads, got 10 and 4"),
-        (dict(embed_dim=8, num_heads=0), "embed_dim"),
+        (dict(embed_dim=8, num_heads=0), "num_heads: expected a positive int, got 0"),
         (dict(embed_dim=8, num_heads=2, dropout=1.0), "dropout: expected a probability"),
         (dict(embed_dim=8, num_heads=4, alpha_init=[1.0, 2.0]), r"alpha_init: expected a number or 4 .* got shape \(2,\)"),
     ],
@@ -135,6 +135,21 @@ def test_alpha_as_given():
 def test_the_module_refuses(arguments, says):
     with pytest.raises(ValueError, match=says):
         SoftMaskedAttention(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(num_heads=2.0), "num_heads: expected an int, got 2.0"),
+        (dict(embed_dim="8"), "embed_dim: expected an int, got '8'"),
+        (dict(alpha_init="32"), "alpha_init: expected a number or 4 of them, one a head, got '32'"),
+        (dict(alpha_init=True), "alpha_init: expected a number or 4 .* got True"),
+        (dict(alpha_init=[1.0, None]), r"alpha_init: expected a number or 4 .* got \[1.0, None\]"),
+    ],
+)
+def test_the_module_refuses_a_wrong_type(arguments, says):
+    with pytest.raises(TypeError, match=f"^{says}"):
+        SoftMaskedAttention(**dict(embed_dim=8, num_heads=4) | arguments)
 
 
 def test_the_hard_twin_sees_only_what_the_mask_covers():
@@ -199,10 +214,32 @@ def test_nn_is_there_with_the_package():
 def test_more_axes_than_one_of_the_batch_are_refused(module):
     """Axis 1 would be taken for the heads."""
     x, mask = torch.randn(2, 4, 4, WIDTH), torch.rand(2, 4, 4, 4)
-    with pytest.raises(ValueError, match=r"query: expected shape \(B, N, embed_dim\), got \(2, 4, 4, "):
+    with pytest.raises(ValueError, match=r"query: expected shape \(B, N, embed_dim\) with embed_dim = 32, got \(2, 4, 4, "):
         module(x, x, x, mask)
-    with pytest.raises(ValueError, match=r"key: expected shape \(B, N, embed_dim\)"):
+    with pytest.raises(ValueError, match=r"key: expected shape \(B, N, embed_dim\) with"):
         module(x[0], x, x, mask)
+
+
+@pytest.mark.parametrize("module", [SoftMaskedAttention(WIDTH, 4), HardMaskedAttention(WIDTH, 4)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_another_width_is_refused(module, name):
+    inputs = dict.fromkeys(("query", "key", "value"), torch.randn(2, 7, WIDTH)) | {name: torch.randn(2, 7, 12)}
+    with pytest.raises(ValueError, match=rf"^{name}: expected shape \(B, N, embed_dim\) with embed_dim = 32, got \(2, 7, 12\)"):
+        module(**inputs, mask=torch.rand(2, 7, 7))
+
+
+@pytest.mark.parametrize("kind", [SoftMaskedAttention, HardMaskedAttention, SoftMaskedTransformerLayer])
+def test_device_and_dtype_are_as_in_torchs_modules(kind):
+    meta = kind(WIDTH, 4, device="meta", dtype=torch.bfloat16)
+    twin = kind(WIDTH, 4).to("meta", torch.bfloat16)  # which leaves alpha in float32
+    assert {name: (p.device, p.dtype) for name, p in meta.state_dict().items()} == {
+        name: (p.device, p.dtype) for name, p in twin.state_dict().items()
+    }
+    double = kind(WIDTH, 4, dtype=torch.float64)
+    assert {p.dtype for p in double.parameters()} == {torch.float64}
+    x, mask = torch.randn(2, 7, WIDTH, dtype=torch.float64), torch.rand(2, 7, 7)
+    features = (x,) if kind is SoftMaskedTransformerLayer else (x, x)
+    assert double(x, *features, mask).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
