@@ -104,6 +104,7 @@ class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
             raise ValueError("attn_mask: expected one beside is_causal=True, which is but a hint, got None")
         if mask is not None and attn_mask is not None:
             raise ValueError("attn_mask: expected None when mask is given, got both")
+        self._check_form(query, key, value, mask=mask, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if key_padding_mask is not None and key_padding_mask.is_floating_point():
@@ -119,6 +120,17 @@ class SoftMaskedMultiheadAttention(HoldsAlpha, nn.MultiheadAttention):
         out = self.out_proj(out.transpose(1, 2).flatten(-2))
         weights = attention_map(q, k, mask, alpha, **options).to(out.dtype) if need_weights else None
         return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _check_form(self, query: Tensor, key: Tensor, value: Tensor, **masks: Any) -> None:
+        """Refuse tensors of another width, and those whose batch is on another axis than batch_first says."""
+        batch, form = (0, "(B, N, E)") if self.batch_first else (1, "(N, B, E)")
+        said, size = f"(the module has batch_first={self.batch_first})", query.shape[batch]
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() != 3 or x.shape[-1] != width or x.shape[batch] != size:
+                raise ValueError(f"{name}: expected shape {form} with B = {size} and E = {width}, got {tuple(x.shape)} {said}")
+        for name, given in masks.items():
+            if isinstance(given, Tensor) and given.dim() > 1 and given.shape[-1] == size != key.shape[1 - batch]:
+                raise ValueError(f"{name}: expected Nk = {key.shape[1 - batch]} along its last axis, got {tuple(given.shape)} {said}")
 
     def _projected(self, *inputs: Tensor) -> list[Tensor]:
         """query, key and value, given batch first, projected to (B, H, N, D) each."""

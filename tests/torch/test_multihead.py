@@ -165,6 +165,27 @@ def test_it_refuses(options, message):
         drop_in(*(t[:, 0] for t in inputs(original)))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_batch_on_another_axis_than_the_module_says_is_refused(batch_first):
+    _, drop_in = pair(batch_first=batch_first)
+    query, memory, _ = (x.transpose(0, 1) for x in inputs(drop_in))
+    form, said = (r"\(B, N, E\)" if batch_first else r"\(N, B, E\)"), rf"\(the module has batch_first={batch_first}\)$"
+    with pytest.raises(ValueError, match=rf"^key: expected shape {form} with B = 3 and E = 8, got .* {said}"):
+        drop_in(query, memory, memory, mask=torch.rand(B, NQ, NK))
+    options = dict(mask=torch.rand(B, NK, NK), attn_mask=torch.rand(NK, NK), key_padding_mask=torch.zeros(B, NK, dtype=torch.bool))
+    for name, given in options.items():
+        with pytest.raises(ValueError, match=rf"^{name}: expected Nk = 2 along its last axis, got .* {said}"):
+            drop_in(memory, memory, memory, **{name: given})
+
+
+def test_another_width_is_refused_by_name():
+    _, drop_in = pair(kdim=5, vdim=6)
+    query, key, value = inputs(drop_in)
+    for name, given in (("query", [key, key, value]), ("key", [query, query, value]), ("value", [query, key, key])):
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape \(N, B, E\) with B = 2 and E = [568], got"):
+            drop_in(*given)
+
+
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
 def test_what_it_does_not_cover_is_refused(option):
     with pytest.raises(ValueError, match="without add_bias_kv and add_zero_attn"):
