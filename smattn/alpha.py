@@ -67,7 +67,7 @@ def is_alpha(name: str) -> bool:
 def parameter_groups(model: nn.Module, *, alpha_lr: float) -> list[dict[str, Any]]:
     """Two groups for an optimizer: everything else, by its defaults, and every learnable alpha at alpha_lr without weight decay.
 
-    Alpha is of the size of a logit and decay would pull it to 0, which is no mask; the rate that suits weights hardly moves it.
+    Alpha is of the size of a logit and decay would pull it to 0, which switches the mask off; the rate that suits weights hardly moves it.
 
         optimizer = torch.optim.AdamW(smattn.nn.parameter_groups(model, alpha_lr=1e-2), lr=1e-4, weight_decay=0.05)
     """
