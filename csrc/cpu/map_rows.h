@@ -1,4 +1,4 @@
-// The attention map (9) where memory holds the weights of a query block over all keys: every score is made once.
+// The attention map (9) where memory holds the weights of some heads over all keys: every score is made once.
 #pragma once
 
 #include "cpu/forward_part.h"
@@ -8,140 +8,166 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// Items are (batch element, query block, group of heads). Each leaves its heads' share of the map, [key][lane], and the shares of a block's
-// groups are then added up in order. How the heads are grouped depends on the shape alone.
+// A block is a batch element and a query block. So many of its heads at a time, and so many blocks, as memory holds weights of; an item is
+// a block and a split of its keys. First the items make weights relative to the greatest scores of their splits, then the rows of the
+// splits are merged, and last the heads' weights are added up for one key block after the other. All this depends on the shape alone.
 template <class T>
 struct MapPlan {
   Blocking<T> blocking;
-  int64_t size;                 // of a share
-  int64_t group_heads, groups;
-  int64_t blocks, round;        // (batch element, query block)s, and how many of them have their shares at a time
+  int64_t head_size;  // of a head's weights, [key][lane]
+  int64_t heads;      // at a time
+  int64_t blocks, round, splits;
 
-  explicit MapPlan(const Sizes& n)
-      : blocking(n), size(blocking.key_blocks * round_up(blocking.keys, kLanes<T>) * blocking.queries),
-        blocks(n.B * blocking.query_blocks) {
-    constexpr int64_t kItems = 16, kShareBytes = kPromisedBytes / 4;
-    group_heads = blocks_of(n.H, smaller_of(n.H, blocks_of(kItems, larger_of<int64_t>(1, blocks))));
-    groups = blocks_of(n.H, group_heads);
-    round = kShareBytes / larger_of<int64_t>(1, groups * bytes());
+  explicit MapPlan(const Sizes& n) : blocking(n), head_size(n.Nk * blocking.queries), blocks(n.B * blocking.query_blocks) {
+    constexpr int64_t kItems = 16, kWeightBytes = kPromisedBytes / 2, kQueryBytes = 256 << 10, kSize = sizeof(T);
+    const int64_t most_splits = smaller_of(kItems, larger_of<int64_t>(1, blocking.key_blocks));
+    const int64_t head_bytes = (head_size + most_splits * (part_size() + blocking.queries)) * kSize;
+    const int64_t fit = kWeightBytes / larger_of<int64_t>(1, head_bytes), query_bytes = blocking.queries * n.D * kSize;
+    heads = smaller_of(smaller_of(n.H, fit), larger_of<int64_t>(1, kQueryBytes / larger_of<int64_t>(1, query_bytes)));
+    if (heads < n.H) heads = smaller_of(heads, fit - 1);  // the sum over the heads before takes the place of one
+    round = heads < n.H ? 1 : smaller_of(blocks, fit / n.H);
+    splits = smaller_of(most_splits, blocks_of(kItems, larger_of<int64_t>(1, round)));
   }
 
-  int64_t bytes() const { return size * static_cast<int64_t>(sizeof(T)); }
-  bool serves() const {
-    constexpr int64_t kWeightBytes = 320 << 10;  // what a core's cache holds beside keys
-    return bytes() <= kWeightBytes && round > 0;
-  }
+  bool serves() const { return heads > 0; }
+  int64_t first_key_block(int64_t split) const { return blocking.key_blocks * split / splits; }
+  int64_t split_of(int64_t key_block) const { return ((key_block + 1) * splits - 1) / blocking.key_blocks; }
+  int64_t part_size() const { return ForwardPart<T>::size({}, blocking.queries); }
 };
 
+// The weights of a round's blocks and heads, and the rows that go with them.
 template <class T>
-class MapRows {
+struct MapWeights {
+  Buffer<T> weights;  // [block][head][key][lane]
+  Buffer<T> sums;     // [key][lane], of the heads before, where they are not all there at a time
+  Buffer<T> parts;    // [block][head][split]
+  Buffer<T> factors;  // [block][head][split][lane], by which weights become shares of the map
+
+  MapWeights(const MapPlan<T>& plan, int64_t H)
+      : weights(plan.round * plan.heads * plan.head_size), sums(plan.heads < H ? plan.head_size : 0),
+        parts(plan.round * plan.heads * plan.splits * plan.part_size()),
+        factors(plan.round * plan.heads * plan.splits * plan.blocking.queries) {}
+
+  int64_t bytes() const { return bytes_in(weights, sums, parts, factors); }
+};
+
+// Makes the weights of an item.
+template <class T>
+class MapWorker {
  public:
-  MapRows(const MapParams& params, const MapPlan<T>& plan)
-      : s_(params.scores), n_(s_.size), head_weights_(static_cast<const T*>(params.head_weights)), plan_(plan),
-        query_(kQueries * round_up(n_.D, kLanes<T>)), query_rows_(kQueries * round_up(n_.D, kLanes<T>)),
-        keys_(kKeys * round_up(n_.D, kLanes<T>)), rows_(kLanes<T> * kKeys), part_(ForwardPart<T>::size({}, plan.blocking.queries)),
-        masks_(s_.mask.data != nullptr ? plan.size : 0), masks_read_(plan.blocking.key_blocks), weights_(plan.size) {
-    softmax_.params.scores = s_;
-    softmax_.params.lse = params.lse, softmax_.params.normalizer = params.normalizer;
-    fill<Held>(masks_read_, plan.blocking.key_blocks, Held{});
-  }
+  MapWorker(const MapParams& params, const MapPlan<T>& plan, const MapWeights<T>& to)
+      : s_(params.scores), n_(s_.size), plan_(plan), to_(to), query_size_(plan.blocking.queries * round_up(n_.D, kLanes<T>)),
+        queries_(plan.heads * query_size_), query_rows_(query_size_), keys_(kKeys * round_up(n_.D, kLanes<T>)), rows_(kLanes<T> * kKeys),
+        mask_(kKeys * kQueries) {}
 
-  int64_t bytes() const { return bytes_in(query_, query_rows_, keys_, rows_, part_, masks_, masks_read_, weights_); }
+  int64_t bytes() const { return bytes_in(queries_, query_rows_, keys_, rows_, mask_); }
 
-  // One item: stores its share, and the rows of its heads' softmax.
-  void run(int64_t b, int64_t query_index, int64_t group, T* share) {
-    const QueryBlock q = query_block(plan_.blocking, query_index);
-    const ForwardPart<T> part(part_, q.lanes, 0);
-    const int64_t first = group * plan_.group_heads, end = smaller_of(first + plan_.group_heads, n_.H);
-    for (int64_t h = first; h < end; ++h) {
-      weigh(b, h, query_index, q, part);
-      write_part<T>(softmax_, b, h, q, part);
-      add(b, h, q, part, h == first, share);
+  // slot: the block's place in the round.
+  void run(int64_t block, int64_t slot, int64_t split, int64_t first_head, int64_t heads) {
+    const int64_t b = block / plan_.blocking.query_blocks;
+    const QueryBlock q = query_block(plan_.blocking, block % plan_.blocking.query_blocks);
+    const auto weights = [&](int64_t h) { return to_.weights + (slot * plan_.heads + h) * plan_.head_size; };
+    const auto part = [&](int64_t h) {
+      return ForwardPart<T>(to_.parts + ((slot * plan_.heads + h) * plan_.splits + split) * plan_.part_size(), q.lanes, 0);
+    };
+    for (int64_t h = 0; h < heads; ++h) {
+      part(h).clear();
+      read_queries<T>(s_.query, b, first_head + h, q, n_.D, query_rows_, queries_ + h * query_size_);
     }
+    int64_t first_key = 0, end_key = 0;
+    for (int64_t kb = plan_.first_key_block(split); kb < plan_.first_key_block(split + 1); ++kb) {
+      const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
+      if (end_key == 0) first_key = k.first;
+      end_key = k.first + k.count;
+      for (int64_t h = 0; h < heads; ++h) {
+        exponents(b, first_head + h, q, k, h == 0, queries_ + h * query_size_, part(h).row(kMaximum), weights(h) + k.first * q.lanes);
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h) weigh(q, end_key - first_key, part(h), weights(h) + first_key * q.lanes);
   }
 
  private:
-  // The weights of one head, not yet divided by their sums, which go to the part.
-  void weigh(int64_t b, int64_t h, int64_t query_index, const QueryBlock& q, const ForwardPart<T>& part) {
-    read_queries<T>(s_.query, b, h, q, n_.D, query_rows_, query_);
-    part.clear();
-    T* maxima = part.row(kMaximum);
-    for (int64_t kb = 0; kb < plan_.blocking.key_blocks; ++kb) {
-      const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
-      T* tile = weights_ + k.first * q.lanes;
-      if (k.attended == 0) {
-        fill<T>(tile, k.count * q.lanes, static_cast<T>(-__builtin_inf()));
-        continue;
-      }
-      const T* mask = s_.mask.data == nullptr ? nullptr : read_mask_tile(b, h, query_index, kb, q, k);
-      const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
-      const Prefetch next = keys_ahead(s_.key, n_, b, h, k.first + k.count, plan_.blocking.keys, n_.D);
-      exponents_of(Exponents<T>(s_, h, mask), q, k, key, query_.get(), n_.D, next, maxima, tile);
-    }
+  void exponents(int64_t b, int64_t h, const QueryBlock& q, const KeyBlock& k, bool first, const T* query, T* maxima, T* tile) {
+    if (k.attended == 0) return fill<T>(tile, k.count * q.lanes, static_cast<T>(-__builtin_inf()));
+    const T* mask = s_.mask.data == nullptr ? nullptr : mask_.get();
+    if (mask != nullptr && (first || s_.mask_size[1] > 1)) read_mask<T>(s_, b, h, q, k, rows_, mask_);
+    const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
+    const Prefetch next = h + 1 < n_.H ? keys_ahead(s_.key, n_, b, h + 1, k.first, k.count, n_.D) : Prefetch{};
+    exponents_of(Exponents<T>(s_, h, mask), q, k, key, query, n_.D, next, maxima, tile);
+  }
+
+  // Exponents to weights, not yet divided by their sum, which goes to the part.
+  void weigh(const QueryBlock& q, int64_t keys, const ForwardPart<T>& part, T* tile) const {
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      Weighing<T> w{.scores = weights_ + lane,
+      Weighing<T> w{.scores = tile + lane,
                     .mask = nullptr,
                     .dmap = nullptr,
-                    .weights = weights_ + lane,
+                    .weights = tile + lane,
                     .stride = q.lanes,
-                    .keys = n_.Nk,
-                    .subtracted = finite_maximum<T>(load(maxima + lane))};
+                    .keys = keys,
+                    .subtracted = finite_maximum<T>(load(part.row(kMaximum) + lane))};
       w.run();
       store(part.row(kSum) + lane, w.sum);
     }
   }
 
-  // Adds the head's probabilities times its weight. A padded key's are 0, whatever the sum.
-  void add(int64_t b, int64_t h, const QueryBlock& q, const ForwardPart<T>& part, bool is_first, T* share) const {
-    T factor[kQueries];
-    for (int64_t i = 0; i < q.lanes; ++i) {
-      T normalizer[2];
-      store_normalizer(normalizer, !is_dead(part.row(kMaximum)[i], part.row(kSum)[i]), part.row(kMaximum)[i], part.row(kSum)[i]);
-      factor[i] = head_weights_[h] * normalizer[1];
-    }
-    if (is_first) fill<T>(share, n_.Nk * q.lanes, T(0));
-    for (int64_t kb = 0; kb < plan_.blocking.key_blocks; ++kb) {
-      const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
-      for (int64_t j = 0; j < k.count; ++j) {
-        const int64_t key = (k.first + j) * q.lanes;
-        for (int64_t at = key; at < key + q.lanes && !k.padded[j]; at += kLanes<T>) {
-          store(share + at, fused(load(factor + at - key), load(weights_ + at), load(share + at)));
-        }
-      }
-    }
-  }
-
-  // M's tile, if it is not there from the head before.
-  const T* read_mask_tile(int64_t b, int64_t h, int64_t query_index, int64_t kb, const QueryBlock& q, const KeyBlock& k) {
-    T* tile = masks_ + kb * (plan_.size / plan_.blocking.key_blocks);
-    const int64_t mask = mask_in_tile(s_, b, k), mask_head = s_.mask_size[1] > 1 ? h : 0;
-    if (masks_read_[kb].differs(mask, mask_head, query_index, kb)) read_mask<T>(s_, b, h, q, k, rows_, tile);
-    return tile;
-  }
-
   const Scores& s_;
   const Sizes& n_;
-  const T* head_weights_;
   const MapPlan<T>& plan_;
-  ForwardTask<T> softmax_{.params = {}};  // of a value without columns: the rows alone
-  Buffer<T> query_, query_rows_, keys_, rows_, part_;
-  Buffer<T> masks_;  // [key block][key][lane]
-  Buffer<Held> masks_read_;
-  Buffer<T> weights_;  // [key][lane], the exponents first
+  const MapWeights<T>& to_;
+  const int64_t query_size_;
+  Buffer<T> queries_;  // [head][D][lane]
+  Buffer<T> query_rows_, keys_, rows_, mask_;
 };
 
-// Adds up the shares of a block's groups for the keys of a key block, and stores them.
+// Merges the rows of the splits of a block's head, and stores them. place: of the head in the round.
 template <class T>
-inline void store_map(const MapParams& p, const MapPlan<T>& plan, int64_t block, int64_t key_index, const T* shares, T* tile, T* rows) {
+inline void merge_rows(const ForwardTask<T>& softmax, const MapPlan<T>& plan, const MapWeights<T>& of, T head_weight, int64_t block,
+                       int64_t h, int64_t place) {
+  const QueryBlock q = query_block(plan.blocking, block % plan.blocking.query_blocks);
+  T memory[kRows * kQueries];
+  const ForwardPart<T> whole(memory, q.lanes, 0);
+  whole.clear();
+  T* parts = of.parts + place * plan.splits * plan.part_size();
+  merge_parts<T>(softmax.params, q, parts, plan.splits, plan.part_size(), whole);
+  write_part<T>(softmax, block / plan.blocking.query_blocks, h, q, whole);
+  for (int64_t i = 0; i < q.lanes; ++i) {
+    const T maximum = whole.row(kMaximum)[i], sum = whole.row(kSum)[i];
+    T normalizer[2];
+    store_normalizer(normalizer, !is_dead(maximum, sum), maximum, sum);
+    whole.row(kSum)[i] = head_weight * normalizer[1];
+  }
+  for (int64_t split = 0; split < plan.splits; ++split) {
+    const ForwardPart<T> part(parts + split * plan.part_size(), q.lanes, 0);
+    T* factors = of.factors + (place * plan.splits + split) * plan.blocking.queries;
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const Vec<T> below = load(part.row(kMaximum) + lane) - finite_maximum<T>(load(whole.row(kMaximum) + lane));
+      store(factors + lane, load(whole.row(kSum) + lane) * exp2<T>(below));
+    }
+  }
+}
+
+// Adds up what a round's heads have in a key block, and stores it: in the map, or where more heads come, for them to go on from.
+template <class T>
+inline void add_heads(const MapParams& p, const MapPlan<T>& plan, const MapWeights<T>& of, int64_t block, int64_t slot, int64_t key_index,
+                      int64_t first_head, int64_t heads, T* tile, T* rows) {
   const Sizes& n = p.scores.size;
   const int64_t b = block / plan.blocking.query_blocks;
   const QueryBlock q = query_block(plan.blocking, block % plan.blocking.query_blocks);
   const KeyBlock k = key_block(p.scores, plan.blocking, b, key_index);
-  copy<T>(shares + k.first * q.lanes, k.count * q.lanes, tile);
-  for (int64_t group = 1; group < plan.groups; ++group) {
-    const T* share = shares + group * plan.size + k.first * q.lanes;
-    for (int64_t at = 0; at < k.count * q.lanes; at += kLanes<T>) store(tile + at, load(tile + at) + load(share + at));
+  const int64_t at = k.first * q.lanes, size = k.count * q.lanes;
+  first_head == 0 ? fill<T>(tile, size, T(0)) : copy<T>(of.sums + at, size, tile);
+  for (int64_t place = slot * plan.heads; place < slot * plan.heads + heads; ++place) {
+    const T* weights = of.weights + place * plan.head_size + at;
+    const T* factors = of.factors + (place * plan.splits + plan.split_of(key_index)) * plan.blocking.queries;
+    for (int64_t j = 0; j < k.count; ++j) {
+      for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {  // padded: 0, whatever the factor
+        T* sum = tile + j * q.lanes + lane;
+        store(sum, fused(load(factors + lane), load(weights + j * q.lanes + lane), load(sum)));
+      }
+    }
   }
+  if (first_head + heads < n.H) return copy<T>(tile, size, of.sums + at);
   const int64_t stride = round_up(k.count, kLanes<T>);
   transpose_block<T>(tile, q.lanes, stride, q.lanes, rows, stride);
   write_rows<T>(rows, stride, q.count, k.count, p.map, kStored<T>, (b * n.Nq + q.first) * n.Nk + k.first, n.Nk);
@@ -149,21 +175,34 @@ inline void store_map(const MapParams& p, const MapPlan<T>& plan, int64_t block,
 
 template <class T>
 inline void map_by_rows(const MapParams& p, const MapPlan<T>& plan, ParallelFor threads) {
-  const int64_t per_block = plan.groups * plan.size, key_blocks = plan.blocking.key_blocks;
-  const Buffer<T> shares(smaller_of(plan.round, plan.blocks) * per_block);
-  const auto make = [&] { return MapRows<T>(p, plan); };
+  const int64_t H = p.scores.size.H, key_blocks = plan.blocking.key_blocks;
+  const MapWeights<T> weights(plan, H);
+  ForwardTask<T> softmax{.params = {}};  // of a value without columns: the rows alone
+  softmax.params.scores = p.scores;
+  softmax.params.lse = p.lse, softmax.params.normalizer = p.normalizer;
+  const auto make = [&] { return MapWorker<T>(p, plan, weights); };
   for (int64_t first = 0; first < plan.blocks; first += plan.round) {
     const int64_t blocks = smaller_of(plan.round, plan.blocks - first);
-    for_each_item(threads, blocks * plan.groups, kSpareBytes - shares.bytes(), make, [&](MapRows<T>& rows, int64_t item) {
-      const int64_t block = first + item / plan.groups, query_blocks = plan.blocking.query_blocks;
-      rows.run(block / query_blocks, block % query_blocks, item % plan.groups, shares + item * plan.size);
-    });
-    parallel_for(threads, blocks * key_blocks, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> tile(kKeys * kQueries), rows(kKeys * kQueries);
-      for (int64_t item = begin; item < end; ++item) {
-        store_map<T>(p, plan, first + item / key_blocks, item % key_blocks, shares + item / key_blocks * per_block, tile, rows);
-      }
-    });
+    for (int64_t head = 0; head < H; head += plan.heads) {
+      const int64_t heads = smaller_of(plan.heads, H - head);
+      for_each_item(threads, blocks * plan.splits, kSpareBytes - weights.bytes(), make, [&](MapWorker<T>& worker, int64_t item) {
+        worker.run(first + item / plan.splits, item / plan.splits, item % plan.splits, head, heads);
+      });
+      parallel_for(threads, blocks * heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t slot = item / heads, h = item % heads;
+          const T weight = static_cast<const T*>(p.head_weights)[head + h];
+          merge_rows<T>(softmax, plan, weights, weight, first + slot, head + h, slot * plan.heads + h);
+        }
+      });
+      parallel_for(threads, blocks * key_blocks, 1, [&](int64_t begin, int64_t end) {
+        const Buffer<T> tile(kKeys * kQueries), rows(kKeys * kQueries);
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t slot = item / key_blocks;
+          add_heads<T>(p, plan, weights, first + slot, slot, item % key_blocks, head, heads, tile, rows);
+        }
+      });
+    }
   }
 }
 

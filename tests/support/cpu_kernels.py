@@ -26,7 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "a map": dict(B=2, H=4, Nq=21, Nk=300, D=32, Hkv=2, as_map=True, padded=0.2),
     "a map of few queries": dict(B=1, H=2, Nq=3, Nk=3001, D=32, as_map=True),
     "a map whose batches take turns": dict(B=30, H=3, Nq=3, Nk=2001, D=8, Hkv=1, as_map=True, padded=0.2),
-    "a map of many keys": dict(B=1, H=3, Nq=70, Nk=2100, D=16, mask_shape=(1, 3, 70, 2100), as_map=True),
+    "a map whose heads take turns": dict(B=2, H=60, Nq=3, Nk=3001, D=4, Hkv=1, as_map=True, padded=0.2),
+    "a map of many keys": dict(B=1, H=2, Nq=70, Nk=22000, D=8, mask_shape=(1, 2, 70, 22000), as_map=True),
 }
 ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
