@@ -131,18 +131,20 @@ inline void merge_rows(const ForwardTask<T>& softmax, const MapPlan<T>& plan, co
   T* parts = of.parts + place * plan.splits * plan.part_size();
   merge_parts<T>(softmax.params, q, parts, plan.splits, plan.part_size(), whole);
   write_part<T>(softmax, block / plan.blocking.query_blocks, h, q, whole);
+  T factor[kQueries], lowest[kQueries];  // lowest: a lower exponent makes no normal product with the factor
   for (int64_t i = 0; i < q.lanes; ++i) {
     const T maximum = whole.row(kMaximum)[i], sum = whole.row(kSum)[i];
     T normalizer[2];
     store_normalizer(normalizer, !is_dead(maximum, sum), maximum, sum);
-    whole.row(kSum)[i] = head_weight * normalizer[1];
+    factor[i] = head_weight * normalizer[1];
+    lowest[i] = larger_of(Exp2<T>::kLowest, Exp2<T>::kLowest - whole_log2(factor[i]));
   }
   for (int64_t split = 0; split < plan.splits; ++split) {
     const ForwardPart<T> part(parts + split * plan.part_size(), q.lanes, 0);
     T* factors = of.factors + (place * plan.splits + split) * plan.blocking.queries;
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       const Vec<T> below = load(part.row(kMaximum) + lane) - finite_maximum<T>(load(whole.row(kMaximum) + lane));
-      store(factors + lane, load(whole.row(kSum) + lane) * exp2<T>(below));
+      store(factors + lane, load(factor + lane) * exp2<T>(below, load(lowest + lane)));
     }
   }
 }
@@ -160,10 +162,14 @@ inline void add_heads(const MapParams& p, const MapPlan<T>& plan, const MapWeigh
   for (int64_t place = slot * plan.heads; place < slot * plan.heads + heads; ++place) {
     const T* weights = of.weights + place * plan.head_size + at;
     const T* factors = of.factors + (place * plan.splits + plan.split_of(key_index)) * plan.blocking.queries;
-    for (int64_t j = 0; j < k.count; ++j) {
-      for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {  // padded: 0, whatever the factor
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const Vec<T> factor = load(factors + lane), magnitude = larger(factor, -factor);
+      const Vec<T> least = Exp2<T>::kLeast / smaller(magnitude, broadcast(T(1)));  // a smaller weight makes no normal product
+      for (int64_t j = 0; j < k.count; ++j) {
+        if (k.padded[j]) continue;  // 0, whatever the factor
+        const Vec<T> weight = load(weights + j * q.lanes + lane);
         T* sum = tile + j * q.lanes + lane;
-        store(sum, fused(load(factors + lane), load(weights + j * q.lanes + lane), load(sum)));
+        store(sum, fused(factor, weight < least ? Vec<T>{} : weight, load(sum)));
       }
     }
   }

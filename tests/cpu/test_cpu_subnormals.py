@@ -75,3 +75,16 @@ def test_normal_weights_make_no_subnormal_number(name, dtype, logits, mask_of):
         amap = attention_map(query, key, alpha=alpha, backend="cpu", **soft)
         torch.autograd.grad(amap, [query, key, mask, alpha], torch.ones_like(amap))
         assert flags() & unwanted == 0
+
+
+@pytest.mark.parametrize("Nk", [301, 30001], ids=["rows", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_probabilities_of_every_size_make_no_subnormal_number_in_the_map(name, dtype, Nk):
+    """They fall from key to key until they are 0; what a head adds to the map is normal or 0 as well."""
+    case = make_case(1, 6, 70, Nk, 8, dtype=dtype, as_map=True)
+    mask = torch.linspace(0, -4 if dtype == torch.float32 else -25, Nk, dtype=dtype).expand(1, 1, Nk)
+    with forced(name), threads(1):
+        clear_flags()
+        attention_map(0.01 * case.query, case.key, mask, 32.0, backend="cpu")
+        assert flags() == 0

@@ -23,6 +23,7 @@ struct Exp2<float> {
   static constexpr int kBias = 127, kMantissa = 23;
   static constexpr float kLowest = 1 - kBias;  // 2 to a lower power is no normal number
   static constexpr float kHighest = 1 + kBias;  // 2 to this power overflows
+  static constexpr float kLeast = 0x1p-126f;    // the smallest normal number
 };
 
 template <>
@@ -32,8 +33,16 @@ struct Exp2<double> {
                                              5.55041086648216e-2,    2.4022650695910097e-1, 6.931471805599453e-1,  1.0};
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kBias = 1023, kMantissa = 52;
-  static constexpr double kLowest = 1 - kBias, kHighest = 1 + kBias;
+  static constexpr double kLowest = 1 - kBias, kHighest = 1 + kBias, kLeast = 0x1p-1022;
 };
+
+// The whole number below log2 |x|, as x's exponent has it.
+template <class T>
+inline T whole_log2(T x) {
+  std::make_unsigned_t<Bits<T>> bits;
+  __builtin_memcpy(&bits, &x, sizeof(T));
+  return static_cast<T>(static_cast<int64_t>((bits << 1) >> (Exp2<T>::kMantissa + 1)) - Exp2<T>::kBias);
+}
 
 // So many vectors step by step together keep the multipliers busy: one alone would wait for each of its operations.
 constexpr int kExpAtOnce = kRegisters / 8;
@@ -120,7 +129,7 @@ inline Vec<T> exp2_fraction(Vec<T> f) {
 template <class T>
 inline Vec<T> exp2(Vec<T> unbounded, Vec<T> lowest = broadcast(Exp2<T>::kLowest), Vec<T> highest = broadcast(Exp2<T>::kHighest)) {
   using E = Exp2<T>;
-  typedef std::make_unsigned_t<Bits<T> > Whole __attribute__((vector_size(kVectorBytes)));  // the sum wraps where x is NaN
+  typedef std::make_unsigned_t<Bits<T>> Whole __attribute__((vector_size(kVectorBytes)));  // the sum wraps where x is NaN
   const auto too_low = unbounded < lowest;  // lanes that will be 0, whatever the steps below make of them
   const Vec<T> x = smaller(highest, unbounded);  // NaN stays NaN
   const Vec<T> shifted = x + E::kRound;

@@ -37,10 +37,8 @@ struct RowExponents {
       const bool beyond = lane >= count;
       rest[lane] = beyond ? static_cast<T>(__builtin_inf()) : normalizer[2 * lane];
       factor[lane] = beyond ? T(0) : normalizer[2 * lane + 1];
-      uint64_t bits = 0;
-      __builtin_memcpy(&bits, factor + lane, sizeof(T));
       highest[lane] = T(0);
-      lowest[lane] = Exp2<T>::kLowest - static_cast<T>(static_cast<int64_t>(bits >> Exp2<T>::kMantissa) - Exp2<T>::kBias);
+      lowest[lane] = Exp2<T>::kLowest - whole_log2(factor[lane]);
     }
   }
 
