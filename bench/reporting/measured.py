@@ -97,7 +97,6 @@ def section(file: str, with_plot: bool = False) -> str:
         by_inputs.setdefault(key.inputs, {})[key.direction] = duel
     header = ["", "forward, ms", "best peer", "speedup", "both, ms", "best peer", "speedup", "extra MiB", "least peer"]
     body = [line(name + " †" * (name in busy), of.get(FORWARD), of.get(BOTH)) for name, of in by_inputs.items()]
-    note = f"† The machine was busy: torch.mm was over {DISTURBED} times slower around this cell than at its best.\n\n" if busy else ""
     ours = ", ".join(dict.fromkeys(duel.ours.backend for duel in duel_of.values()))
     kernels = f" with {about.kernels.partition(':')[0]} kernels" if about.kernels else ""
     rates = ", ".join(f"{row.flops / row.median_ms / 1e6:.0f} {row.dtype}" for row in rows if row.workload == MATMUL and row.median_ms)
@@ -106,7 +105,7 @@ def section(file: str, with_plot: bool = False) -> str:
 
 {markdown(header, body)}
 
-{note}{plot}{source(about, file)}
+{note(rows)}{plot}{source(about, file)}
 """
 
 
@@ -137,11 +136,17 @@ def variants_section(file: str) -> str:
 
 {variants.table(rows)}
 
-{source(rows[0], file)}
+{note(rows)}{source(rows[0], file)}
 """
 
 
 STUDIES = {"-nk-sweep": sweep_section, "-variants": variants_section}  # by what the name of a study's file has in it
+
+
+def note(rows: list[Row]) -> str:
+    """What † means, where a row has it."""
+    busy = f"† The machine was busy: torch.mm was over {DISTURBED} times slower around this cell than at its best.\n\n"
+    return busy if disturbed(rows) else ""
 
 
 def source(about: Row, file: str) -> str:
