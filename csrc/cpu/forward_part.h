@@ -64,9 +64,12 @@ inline void add_weighted(const T* weight, int64_t rows, int64_t stride, const T*
   }
 }
 
-// factor * sum, but 0 where factor is 0: a sum of M over keys whose weight has vanished may be infinite.
+// factor * sum. Of means it is 0 where factor is 0, because a sum of M over keys whose weight has vanished may be infinite; a sum of weights
+// that is NaN stays NaN, for so is the row.
 template <class T>
-inline Vec<T> rescaled(Vec<T> factor, Vec<T> sum) {
+inline Vec<T> rescaled(Row row, Vec<T> factor, Vec<T> sum) {
+  const bool is_mean = row == kMbar || row == kEta;
+  if (!is_mean) return factor * sum;
   return factor == T(0) ? Vec<T>{} : factor * sum;
 }
 
@@ -88,7 +91,7 @@ inline void merge_parts(const ForwardParams& p, const QueryBlock& q, T* parts, i
       store(weight + lane, w);
       for (int row = kSum; row < kRows; ++row) {
         T* sum = to.row(static_cast<Row>(row)) + lane;
-        store(sum, load(sum) + rescaled<T>(w, load(from.row(static_cast<Row>(row)) + lane)));
+        store(sum, load(sum) + rescaled<T>(static_cast<Row>(row), w, load(from.row(static_cast<Row>(row)) + lane)));
       }
     }
     add_weighted(weight, q.count, to.stride, from.out, to.out);

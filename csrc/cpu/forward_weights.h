@@ -68,7 +68,7 @@ class ForwardWeights {
     const Vec<T> factor = exp2<T>(before - subtracted);
     store(rescale + lane, factor);
     store(row_of(kMaximum), m);
-    const auto add = [&](Row row, Vec<T> x) { store(row_of(row), rescaled<T>(factor, load(row_of(row))) + x); };
+    const auto add = [&](Row row, Vec<T> x) { store(row_of(row), rescaled<T>(row, factor, load(row_of(row))) + x); };
     add(kSum, w.sum);
     add(kRounded, w.rounded);
     add(kMbar, w.mbar);

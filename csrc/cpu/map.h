@@ -37,11 +37,6 @@ class MapTile {
     rows.read(static_cast<const T*>(p_.lse), static_cast<const T*>(p_.normalizer), (b * n_.H + h) * n_.Nq + q.first, q.count, q.lanes,
               n_.Nk);
     const T weight = static_cast<const T*>(p_.head_weights)[h];
-    T factor[kQueries], lowest[kQueries];  // lowest: a lower exponent makes no normal product with the factor
-    for (int64_t lane = 0; lane < q.lanes; ++lane) {
-      factor[lane] = weight * rows.factor[lane];
-      lowest[lane] = larger_of(Exp2<T>::kLowest, Exp2<T>::kLowest - whole_log2(factor[lane]));
-    }
     const RowMajor<T> key = read_keys<T>(s_.key, b, kv_head(n_, h), k, n_.D, keys_);
     dot_products(key, query_.get(), q, k.count, n_.D, Prefetch{}, scores_.get());
     const Exponents<T> exponent(s_, h, mask);
@@ -49,8 +44,9 @@ class MapTile {
       for (int64_t lane = 0; lane < q.lanes && !k.padded[j]; lane += kLanes<T>) {
         const int64_t at = j * q.lanes + lane;
         const Vec<T> x = exponent(load(scores_ + at), at, load(rows.rest + lane));
-        const Vec<T> power = exp2<T>(x, load(lowest + lane), load(rows.highest + lane));
-        store(sum_ + at, fused(load(factor + lane), power, load(sum_ + at)));
+        const Vec<T> lowest = load(rows.lowest + lane) + (kLowestInMap<T> - Exp2<T>::kLowest);
+        const Vec<T> p = exp2<T>(x, lowest, load(rows.highest + lane)) * load(rows.factor + lane);
+        store(sum_ + at, fused(broadcast(weight), p, load(sum_ + at)));
       }
     }
   }

@@ -8,6 +8,12 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
+// A probability below this, a power of 2, is 0 to the map: times a head weight that is not tiny itself it would be no normal number.
+template <class T>
+constexpr T kLowestInMap = Exp2<T>::kLowest + 26;
+template <class T>
+constexpr T kLeastInMap = Exp2<T>::kLeast * (1 << 26);
+
 // A block is a batch element and a query block. So many of its heads at a time, and so many blocks, as memory holds weights of; an item is
 // a block and a split of its keys. First the items make weights relative to the greatest scores of their splits, then the rows of the
 // splits are merged, and last the heads' weights are added up for one key block after the other. All this depends on the shape alone.
@@ -25,7 +31,7 @@ struct MapPlan {
     const int64_t fit = kWeightBytes / larger_of<int64_t>(1, head_bytes), query_bytes = blocking.queries * n.D * kSize;
     heads = smaller_of(smaller_of(n.H, fit), larger_of<int64_t>(1, kQueryBytes / larger_of<int64_t>(1, query_bytes)));
     if (heads < n.H) heads = smaller_of(heads, fit - 1);  // the sum over the heads before takes the place of one
-    round = heads < n.H ? 1 : smaller_of(blocks, fit / n.H);
+    round = heads < n.H ? 1 : smaller_of(blocks, fit / larger_of<int64_t>(1, n.H));
     splits = smaller_of(most_splits, blocks_of(kItems, larger_of<int64_t>(1, round)));
   }
 
@@ -97,17 +103,21 @@ class MapWorker {
   }
 
   // Exponents to weights, not yet divided by their sum, which goes to the part.
+  // Sums of few keys are added up: in one sum of thousands all roundings may go the same way.
   void weigh(const QueryBlock& q, int64_t keys, const ForwardPart<T>& part, T* tile) const {
-    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      Weighing<T> w{.scores = tile + lane,
-                    .mask = nullptr,
-                    .dmap = nullptr,
-                    .weights = tile + lane,
-                    .stride = q.lanes,
-                    .keys = keys,
-                    .subtracted = finite_maximum<T>(load(part.row(kMaximum) + lane))};
-      w.run();
-      store(part.row(kSum) + lane, w.sum);
+    for (int64_t first = 0; first < keys; first += kKeys, tile += kKeys * q.lanes) {
+      for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+        Weighing<T> w{.scores = tile + lane,
+                      .mask = nullptr,
+                      .dmap = nullptr,
+                      .weights = tile + lane,
+                      .stride = q.lanes,
+                      .keys = smaller_of(kKeys, keys - first),
+                      .subtracted = finite_maximum<T>(load(part.row(kMaximum) + lane))};
+        w.run();
+        T* sum = part.row(kSum) + lane;
+        store(sum, load(sum) + w.sum);
+      }
     }
   }
 
@@ -122,8 +132,8 @@ class MapWorker {
 
 // Merges the rows of the splits of a block's head, and stores them. place: of the head in the round.
 template <class T>
-inline void merge_rows(const ForwardTask<T>& softmax, const MapPlan<T>& plan, const MapWeights<T>& of, T head_weight, int64_t block,
-                       int64_t h, int64_t place) {
+inline void merge_rows(const ForwardTask<T>& softmax, const MapPlan<T>& plan, const MapWeights<T>& of, int64_t block, int64_t h,
+                       int64_t place) {
   const QueryBlock q = query_block(plan.blocking, block % plan.blocking.query_blocks);
   T memory[kRows * kQueries];
   const ForwardPart<T> whole(memory, q.lanes, 0);
@@ -131,53 +141,70 @@ inline void merge_rows(const ForwardTask<T>& softmax, const MapPlan<T>& plan, co
   T* parts = of.parts + place * plan.splits * plan.part_size();
   merge_parts<T>(softmax.params, q, parts, plan.splits, plan.part_size(), whole);
   write_part<T>(softmax, block / plan.blocking.query_blocks, h, q, whole);
-  T factor[kQueries], lowest[kQueries];  // lowest: a lower exponent makes no normal product with the factor
+  T inverse[kQueries], lowest[kQueries];
   for (int64_t i = 0; i < q.lanes; ++i) {
     const T maximum = whole.row(kMaximum)[i], sum = whole.row(kSum)[i];
     T normalizer[2];
     store_normalizer(normalizer, !is_dead(maximum, sum), maximum, sum);
-    factor[i] = head_weight * normalizer[1];
-    lowest[i] = larger_of(Exp2<T>::kLowest, Exp2<T>::kLowest - whole_log2(factor[i]));
+    inverse[i] = normalizer[1];
+    lowest[i] = larger_of(Exp2<T>::kLowest, kLowestInMap<T> - whole_log2(inverse[i]));
   }
   for (int64_t split = 0; split < plan.splits; ++split) {
     const ForwardPart<T> part(parts + split * plan.part_size(), q.lanes, 0);
     T* factors = of.factors + (place * plan.splits + split) * plan.blocking.queries;
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       const Vec<T> below = load(part.row(kMaximum) + lane) - finite_maximum<T>(load(whole.row(kMaximum) + lane));
-      store(factors + lane, load(factor + lane) * exp2<T>(below, load(lowest + lane)));
+      store(factors + lane, load(inverse + lane) * exp2<T>(below, load(lowest + lane)));
     }
   }
 }
 
-// Adds up what a round's heads have in a key block, and stores it: in the map, or where more heads come, for them to go on from.
+// Adds up the map's tiles.
 template <class T>
-inline void add_heads(const MapParams& p, const MapPlan<T>& plan, const MapWeights<T>& of, int64_t block, int64_t slot, int64_t key_index,
-                      int64_t first_head, int64_t heads, T* tile, T* rows) {
-  const Sizes& n = p.scores.size;
-  const int64_t b = block / plan.blocking.query_blocks;
-  const QueryBlock q = query_block(plan.blocking, block % plan.blocking.query_blocks);
-  const KeyBlock k = key_block(p.scores, plan.blocking, b, key_index);
-  const int64_t at = k.first * q.lanes, size = k.count * q.lanes;
-  first_head == 0 ? fill<T>(tile, size, T(0)) : copy<T>(of.sums + at, size, tile);
-  for (int64_t place = slot * plan.heads; place < slot * plan.heads + heads; ++place) {
-    const T* weights = of.weights + place * plan.head_size + at;
-    const T* factors = of.factors + (place * plan.splits + plan.split_of(key_index)) * plan.blocking.queries;
+class MapSum {
+ public:
+  MapSum(const MapParams& params, const MapPlan<T>& plan, const MapWeights<T>& of)
+      : p_(params), plan_(plan), of_(of), tile_(kKeys * kQueries), rows_(kKeys * kQueries) {}
+
+  int64_t bytes() const { return bytes_in(tile_, rows_); }
+
+  // What a round's heads have in a key block: stored in the map, or where more heads come, for them to go on from.
+  void run(int64_t block, int64_t slot, int64_t key_index, int64_t first_head, int64_t heads) {
+    const Sizes& n = p_.scores.size;
+    const int64_t b = block / plan_.blocking.query_blocks;
+    const QueryBlock q = query_block(plan_.blocking, block % plan_.blocking.query_blocks);
+    const KeyBlock k = key_block(p_.scores, plan_.blocking, b, key_index);
+    const int64_t at = k.first * q.lanes, size = k.count * q.lanes;
+    first_head == 0 ? fill<T>(tile_, size, T(0)) : copy<T>(of_.sums + at, size, tile_);
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t place = slot * plan_.heads + h;
+      add_head(static_cast<const T*>(p_.head_weights)[first_head + h], of_.weights + place * plan_.head_size + at,
+               of_.factors + (place * plan_.splits + plan_.split_of(key_index)) * plan_.blocking.queries, q, k);
+    }
+    if (first_head + heads < n.H) return copy<T>(tile_, size, of_.sums + at);
+    const int64_t stride = round_up(k.count, kLanes<T>);
+    transpose_block<T>(tile_, q.lanes, stride, q.lanes, rows_, stride);
+    write_rows<T>(rows_, stride, q.count, k.count, p_.map, kStored<T>, (b * n.Nq + q.first) * n.Nk + k.first, n.Nk);
+  }
+
+ private:
+  void add_head(T head_weight, const T* weights, const T* factors, const QueryBlock& q, const KeyBlock& k) {
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
-      const Vec<T> factor = load(factors + lane), magnitude = larger(factor, -factor);
-      const Vec<T> least = Exp2<T>::kLeast / smaller(magnitude, broadcast(T(1)));  // a smaller weight makes no normal product
+      const Vec<T> factor = load(factors + lane), least = kLeastInMap<T> / factor, share = factor * head_weight;
       for (int64_t j = 0; j < k.count; ++j) {
         if (k.padded[j]) continue;  // 0, whatever the factor
         const Vec<T> weight = load(weights + j * q.lanes + lane);
-        T* sum = tile + j * q.lanes + lane;
-        store(sum, fused(factor, weight < least ? Vec<T>{} : weight, load(sum)));
+        T* sum = tile_ + j * q.lanes + lane;
+        store(sum, fused(share, weight < least ? Vec<T>{} : weight, load(sum)));
       }
     }
   }
-  if (first_head + heads < n.H) return copy<T>(tile, size, of.sums + at);
-  const int64_t stride = round_up(k.count, kLanes<T>);
-  transpose_block<T>(tile, q.lanes, stride, q.lanes, rows, stride);
-  write_rows<T>(rows, stride, q.count, k.count, p.map, kStored<T>, (b * n.Nq + q.first) * n.Nk + k.first, n.Nk);
-}
+
+  const MapParams& p_;
+  const MapPlan<T>& plan_;
+  const MapWeights<T>& of_;
+  Buffer<T> tile_, rows_;
+};
 
 template <class T>
 inline void map_by_rows(const MapParams& p, const MapPlan<T>& plan, ParallelFor threads) {
@@ -185,6 +212,7 @@ inline void map_by_rows(const MapParams& p, const MapPlan<T>& plan, ParallelFor 
   const MapWeights<T> weights(plan, H);
   ForwardTask<T> softmax{.params = {}};  // of a value without columns: the rows alone
   softmax.params.scores = p.scores;
+  softmax.params.scores.size.Dv = 0;
   softmax.params.lse = p.lse, softmax.params.normalizer = p.normalizer;
   const auto make = [&] { return MapWorker<T>(p, plan, weights); };
   for (int64_t first = 0; first < plan.blocks; first += plan.round) {
@@ -197,16 +225,12 @@ inline void map_by_rows(const MapParams& p, const MapPlan<T>& plan, ParallelFor 
       parallel_for(threads, blocks * heads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
           const int64_t slot = item / heads, h = item % heads;
-          const T weight = static_cast<const T*>(p.head_weights)[head + h];
-          merge_rows<T>(softmax, plan, weights, weight, first + slot, head + h, slot * plan.heads + h);
+          merge_rows<T>(softmax, plan, weights, first + slot, head + h, slot * plan.heads + h);
         }
       });
-      parallel_for(threads, blocks * key_blocks, 1, [&](int64_t begin, int64_t end) {
-        const Buffer<T> tile(kKeys * kQueries), rows(kKeys * kQueries);
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t slot = item / key_blocks;
-          add_heads<T>(p, plan, weights, first + slot, slot, item % key_blocks, head, heads, tile, rows);
-        }
+      const auto sums = [&] { return MapSum<T>(p, plan, weights); };
+      for_each_item(threads, blocks * key_blocks, kSpareBytes - weights.bytes(), sums, [&](MapSum<T>& sum, int64_t item) {
+        sum.run(first + item / key_blocks, item / key_blocks, item % key_blocks, head, heads);
       });
     }
   }
