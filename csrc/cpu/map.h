@@ -22,9 +22,7 @@ class MapTile {
   void run(int64_t b, const QueryBlock& q, const KeyBlock& k) {
     fill<T>(sum_, kKeys * q.lanes, T(0));
     for (int64_t h = 0; h < n_.H && k.attended > 0; ++h) add_head(b, h, q, k);
-    const int64_t stride = round_up(k.count, kLanes<T>);
-    transpose_block<T>(sum_, q.lanes, stride, q.lanes, rows_, stride);
-    write_rows<T>(rows_, stride, q.count, k.count, p_.map, kStored<T>, (b * n_.Nq + q.first) * n_.Nk + k.first, n_.Nk);
+    store_map_tile<T>(p_, b, q, k, sum_, rows_);
   }
 
  private:
@@ -62,11 +60,7 @@ inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   const Sizes& n = p.scores.size;
   const MapPlan<T> plan(n);
   if (plan.serves()) return map_by_rows<T>(p, plan, threads);
-  ForwardParams softmax{};  // of a value without columns: the rows alone
-  softmax.scores = p.scores;
-  softmax.scores.size.Dv = 0;
-  softmax.lse = p.lse, softmax.normalizer = p.normalizer;
-  forward_of<T>(softmax, threads);
+  forward_of<T>(softmax_of(p), threads);
   const Blocking<T> blocking(n);
   const int64_t tiles = n.B * blocking.query_blocks * blocking.key_blocks;
   const auto make = [&] { return MapTile<T>(p); };

@@ -14,6 +14,24 @@ constexpr T kLowestInMap = Exp2<T>::kLowest + 26;
 template <class T>
 constexpr T kLeastInMap = Exp2<T>::kLeast * (1 << 26);
 
+// The softmax alone of a map's scores: its rows, and a value without columns.
+inline ForwardParams softmax_of(const MapParams& p) {
+  ForwardParams softmax{};
+  softmax.scores = p.scores;
+  softmax.scores.size.Dv = 0;
+  softmax.lse = p.lse, softmax.normalizer = p.normalizer;
+  return softmax;
+}
+
+// A tile of the map, [key][lane], to where it belongs. rows: as large as a tile, overwritten.
+template <class T>
+inline void store_map_tile(const MapParams& p, int64_t b, const QueryBlock& q, const KeyBlock& k, const T* tile, T* rows) {
+  const Sizes& n = p.scores.size;
+  const int64_t stride = round_up(k.count, kLanes<T>);
+  transpose_block<T>(tile, q.lanes, stride, q.lanes, rows, stride);
+  write_rows<T>(rows, stride, q.count, k.count, p.map, kStored<T>, (b * n.Nq + q.first) * n.Nk + k.first, n.Nk);
+}
+
 // A block is a batch element and a query block. So many of its heads at a time, and so many blocks, as memory holds weights of; an item is
 // a block and a split of its keys. First the items make weights relative to the greatest scores of their splits, then the rows of the
 // splits are merged, and last the heads' weights are added up for one key block after the other. All this depends on the shape alone.
@@ -80,15 +98,14 @@ class MapWorker {
       part(h).clear();
       read_queries<T>(s_.query, b, first_head + h, q, n_.D, query_rows_, queries_ + h * query_size_);
     }
-    int64_t first_key = 0, end_key = 0;
-    for (int64_t kb = plan_.first_key_block(split); kb < plan_.first_key_block(split + 1); ++kb) {
+    const int64_t first_block = plan_.first_key_block(split), end_block = plan_.first_key_block(split + 1);
+    for (int64_t kb = first_block; kb < end_block; ++kb) {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
-      if (end_key == 0) first_key = k.first;
-      end_key = k.first + k.count;
       for (int64_t h = 0; h < heads; ++h) {
         exponents(b, first_head + h, q, k, h == 0, queries_ + h * query_size_, part(h).row(kMaximum), weights(h) + k.first * q.lanes);
       }
     }
+    const int64_t first_key = first_block * plan_.blocking.keys, end_key = smaller_of(n_.Nk, end_block * plan_.blocking.keys);
     for (int64_t h = 0; h < heads; ++h) weigh(q, end_key - first_key, part(h), weights(h) + first_key * q.lanes);
   }
 
@@ -182,9 +199,7 @@ class MapSum {
                of_.factors + (place * plan_.splits + plan_.split_of(key_index)) * plan_.blocking.queries, q, k);
     }
     if (first_head + heads < n.H) return copy<T>(tile_, size, of_.sums + at);
-    const int64_t stride = round_up(k.count, kLanes<T>);
-    transpose_block<T>(tile_, q.lanes, stride, q.lanes, rows_, stride);
-    write_rows<T>(rows_, stride, q.count, k.count, p_.map, kStored<T>, (b * n.Nq + q.first) * n.Nk + k.first, n.Nk);
+    store_map_tile<T>(p_, b, q, k, tile_, rows_);
   }
 
  private:
@@ -210,10 +225,7 @@ template <class T>
 inline void map_by_rows(const MapParams& p, const MapPlan<T>& plan, ParallelFor threads) {
   const int64_t H = p.scores.size.H, key_blocks = plan.blocking.key_blocks;
   const MapWeights<T> weights(plan, H);
-  ForwardTask<T> softmax{.params = {}};  // of a value without columns: the rows alone
-  softmax.params.scores = p.scores;
-  softmax.params.scores.size.Dv = 0;
-  softmax.params.lse = p.lse, softmax.params.normalizer = p.normalizer;
+  const ForwardTask<T> softmax{.params = softmax_of(p)};
   const auto make = [&] { return MapWorker<T>(p, plan, weights); };
   for (int64_t first = 0; first < plan.blocks; first += plan.round) {
     const int64_t blocks = smaller_of(plan.round, plan.blocks - first);
