@@ -216,6 +216,31 @@ def test_a_map_with_scores_of_plus_infinity_is_nan_where_it_is_in_plain_torch(ma
         assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
 
 
+def set_nan_scores_out_of_reach(case):
+    """Beside the keys 100 to 119 the weight of a key whose score is NaN, or 0, would be 0 in float32 and fall out of every sum."""
+    mask = torch.zeros_like(case.mask)
+    mask[..., 100:120] = 300.0
+    mask[1, 1, 5] = mask[1, 2, 250] = float("nan")
+    return replace(case, mask=mask, alpha=torch.ones_like(case.alpha))
+
+
+@pytest.mark.parametrize("Nq", [3, 20])
+def test_a_nan_score_far_below_the_others_makes_its_row_nan_as_in_plain_torch(backend, dtype, device, Nq):
+    case = set_nan_scores_out_of_reach(make_case(2, 2, Nq, 300, 8, dtype=dtype, with_lse=True, device=device))
+    results, plainly = run(case, backend), run_plain(case)
+    assert results["lse"][1, :, 1:3].isnan().all()
+    for name in results:
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
+
+
+def test_a_map_with_a_nan_score_far_below_the_others_is_nan_where_it_is_in_plain_torch(map_backend, device):
+    case = set_nan_scores_out_of_reach(make_case(2, 2, 5, 300, 8, as_map=True, device=device))
+    results, plainly = run(case, map_backend), run_plain(case)
+    assert results["map"][1, 1:3].isnan().all()
+    for name in results:
+        assert torch.equal(results[name].isnan(), plainly[name].isnan()), name
+
+
 @pytest.mark.parametrize(
     "name, mask", [("pair128", "bias"), *product(["hodor_infer", "hodor_train", "vit_cls"], ["uniform", "blob"])]
 )
