@@ -16,16 +16,15 @@ inline void share_out_runs(const BackwardPlan<T>& plan, int64_t first, int64_t g
       [&](auto& worker, const Run& run) { worker.run(first + run.row % groups, run.row % groups, run.row / groups, run, runs); });
 }
 
-// (6)-(8), once delta is there.
-template <class E, class T>
-inline void backward_pass(const BackwardTask<T>& task, ParallelFor threads) {
-  if (task.scores.size.B == 0 || task.scores.size.Nq == 0 || task.scores.size.Nk == 0) return store_zeros(task);
-  const BackwardPlan<T> plan(task);
+// (6)-(8). Delta is there, or begin_round(parts, first, groups, bytes) makes it for the groups of a round, with workers of so many bytes.
+template <class E, class T, class BeginRound>
+inline void backward_pass(const BackwardTask<T>& task, const BackwardPlan<T>& plan, ParallelFor threads, const BeginRound& begin_round) {
   BackwardParts<T> parts(plan);
   const auto make = [&] { return BackwardWorker<E>(task, plan, parts); };
   const int64_t spare = plan.memory.for_workers(parts.bytes());
   for (int64_t first = 0; first < plan.groups; first += plan.round) {
     const int64_t groups = smaller_of(plan.round, plan.groups - first);
+    begin_round(parts, first, groups, spare);
     if (plan.in_runs) {
       share_out_runs(plan, first, groups, threads, spare, make);
     } else {
@@ -67,12 +66,13 @@ inline void backward_of(const BackwardParams& p, ParallelFor threads) {
                              .dmask = p.dmask,
                              .dalpha = static_cast<T*>(p.dalpha),
                              .has_remainder = p.remainder != nullptr};
+  if (is_empty(n)) return store_zeros(task);
   if (task.wants_ds()) {
     compute_delta<E>(p, threads, delta.get());
   } else {
     fill<T>(delta, n.B * n.H * n.Nq, T(0));
   }
-  backward_pass<E>(task, threads);
+  backward_pass<E>(task, BackwardPlan<T>(task), threads, [](const BackwardParts<T>&, int64_t, int64_t, int64_t) {});
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT

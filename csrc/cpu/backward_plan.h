@@ -14,15 +14,16 @@
 // asks too much and the other less, it is the other.
 // Where that makes too few items, groups are cut into runs instead (runs.h): a row is an outer block, and a run one inner block of it with
 // all pairs, pair by pair. The runs of a row add to the same dK and dV, and those of a group to its dQ, each after the one before it.
+// Of an attention map whose batch elements do not share dM, a group has heads of one of them. Where memory holds the weights of a group,
+// those of a round's groups are made ahead of their items: the mean of dA under them has to be there before dS.
 #pragma once
 
-#include "cpu/tiles/rows.h"
-#include "cpu/tiles/tiles.h"
+#include "cpu/map_weights.h"
 #include "cpu/workers.h"
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// What backward works on. Of the attention map, (10) instead of (5) and (6): dP is w_h * dA, delta is w_h * eta, and there is no value.
+// What backward works on. Of the attention map, (10) instead of (5) and (6): dP is w_h * dA, `delta` is eta, and there is no value.
 template <class T>
 struct BackwardTask {
   Scores scores;
@@ -96,11 +97,23 @@ struct BackwardPlan {
   int64_t round;  // how many groups at a time
   bool in_runs;
   int64_t row_slots;  // then: rows that have memory at a time
+  MapShape<T> weights;  // of the attention map, kept for a round at a time; without blocks where they are made anew for dS
 
-  explicit BackwardPlan(const BackwardTask<T>& t) : memory(t), blocking(t.scores.size), n(t.scores.size), mask_batch_(t.scores.mask_batch) {
+  explicit BackwardPlan(const BackwardTask<T>& t)
+      : memory(t), blocking(t.scores.size), n(t.scores.size), weights(n), mask_batch_(t.scores.mask_batch) {
     const Scores& s = t.scores;
     const bool full_mask = s.mask.data != nullptr && s.mask_size[2] != 1;
     tile_dmask = t.dmask != nullptr && full_mask;
+    sharers = mask_batch_.sharers(n.B);
+    batch_inside = tile_dmask && sharers > 1;
+    kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
+    // The heads of a map share dA: they stay together as long as there are groups enough.
+    if (t.dmap.data != nullptr && s.mask.data == nullptr) kv_heads = largest_divisor(n.Hkv, n.B * n.Hkv / weights.kItems);
+    const int64_t group_weights = kv_heads * (n.H / n.Hkv) * blocking.query_blocks * weights.head_bytes();
+    const bool keeps = t.dmap.data != nullptr && !batch_inside && group_weights <= weights.kMostBytes &&
+                       MapWorker<T>::query_bytes(blocking, n, kv_heads * (n.H / n.Hkv)) <= kQueryBytes;
+    const int64_t weight_bytes = keeps ? smaller_of(weights.kMostBytes, n.B * (n.Hkv / kv_heads) * group_weights) : 0;
+    memory.held += weight_bytes;
     const int64_t bytes = memory.for_sums();
     const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
       const bool wanted = by_keys ? t.dquery != nullptr && blocking.key_blocks > 1 : t.dkey != nullptr || t.dvalue != nullptr;
@@ -110,11 +123,8 @@ struct BackwardPlan {
     outer_keys = n.Nk >= n.Nq;
     if (part_bytes(outer_keys) > bytes && part_bytes(!outer_keys) < part_bytes(outer_keys)) outer_keys = !outer_keys;
     wants_parts = part_bytes(outer_keys) > 0;
-    sharers = mask_batch_.sharers(n.B);
-    batch_inside = tile_dmask && sharers > 1;
     mask_by_head_ = s.mask.data != nullptr && s.mask_size[1] > 1;
     const int64_t dmask_bytes = dmask_tiles_size() * static_cast<int64_t>(sizeof(T));
-    kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     const int64_t kv_bytes = larger_of<int64_t>(1, part_bytes(outer_keys) / (n.B * n.Hkv));  // of a kv head's sums
     const bool small_dmask = dmask_bytes <= bytes / 4;
     if (kv_heads * kv_bytes > bytes && (!tile_dmask || small_dmask)) kv_heads = largest_divisor(n.Hkv, bytes / 2 / kv_bytes);
@@ -123,10 +133,7 @@ struct BackwardPlan {
     const bool cut = batch_inside && mask_batch_.masks() * groups_of_a_batch() < kItems && small_dmask;
     shares = cut ? largest_divisor(sharers, smaller_of(kItems / groups_of_a_batch(), bytes / 4 / dmask_bytes)) : 1;
     // Every thread has its group's tiles and sums. Where many threads are to have a share, a group is small.
-    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + RowExponents<T>::kRows + 2;
-    const int64_t head_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
-    const int64_t batch_bytes = kv_heads * (n.H / n.Hkv * head_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
-    batches = batch_inside ? largest_divisor(sharers / shares, bytes / (cut ? 16 : 2) / batch_bytes) : 1;
+    batches = batch_inside ? largest_divisor(sharers / shares, bytes / (cut ? 16 : 2) / batch_bytes()) : 1;
     turns = sharers / shares / batches * head_turns;
     groups = n.B / batches * groups_of_a_batch() * head_turns;
     kvs = batches * kv_heads;
@@ -138,16 +145,22 @@ struct BackwardPlan {
     dmask_rows = t.dmask == nullptr || tile_dmask ? 0 : mask_by_head_ ? pairs : 1;
     const int64_t group_bytes = part_bytes(outer_keys) / groups + dmask_rows * n.Nk * static_cast<int64_t>(sizeof(T));
     round = smaller_of(groups, larger_of<int64_t>(1, bytes / larger_of<int64_t>(1, group_bytes)));
+    if (keeps) round = smaller_of(round, weight_bytes / group_weights);
     if (adds_up_dmask()) round = largest_divisor(groups_of_a_turn(), round);  // no two that add to one dM
+    if (keeps) {
+      weights.blocks = round * blocking.query_blocks;
+      weights.heads = pairs;
+      weights.splits = smaller_of(weights.most_splits(), blocks_of(weights.kItems, weights.blocks));
+    }
     splits = splits_within(bytes);
-    const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
-    const int64_t row_bytes = sums * static_cast<int64_t>(sizeof(T));
-    in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0 && row_bytes <= left / 4 * 3;
-    if (!in_runs) return;
-    pairs_innermost = true;
-    splits = 1;
-    // A few rows are enough for all workers: memory serves more of these.
-    row_slots = smaller_of(larger_of<int64_t>(1, left / 5 / row_bytes), round * outer_blocks());
+    plan_runs(sums * static_cast<int64_t>(sizeof(T)));
+    memory.held -= weight_bytes;  // from now on they count among the parts
+  }
+
+  bool keeps_weights() const { return weights.blocks > 0; }
+  // Where a pair's weights of a query block lie; slot: its group's place in the round.
+  int64_t weights_place(int64_t slot, const Pair& pair, int64_t query_block) const {
+    return (slot * blocking.query_blocks + query_block) * weights.heads + pair.h % weights.heads;
   }
 
   int64_t first_outer(int64_t split) const { return outer_blocks() * split / splits; }
@@ -215,9 +228,27 @@ struct BackwardPlan {
 
  private:
   static constexpr int64_t kItems = 32;  // wanted side by side
+  static constexpr int64_t kQueryBytes = 1 << 20;  // of a worker that makes weights
 
   bool mask_by_head_;
   MaskBatch mask_batch_;
+
+  int64_t batch_bytes() const {  // of a group's tiles and sums, of one batch element
+    const int64_t query_row = 3 * round_up(n.D, kLanes<T>) + 2 * round_up(n.Dv, kLanes<T>) + RowExponents<T>::kRows + 2;
+    const int64_t head_size = n.Nq * round_up(n.D, kLanes<T>) + blocking.queries * query_row;
+    return kv_heads * (n.H / n.Hkv * head_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
+  }
+
+  // row_bytes: of the sums that an outer block has.
+  void plan_runs(int64_t row_bytes) {
+    const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
+    in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0 && row_bytes <= left / 4 * 3;
+    if (!in_runs) return;
+    pairs_innermost = true;
+    splits = 1;
+    // A few rows are enough for all workers: memory serves more of these.
+    row_slots = smaller_of(larger_of<int64_t>(1, left / 5 / row_bytes), round * outer_blocks());
+  }
 
   int64_t groups_of_a_batch() const { return n.Hkv / kv_heads / head_turns; }
 

@@ -14,16 +14,17 @@ struct BackwardParts {
   Buffer<T> dmask_total;  // where groups add up dM: [masks, H|1, Nk] of such an M, else [share][H|1, query block, key block][key][lane]
   Buffer<T> dalpha;  // [outer block][B, H]
   Buffer<T> rows;    // [slot][sums and dalpha's], of a plan in runs
+  MapWeights<T> weights;  // of a round, where the plan keeps them
   int64_t sums_size, dmask_size;  // of one split
   int64_t dalpha_size;            // of one outer block
 
   explicit BackwardParts(const BackwardPlan<T>& plan)
       : sums(plan.splits * plan.part_size()), dmask(plan.dmask_parts() * plan.round * plan.dmask_rows * plan.n.Nk),
         dmask_total(plan.dmask_total_size()), dalpha(plan.outer_blocks() * plan.n.B * plan.n.H),
-        rows(plan.in_runs ? plan.row_slots * plan.row_size() : 0), sums_size(plan.part_size()),
+        rows(plan.in_runs ? plan.row_slots * plan.row_size() : 0), weights(plan.weights), sums_size(plan.part_size()),
         dmask_size(plan.round * plan.dmask_rows * plan.n.Nk), dalpha_size(plan.n.B * plan.n.H) {}
 
-  int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha, rows); }
+  int64_t bytes() const { return bytes_in(sums, dmask, dmask_total, dalpha, rows, weights); }
 };
 
 // dQ of one pair and query block, [lane][D], to its rows.
@@ -161,6 +162,8 @@ inline void store_dalpha(const BackwardTask<T>& t, const BackwardPlan<T>& plan, 
     t.dalpha[h] = sum;
   }
 }
+
+inline bool is_empty(const Sizes& n) { return n.B == 0 || n.Nq == 0 || n.Nk == 0; }
 
 // Every gradient of a call without a query or without a key.
 template <class T>

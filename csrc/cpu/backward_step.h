@@ -20,6 +20,14 @@ struct Sums {
   T* dalpha;  // [lane]
 };
 
+// Tiles of the block, [key][lane].
+template <class T>
+struct StepTiles {
+  const T* mask;  // null where there is none
+  const T* dmap;  // read of a map alone
+  const T *weights, *factors;  // of a map that keeps weights, factors [lane]; else null
+};
+
 // What to fetch meanwhile, product by product.
 struct StepPrefetch {
   Prefetch values, next_keys, next_queries, next_douts;
@@ -39,10 +47,9 @@ class BackwardStep {
   // Room for a block's tile, keys rounded up to whole vectors; free but from scores() to add().
   T* scratch() const { return reinterpret_cast<T*>(tiles_.get()); }
 
-  // P and dS of the block, and what nobody else adds to: dM, and dalpha for now in memory of its own. mask, dmap: tiles, null where there
-  // is none.
-  void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys, const T* mask,
-              const T* dmap, const StepPrefetch& ahead, const Sums<T>& sums) {
+  // P and dS of the block, and what nobody else adds to: dM, and dalpha for now in memory of its own.
+  void scores(int64_t h, const QueryBlock& q, const KeyBlock& k, const QueryTiles<E>& tiles, const KeyTiles<E>& keys,
+              const StepTiles<T>& given, const StepPrefetch& ahead, const Sums<T>& sums) {
     const int64_t most = strip_keys<T>(q.lanes);
     fill<T>(dalpha_, q.lanes, T(0));
     for (int64_t first = 0; first < k.count; first += most) {
@@ -54,8 +61,12 @@ class BackwardStep {
                     .values_ahead = ahead.values.part(first, strip.count, k.count),
                     .keys_ahead = ahead.next_keys.part(first, strip.count, k.count)};
       if (t_.dropout.p > 0) dropout_tile<T>(t_.dropout, tiles.b * n_.H + h, q, strip, keep_);
-      probabilities(h, q, strip, s, tiles, mask);
-      if (t_.wants_ds()) score_gradients(h, q, strip, s, tiles, mask, dmap, sums);
+      if (given.weights != nullptr) {
+        kept_probabilities(q, strip, s, given);
+      } else {
+        probabilities(h, q, strip, s, tiles, given.mask);
+      }
+      if (t_.wants_ds()) score_gradients(h, q, strip, s, tiles, given, sums);
     }
     weights_.clear_rest(k.count, q.lanes);
     ds_.clear_rest(k.count, q.lanes);
@@ -123,6 +134,15 @@ class BackwardStep {
     }
   }
 
+  // The same of a map, from its weights.
+  void kept_probabilities(const QueryBlock& q, const KeyBlock& k, const Strip& s, const StepTiles<T>& given) {
+    T* p = probability(s);
+    for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
+      const KeptWeights<T> kept(given.weights + s.at + lane, q.lanes, given.factors + lane);
+      for (int64_t j = 0; j < k.count; ++j) store(p + j * q.lanes + lane, k.padded[j] ? Vec<T>{} : kept.factor * kept(j));
+    }
+  }
+
   // Of N keys from number `at` of the strip on, `stride` apart; their weights from `to` on, `row` apart.
   template <int N>
   void exponentials(T* p, int64_t at, int64_t stride, int64_t to, int64_t row, const Exponents<E>& exponent, const RowExponents<T>& rows,
@@ -145,19 +165,19 @@ class BackwardStep {
   }
 
   // dS, and what is summed of it element by element.
-  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles, const T* mask,
-                       const T* dmap, const Sums<T>& sums) {
-    if (dmap == nullptr) {
+  void score_gradients(int64_t h, const QueryBlock& q, const KeyBlock& k, const Strip& s, const QueryTiles<E>& tiles,
+                       const StepTiles<T>& given, const Sums<T>& sums) {
+    if (t_.dmap.data == nullptr) {
       dot_products(s.value, tiles.dout, q, k.count, n_.Dv, s.keys_ahead, dp_.get());
     } else {
       const T weight = t_.head_weights[h];
-      for (int64_t i = 0; i < k.count * q.lanes; i += kLanes<T>) store(dp_ + i, weight * load(dmap + s.at + i));
+      for (int64_t i = 0; i < k.count * q.lanes; i += kLanes<T>) store(dp_ + i, weight * load(given.dmap + s.at + i));
     }
     for (int64_t lane = 0; lane < q.lanes; lane += kLanes<T>) {
       ScoreGradients g{.p = probability(s) + lane,
                        .dp = dp_ + lane,
                        .keep = at_or_null(keep(), lane),
-                       .mask = sums.dalpha == nullptr ? nullptr : at_or_null(mask, s.at + lane),
+                       .mask = sums.dalpha == nullptr ? nullptr : at_or_null(given.mask, s.at + lane),
                        .ds = ds_,
                        .dmask = at_or_null(sums.dmask, s.at + lane),
                        .dmask_is_new = sums.dmask_is_new,

@@ -47,9 +47,10 @@ struct QueryTiles {
       dout_steps = by_step(douts, q.count, n.Dv, dout_step_memory);
     }
     const int64_t row = (b * n.H + h) * n.Nq + q.first;
+    const T weight = t.head_weights == nullptr ? T(1) : t.head_weights[h];
     for (int64_t i = 0; i < q.lanes; ++i) {
       const bool beyond = i >= q.count;
-      delta[i] = beyond ? T(0) : t.delta[row + i];
+      delta[i] = beyond ? T(0) : weight * t.delta[row + i];
       mbar[i] = beyond || t.mbar == nullptr ? T(0) : t.mbar[row + i];
     }
     exponents.read(t.lse, t.normalizer, row, q.count, q.lanes, n.Nk);

@@ -81,7 +81,7 @@ class BackwardWorker {
     if (has_scores) {
       tiles.read(t_, pair.b, pair.h, q);
       const T* mask = read_inputs(pair, g, kb, qb, q, k);
-      step_.scores(pair.h, q, k, tiles, keys_read_, mask, t_.dmap.data != nullptr ? dmap_.get() : nullptr, next, sums);
+      step_.scores(pair.h, q, k, tiles, keys_read_, tiles_of(pair, qb, kb, q, k, mask), next, sums);
     } else if (sums.dmask != nullptr && sums.dmask_is_new) {
       fill<T>(sums.dmask, k.count * q.lanes, T(0));
     }
@@ -205,6 +205,16 @@ class BackwardWorker {
       read_mask<T>(t_.scores, pair.b, pair.h, q, k, rows_, mask_);
     }
     return mask_;
+  }
+
+  StepTiles<T> tiles_of(const Pair& pair, int64_t qb, int64_t kb, const QueryBlock& q, const KeyBlock& k, const T* mask) const {
+    if (!plan_.keeps_weights()) return {.mask = mask, .dmap = dmap_, .weights = nullptr, .factors = nullptr};
+    const MapWeights<T>& of = parts_.weights;
+    const int64_t place = plan_.weights_place(slot_, pair, qb);
+    return {.mask = mask,
+            .dmap = dmap_,
+            .weights = of.weights_of(place) + k.first * q.lanes,
+            .factors = of.factors_of(place, of.shape.split_of(kb))};
   }
 
   void finish_dmask(int64_t split, int64_t pair_index, const QueryBlock& q, const KeyBlock& k, const T* tile) {

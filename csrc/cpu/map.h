@@ -71,38 +71,62 @@ inline void attention_map_of(const MapParams& p, ParallelFor threads) {
   });
 }
 
+// The weights of a round of backward's groups, and the rows' eta and mbar. bytes: for workers.
+template <class T>
+inline void keep_weights(const ForwardTask<T>& means, const BackwardPlan<T>& plan, const MapWeights<T>& weights, int64_t first,
+                         int64_t groups, int64_t bytes, ParallelFor threads) {
+  const int64_t splits = weights.shape.splits, heads = weights.shape.heads, query_blocks = plan.blocking.query_blocks;
+  const auto batch = [&](int64_t slot) { return plan.batch_at(plan.first_place(first + slot / query_blocks)); };
+  const auto first_head = [&](int64_t slot) { return plan.first_kv_head(first + slot / query_blocks) * (plan.n.H / plan.n.Hkv); };
+  const auto make = [&] { return MapWorker<T>(means, weights); };
+  for_each_item(threads, groups * query_blocks * splits, bytes, make, [&](MapWorker<T>& worker, int64_t item) {
+    const int64_t slot = item / splits;
+    worker.run(batch(slot), slot % query_blocks, slot, item % splits, first_head(slot), heads);
+  });
+  parallel_for(threads, groups * query_blocks * heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t place = begin; place < end; ++place) {
+      const int64_t slot = place / heads;
+      merge_rows<T>(means, weights, batch(slot), first_head(slot) + place % heads, slot % query_blocks, place);
+    }
+  });
+}
+
 template <class T>
 inline void attention_map_backward_of(const MapBackwardParams& p, ParallelFor threads) {
   const Sizes& n = p.scores.size;
   const int64_t rows = n.B * n.H * n.Nq;
-  const auto* weights = static_cast<const T*>(p.head_weights);
   const Buffer<T> eta(rows), mbar(p.dalpha != nullptr ? rows : 0);
   ForwardTask<T> means{.params = {}, .dmap = p.dmap, .eta = eta};  // of a value without columns: eta, and mbar for dalpha
   means.params.scores = p.scores;
   means.params.scores.size.Dv = 0;
   means.params.mbar = p.dalpha != nullptr ? mbar.get() : nullptr;
-  forward_pass<T>(means, threads);
-  if (p.dhead_weights != nullptr) {
-    for (int64_t h = 0; h < n.H; ++h) {
-      T sum = 0;
-      for (int64_t b = 0; b < n.B; ++b) {
-        for (int64_t i = 0; i < n.Nq; ++i) sum += eta[(b * n.H + h) * n.Nq + i];
-      }
-      static_cast<T*>(p.dhead_weights)[h] = sum;
-    }
-  }
-  for (int64_t row = 0; row < rows; ++row) eta[row] *= weights[row / n.Nq % n.H];
   BackwardTask<T> task{};
-  task.scores = p.scores;
-  task.scores.size.Dv = 0;
+  task.scores = means.params.scores;
   task.dmap = p.dmap;
-  task.head_weights = weights;
+  task.head_weights = static_cast<const T*>(p.head_weights);
   task.lse = static_cast<const T*>(p.lse), task.normalizer = static_cast<const T*>(p.normalizer);
   task.delta = eta;
   task.mbar = static_cast<const T*>(means.params.mbar);
   task.dquery = p.dquery, task.dkey = p.dkey, task.dmask = p.dmask;
   task.dalpha = static_cast<T*>(p.dalpha);
-  if (task.wants_ds()) backward_pass<T>(task, threads);
+  if (task.wants_ds() && !is_empty(n)) {
+    const BackwardPlan<T> plan(task);
+    if (!plan.keeps_weights()) forward_pass<T>(means, threads);
+    backward_pass<T>(task, plan, threads, [&](const BackwardParts<T>& parts, int64_t first, int64_t groups, int64_t bytes) {
+      if (plan.keeps_weights()) keep_weights<T>(means, plan, parts.weights, first, groups, bytes, threads);
+    });
+  } else {
+    forward_pass<T>(means, threads);
+    store_zeros(task);  // of an empty call; else none is wanted
+  }
+  if (p.dhead_weights == nullptr) return;
+  for (int64_t h = 0; h < n.H; ++h) {
+    T sum = 0;
+    for (int64_t b = 0; b < n.B; ++b) {
+      for (int64_t i = 0; i < n.Nq; ++i) sum += eta[(b * n.H + h) * n.Nq + i];
+    }
+    static_cast<T*>(p.dhead_weights)[h] = sum;
+  }
 }
 
 }  // namespace smattn::cpu::SMATTN_UNIT
