@@ -122,6 +122,7 @@ CALLS = {
     ),
     "half, one mask for many batches": ZeroCall(512, 8, 64, 96, 64, dtype="float16", mask=(False, False, True)),
     "map": ZeroCall(1, 8, 1024, 16384, 32, needs=MAP_GRADIENTS, as_map=True),
+    "map, a mask a head for the batch": ZeroCall(4, 16, 1024, 1024, 32, needs=MAP_GRADIENTS, as_map=True, mask=(False, True, True)),
     "half, map, few queries": ZeroCall(4, 8, 100, 65536, 32, dtype="bfloat16", needs=MAP_GRADIENTS, as_map=True),
     "half, map, many queries for few keys": ZeroCall(1, 8, 262144, 13, 64, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
     "half, map, very many queries of narrow heads": ZeroCall(1, 8, 524288, 13, 16, dtype="float16", needs=MAP_GRADIENTS, as_map=True),
