@@ -109,10 +109,10 @@ struct BackwardPlan {
     kv_heads = full_mask && s.mask_size[1] == 1 ? n.Hkv : 1;
     // The heads of a map share dA: they stay together as long as there are groups enough.
     if (t.dmap.data != nullptr && s.mask.data == nullptr) kv_heads = largest_divisor(n.Hkv, n.B * n.Hkv / weights.kItems);
-    const int64_t group_weights = kv_heads * (n.H / n.Hkv) * blocking.query_blocks * weights.head_bytes();
+    const int64_t heads = kv_heads * (n.H / n.Hkv), group_weights = heads * blocking.query_blocks * weights.head_bytes();
     const bool keeps = t.dmap.data != nullptr && !batch_inside && group_weights <= weights.kMostBytes &&
-                       MapWorker<T>::query_bytes(blocking, n, kv_heads * (n.H / n.Hkv)) <= kQueryBytes;
-    const int64_t weight_bytes = keeps ? smaller_of(weights.kMostBytes, n.B * (n.Hkv / kv_heads) * group_weights) : 0;
+                       MapWorker<T>::query_bytes(blocking, n, heads) <= kQueryBytes;
+    const int64_t weight_bytes = keeps ? smaller_of(weights.kMostBytes, n.B * (n.H / heads) * group_weights) : 0;
     memory.held += weight_bytes;
     const int64_t bytes = memory.for_sums();
     const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
