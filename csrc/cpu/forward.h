@@ -40,7 +40,7 @@ class Forward {
     T* const memory = plan_.splits == 1 ? parts_.get() : parts + first * part_size_;
     const auto part = [&](int64_t h) { return ForwardPart<E>(memory + h * part_size_, q.lanes, n_.Dv); };
     if (queries_read_.differs(b, group, query_index, 0)) heads_read_ = 0;  // else they are those of the last split
-    for (int64_t h = 0; h < heads; ++h) part(h).clear();
+    for (int64_t h = 0; h < heads; ++h) part(h).clear(q.count);
     const int64_t blocks = plan_.blocking.key_blocks, end = blocks * (split + 1) / plan_.splits;
     for (int64_t kb = blocks * split / plan_.splits; kb < end; ++kb) {
       const KeyBlock k = key_block(s_, plan_.blocking, b, kb);
@@ -66,7 +66,7 @@ class Forward {
   void merge(int64_t b, int64_t h, int64_t query_index, T* parts, int64_t distance) {
     const QueryBlock q = query_block(plan_.blocking, query_index);
     const ForwardPart<E> to(parts_, q.lanes, n_.Dv);
-    to.clear();
+    to.clear(q.count);
     merge_parts<E>(p_, q, parts, plan_.splits, distance, to);
     write_part<E>(t_, b, h, q, to);
   }

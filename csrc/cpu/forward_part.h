@@ -40,20 +40,27 @@ template <class E>
 struct ForwardPart {
   using T = SumOf<E>;
 
-  T* out;          // [lane][stride], O before it is divided
+  T* rows;  // [row][lane]
   int64_t lanes;
+  T* out;          // [query][stride], O before it is divided
   int64_t stride;  // Dv, up to whole vectors
 
-  ForwardPart(T* memory, int64_t lanes, int64_t Dv) : out(memory), lanes(lanes), stride(round_up(Dv, kLanes<T>)) {}
+  ForwardPart(T* memory, int64_t lanes, int64_t Dv)
+      : rows(memory), lanes(lanes), out(memory + kRows * lanes), stride(round_up(Dv, kLanes<T>)) {}
 
-  static int64_t size(const Sizes& n, int64_t lanes) { return (round_up(n.Dv, kLanes<T>) + kRows) * lanes; }
+  static int64_t size(const Sizes& n, int64_t lanes) {
+    return kRows * lanes + out_rows(smaller_of(n.Nq, lanes)) * round_up(n.Dv, kLanes<T>);
+  }
 
-  T* row(Row which) const { return out + lanes * stride + which * lanes; }
+  T* row(Row which) const { return rows + which * lanes; }
 
-  void clear() const {
-    fill<T>(out, (stride + kRows) * lanes, T(0));
+  void clear(int64_t queries) const {
+    fill<T>(rows, kRows * lanes + out_rows(queries) * stride, T(0));
     fill<T>(row(kMaximum), lanes, static_cast<T>(-__builtin_inf()));
   }
+
+ private:
+  static int64_t out_rows(int64_t queries) { return round_up(queries, kRowUnit<E>); }  // what products read and write
 };
 
 template <class T>

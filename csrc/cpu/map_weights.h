@@ -79,7 +79,7 @@ class MapWorker {
     const QueryBlock q = query_block(shape_.blocking, query_index);
     const int64_t place = slot * shape_.heads;
     for (int64_t h = 0; h < heads; ++h) {
-      to_.part(place + h, split, q).clear();
+      to_.part(place + h, split, q).clear(q.count);
       read_queries<T>(s_.query, b, first_head + h, q, n_.D, query_rows_, queries_ + h * query_size_);
     }
     const auto each_tile = [&](const auto& work) {
@@ -150,7 +150,7 @@ inline void merge_rows(const ForwardTask<T>& task, const MapWeights<T>& of, int6
   const QueryBlock q = query_block(shape.blocking, query_index);
   T memory[kRows * kQueries];
   const ForwardPart<T> whole(memory, q.lanes, 0);
-  whole.clear();
+  whole.clear(q.count);
   merge_parts<T>(task.params, q, of.parts_of(place), shape.splits, shape.part_size(), whole);
   write_part<T>(task, b, h, q, whole);
   T inverse[kQueries], lowest[kQueries];

@@ -173,7 +173,7 @@ def turned(t):
     return t.mT.contiguous().mT if t.dim() > 1 else t
 
 
-@pytest.mark.parametrize("shape", ["few queries", "many queries", "more queries than keys", "every option", "a map"])
+@pytest.mark.parametrize("shape", ["three queries", "few queries", "many queries", "more queries than keys", "every option", "a map"])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "lay_out",

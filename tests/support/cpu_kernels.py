@@ -13,9 +13,12 @@ from smattn.testing.cases import Results
 
 KERNELS: list[str] = [] if cpu.reasons() else torch.ops.smattn_cpu.cpu_kernels().split()  # the fastest, which runs by default, first
 
-# Sizes decide how a call is cut into items: few queries split the keys, many do not, and Nq > Nk turns backward inside out.
+# Sizes decide how a call is cut into items: few queries split the keys, many do not, and Nq > Nk turns backward inside out. With up to a
+# quarter of a vector of queries, products are made in another way (few_queries.h).
 SHAPES: dict[str, dict[str, Any]] = {
     "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),
+    "one query": dict(B=1, H=4, Nq=1, Nk=3001, D=32),
+    "three queries": dict(B=2, H=4, Nq=3, Nk=333, D=64, Dv=32, Hkv=2, with_lse=True, padded=0.1),
     "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
     "more queries than keys": dict(B=2, H=4, Nq=300, Nk=70, D=16, Hkv=2),
     "a mask for each head": dict(B=2, H=3, Nq=20, Nk=150, D=8, mask_shape=(1, 3, 20, 150)),

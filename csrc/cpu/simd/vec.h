@@ -158,7 +158,7 @@ inline V sum_of(const V (&v)[N]) {
 
 // One stage of a transpose: a and b exchange lanes so that a takes the even blocks of `Stride` lanes of both, b the odd ones.
 template <class T, int Stride>
-inline void exchange(Vec<T>& a, Vec<T>& b) {
+[[gnu::always_inline]] inline void exchange(Vec<T>& a, Vec<T>& b) {
 #if defined(__clang__)
   Vec<T> x, y;
   for (int i = 0; i < kLanes<T>; ++i) {

@@ -2,6 +2,7 @@
 // A row of n numbers takes row_elements(n) elements, whole vectors; numbers beyond the last are 0.
 #pragma once
 
+#include "cpu/simd/few_queries.h"
 #include "cpu/simd/product_tiles.h"
 #include "cpu/tiles/storage.h"
 

@@ -32,11 +32,23 @@ inline bool queries_in_place(const Tensor4& t, int64_t size) {
   return near && t.dtype == kStored<E> && t.stride[3] == 1 && size % (kStepsPerElement<E> * kLanes<E>) == 0;
 }
 
-// A block of rows of query or dout, transposed: [size][lane]. Returns the rows as they lie where that can be read
-// directly, else copied to `copies`. Rows beyond the last are 0.
+// Whether a block's queries, or its rows of dout, are so few that they are not transposed.
 template <class E>
-inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, E* copies, E* columns) {
+inline bool are_few(const QueryBlock& q, int64_t size) {
+  return q.count <= kFewQueries<E> && size % (kStepsPerElement<E> * kLanes<E>) == 0;
+}
+
+// A block of rows of query or dout for dot_products: transposed, [size][lane], or if they are few as they are. Returns the rows as they lie
+// where that can be read directly, else copied to `copies`, or where they are few to `to`. Rows beyond the last are 0.
+template <class E>
+inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, E* copies, E* to) {
   const Strided from = rows_of(t, b, h, q.first);
+  if (are_few<E>(q, size)) {
+    const int64_t stride = packed<E>(size);
+    copy_rows<E>(from, q.count, size, to);
+    fill<E>(to + q.count * stride, (kFewQueries<E> - q.count) * stride, E(0));
+    return {to, stride};
+  }
   RowMajor<E> rows = {copies, row_elements<E>(size)};
   if (q.count == q.lanes && queries_in_place<E>(t, size)) {
     const auto* first = static_cast<const char*>(from.data) + from.offset * bytes_of(from.dtype);
@@ -45,7 +57,7 @@ inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const Qu
     copy_rows<E>(from, q.count, size, copies);
     fill<E>(copies + q.count * rows.stride, (q.lanes - q.count) * rows.stride, E(0));
   }
-  transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), columns, q.lanes);
+  transpose_block<E>(rows.data, rows.stride, q.lanes, packed<E>(size), to, q.lanes);
   return rows;
 }
 
@@ -185,11 +197,19 @@ struct AddTo {
   }
 };
 
-// <row, query> for `count` rows of key or value and the block's queries, [size][lanes], as a tile.
+// <row, query> for `count` rows of key or value and the block's queries, which read_queries made: to `done`, as product's, or as a tile.
+template <class E, class Done>
+inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
+                         const Done& done) {
+  if constexpr (kFewQueries<E> > 0) {
+    if (are_few<E>(q, size)) return dots_of_few(rows, queries, q.count, count, packed<E>(size) / kLanes<E>, ahead, done);
+  }
+  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<SumOf<E>>, packed<E>(size), ahead, done);
+}
 template <class E, class T>
 inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
                          T* tile) {
-  product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<T>, packed<E>(size), ahead, AddTo<T>{tile, q.lanes, true});
+  dot_products(rows, queries, q, count, size, ahead, AddTo<T>{tile, q.lanes, true});
 }
 
 // From <q, k> to exponents of 2: (scale * <q, k> + alpha * M) * log2(e). The product is scaled, not q: a q that is rounded once more would

@@ -5,29 +5,29 @@
 
 namespace smattn::cpu::SMATTN_UNIT {
 
-// A block's exponents, a padded key's -inf, as a tile; raises each query's maximum to theirs. query: [D][lane].
+// A block's exponents, a padded key's -inf, as a tile; raises each query's maximum to theirs. query: what read_queries made.
 template <class E, class T>
 inline void exponents_of(const Exponents<E>& exponent, const QueryBlock& q, const KeyBlock& k, RowMajor<E> key, const E* query, int64_t D,
                          const Prefetch& ahead, T* maxima, T* tile) {
   const bool* padded = k.attended < k.count ? k.padded : nullptr;
-  product(key, Vectors<E>{query, q.lanes}, k.count, q.lanes / kLanes<T>, packed<E>(D), ahead,
-          [exponent, padded, maxima, tile, stride = q.lanes]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&products)[R][N]) {
-            Vec<T> maximum[N];
-            for (int v = 0; v < N; ++v) maximum[v] = load(maxima + (c + v) * kLanes<T>);
+  dot_products(key, query, q, k.count, D, ahead,
+               [exponent, padded, maxima, tile, stride = q.lanes]<int R, int N>(int64_t j, int64_t c, const Vec<T>(&products)[R][N]) {
+                 Vec<T> maximum[N];
+                 for (int v = 0; v < N; ++v) maximum[v] = load(maxima + (c + v) * kLanes<T>);
 #pragma GCC unroll 32
-            for (int r = 0; r < R; ++r) {
-              const int64_t at = (j + r) * stride + c * kLanes<T>;
-              const bool absent = padded != nullptr && padded[j + r];
+                 for (int r = 0; r < R; ++r) {
+                   const int64_t at = (j + r) * stride + c * kLanes<T>;
+                   const bool absent = padded != nullptr && padded[j + r];
 #pragma GCC unroll 8
-              for (int v = 0; v < N; ++v) {
-                Vec<T> x = exponent(products[r][v], at + v * kLanes<T>);
-                if (absent) x = broadcast(static_cast<T>(-__builtin_inf()));
-                store(tile + at + v * kLanes<T>, x);
-                maximum[v] = larger(maximum[v], x);
-              }
-            }
-            for (int v = 0; v < N; ++v) store(maxima + (c + v) * kLanes<T>, maximum[v]);
-          });
+                   for (int v = 0; v < N; ++v) {
+                     Vec<T> x = exponent(products[r][v], at + v * kLanes<T>);
+                     if (absent) x = broadcast(static_cast<T>(-__builtin_inf()));
+                     store(tile + at + v * kLanes<T>, x);
+                     maximum[v] = larger(maximum[v], x);
+                   }
+                 }
+                 for (int v = 0; v < N; ++v) store(maxima + (c + v) * kLanes<T>, maximum[v]);
+               });
 }
 
 // Scores to weights for one vector of queries, `N` keys at a time; pointers to its lanes, `stride` from key to key (or pair).
