@@ -113,8 +113,9 @@ struct BackwardPlan {
     const bool keeps = t.dmap.data != nullptr && !batch_inside && group_weights <= weights.kMostBytes &&
                        MapWorker<T>::query_bytes(blocking, n, heads) <= kQueryBytes;
     const int64_t weight_bytes = keeps ? smaller_of(weights.kMostBytes, n.B * (n.H / heads) * group_weights) : 0;
-    memory.held += weight_bytes;
-    const int64_t bytes = memory.for_sums();
+    BackwardMemory left = memory;  // beside the weights
+    left.held += weight_bytes;
+    const int64_t bytes = left.for_sums();
     const auto part_bytes = [&](bool by_keys) {  // of all groups, one split
       const bool wanted = by_keys ? t.dquery != nullptr && blocking.key_blocks > 1 : t.dkey != nullptr || t.dvalue != nullptr;
       const int64_t size = by_keys ? n.B * n.H * blocking.query_blocks * dquery_size() : n.B * n.Hkv * blocking.key_blocks * dkv_size();
@@ -153,8 +154,7 @@ struct BackwardPlan {
       weights.splits = smaller_of(weights.most_splits(), blocks_of(weights.kItems, weights.blocks));
     }
     splits = splits_within(bytes);
-    plan_runs(sums * static_cast<int64_t>(sizeof(T)));
-    memory.held -= weight_bytes;  // from now on they count among the parts
+    plan_runs(sums * static_cast<int64_t>(sizeof(T)), left.free() - part_size() * static_cast<int64_t>(sizeof(T)));
   }
 
   bool keeps_weights() const { return weights.blocks > 0; }
@@ -239,9 +239,8 @@ struct BackwardPlan {
     return kv_heads * (n.H / n.Hkv * head_size + dkv_size()) * static_cast<int64_t>(sizeof(T));
   }
 
-  // row_bytes: of the sums that an outer block has.
-  void plan_runs(int64_t row_bytes) {
-    const int64_t left = memory.free() - part_size() * static_cast<int64_t>(sizeof(T));
+  // row_bytes: of the sums that an outer block has. left: bytes of memory beside the weights and the parts.
+  void plan_runs(int64_t row_bytes, int64_t left) {
     in_runs = round * splits < kItems && outer_blocks() > 1 && inner_blocks() > 1 && dmask_rows == 0 && row_bytes <= left / 4 * 3;
     if (!in_runs) return;
     pairs_innermost = true;

@@ -35,7 +35,7 @@ struct MapPlan {
   explicit MapPlan(const Sizes& n) : shape(n), blocks(n.B * shape.blocking.query_blocks) {
     constexpr int64_t kQueryBytes = 256 << 10;
     const int64_t fit = shape.kMostBytes / larger_of<int64_t>(1, shape.head_bytes()),
-                  query_bytes = shape.blocking.queries * n.D * static_cast<int64_t>(sizeof(T));
+                  query_bytes = MapWorker<T>::query_bytes(shape.blocking, n, 1);
     shape.heads = smaller_of(smaller_of(n.H, fit), larger_of<int64_t>(1, kQueryBytes / larger_of<int64_t>(1, query_bytes)));
     if (shape.heads < n.H) shape.heads = smaller_of(shape.heads, fit - 1);  // the sum over the heads before takes the place of one
     shape.blocks = shape.heads < n.H ? 1 : smaller_of(blocks, fit / larger_of<int64_t>(1, n.H));
