@@ -10,8 +10,7 @@ template <class E>
 struct QueryTiles {
   using T = SumOf<E>;
 
-  E* query;  // [D][lane]
-  E* dout;  // [Dv][lane]
+  E *query, *dout;  // as read_queries leaves them
   E *query_rows, *dout_rows, *query_step_memory, *dout_step_memory;
   Vectors<E> query_steps, dout_steps;  // for a sum over the queries
   RowExponents<T> exponents;

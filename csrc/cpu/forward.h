@@ -164,8 +164,7 @@ class Forward {
   const Sizes& n_;
   const ForwardPlan<E>& plan_;
   const int64_t query_size_, dout_size_;
-  Buffer<E> queries_;  // [head of the group][D][lanes]
-  Buffer<E> douts_;    // [head of the group][Dv][lanes]
+  Buffer<E> queries_, douts_;  // [head of the group], as read_queries leaves them
   Buffer<E> query_rows_;
   const int64_t part_size_;
   Buffer<T> parts_;    // [head of the group], where there is one split; else one, to merge into

@@ -139,7 +139,7 @@ class MapWorker {
   const MapWeights<T>& to_;
   const MapShape<T>& shape_;
   const int64_t query_size_;
-  Buffer<T> queries_;  // [head][D][lane]
+  Buffer<T> queries_;  // [head], as read_queries leaves them
   Buffer<T> query_rows_, keys_, rows_, mask_, dmap_;
 };
 

@@ -14,7 +14,7 @@ Sizes draw_sizes(Random& random) {
   size.B = random.pick<int64_t>({1, 1, 2, 2, 3, 4, 6});
   size.Hkv = random.pick<int64_t>({1, 1, 2});
   size.H = size.Hkv * random.pick<int64_t>({1, 1, 2, 3});
-  size.Nq = random.pick<int64_t>({1, 2, 4, 13, 16, 17, 64, 65, 130});
+  size.Nq = random.pick<int64_t>({1, 2, 4, 13, 16, 17, 64, 65, 130, 193});
   size.Nk = random.pick<int64_t>({1, 7, 128, 129, 500});
   if (size.Nq <= 17 && random.chance(0.2)) size.Nk = 3001;  // so few queries that the keys are split among threads
   if (random.chance(0.06)) (random.chance(0.5) ? size.Nq : size.Nk) = 0;

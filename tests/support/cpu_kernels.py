@@ -19,6 +19,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "few queries": dict(B=1, H=4, Nq=13, Nk=3001, D=32),
     "one query": dict(B=1, H=4, Nq=1, Nk=3001, D=32),
     "three queries": dict(B=2, H=4, Nq=3, Nk=333, D=64, Dv=32, Hkv=2, with_lse=True, padded=0.1),
+    "a last block of one query": dict(B=1, H=2, Nq=193, Nk=70, D=32, padded=0.1),
     "many queries": dict(B=2, H=2, Nq=150, Nk=200, D=40, Dv=24),
     "more queries than keys": dict(B=2, H=4, Nq=300, Nk=70, D=16, Hkv=2),
     "a mask for each head": dict(B=2, H=3, Nq=20, Nk=150, D=8, mask_shape=(1, 3, 20, 150)),

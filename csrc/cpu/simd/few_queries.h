@@ -41,7 +41,7 @@ template <class T, int Q>
 }
 
 // A few rows from number `row` on: so many that their products with Q queries fill a vector, or where fewer are left the last `left`. Not
-// inlined, for its sums need all registers.
+// inlined, for its sums need most registers.
 template <class E, int Q, bool kWhole, class Done>
 [[gnu::noinline]] void dot_few(RowMajor<E> rows, const E* queries, int64_t row, int64_t left, int64_t vectors, Prefetch& to_fetch,
                                int64_t at_each, const Done& done) {
@@ -64,21 +64,22 @@ template <class E, int Q, bool kWhole, class Done>
   }
   to_fetch.go_on_from(ahead.line);
   const Vec<T> all = sums_of_lanes<T>(sums);
+  const Done finish = done;  // a copy, as in product_tile
   if constexpr (kWhole) {
     Vec<T> products[R][1];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) products[r][0] = lanes_from<T, Q>(all, r * Q);
-    done(row, 0, products);
+    finish(row, 0, products);
   } else {
     for (int r = 0; r < left; ++r) {
       const Vec<T> products[1][1] = {{lanes_from<T, Q>(all, r * Q)}};
-      done(row + r, 0, products);
+      finish(row + r, 0, products);
     }
   }
 }
 
 // <row, query> for `count` queries and `row_count` rows of `vectors` vectors: done(first row, 0, sums[R][1]), as by product() of one vector
-// of queries, the lanes beyond them 0. queries: [query][vectors]; up to the next power of two of them are read.
+// of queries. queries: [query][vectors], and zeros up to the next power of two of them.
 template <class E, int Q = 1, class Done>
 inline void dots_of_few(RowMajor<E> rows, const E* queries, int64_t count, int64_t row_count, int64_t vectors, Prefetch ahead,
                         const Done& done) {

@@ -35,11 +35,11 @@ inline bool queries_in_place(const Tensor4& t, int64_t size) {
 // Whether a block's queries, or its rows of dout, are so few that they are not transposed.
 template <class E>
 inline bool are_few(const QueryBlock& q, int64_t size) {
-  return q.count <= kFewQueries<E> && size % (kStepsPerElement<E> * kLanes<E>) == 0;
+  return kFewQueries<E> > 0 && q.count <= kFewQueries<E> && size % (kStepsPerElement<E> * kLanes<E>) == 0;
 }
 
 // A block of rows of query or dout for dot_products: transposed, [size][lane], or if they are few as they are. Returns the rows as they lie
-// where that can be read directly, else copied to `copies`, or where they are few to `to`. Rows beyond the last are 0.
+// where that can be read directly, else copied to `copies`, or where they are few to `to`. Rows beyond the last are 0, of few up to kFewQueries.
 template <class E>
 inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, E* copies, E* to) {
   const Strided from = rows_of(t, b, h, q.first);
@@ -201,9 +201,7 @@ struct AddTo {
 template <class E, class Done>
 inline void dot_products(RowMajor<E> rows, const E* queries, const QueryBlock& q, int64_t count, int64_t size, const Prefetch& ahead,
                          const Done& done) {
-  if constexpr (kFewQueries<E> > 0) {
-    if (are_few<E>(q, size)) return dots_of_few(rows, queries, q.count, count, packed<E>(size) / kLanes<E>, ahead, done);
-  }
+  if (are_few<E>(q, size)) return dots_of_few(rows, queries, q.count, count, packed<E>(size) / kLanes<E>, ahead, done);
   product(rows, Vectors<E>{queries, q.lanes}, count, q.lanes / kLanes<SumOf<E>>, packed<E>(size), ahead, done);
 }
 template <class E, class T>
