@@ -24,22 +24,29 @@ inline T alpha_log2_of(const Scores& s, int64_t h) {
   return scaled - scaled == T(0) || alpha - alpha != T(0) ? scaled : scaled < T(0) ? -kMost : kMost;
 }
 
+// Whether so many numbers fill vectors of E.
+template <class E>
+inline bool are_whole_vectors(int64_t numbers) {
+  return numbers % (kStepsPerElement<E> * kLanes<E>) == 0;
+}
+
 // Whether whole vectors of rows of query or dout, `size` numbers each, are read as they lie.
 template <class E>
 inline bool queries_in_place(const Tensor4& t, int64_t size) {
   // Numbers far apart would not stay in the first-level cache together.
   const bool near = kStepsPerElement<E> > 1 ? t.stride[2] % kStepsPerElement<E> == 0 : t.stride[2] == size;
-  return near && t.dtype == kStored<E> && t.stride[3] == 1 && size % (kStepsPerElement<E> * kLanes<E>) == 0;
+  return near && t.dtype == kStored<E> && t.stride[3] == 1 && are_whole_vectors<E>(size);
 }
 
 // Whether a block's queries, or its rows of dout, are so few that they are not transposed.
 template <class E>
 inline bool are_few(const QueryBlock& q, int64_t size) {
-  return kFewQueries<E> > 0 && q.count <= kFewQueries<E> && size % (kStepsPerElement<E> * kLanes<E>) == 0;
+  return kFewQueries<E> > 0 && q.count <= kFewQueries<E> && are_whole_vectors<E>(size);
 }
 
-// A block of rows of query or dout for dot_products: transposed, [size][lane], or if they are few as they are. Returns the rows as they lie
-// where that can be read directly, else copied to `copies`, or where they are few to `to`. Rows beyond the last are 0, of few up to kFewQueries.
+// A block of rows of query or dout for dot_products, in `to`: transposed, [size][lane], or if they are few as they are. Returns the rows as
+// they lie where that can be read directly, else their copy in `copies`, or where they are few in `to`. Rows beyond the last, up to the
+// lanes, are 0; of few, up to kFewQueries.
 template <class E>
 inline RowMajor<E> read_queries(const Tensor4& t, int64_t b, int64_t h, const QueryBlock& q, int64_t size, E* copies, E* to) {
   const Strided from = rows_of(t, b, h, q.first);
